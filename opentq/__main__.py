@@ -1,0 +1,5 @@
+"""`python -m opentq` is `opentq`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""Who computes an attention call: an ordered list of candidates, each of which may say "not me" by returning None.
+
+The first candidate that serves wins, and is logged once per kind of call. `OPENTQ_KERNELS=tiled` leaves only the
+portable path, `=native` only the kernels, so that tests and users can force either; unset, kernels come first. When
+nobody serves, the error prints the whole record.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from ..codecs.base import Codec
+from ..kernels.layout import CANONICAL, Layout
+from . import tiled
+from .args import AttnArgs
+
+log = logging.getLogger("opentq")
+
+AttnFn = Callable[[AttnArgs], "mx.array | None"]
+
+
+class NoAttention(RuntimeError):
+    """No candidate serves these arguments."""
+
+
+_winners: dict[tuple, str] = {}
+
+
+def attend(args: AttnArgs) -> tuple[mx.array, str]:
+    """`[B, Hq, L, Dv]` in q's dtype by the first candidate that serves, and its name. Raises NoAttention."""
+    for name, function in candidates():
+        out = function(args)
+        if out is not None:
+            key = args.shape_key()
+            if _winners.get(key) != name:
+                _winners[key] = name
+                log.info("attention by %s: %s", name, args.describe())
+            return out, name
+    mode = os.environ.get("OPENTQ_KERNELS", "")
+    raise NoAttention(f"no attention function serves this call (OPENTQ_KERNELS={mode or 'unset'}): {args.describe()}")
+
+
+def candidates() -> list[tuple[str, AttnFn]]:
+    """Names and functions in the order in which they are asked."""
+    mode = kernel_mode()
+    found: list[tuple[str, AttnFn]] = []
+    if mode != "tiled":
+        found += native_candidates()
+    if mode != "native":
+        found.append(("tiled", tiled.attend))
+    return found
+
+
+def native_candidates() -> list[tuple[str, AttnFn]]:
+    """The fused kernels of the active back end."""
+    return []
+
+
+def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
+    """The storage layouts that this machine's kernels want for keys and values of `dims = (Dk, Dv)`."""
+    return CANONICAL, CANONICAL
+
+
+def layout_named(name: str) -> Layout:
+    """The layout that wrote a saved cache; every layout can be read on every machine. Raises ValueError."""
+    if name == CANONICAL.name:
+        return CANONICAL
+    raise ValueError(f"storage layout {name!r} is not known to this version of opentq")
+
+
+def kernel_mode() -> str:
+    """`OPENTQ_KERNELS`: "", "native" or "tiled"."""
+    mode = os.environ.get("OPENTQ_KERNELS", "")
+    if mode not in ("", "native", "tiled"):
+        raise ValueError(f"OPENTQ_KERNELS={mode!r} is not known: use native, tiled, or leave it unset")
+    return mode
+
+
+def winners() -> dict[tuple, str]:
+    """Which function served which kind of call so far."""
+    return dict(_winners)

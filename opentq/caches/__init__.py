@@ -1,0 +1,1 @@
+"""Caches: who owns the bytes over time. mlx-lm's cache protocol over packed buffers."""

@@ -1,0 +1,39 @@
+"""The codec contract: how one head vector becomes bits. A codec is a frozen dataclass of pure functions."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import mlx.core as mx
+
+Packed = tuple[mx.array, ...]
+"""The arrays of one codec, each `[B, H, T, ...]`: the token axis is always axis 2."""
+
+FP16_MAX = 65504.0
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How one head vector becomes bits.
+
+    A codec works in its own basis: `rotate` takes vectors into it, `unrotate` back, and both are orthonormal. `encode`
+    and `decode` see rotated vectors only, so that attention can stay in the basis from the query to the output.
+    """
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError with a remedy when this codec can't serve `head_dim`."""
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits per stored value, all metadata and padding included."""
+
+    def rotate(self, x: mx.array) -> mx.array:
+        """`[..., D]` -> the codec's basis, same dtype."""
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        """The inverse of `rotate`."""
+
+    def encode(self, y: mx.array) -> Packed:
+        """Rotated vectors `[B, H, T, D]` -> packed arrays."""
+
+    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
+        """Packed arrays -> rotated vectors `[B, H, T, D]`."""

@@ -1,0 +1,99 @@
+"""What each layer does: compress with which codecs, or stay as mlx-lm made it, and why.
+
+`decide` looks at the caches that the model itself asks for and returns one `LayerPlan` per cache. The start-up report,
+the memory planner and the server's admission check read the same plans, so they can't disagree. A request to compress
+that would compress nothing is an error, never a no-op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.models import cache as mlx_cache
+
+from .errors import UserError
+from .spec import KVSpec
+
+FP16_BITS = 16
+
+
+class NothingCompressed(UserError):
+    """Compression was asked for and no layer can be compressed."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's KV cache.
+
+    Attributes:
+        index: position in the model's cache list; for a `CacheList`, `part` says which member.
+        kind: name of the cache class that mlx-lm would use.
+        spec: the layer's spec, or None when it stays native.
+        reason: why it is native ("" when compressed).
+        kv_heads, key_dim, value_dim: 0 while unknown (before the first forward step).
+    """
+
+    index: int
+    kind: str
+    spec: KVSpec | None
+    reason: str = ""
+    part: int = 0
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+    @property
+    def compressed(self) -> bool:
+        return self.spec is not None
+
+    @property
+    def codec(self) -> str:
+        """Short name for tables."""
+        return str(self.spec) if self.spec else "native"
+
+    def bytes_per_token(self) -> float:
+        """Bytes that one packed token takes in this layer, metadata included."""
+        if self.spec is None:
+            return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8
+        key, value = self.spec.codecs()
+        bits = key.bits_per_value(self.key_dim) * self.key_dim + value.bits_per_value(self.value_dim) * self.value_dim
+        return self.kv_heads * bits / 8
+
+
+def decide(caches: Sequence[Any], spec: KVSpec) -> list[LayerPlan]:
+    """One plan per cache (and per member of a CacheList). Raises NothingCompressed."""
+    slots = [(i, part, c) for i, cache in enumerate(caches) for part, c in enumerate(members(cache))]
+    compressible = [slot for slot in slots if not native_reason(slot[2])]
+    order = {(i, part): n for n, (i, part, _) in enumerate(compressible)}
+    plans = []
+    for i, part, cache in slots:
+        kind = type(cache).__name__
+        reason = native_reason(cache)
+        if reason:
+            plans.append(LayerPlan(i, kind, None, reason, part))
+        else:
+            plans.append(LayerPlan(i, kind, spec.for_layer(order[i, part], len(compressible)), "", part))
+    if not compressible:
+        kinds = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
+        raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); use it without --kv")
+    return plans
+
+
+def members(cache: Any) -> tuple[Any, ...]:
+    """The caches inside a CacheList, or the cache itself."""
+    return tuple(cache.caches) if isinstance(cache, mlx_cache.CacheList) else (cache,)
+
+
+def native_reason(cache: Any) -> str:
+    """Why a cache stays as it is; "" when it can be compressed."""
+    if type(cache) is mlx_cache.KVCache:
+        return ""
+    if isinstance(cache, mlx_cache.RotatingKVCache):
+        return f"sliding window, bounded at {cache.max_size} tokens"
+    if isinstance(cache, mlx_cache.ArraysCache):
+        return "recurrent state, constant size"
+    if isinstance(cache, mlx_cache.ChunkedKVCache):
+        return f"chunked attention, bounded at {cache.chunk_size} tokens"
+    return f"cache class {type(cache).__name__} is not known to opentq"
