@@ -33,6 +33,8 @@ class LayerPlan:
         spec: the layer's spec, or None when it stays native.
         reason: why it is native ("" when compressed).
         kv_heads, key_dim, value_dim: 0 while unknown (before the first forward step).
+        bound: tokens that a native cache holds at most; 0 when it grows with the context.
+        constant: bytes that a native layer holds whatever the context (recurrent state).
     """
 
     index: int
@@ -43,6 +45,8 @@ class LayerPlan:
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    bound: int = 0
+    constant: int = 0
 
     @property
     def compressed(self) -> bool:
@@ -72,7 +76,7 @@ def decide(caches: Sequence[Any], spec: KVSpec) -> list[LayerPlan]:
         kind = type(cache).__name__
         reason = native_reason(cache)
         if reason:
-            plans.append(LayerPlan(i, kind, None, reason, part))
+            plans.append(LayerPlan(i, kind, None, reason, part, bound=native_bound(cache)))
         else:
             plans.append(LayerPlan(i, kind, spec.for_layer(order[i, part], len(compressible)), "", part))
     if not compressible:
@@ -84,6 +88,11 @@ def decide(caches: Sequence[Any], spec: KVSpec) -> list[LayerPlan]:
 def members(cache: Any) -> tuple[Any, ...]:
     """The caches inside a CacheList, or the cache itself."""
     return tuple(cache.caches) if isinstance(cache, mlx_cache.CacheList) else (cache,)
+
+
+def native_bound(cache: Any) -> int:
+    """Tokens that a native cache holds at most; 0 when it has no such limit."""
+    return getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
 
 
 def native_reason(cache: Any) -> str:
