@@ -1,4 +1,41 @@
 """opentq: long-context language models in the memory you have.
 
-The KV cache is compressed once, and attention is computed directly on the compressed bytes, inside mlx-lm.
+The KV cache is compressed once, and attention is computed directly on the compressed bytes, inside mlx-lm::
+
+    import opentq
+    model, tokenizer = opentq.load("mlx-community/Llama-3.2-3B-Instruct-4bit", kv="int4")
+    print(opentq.generate(model, tokenizer, prompt="Hello"))   # mlx_lm.generate works the same
+
+Names are imported on first use, so that `import opentq` costs nothing.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "KVSpec": "spec",
+    "compress": "hooks",
+    "uninstall": "hooks",
+    "generate": "model",
+    "load": "model",
+    "make_cache": "model",
+    "report": "reporting",
+}
+
+__all__ = ["KVSpec", "__version__", "compress", "generate", "load", "make_cache", "report", "uninstall"]
+
+if TYPE_CHECKING:
+    from .hooks import compress, uninstall
+    from .model import generate, load, make_cache
+    from .reporting import report
+    from .spec import KVSpec
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module 'opentq' has no attribute {name!r}")

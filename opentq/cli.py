@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from .commands.generate import generate
 from .errors import UserError
 
 app = typer.Typer(
@@ -16,6 +17,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+app.command()(generate)
+
+
+@app.callback()
+def _root() -> None:
+    """Commands share nothing but the program's name."""
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ GRAMMAR = (
 )
 
 
+DEFAULT = "int4"
+
+
 class SpecError(UserError):
     """A KV spec that can't be understood; the message names the wrong part and what is allowed."""
 
@@ -158,3 +161,14 @@ def _apply(spec: KVSpec, option: str, text: str) -> tuple[KVSpec, str]:
 def grammar() -> str:
     """The grammar in one line, with the codec names that exist."""
     return GRAMMAR.format(names=", ".join(REGISTRY))
+
+
+def spec_from_flags(kv: str | None, kv_bits: int | None = None, kv_group_size: int | None = None) -> KVSpec:
+    """The spec that command-line flags ask for; mlx-lm's `--kv-bits` and `--kv-group-size` are aliases of `--kv`."""
+    if kv is not None and (kv_bits is not None or kv_group_size is not None):
+        raise SpecError("give --kv or mlx-lm's --kv-bits/--kv-group-size, not both")
+    if kv_bits is not None:
+        return KVSpec.parse(f"int{kv_bits}:g{kv_group_size or 64}")  # 64 is mlx-lm's default group
+    if kv_group_size is not None:
+        raise SpecError("--kv-group-size needs --kv-bits")
+    return KVSpec.parse(kv or DEFAULT)

@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine with git, make and Python: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Plain on a Mac, CUDA where an NVIDIA driver answers, else the CPU build of MLX.
+BACKEND := $(shell if [ "$$(uname)" = Darwin ]; then echo ""; elif nvidia-smi >/dev/null 2>&1; then echo cuda13; else echo cpu; fi)
+comma := ,
+EXTRAS = $(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))
+STAMPS := $(VENV)/stamps
+WORKERS ?= 2
+
+.PHONY: demo test lint format size clean docs-models test-msl-full help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+demo: $(STAMPS)/demo  ## install for this platform and run the demo
+	@$(BIN)/opentq demo
+
+test: $(STAMPS)/dev  ## install with development tools and run the tests
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(STAMPS)/dev  ## formatting, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(STAMPS)/dev  ## rewrite the sources in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+size:  ## lines per folder
+	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | $(PYTHON) dev/size.py
+
+$(STAMPS)/demo: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,)]'
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/dev: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,dev)]'
+	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/demo
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

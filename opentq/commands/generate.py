@@ -1,0 +1,112 @@
+"""`opentq generate`: one prompt in, one answer out, on a compressed cache; mlx-lm's flags plus `--kv`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads standard input.")] = None,
+    model: Annotated[str, typer.Option("--model", help="Model folder or Hugging Face repository.")] = "",
+    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="KV spec: f16, int8, int4, k8v4, int4:g64, ... or a recipe file.")
+    ] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
+    kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")] = 256,
+    temp: Annotated[float, typer.Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 0 or 1 is off.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
+    ignore_chat_template: Annotated[bool, typer.Option(help="Use the prompt as it is.")] = False,
+    prefill_step_size: Annotated[
+        int, typer.Option(help="Tokens per prefill step; smaller steps need less memory.")
+    ] = 2048,
+    max_context: Annotated[int | None, typer.Option(help="Refuse prompts + answers longer than this.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="Draft model for speculative decoding.")] = None,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens the draft model proposes per round.")] = 3,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow code shipped with the tokenizer.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the answer to this file, too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the per-layer report first.")] = False,
+) -> None:
+    """Generate text from a prompt."""
+    from ..generation import Request, encode_prompt, run
+    from ..model import load
+    from ..reporting import report
+    from ..spec import spec_from_flags
+
+    spec = spec_from_flags(kv, kv_bits, kv_group_size)
+    text = read_prompt(prompt, prompt_option, prompt_file)
+    if not model:
+        raise UserError("no model given: use --model FOLDER or --model org/name")
+    writer = open_output(output)
+    lm, tokenizer = load(model, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})
+    draft = load(draft_model, kv=spec)[0] if draft_model else None
+    if verbose:
+        print(report(lm), file=sys.stderr)
+    request = Request(
+        tokens=encode_prompt(tokenizer, text, system=system_prompt, raw=ignore_chat_template),
+        max_tokens=max_tokens,
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        prefill_step_size=prefill_step_size,
+        max_context=max_context,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
+    )
+    result = run(lm, tokenizer, request, on_text=lambda piece: print(piece, end="", flush=True))
+    print()
+    if writer:
+        with writer:
+            writer.write(result.text)
+    print(result.summary(), file=sys.stderr)
+    if as_json:
+        print(json.dumps({"model": model, "kv": str(spec), **result.as_dict()}))
+
+
+def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str:
+    """The prompt from the one place where it was given. Raises UserError for none, several, or an empty one."""
+    given = [p for p in (argument, option, file) if p is not None]
+    if len(given) > 1:
+        raise UserError("give the prompt once: as an argument, with --prompt, or with --prompt-file")
+    if file is not None:
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise UserError(f"can't read the prompt file {str(file)!r}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt file {str(file)!r} is not UTF-8 text ({error.reason})") from error
+    elif given == ["-"] or not given:
+        if not given and sys.stdin.isatty():
+            raise UserError("no prompt: give it as an argument, with --prompt-file FILE, or pipe it to standard input")
+        text = sys.stdin.read()
+    else:
+        text = str(given[0])
+    if not text.strip():
+        raise UserError("the prompt is empty")
+    return text
+
+
+def open_output(path: Path | None):
+    """Open the output before any work is done, so that a bad path costs nothing."""
+    if path is None:
+        return None
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise UserError(f"can't write the output {str(path)!r}: {error.strerror}") from error

@@ -1,0 +1,118 @@
+"""Load a model and make it generate on a compressed cache: thin over mlx-lm, with errors for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+
+from . import hooks
+from .errors import UserError
+from .spec import KVSpec
+
+WEIGHTS = ("*.safetensors", "*.npz")
+
+
+class ModelError(UserError):
+    """The model can't be loaded; the message says what is missing and what to do."""
+
+
+def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any, Any]:
+    """Load a model folder or Hugging Face repository; returns `(model, tokenizer)` as `mlx_lm.load` does.
+
+    Args:
+        path: folder or repository name.
+        kv: a KV spec such as `"int4"`; None leaves mlx-lm's own caches.
+        options: passed on to `mlx_lm.load`.
+
+    Raises:
+        ModelError: the folder is missing, incomplete, or not a model that mlx-lm knows.
+        SpecError, NothingCompressed: see `opentq.compress`.
+    """
+    spec = None if kv is None else KVSpec.parse(kv)
+    check_folder(path)
+    try:
+        model, tokenizer = mlx_lm.load(path, **options)[:2]
+    except ValueError as error:
+        # mlx-lm's words for "model type not supported" and for weights that don't match the config.
+        raise ModelError(f"model {path!r} can't be loaded: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights of {path!r} can't be read ({_first_line(error)}); download them again"
+        ) from error
+    settle(model)
+    if spec is not None:
+        hooks.compress(model, spec)
+    return model, tokenizer
+
+
+def settle(model: Any) -> None:
+    """On the CPU only float32 matrix products are fast: models run in float32 there."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+
+
+def check_folder(path: str) -> None:
+    """Raise ModelError when `path` is a folder that can't hold a model, or a local path that does not exist."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.exists():
+        if looks_local:
+            raise ModelError(f"model folder {path!r} does not exist; give a folder or a repository like org/name")
+        if len(folder.parts) == 2 and Path(folder.parts[0]).is_dir():
+            raise ModelError(f"model folder {path!r} does not exist, though {folder.parts[0]!r} does; check the name")
+        return
+    if not folder.is_dir():
+        raise ModelError(f"{path!r} is a file; give the folder that holds config.json and the weights")
+    config = folder / "config.json"
+    if not config.exists():
+        raise ModelError(f"{path!r} is not a model folder: it has no config.json")
+    try:
+        json.loads(config.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{config} is damaged ({error}); download the model again") from error
+    present = {p.name for pattern in WEIGHTS for p in folder.glob(pattern)}
+    if not present:
+        raise ModelError(f"{path!r} has no weights (*.safetensors); the download is not complete")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if wanted - present:
+            raise ModelError(f"{path!r} lacks {', '.join(sorted(wanted - present))}; the download is not complete")
+
+
+def make_cache(model: Any) -> list[Any]:
+    """Fresh caches for one generation: compressed where `compress` said so."""
+    return make_prompt_cache(model)
+
+
+def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
+    """`mlx_lm.generate`: the whole answer as text."""
+    return mlx_lm.generate(model, tokenizer, prompt=prompt, **options)
+
+
+def stream(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> Iterator[Any]:
+    """`mlx_lm.stream_generate`: one response per token."""
+    return mlx_lm.stream_generate(model, tokenizer, prompt, **options)
+
+
+def cache_bytes(caches: list[Any]) -> int:
+    """Bytes that a generation's caches hold now."""
+    return sum(c.nbytes for c in caches if not c.empty())
+
+
+def fp16_bytes(model: Any, tokens: int) -> int:
+    """Bytes that the same tokens would take in fp16, compressed layers only (2 bytes per value)."""
+    record = hooks.installed(model)
+    plans = record.plans if record else []
+    return sum(tokens * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans if p.compressed)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

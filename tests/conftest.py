@@ -1,0 +1,43 @@
+"""Shared fixtures: which kernels serve, and small random models."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from opentq.attention import dispatch
+
+
+@pytest.fixture(params=["tiled", "native"])
+def kernels(request, monkeypatch):
+    """Run a test once with the portable path and once with this machine's fused kernels."""
+    monkeypatch.setenv("OPENTQ_KERNELS", "" if request.param == "native" else "tiled")
+    if request.param == "native" and not dispatch.native_candidates():
+        pytest.skip("no fused kernels on this machine: no C++ compiler, no GPU")
+    return request.param
+
+
+@pytest.fixture
+def tiny_llama():
+    """A random 2-layer Llama with grouped queries: fast, and it exercises the whole seam."""
+    return random_llama()
+
+
+def random_llama(layers: int = 2, seed: int = 0):
+    from mlx_lm.models import llama
+
+    mx.random.seed(seed)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=128,
+        num_hidden_layers=layers,
+        intermediate_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=256,
+    )
+    model = llama.Model(args)
+    mx.eval(model.parameters())
+    return model

@@ -1,0 +1,173 @@
+"""The seam with mlx-lm is live, exact where it must be, reversible, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import base
+from mlx_lm.models.cache import make_prompt_cache
+
+import opentq
+from opentq import hooks
+from opentq.policy import NothingCompressed
+
+from .conftest import random_llama
+
+PROMPT = mx.array([(7 * i * i + 3 * i) % 251 for i in range(300)])
+
+
+def greedy(model, prompt=PROMPT, tokens=20, **options):
+    return [int(t) for t, _ in generate_step(prompt, model, max_tokens=tokens, prefill_step_size=128, **options)]
+
+
+def test_the_seam_is_live(tiny_llama, kernels):
+    """Fails when attention does not go through the compressed path, whatever the output looks like."""
+    opentq.compress(tiny_llama, "int4")
+    before = [row.calls for row in opentq.report(tiny_llama).rows]
+    greedy(tiny_llama, tokens=5)
+    after = [row.calls for row in opentq.report(tiny_llama).rows]
+    # 300 tokens: chunks of 128, 128, 43, then the last prompt token and 5 more (one is computed ahead).
+    assert [b - a for a, b in zip(before, after)] == [3 + 6, 3 + 6]
+
+
+def test_f16_gives_the_tokens_of_mlx_lm(tiny_llama, kernels):
+    expected = greedy(tiny_llama)
+    opentq.compress(tiny_llama, "f16")
+    assert greedy(tiny_llama) == expected
+
+
+def test_int8_logits_are_near_fp32(tiny_llama, kernels):
+    expected = tiny_llama(PROMPT[None])
+    opentq.compress(tiny_llama, "int8")
+    cache = make_prompt_cache(tiny_llama)
+    parts = [tiny_llama(PROMPT[None, i : i + 50], cache=cache) for i in range(0, 300, 50)]
+    error = mx.abs(mx.concatenate(parts, axis=1) - expected).max().item()
+    assert error < 0.02 * mx.abs(expected).max().item()
+
+
+def test_import_order_does_not_matter():
+    """The model module is imported, and has copied the function's name, long before the shim is installed."""
+    code = """
+import mlx.core as mx
+from mlx_lm.models.llama import scaled_dot_product_attention as copied
+from tests.conftest import random_llama
+model = random_llama()
+import opentq
+opentq.compress(model, "int4")
+model(mx.array([[1, 2, 3]]), cache=opentq.make_cache(model))
+print(sum(r.calls for r in opentq.report(model).rows))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split()[-1] == "4"
+
+
+def test_uninstall_restores_everything(tiny_llama):
+    expected = greedy(tiny_llama)
+    opentq.compress(tiny_llama, "int2")
+    opentq.uninstall(tiny_llama)
+    assert "make_cache" not in vars(tiny_llama) and hooks.installed(tiny_llama) is None
+    opentq.uninstall()
+    assert not hooks.shim_installed()
+    assert greedy(tiny_llama) == expected
+    opentq.compress(tiny_llama, "int4")
+    assert hooks.shim_installed()
+
+
+def test_compress_twice_replaces_the_spec(tiny_llama):
+    opentq.compress(tiny_llama, "int8")
+    plans = opentq.compress(tiny_llama, "int4:skip=first1")
+    assert [p.codec for p in plans] == ["f16", "int4"]
+    assert len(make_prompt_cache(tiny_llama)) == 2
+
+
+def test_caches_are_fresh_for_every_generation(tiny_llama):
+    opentq.compress(tiny_llama, "int4")
+    first = greedy(tiny_llama)
+    assert greedy(tiny_llama) == first
+    assert make_prompt_cache(tiny_llama)[0] is not make_prompt_cache(tiny_llama)[0]
+
+
+def test_an_unknown_signature_is_refused(tiny_llama, monkeypatch):
+    opentq.uninstall()
+
+    def other(queries, keys, values, mask):
+        raise AssertionError
+
+    monkeypatch.setattr(base, "scaled_dot_product_attention", other)
+    with pytest.raises(hooks.HookError, match="not supported"):
+        opentq.compress(tiny_llama, "int4")
+
+
+def test_nothing_to_compress_is_an_error():
+    from mlx_lm.models import mamba
+
+    args = mamba.ModelArgs(
+        model_type="mamba",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        state_size=8,
+        num_hidden_layers=2,
+        conv_kernel=4,
+        use_bias=False,
+        use_conv_bias=True,
+        time_step_rank=8,
+    )
+    with pytest.raises(NothingCompressed, match="recurrent state"):
+        opentq.compress(mamba.Model(args), "int4")
+
+
+def test_a_head_dim_that_no_group_divides_is_said(tiny_llama):
+    from mlx_lm.models import llama
+
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=96,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        num_attention_heads=4,
+        head_dim=24,
+        rms_norm_eps=1e-5,
+        vocab_size=64,
+    )
+    with pytest.raises(ValueError, match="head_dim 24"):
+        opentq.compress(llama.Model(args), "int4")
+
+
+@pytest.mark.parametrize("which", ["both", "target", "draft"])
+def test_speculative_decoding_gives_the_same_tokens(which, kernels):
+    """The draft model is another random model, so most proposals are rejected and trimmed."""
+    model, draft = random_llama(), random_llama(seed=1)
+    if which in ("both", "target"):
+        opentq.compress(model, "f16")
+    expected = greedy(model, tokens=24)
+    if which in ("both", "draft"):
+        opentq.compress(draft, "int4")
+    caches = make_prompt_cache(model) + make_prompt_cache(draft)
+    steps = speculative_generate_step(
+        PROMPT, model, draft, max_tokens=24, num_draft_tokens=4, prefill_step_size=128, prompt_cache=caches
+    )
+    assert [int(t) for t, _, _ in steps] == expected
+    assert caches[0].offset == caches[1].offset
+
+
+def test_peak_memory_of_a_long_prefill_is_below_mlx_lm(tiny_llama, kernels):
+    """8K tokens in steps of 512: packed cache and bounded scratch against fp32 cache and whole score matrices."""
+    prompt = mx.tile(PROMPT, 28)[:8192]
+    peaks = {}
+    for spec in (None, "int4"):
+        if spec:
+            opentq.compress(tiny_llama, spec)
+        cache = make_prompt_cache(tiny_llama)
+        mx.clear_cache()
+        base_bytes = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for i in range(0, 8192, 512):
+            tiny_llama.model(prompt[None, i : i + 512], cache=cache)
+            mx.eval([c.state for c in cache])
+        peaks[spec] = mx.get_peak_memory() - base_bytes
+    assert peaks["int4"] < peaks[None], peaks

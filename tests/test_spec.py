@@ -1,0 +1,96 @@
+"""The dial parses, prints, round-trips, and says which part of a bad spec is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opentq.codecs import GROUPS, REGISTRY
+from opentq.spec import KVSpec, SpecError, spec_from_flags
+
+names = st.sampled_from(sorted(REGISTRY))
+specs = st.builds(
+    KVSpec,
+    keys=names,
+    values=names,
+    group=st.sampled_from(GROUPS),
+    rotate=st.booleans(),
+    sink=st.integers(0, 9999),
+    recent=st.integers(0, 9999),
+    skip=st.tuples(st.integers(0, 99), st.integers(0, 99)),
+    window=st.sampled_from(["native", "compress"]),
+)
+
+
+@given(specs)
+def test_every_spec_round_trips(spec):
+    assert KVSpec.parse(str(spec)) == spec
+    assert str(KVSpec.parse(str(spec))) == str(spec)
+
+
+@given(st.text(max_size=30))
+def test_any_text_parses_or_says_why_not(text):
+    try:
+        spec = KVSpec.parse(text)
+    except SpecError as error:
+        assert repr(text) in str(error) and "\n" not in str(error)
+    else:
+        assert KVSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("int4", KVSpec()),
+        ("INT4:G64", KVSpec(group=64)),
+        ("k8v4", KVSpec("int8", "int4")),
+        ("k8int4", KVSpec("int8", "int4")),
+        ("int8/int4", KVSpec("int8", "int4")),
+        ("int3:norot:sink=4:recent=128:skip=first1,last2", KVSpec("int3", "int3", 32, False, 4, 128, (1, 2))),
+        ("int4:skip=last1", KVSpec(skip=(0, 1))),
+    ],
+)
+def test_spellings(text, expected):
+    assert KVSpec.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("nonsense", "'nonsense'"),
+        ("itn4", "did you mean 'int4'"),
+        ("k9v4", "'int9'"),
+        ("int4:g48", "'g48'"),
+        ("int4:sink=x", "sink='x'"),
+        ("int4:skip=middle1", "'middle1'"),
+        ("int4:g32:g64", "group is given twice"),
+        ("", "''"),
+    ],
+)
+def test_errors_name_the_part(text, part):
+    with pytest.raises(SpecError, match="KV spec") as error:
+        KVSpec.parse(text)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("text, bits", [("int4", 5.0), ("int4:g64", 4.5), ("int8:g64", 8.5), ("k8v4:g64", 6.5)])
+def test_bits_count_the_metadata(text, bits):
+    assert KVSpec.parse(text).bits_per_value(128) == bits
+
+
+def test_int4_is_3_2_times_smaller_than_fp16():
+    assert 16 / KVSpec.parse("int4").bits_per_value(128) == pytest.approx(3.2)
+
+
+def test_skip_protects_the_ends():
+    spec = KVSpec.parse("int4:skip=first1,last2")
+    assert [spec.for_layer(i, 5).keys for i in range(5)] == ["f16", "int4", "int4", "f16", "f16"]
+
+
+def test_mlx_lm_flags_are_aliases():
+    assert spec_from_flags(None, 8, 32) == KVSpec.parse("int8:g32")
+    assert spec_from_flags(None, 4, None) == KVSpec.parse("int4:g64")
+    for bad in (("int4", 4, None), (None, None, 64), (None, 5, 64)):
+        with pytest.raises(SpecError):
+            spec_from_flags(*bad)
