@@ -1,0 +1,637 @@
+// One threadgroup at a time on one CPU thread: every lane is a fiber that runs until it needs the others.
+//
+// A lane stops at SIMD collectives and barriers; a collective completes when all 32 lanes of the simdgroup stand at the
+// same call, which is also how divergence is found. Instrumented code reports every access to device, constant and
+// threadgroup memory before it happens: bounds, alignment, initialisation and races are judged here, bytes are counted.
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sys/mman.h>
+#include <unordered_map>
+#include <vector>
+
+typedef uint64_t u64;
+typedef uint32_t u32;
+
+namespace {
+
+constexpr int SIMD = 32, MAX_THREADS = 1024, STACK = 128 << 10;
+constexpr u64 GAP = 1 << 20, TG_LIMIT = 32768;
+
+enum State { READY, COLLECTIVE, BARRIER, DONE };
+enum Kind { REDUCE, SHUFFLE, VOTE, MMA, SIMD_BARRIER, CONVERGE };
+
+struct Lane {
+  void* sp;
+  char* stack;
+  State state;
+  const void* site;
+  int kind, op, type;
+  u64 in, fill, out;
+  u32 by;
+  float m[6];
+  u32 pos[3];
+};
+
+struct Region {  // one device or constant buffer
+  char* base;
+  u64 bytes;
+  bool output;
+  std::vector<uint8_t> touched;
+  std::vector<u64> writer;  // threadgroup << 32 | barrier epoch << 12 | thread + 1
+  u64 lane_read, simd_read, lane_write;
+};
+
+struct Cell {  // shadow of two bytes of threadgroup memory
+  u32 w_epoch, w_simd, r_epoch, r_simd;
+  uint16_t w_thread, r_thread;
+  uint8_t readers;  // 0 none, 1 one thread, 2 one simdgroup, 3 several
+};
+
+struct Block {  // one threadgroup array
+  char* base;
+  u64 bytes, cell, born;
+  const char* name;
+};
+
+Lane lanes[MAX_THREADS];
+void* scheduler_sp;
+int current, n_threads, lane_order;
+bool failed;
+char message[1024];
+char where[256];
+std::vector<Region> regions;
+std::vector<Block> blocks;
+std::vector<Cell> cells;
+u32 epoch, tg_first_epoch, simd_epoch[MAX_THREADS / SIMD];
+u64 tg_bytes, tg_serial;
+u32 tg_pos[3], tg_size[3], tg_count[3], grid[3], tg_shape[3];
+void (*entry)(void**);
+void** entry_args;
+struct {
+  u64 threads, threadgroups, barriers, simd_barriers, reduces, shuffles, mma, tg_read, tg_write, tg_peak, const_read;
+} counts;
+
+extern "C" void msl_swap(void** save, void* load);
+asm(R"(
+.text
+.globl msl_swap
+.type msl_swap,@function
+msl_swap:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+void to_scheduler() { msl_swap(&lanes[current].sp, scheduler_sp); }
+
+void describe() {
+  const Lane& l = lanes[current];
+  snprintf(where, sizeof where, "threadgroup (%u,%u,%u) thread (%u,%u,%u) simdgroup %d lane %d", tg_pos[0], tg_pos[1],
+           tg_pos[2], l.pos[0], l.pos[1], l.pos[2], current / SIMD, current % SIMD);
+}
+
+void set_failure(const char* format, va_list args) {
+  if (failed) return;
+  failed = true;
+  int n = vsnprintf(message, sizeof message, format, args);
+  snprintf(message + n, sizeof message - n, "; %s", where);
+}
+
+void fail_here(const char* format, ...) {  // from the scheduler
+  va_list args;
+  va_start(args, format);
+  set_failure(format, args);
+  va_end(args);
+}
+
+[[noreturn]] void fail(const char* format, ...) {  // from a lane, which never runs again
+  describe();
+  va_list args;
+  va_start(args, format);
+  set_failure(format, args);
+  va_end(args);
+  to_scheduler();
+  abort();
+}
+
+void lane_main() {
+  entry(entry_args);
+  lanes[current].state = DONE;
+  to_scheduler();
+  abort();
+}
+
+// ---- collectives ----------------------------------------------------------------------------------------------------
+
+float as_float(u64 x) { u32 u = u32(x); float f; memcpy(&f, &u, 4); return f; }
+u64 of_float(float f) { u32 u; memcpy(&u, &f, 4); return u; }
+float half_to_float(u64 x) { _Float16 h; uint16_t u = uint16_t(x); memcpy(&h, &u, 2); return float(h); }
+u64 float_to_half(float f) { _Float16 h = _Float16(f); uint16_t u; memcpy(&u, &h, 2); return u; }
+
+template <typename T> T combine(int op, T a, T b) {
+  switch (op) {
+    case 0: case 7: case 8: return T(a + b);
+    case 1: case 9: case 10: return T(a * b);
+    case 2: return a < b ? b : a;
+    case 3: return b < a ? b : a;
+  }
+  return a;
+}
+
+u64 combine_bits(int op, int type, u64 a, u64 b) {
+  if (op == 4) return a & b;
+  if (op == 5) return a | b;
+  if (op == 6) return a ^ b;
+  switch (type) {
+    case 0: return of_float(op == 2 ? fmaxf(as_float(a), as_float(b)) : op == 3 ? fminf(as_float(a), as_float(b))
+                                    : combine<float>(op, as_float(a), as_float(b)));
+    case 1: return float_to_half(combine<float>(op, half_to_float(a), half_to_float(b)));
+    case 2: return u32(combine<int32_t>(op, int32_t(a), int32_t(b)));
+    case 3: return combine<u32>(op, u32(a), u32(b));
+    case 4: return uint16_t(combine<int16_t>(op, int16_t(a), int16_t(b)));
+    default: return combine<uint16_t>(op, uint16_t(a), uint16_t(b));
+  }
+}
+
+u64 one_or_zero(int op, int type) {
+  if (op != 10) return 0;
+  return type == 0 ? of_float(1) : type == 1 ? float_to_half(1) : 1;
+}
+
+void reduce(Lane* l, int n) {
+  int op = l[0].op, type = l[0].type;
+  if (op >= 7) {  // prefix
+    u64 sum = one_or_zero(op, type);
+    for (int i = 0; i < n; i++) {
+      bool exclusive = op == 8 || op == 10;
+      u64 next = i == 0 && !exclusive ? l[0].in : combine_bits(op, type, sum, l[i].in);
+      l[i].out = exclusive ? sum : next;
+      sum = next;
+    }
+    return;
+  }
+  u64 v[SIMD];
+  for (int i = 0; i < n; i++) v[i] = l[i].in;
+  int m = n;
+  while (m > 1) {  // a butterfly's order of additions
+    int h = (m + 1) / 2;
+    for (int i = 0; i + h < m; i++) v[i] = combine_bits(op, type, v[i], v[i + h]);
+    m = h;
+  }
+  for (int i = 0; i < n; i++) l[i].out = v[0];
+}
+
+void shuffle(Lane* l, int n) {
+  for (int i = 0; i < n; i++) {
+    int by = int(l[i].by), from = i;
+    switch (l[i].op) {
+      case 0: case 4: from = by; break;
+      case 1: from = i ^ by; break;
+      case 2: case 7: from = i + by; break;
+      case 3: case 8: from = i - by; break;
+      case 5: from = (i + by) % SIMD; break;
+      case 6: from = (i - by + SIMD) % SIMD; break;
+      case 9: from = (i & ~3) | ((i & 3) ^ by); break;
+      case 10: from = (i & ~3) | ((i & 3) + by & 3); break;
+      case 11: from = 0; break;
+    }
+    bool inside = from >= 0 && from < n;
+    if (l[i].op == 7 || l[i].op == 8) l[i].out = inside ? l[from].in : l[i].fill;
+    // Outside the simdgroup MSL leaves down and up undefined: an obvious wrong value, not a lucky one.
+    else l[i].out = inside ? l[from].in : 0x7fc07fc07fc07fc0ull;
+  }
+}
+
+void matrix_at(int lane, int& row, int& col) {
+  int quad = lane / 4;
+  row = (quad & 4) + (lane / 2) % 4;
+  col = (quad & 2) * 2 + (lane % 2) * 2;
+}
+
+void mma(Lane* l) {
+  float a[8][8], b[8][8];
+  int r, c;
+  for (int i = 0; i < SIMD; i++) {
+    matrix_at(i, r, c);
+    a[r][c] = l[i].m[0], a[r][c + 1] = l[i].m[1], b[r][c] = l[i].m[2], b[r][c + 1] = l[i].m[3];
+  }
+  for (int i = 0; i < SIMD; i++) {
+    matrix_at(i, r, c);
+    for (int e = 0; e < 2; e++) {
+      float sum = l[i].m[4 + e];
+      for (int k = 0; k < 8; k++) sum += a[r][k] * b[k][c + e];
+      l[i].m[e] = sum;
+    }
+  }
+}
+
+const char* kind_name[] = {"simd reduction", "simd shuffle", "simd vote", "simdgroup_matrix multiply", "simdgroup_barrier",
+                           "simdgroup_matrix load or store"};
+
+bool complete_collective(int first, int n) {
+  Lane* l = lanes + first;
+  for (int i = 0; i < n; i++) {
+    current = first + i;
+    describe();
+    if (l[i].state != COLLECTIVE) {
+      fail_here("divergent simdgroup: this lane is %s while others wait at a %s",
+                l[i].state == DONE ? "finished" : "at a threadgroup_barrier", kind_name[l[i == 0 ? n - 1 : 0].kind]);
+      return false;
+    }
+    if (l[i].site != l[0].site || l[i].kind != l[0].kind) {
+      fail_here("divergent simdgroup: this lane is at another %s than lane 0's %s", kind_name[l[i].kind],
+                kind_name[l[0].kind]);
+      return false;
+    }
+  }
+  switch (l[0].kind) {
+    case REDUCE: reduce(l, n); counts.reduces++; break;
+    case SHUFFLE: shuffle(l, n); counts.shuffles++; break;
+    case VOTE: {
+      u64 mask = 0;
+      for (int i = 0; i < n; i++) mask |= u64(l[i].in != 0) << i;
+      for (int i = 0; i < n; i++) l[i].out = mask;
+      break;
+    }
+    case MMA:
+      if (n != SIMD) return fail_here("simdgroup_matrix needs 32 lanes, this simdgroup has %d", n), false;
+      mma(l);
+      counts.mma++;
+      break;
+    case SIMD_BARRIER:
+      counts.simd_barriers++;
+      if (l[0].op & 2) simd_epoch[first / SIMD]++;
+      break;
+    default: break;
+  }
+  for (int i = 0; i < n; i++) l[i].state = READY;
+  return true;
+}
+
+void collective(int kind, const void* site) {
+  Lane& l = lanes[current];
+  l.kind = kind, l.site = site, l.state = COLLECTIVE;
+  to_scheduler();
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+Region* find(const char* p) {
+  for (auto& r : regions)
+    if (p >= r.base - GAP / 2 && p < r.base + r.bytes + GAP / 2) return &r;
+  return nullptr;
+}
+
+// Bytes a simdgroup fetches: lanes that load the same address by the same instruction share one fetch.
+struct Fetches {
+  struct Slot { u64 key; u32 mask, age; };
+  std::vector<Slot> slots = std::vector<Slot>(1 << 14);
+  u32 age = 0, used = 0;
+  void clear() { age++, used = 0; }
+  bool first(u64 key, int lane) {
+    if (used * 2 > slots.size()) {
+      std::vector<Slot> old(slots.size() * 2);
+      old.swap(slots);
+      for (auto& s : old)
+        if (s.age == age && s.key) *probe(s.key) = s;
+    }
+    Slot* s = probe(key);
+    u32 bit = 1u << lane;
+    if (s->age != age || s->key != key) {
+      *s = {key, bit, age};
+      used++;
+      return true;
+    }
+    bool again = s->mask & bit;  // this lane is back: a new execution of the instruction
+    s->mask = again ? bit : s->mask | bit;
+    return again;
+  }
+  Slot* probe(u64 key) {
+    u64 h = key * 0x9e3779b97f4a7c15ull >> 20;
+    for (;; h++) {
+      Slot* s = &slots[h & (slots.size() - 1)];
+      if (s->age != age || s->key == key) return s;
+    }
+  }
+};
+std::vector<Fetches> fetches;
+
+u64 writer_id() { return (u64(tg_serial) << 32) | (u64(epoch - tg_first_epoch) << 12 & 0xfffff000) | u64(current + 1); }
+
+bool ordered(u64 id) {
+  u64 now = writer_id();
+  if (id >> 32 != now >> 32) return false;
+  return (id & 0xfff) == (now & 0xfff) || (id >> 12 & 0xfffff) < (now >> 12 & 0xfffff);
+}
+
+void device_access(const char* p, u32 bytes, u32 align, u32 site, bool write) {
+  Region* r = find(p);
+  if (!r) fail("%s of %u bytes outside every buffer, at %p", write ? "write" : "read", bytes, p);
+  long at = p - r->base;
+  int index = int(r - regions.data());
+  if (at < 0 || u64(at) + bytes > r->bytes)
+    fail("out of bounds: %s of %u bytes at byte %ld of buffer %d, which has %lu bytes", write ? "write" : "read", bytes, at,
+         index, r->bytes);
+  if (at % align) fail("misaligned: %s at byte %ld of buffer %d needs alignment %u", write ? "write" : "read", at, index, align);
+  if (write && !r->output) fail("write to input buffer %d", index);
+  if (r->output)
+    for (u32 i = 0; i < bytes; i++) {
+      u64& w = r->writer[at + i];
+      if (w && !ordered(w)) fail("race in device memory: byte %ld of output %d was written by another thread", at + i, index);
+      if (write) w = writer_id();
+      else if (!w) fail("read of byte %ld of output buffer %d before anything was written there", at + i, index);
+    }
+  if (write) {
+    r->lane_write += bytes;
+  } else {
+    r->lane_read += bytes;
+    if (fetches[current / SIMD].first((u64(at) << 24 | u64(index) << 16 | (site & 0xffff)) + 1, current % SIMD)) r->simd_read += bytes;
+    memset(&r->touched[at], 1, bytes);
+  }
+}
+
+Block* block_of(const char* p) {
+  for (auto& b : blocks)
+    if (p >= b.base && p < b.base + b.bytes) return &b;
+  return nullptr;
+}
+
+void race(const char* what, Block* b, const char* p, int other) {
+  fail("race in threadgroup memory: %s byte %ld of '%s' (other: thread %d, simdgroup %d) with no barrier between", what,
+       long(p - b->base), b->name, other, other / SIMD);
+}
+
+void tg_access(const char* p, u32 bytes, u32 align, bool write) {
+  Block* b = block_of(p);
+  if (!b || b->born != tg_serial || p + bytes > b->base + b->bytes)
+    fail("out of bounds: %s of %u bytes at byte %ld of threadgroup array '%s' of %lu bytes", write ? "write" : "read", bytes,
+         b ? long(p - b->base) : -1L, b ? b->name : "?", b ? b->bytes : 0ul);
+  if (u64(p - b->base) % align) fail("misaligned access to threadgroup array '%s'", b->name);
+  if (bytes == 1) fail("single-byte access to threadgroup array '%s' is not modelled", b->name);
+  (write ? counts.tg_write : counts.tg_read) += bytes;
+  int sg = current / SIMD;
+  u32 now_simd = simd_epoch[sg];
+  Cell* c = &cells[b->cell + (p - b->base) / 2];
+  for (u32 i = 0; i < bytes / 2; i++, c++) {
+    bool written = c->w_epoch >= tg_first_epoch;
+    if (c->w_epoch == epoch && c->w_thread != current && !(c->w_thread / SIMD == sg && c->w_simd < now_simd))
+      race(write ? "two threads write" : "read of what another thread wrote at", b, p + 2 * i, c->w_thread);
+    if (write) {
+      if (c->readers && c->r_epoch == epoch) {
+        bool mine = c->readers == 1 && c->r_thread == current;
+        bool before = c->readers < 3 && c->r_thread / SIMD == sg && c->r_simd < now_simd;
+        if (!mine && !before) race("write over what another thread reads at", b, p + 2 * i, c->r_thread);
+      }
+      *c = {epoch, now_simd, 0, 0, uint16_t(current), 0, 0};
+    } else {
+      if (!written) fail("read of uninitialised threadgroup memory: byte %ld of '%s'", long(p - b->base) + 2 * i, b->name);
+      if (!c->readers || c->r_epoch != epoch) c->readers = 1, c->r_thread = uint16_t(current);
+      else if (c->r_thread / SIMD != sg) c->readers = 3;
+      else if (c->r_thread != current && c->readers == 1) c->readers = 2;
+      c->r_epoch = epoch, c->r_simd = now_simd;
+    }
+  }
+}
+
+// ---- one threadgroup --------------------------------------------------------------------------------------------------
+
+void start_lane(int i) {
+  Lane& l = lanes[i];
+  if (!l.stack) l.stack = (char*)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void** sp = (void**)(l.stack + STACK - 64);
+  *--sp = nullptr;  // keeps the stack 16-byte aligned at lane_main's entry
+  *--sp = (void*)lane_main;
+  for (int k = 0; k < 6; k++) *--sp = nullptr;
+  l.sp = sp;
+  l.state = READY;
+}
+
+void run_threadgroup() {
+  tg_serial++, epoch++, tg_first_epoch = epoch;
+  tg_bytes = 0;
+  for (auto& f : fetches) f.clear();
+  for (int i = 0; i < n_threads; i++) {
+    start_lane(i);
+    lanes[i].pos[0] = i % tg_size[0], lanes[i].pos[1] = i / tg_size[0] % tg_size[1];
+    lanes[i].pos[2] = i / (tg_size[0] * tg_size[1]);
+  }
+  int simdgroups = (n_threads + SIMD - 1) / SIMD;
+  for (;;) {
+    for (int s = 0; s < simdgroups; s++) {
+      int sg = lane_order & 1 ? simdgroups - 1 - s : s;
+      int first = sg * SIMD, n = n_threads - first < SIMD ? n_threads - first : SIMD;
+      for (;;) {
+        bool ran = false;
+        for (int k = 0; k < n; k++) {
+          int i = first + (lane_order & 2 ? n - 1 - k : k);
+          if (lanes[i].state != READY) continue;
+          current = i, ran = true;
+          msl_swap(&scheduler_sp, lanes[i].sp);
+          if (failed) return;
+        }
+        if (ran) continue;
+        bool waits = false;
+        for (int k = 0; k < n; k++) waits |= lanes[first + k].state == COLLECTIVE;
+        if (!waits) break;
+        if (!complete_collective(first, n)) return;
+      }
+    }
+    int done = 0;
+    for (int i = 0; i < n_threads; i++) done += lanes[i].state == DONE;
+    if (done == n_threads) return;
+    for (int i = 0; i < n_threads; i++) {
+      current = i;
+      describe();
+      if (lanes[i].state == DONE) return fail_here("this thread finished while others wait at a threadgroup_barrier");
+      if (lanes[i].site != lanes[0].site) return fail_here("this thread is at another threadgroup_barrier than thread 0");
+    }
+    counts.barriers++;
+    if (lanes[0].op & 3) epoch++;
+    for (int i = 0; i < n_threads; i++) lanes[i].state = READY;
+  }
+}
+
+}  // namespace
+
+#define SITE __builtin_return_address(0)
+#define API extern "C" __attribute__((noinline, visibility("default")))
+
+API u64 msl_reduce(u64 bits, int op, int type) {
+  Lane& l = lanes[current];
+  l.in = bits, l.op = op, l.type = type;
+  collective(REDUCE, SITE);
+  return l.out;
+}
+API u64 msl_shuffle(u64 bits, int kind, u32 by, u64 fill) {
+  Lane& l = lanes[current];
+  l.in = bits, l.op = kind, l.by = by, l.fill = fill;
+  collective(SHUFFLE, SITE);
+  return l.out;
+}
+API u64 msl_vote(bool value) {
+  Lane& l = lanes[current];
+  l.in = value;
+  collective(VOTE, SITE);
+  return l.out;
+}
+struct msl_pair { float x, y; };
+API msl_pair msl_mma(float a0, float a1, float b0, float b1, float c0, float c1) {
+  Lane& l = lanes[current];
+  float m[6] = {a0, a1, b0, b1, c0, c1};
+  memcpy(l.m, m, sizeof m);
+  collective(MMA, SITE);
+  return {l.m[0], l.m[1]};
+}
+API void msl_simd_barrier(int flags) {
+  lanes[current].op = flags;
+  collective(SIMD_BARRIER, SITE);
+}
+API void msl_converge() { collective(CONVERGE, SITE); }
+API void msl_barrier(int flags) {
+  Lane& l = lanes[current];
+  l.op = flags, l.site = SITE, l.state = BARRIER;
+  to_scheduler();
+}
+API u32 msl_matrix_lane() {
+  int r, c;
+  matrix_at(current % SIMD, r, c);
+  return u32(r) << 8 | u32(c);
+}
+
+API void msl_declare(const volatile void* data, u64 bytes, const char* name) {
+  for (auto& b : blocks)
+    if (b.base == (char*)data) {
+      if (b.born == tg_serial) return;
+      b.born = tg_serial;
+      tg_bytes += (bytes + 15) & ~15ull;
+      goto check;
+    }
+  blocks.push_back({(char*)data, bytes, cells.size(), tg_serial, name});
+  cells.resize(cells.size() + (bytes + 1) / 2);
+  tg_bytes += (bytes + 15) & ~15ull;
+check:
+  if (tg_bytes > counts.tg_peak) counts.tg_peak = tg_bytes;
+  if (tg_bytes > TG_LIMIT) fail("threadgroup memory: %lu bytes are declared, the limit is 32768", tg_bytes);
+}
+
+API u64 msl_attribute(int which, int axis) {
+  const Lane& l = lanes[current];
+  switch (which) {
+    case 0: return l.pos[axis] + u64(tg_pos[axis]) * tg_shape[axis];  // thread_position_in_grid
+    case 1: return tg_pos[axis];
+    case 2: return l.pos[axis];
+    case 3: return tg_size[axis];
+    case 4: return tg_count[axis];
+    case 5: return grid[axis];
+    case 6: return current % SIMD;
+    case 7: return current / SIMD;
+    case 8: return (n_threads + SIMD - 1) / SIMD;
+    case 9: return SIMD;
+    case 10: return current;
+    case 11: return current / 4;
+    case 12: return current % 4;
+    case 13: return tg_shape[axis];  // dispatch_threads_per_threadgroup
+  }
+  return 0;
+}
+
+API void msl_read_device(const char* p, u32 bytes, u32 align, u32 site) { device_access(p, bytes, align, site, false); }
+API void msl_write_device(const char* p, u32 bytes, u32 align, u32 site) { device_access(p, bytes, align, site, true); }
+API void msl_read_constant(const char* p, u32 bytes, u32 align, u32 site) {
+  counts.const_read += bytes;
+  if (find(p)) device_access(p, bytes, align, site, false);  // else a table of the program itself
+}
+API void msl_read_threadgroup(const char* p, u32 bytes, u32 align, u32) { tg_access(p, bytes, align, false); }
+API void msl_write_threadgroup(const char* p, u32 bytes, u32 align, u32) { tg_access(p, bytes, align, true); }
+
+#define MATH(f, e) API float msl_##f(float x) { return e; }
+MATH(exp, expf(x)) MATH(exp2, exp2f(x)) MATH(exp10, powf(10, x)) MATH(log, logf(x)) MATH(log2, log2f(x))
+MATH(log10, log10f(x)) MATH(sqrt, sqrtf(x)) MATH(rsqrt, 1 / sqrtf(x)) MATH(sin, sinf(x)) MATH(cos, cosf(x)) MATH(tan, tanf(x))
+MATH(sinh, sinhf(x)) MATH(cosh, coshf(x)) MATH(tanh, tanhf(x)) MATH(asin, asinf(x)) MATH(acos, acosf(x)) MATH(atan, atanf(x))
+MATH(asinh, asinhf(x)) MATH(acosh, acoshf(x)) MATH(atanh, atanhf(x)) MATH(sinpi, sinf(float(M_PI) * x))
+MATH(cospi, cosf(float(M_PI) * x)) MATH(tanpi, tanf(float(M_PI) * x))
+API float msl_pow(float x, float y) { return powf(x, y); }
+API float msl_powr(float x, float y) { return powf(x, y); }
+API float msl_atan2(float x, float y) { return atan2f(x, y); }
+API float msl_fmod(float x, float y) { return fmodf(x, y); }
+API float msl_nextafter(float x, float y) { return nextafterf(x, y); }
+API float msl_divide(float x, float y) { return x / y; }
+API float msl_ldexp(float x, int k) { return ldexpf(x, k); }
+
+// ---- what Python calls ------------------------------------------------------------------------------------------------
+
+// Buffers are copied to addresses of their own with unmapped gaps between them. Returns 0, or 1 with the failure's text.
+API int msl_run(void (*kernel)(void**), int n, void** data, const u64* bytes, const int* output, const u32* threads,
+                const u32* tg, int order, char* error, int error_size, u64* buffer_counts, u64* total_counts) {
+  failed = false, message[0] = where[0] = 0, lane_order = order;
+  memset(&counts, 0, sizeof counts);
+  blocks.clear(), cells.clear(), regions.clear();
+  fetches.assign(MAX_THREADS / SIMD, {});
+  std::vector<void*> args(n);
+  std::vector<std::pair<void*, u64>> maps;
+  for (int i = 0; i < n; i++) {
+    if (!data[i]) { args[i] = nullptr; regions.push_back({(char*)16, 0, false}); continue; }
+    u64 size = (bytes[i] + GAP * 2 + 4095) & ~4095ull;
+    char* m = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    maps.push_back({m, size});
+    char* base = m + GAP;
+    memcpy(base, data[i], bytes[i]);
+    Region r{base, bytes[i], output[i] != 0};
+    r.touched.resize(bytes[i]);
+    if (r.output) r.writer.resize(bytes[i]);
+    regions.push_back(std::move(r));
+    args[i] = base;
+  }
+  entry = kernel, entry_args = args.data();
+  for (int a = 0; a < 3; a++) {
+    grid[a] = threads[a], tg_shape[a] = tg[a] < threads[a] ? tg[a] : threads[a];
+    tg_count[a] = (threads[a] + tg_shape[a] - 1) / tg_shape[a];
+  }
+  for (u32 z = 0; z < tg_count[2] && !failed; z++)
+    for (u32 y = 0; y < tg_count[1] && !failed; y++)
+      for (u32 x = 0; x < tg_count[0] && !failed; x++) {
+        u32 at[3] = {x, y, z};
+        for (int a = 0; a < 3; a++) {  // dispatchThreads: the last threadgroup of an axis may be smaller
+          tg_pos[a] = at[a];
+          u32 left = grid[a] - at[a] * tg_shape[a];
+          tg_size[a] = left < tg_shape[a] ? left : tg_shape[a];
+        }
+        n_threads = tg_size[0] * tg_size[1] * tg_size[2];
+        if (n_threads > MAX_THREADS) {
+          fail_here("a threadgroup of %d threads; the limit is 1024", n_threads);
+          break;
+        }
+        counts.threads += n_threads, counts.threadgroups++;
+        run_threadgroup();
+      }
+  for (int i = 0; i < n; i++) {
+    u64 unique = 0, unwritten = 0;
+    for (uint8_t t : regions[i].touched) unique += t;
+    if (regions[i].output) {
+      for (u64 w : regions[i].writer) unwritten += w == 0;
+      memcpy(data[i], regions[i].base, bytes[i]);
+    }
+    u64 row[5] = {unique, regions[i].simd_read, regions[i].lane_read, regions[i].lane_write, unwritten};
+    memcpy(buffer_counts + 5 * i, row, sizeof row);
+  }
+  memcpy(total_counts, &counts, sizeof counts);
+  for (auto& m : maps) munmap(m.first, m.second);
+  snprintf(error, error_size, "%s", message);
+  return failed;
+}
