@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from .commands.demo import demo
+from .commands.doctor import doctor
 from .commands.generate import generate
 from .errors import UserError
 
@@ -18,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command()(generate)
+for command in (generate, demo, doctor):
+    app.command()(command)
 
 
 @app.callback()

@@ -1,0 +1,146 @@
+"""`opentq demo`: a small trained model reads a real document of about 8,000 tokens and answers a question about it, twice.
+
+Once with mlx-lm's own cache, once with a compressed one. The table says what each cost and how far they agree.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..generation import Result
+
+DOCUMENT = "argparse.py"
+DOCUMENT_TOKENS = 7900
+TEACHER_TOKENS = 256
+NAME, CODE, DEPTH = "Babilu", "48213", 0.35
+
+
+def demo(
+    model: Annotated[str, typer.Option("--model", help="Model folder; the trained model of the repository.")] = "",
+    kv: Annotated[str, typer.Option(help="KV spec to compare with mlx-lm's own cache.")] = "int4",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
+) -> None:
+    """Read a long document, find the fact in it, and compare the caches."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..generation import human_bytes
+    from ..spec import KVSpec
+
+    spec = KVSpec.parse(kv)
+    outcome = compare(model or str(find_model()), spec)
+    table = Table(title=f"{outcome['document']} · {outcome['prompt_tokens']} tokens · {outcome['question']}")
+    for column in ("KV cache", "answer", "KV held", "vs fp16", "peak memory", "prefill tok/s", "decode tok/s"):
+        table.add_column(column, justify="left" if column in ("KV cache", "answer") else "right", no_wrap=True)
+    for row in outcome["rows"]:
+        table.add_row(
+            row["kv"],
+            row["answer"],
+            human_bytes(row["kv_bytes"]),
+            f"{row['kv_bytes'] / row['fp16_bytes']:.3f}x",
+            human_bytes(row["peak_bytes"]),
+            f"{row['prompt_tps']:.0f}",
+            f"{row['generation_tps']:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"needle {'found' if outcome['found'] else 'NOT FOUND'} with {spec} (expected {outcome['expected']}) · top-1 "
+        f"agreement {outcome['answer_agreement']:.1%} over the answer, {outcome['teacher_agreement']:.1%} over "
+        f"{TEACHER_TOKENS} teacher-forced tokens"
+    )
+    if as_json:
+        print(json.dumps(outcome))
+    if not outcome["found"]:
+        raise UserError(f"the fact was not found with --kv {spec}")
+
+
+def find_model() -> Path:
+    """`models/tiny-llama` in this folder or beside the package. Raises UserError."""
+    places = [Path.cwd(), Path(__file__).resolve().parents[2]]
+    for place in places:
+        folder = place / "models" / "tiny-llama"
+        if folder.is_dir():
+            return folder
+    raise UserError("models/tiny-llama was not found: run `opentq demo` in a clone of the repository, or give --model")
+
+
+def compare(path: str, spec: Any) -> dict[str, Any]:
+    """Both runs and their agreement, as one record."""
+    from .. import hooks
+    from ..model import load
+
+    model, tokenizer = load(path)
+    tokens, question = build_prompt(tokenizer)
+    native, native_logits = _run(model, tokenizer, tokens)
+    # The tokens that follow in the document, teacher-forced, tell more than one short answer.
+    hooks.compress(model, spec)
+    ours, our_logits = _run(model, tokenizer, tokens)
+    fp16 = ours.kv_fp16_bytes
+    agree = [int(a == b) for a, b in zip(native.tokens, ours.tokens)]
+    length = max(len(native.tokens), len(ours.tokens), 1)
+    return {
+        "model": path,
+        "document": DOCUMENT,
+        "prompt_tokens": len(tokens),
+        "question": question,
+        "expected": CODE,
+        "found": CODE in ours.text,
+        "answer_agreement": sum(agree) / length,
+        "teacher_agreement": sum(a == b for a, b in zip(native_logits, our_logits)) / TEACHER_TOKENS,
+        "rows": [_row("mlx-lm", native, fp16), _row(str(spec), ours, fp16)],
+    }
+
+
+def build_prompt(tokenizer: Any) -> tuple[list[int], str]:
+    """The document with the fact planted and the question asked, as one user message."""
+    from ..generation import encode_prompt
+
+    source = Path(sysconfig.get_paths()["stdlib"]) / DOCUMENT
+    try:
+        text = source.read_text()
+    except OSError as error:
+        raise UserError(f"the demo's document {source} can't be read: {error.strerror}") from error
+    text = tokenizer.decode(tokenizer.encode(text)[:DOCUMENT_TOKENS])
+    cut = text.index("\n", int(len(text) * DEPTH))
+    question = f"What is the secret code of {NAME}?"
+    planted = f"{text[:cut]}\n# The secret code of {NAME} is {CODE}.\n{text[cut:]}"
+    return encode_prompt(tokenizer, f"{planted}\n{question}"), question
+
+
+def _run(model: Any, tokenizer: Any, tokens: list[int]) -> tuple[Result, list[int]]:
+    """The answer, and the most likely next token at each of the following teacher-forced tokens."""
+    import mlx.core as mx
+
+    from ..generation import Request, run
+    from ..model import make_cache
+
+    caches = make_cache(model)
+    result = run(model, tokenizer, Request(tokens, max_tokens=16, prefill_step_size=512, caches=caches))
+    # The continuation is the document's own beginning, which the network has read once already.
+    follow = mx.array(tokens[:TEACHER_TOKENS])
+    choices: list[int] = []
+    for start in range(0, TEACHER_TOKENS, 32):
+        logits = model(follow[None, start : start + 32], cache=caches)
+        choices += logits[0].argmax(-1).tolist()
+    return result, choices
+
+
+def _row(name: str, result: Result, fp16_bytes: int) -> dict[str, Any]:
+    return {
+        "kv": name,
+        "answer": result.text.strip(),
+        "kv_bytes": result.kv_bytes,
+        "fp16_bytes": fp16_bytes,
+        "peak_bytes": result.peak_bytes,
+        "prompt_tps": result.prompt_tps,
+        "generation_tps": result.generation_tps,
+    }

@@ -1,0 +1,180 @@
+"""The command line on real input and on bad input: one helpful line, a non-zero exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opentq import cli
+
+TINY = Path(__file__).parents[1] / "models" / "tiny-llama"
+QUESTION = "# The secret code of Babilu is 48213.\n\nimport os\nimport sys\nWhat is the secret code of Babilu?"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `opentq ARGS` in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["opentq", *args])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "opentq", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5 * slowness(), times
+
+
+def slowness() -> float:
+    """How much slower than usual this machine starts Python right now: the limit is meant for an idle machine."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import rich.console, click"], check=True)
+    return max(1.0, (time.perf_counter() - start) / 0.25)
+
+
+@pytest.mark.parametrize("kv", ["int4", "k8v4", "f16"])
+def test_generate_answers_from_a_file(run, tmp_path, kv):
+    prompt, answer = tmp_path / "prompt.txt", tmp_path / "answer.txt"
+    prompt.write_text(QUESTION)
+    args = ["--model", str(TINY), "--kv", kv, "--prompt-file", str(prompt), "-m", "16", "--json", "-o", str(answer)]
+    code, out, err = run("generate", *args)
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert "48213" in record["text"] and record["kv_spec"] == kv and record["prompt_tokens"] > 20
+    assert answer.read_text() == record["text"]
+    assert "tok/s" in err and "KV" in err
+
+
+def test_mlx_lm_generates_the_same_text(run):
+    """The same words through the command and through plain mlx_lm after opentq.compress."""
+    import mlx_lm
+
+    import opentq
+    from opentq.generation import encode_prompt
+
+    code, out, err = run("generate", "--model", str(TINY), "--kv", "int4", QUESTION, "-m", "16", "--json")
+    assert code == 0, err
+    model, tokenizer = opentq.load(str(TINY))
+    opentq.compress(model, "int4")
+    text = mlx_lm.generate(model, tokenizer, prompt=encode_prompt(tokenizer, QUESTION), max_tokens=16)
+    assert text == json.loads(out.splitlines()[-1])["text"]
+    rows = opentq.report(model).rows
+    assert rows and all(row.calls > 0 for row in rows if row.plan.compressed)
+
+
+def model_copy(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    return folder
+
+
+def no_weights(tmp_path):
+    folder = model_copy(tmp_path)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def half_downloaded(tmp_path):
+    folder = model_copy(tmp_path)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def cut_weights(tmp_path):
+    folder = model_copy(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    return folder
+
+
+def not_a_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    return tmp_path
+
+
+def unsupported(tmp_path):
+    folder = model_copy(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "abacus"}))
+    return folder
+
+
+def damaged_config(tmp_path):
+    folder = model_copy(tmp_path)
+    (folder / "config.json").write_text('{"model_type": ')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (no_weights, "no weights"),
+        (half_downloaded, "lacks model-00002-of-00002.safetensors"),
+        (cut_weights, "download"),
+        (not_a_model, "not a model folder"),
+        (unsupported, "abacus not supported"),
+        (damaged_config, "damaged"),
+        (lambda p: p / "missing", "does not exist"),
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
+def test_bad_models(run, tmp_path, make, words):
+    code, out, err = run("generate", "--model", str(make(tmp_path)), "hello")
+    assert code == 2 and words in err and err.count("\n") == 1 and not out, err
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--kv", "nonsense", "hello"], "unknown codec 'nonsense'"),
+        (["--kv", "int4:g48", "hello"], "g48"),
+        (["--kv", "int4", "--kv-bits", "4", "hello"], "not both"),
+        ([""], "the prompt is empty"),
+        (["--prompt-file", "/nonexistent/prompt"], "can't read the prompt file"),
+        (["--prompt", "a", "b"], "once"),
+        (["hello", "--max-context", "5"], "--max-context 5"),
+        (["hello", "-o", "/nonexistent/out.txt"], "can't write the output"),
+    ],
+)
+def test_bad_input(run, args, words):
+    code, _, err = run("generate", "--model", str(TINY), *args)
+    assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_a_missing_model_option(run):
+    code, _, err = run("generate", "hello")
+    assert code == 2 and "--model" in err
+
+
+def test_doctor_finds_a_working_machine(run):
+    code, out, _ = run("doctor", "--json")
+    checks = {c["name"]: c for c in json.loads(out)}
+    assert code == 0 and checks["seam with mlx-lm"]["state"] == "ok" and checks["conformance tiled"]["state"] == "ok"
+
+
+def test_the_demo_needs_a_model(run, monkeypatch, tmp_path):
+    from opentq.commands import demo
+
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "a" / "b" / "c" / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("demo")
+    assert code == 2 and "models/tiny-llama was not found" in err
