@@ -20,7 +20,8 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
-from .caches.single import Handle, LayerStats, OpenTQCache
+from .caches.single import OpenTQCache
+from .caches.step import Handle, LayerStats
 from .policy import LayerPlan, decide, members
 from .spec import KVSpec
 

@@ -6,9 +6,17 @@ about thirty times on its way to any length and at most 3 % of the buffer is sla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
+from ..codecs import Codec, Packed
+from ..kernels.layout import Layout
+
 STEP_TOKENS = 256
+
+EVERY = slice(None)
+"""All sequences of a batch."""
 
 
 class Buffer:
@@ -23,36 +31,85 @@ class Buffer:
         """Allocated rows."""
         return self.arrays[0].shape[2] if self.arrays else 0
 
-    def write(self, row: int, new: tuple[mx.array, ...]) -> None:
-        """Put `new` (n rows) at `row`, growing as needed. Rows above `row` are forgotten."""
+    def rows_of(self, tokens: int) -> int:
+        """Rows that `tokens` tokens take."""
+        return -(-tokens // self.block)
+
+    def write(self, row: int, new: tuple[mx.array, ...], lanes: slice = EVERY, lane_count: int = 0) -> None:
+        """Put `new` (n rows) at `row` of some lanes, growing as needed. With all lanes, rows above are forgotten."""
         end = row + new[0].shape[2]
         if not self.arrays:
-            self.arrays = tuple(mx.zeros((*a.shape[:2], 0, *a.shape[3:]), a.dtype) for a in new)
+            self.arrays = tuple(mx.zeros((lane_count or a.shape[0], a.shape[1], 0, *a.shape[3:]), a.dtype) for a in new)
         if end > self.rows:
-            self._grow(row, end)
+            self._grow(row if lanes == EVERY else self.rows, end)
         # With the old array's only reference gone, slice_update works in place.
-        self.arrays = tuple(_assign(a, n, row) for a, n in zip(self.arrays, new))
+        self.arrays = tuple(_assign(a, n, row, lanes) for a, n in zip(self.arrays, new))
+
+    def append(self, codec: Codec, layout: Layout, tokens: int, y: mx.array, lanes: slice = EVERY, lane_count: int = 0):
+        """Encode rotated vectors `y [lanes, H, T, D]` and write them after the `tokens` that are there."""
+        row, inside = divmod(tokens, self.block)
+        if not inside:
+            return self.write(row, layout.encode(codec, y), lanes, lane_count)
+        # A trim left a block half full: reopen it in the canonical format, which is exact.
+        opened = tuple(a[:, :, :inside] for a in layout.load(tuple(a[lanes, :, row : row + 1] for a in self.arrays)))
+        joined = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(opened, codec.encode(y)))
+        return self.write(row, layout.store(joined), lanes)
+
+    def forget(self, front: int, tokens: int, lanes: slice = EVERY) -> None:
+        """Drop the first `front` of `tokens` tokens; both whole rows."""
+        first, last = front // self.block, self.rows_of(tokens)
+        if last > first:
+            kept = tuple(own(a[lanes, :, first:last]) for a in self.arrays)
+            self.arrays = tuple(_assign(a, k, 0, lanes) for a, k in zip(self.arrays, kept))
+
+    def canonical(self, layout: Layout, tokens: int, lanes: slice = EVERY) -> Packed:
+        """The first `tokens` tokens in the canonical format."""
+        rows = self.rows_of(tokens)
+        arrays = layout.load(tuple(a[lanes, :, :rows] for a in self.arrays)) if rows else ()
+        return tuple(a[:, :, :tokens] for a in arrays)
 
     def truncated(self, rows: int) -> tuple[mx.array, ...]:
         """The first `rows` rows (views)."""
         return tuple(a[:, :, :rows] for a in self.arrays)
+
+    def capacity(self, rows: int) -> int:
+        """Rows to allocate for `rows` rows."""
+        steps = max(1, rows * self.block // (32 * STEP_TOKENS))
+        step = steps * STEP_TOKENS // self.block
+        return -(-rows // step) * step
 
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
 
     def _grow(self, keep: int, needed: int) -> None:
-        step = max(STEP_TOKENS // self.block, needed // 32)
-        capacity = -(-needed // step) * step
         grown = []
         for a in self.arrays:
-            room = mx.zeros((*a.shape[:2], capacity - keep, *a.shape[3:]), a.dtype)
-            grown.append(mx.concatenate([a[:, :, :keep], room], axis=2) if keep else room)
+            room = mx.zeros((*a.shape[:2], self.capacity(needed), *a.shape[3:]), a.dtype)
+            grown.append(_assign(room, a[:, :, :keep], 0) if keep else room)
         self.arrays = tuple(grown)
 
 
-def _assign(array: mx.array, new: mx.array, row: int) -> mx.array:
-    array[:, :, row : row + new.shape[2]] = new
+def joined(parts: Sequence[tuple[int, tuple[mx.array, ...]]], rows: int) -> tuple[mx.array, ...]:
+    """Lanes of several caches in one set of arrays with `rows` rows: no more memory than the result takes.
+
+    Args:
+        parts: (number of lanes, arrays `[lanes, H, some rows <= rows, ...]` or () where there is nothing yet).
+    """
+    like = next((arrays for _, arrays in parts if arrays), ())
+    lanes = sum(count for count, _ in parts)
+    out = [mx.zeros((lanes, a.shape[1], rows, *a.shape[3:]), a.dtype) for a in like]
+    start = 0
+    for count, arrays in parts:
+        for i, a in enumerate(arrays):
+            if a.shape[2]:
+                out[i] = _assign(out[i], a, 0, slice(start, start + count))
+        start += count
+    return tuple(out)
+
+
+def _assign(array: mx.array, new: mx.array, row: int, lanes: slice = EVERY) -> mx.array:
+    array[lanes, :, row : row + new.shape[2]] = new
     return array
 
 

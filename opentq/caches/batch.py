@@ -1,0 +1,319 @@
+"""Many sequences in one compressed cache, without padding and without decoding anything.
+
+Every sequence has a lane of its own. Its packed tokens start at row 0 of the lane, its sink tokens at column 0 of the
+fp16 columns, and its tail ends at their right edge; lengths are host integers, one `Extent` per lane. mlx-lm pads
+prompts on the right while it processes them together: those columns lie in the future of every real query, and they are
+dropped as soon as the step is over, so that no padding is ever stored. Each lane is cut into blocks where it would be
+cut alone, which is why a batch gives the tokens that single runs give.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+from ..attention.args import Lengths
+from ..codecs import Packed
+from ..spec import KVSpec
+from .buffer import EVERY, Buffer, joined, own
+from .extent import Extent
+from .single import OpenTQCache, relay
+from .step import CausalMask, Handle, LayerStats
+
+Columns = Sequence[Sequence[int]]
+"""For every lane, source columns: those of its sink and those of its tail, in order."""
+
+
+class BatchOpenTQCache(OpenTQCache):
+    """mlx-lm's batch cache protocol over packed keys and values: `count` sequences of any lengths."""
+
+    def __init__(self, spec: KVSpec | str, count: int, stats: LayerStats | None = None, window: int = 0):
+        self.extents = [Extent()] * count
+        self.left = [0] * count  # columns of left padding still to come
+        self.todo: list[int] | None = None  # real tokens still to come while prompts are padded on the right
+        super().__init__(spec, stats, window)
+
+    # ---- lengths
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of every sequence's next token, int32 `[B]`, for RoPE."""
+        return _int_array(tuple(e.offset - left for e, left in zip(self.extents, self.left)))
+
+    @property
+    def left_padding(self) -> mx.array:
+        """How much shorter than the longest every sequence is, int32 `[B]`."""
+        longest = self.size()
+        return _int_array(tuple(longest - e.held for e in self.extents))
+
+    def size(self) -> int:
+        """Tokens that the longest sequence holds."""
+        return max((e.held for e in self.extents), default=0)
+
+    def is_trimmable(self) -> bool:
+        return all(e.base == 0 for e in self.extents)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        """None, "causal", or, where the model insists, an array whose columns end at each sequence's last token."""
+        if return_array and N > 1:
+            window = window_size or self.window or None
+            return create_causal_mask(N, self.size(), window_size=window, left_padding=self.left_padding)
+        if window_size and window_size != self.window:
+            return CausalMask(window_size)
+        return "causal" if N > 1 else None
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Say how the next tokens are padded: on the left (empty cache only), or on the right until `finalize`."""
+        if left_padding is not None:
+            if self.dense_k is not None:
+                raise ValueError("left padding can only be added to an empty batch cache")
+            self.left = [a + b for a, b in zip(self.left, _ints(left_padding))]
+        if right_padding is not None and max(_ints(right_padding), default=0) > 0:
+            if lengths is None:
+                raise ValueError("right padding needs the prompts' lengths: prepare(lengths=..., right_padding=...)")
+            self.todo = _ints(lengths)
+
+    def finalize(self) -> None:
+        """The padded prompts are over; their padding was never stored."""
+        self.todo = None
+
+    def _lengths(self, batch: int) -> tuple[Lengths, ...]:
+        columns = self.dense_k.shape[2]  # type: ignore[union-attr]
+        return tuple((e.packed, e.sink, columns - e.tail + left) for e, left in zip(self.extents, self.left))
+
+    # ---- writing
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
+        if keys.shape[0] != len(self.extents):
+            raise ValueError(f"a batch cache of {len(self.extents)} sequences was given {keys.shape[0]}")
+        return super().update_and_fetch(keys, values)
+
+    def _absorb(self, dense_k: mx.array, dense_v: mx.array, count: int) -> bool:
+        old = dense_k.shape[2] - count
+        skip = [min(left, count) for left in self.left]
+        real = [count - s for s in skip] if self.todo is None else [min(t, count) for t in self.todo]
+        before = self.extents
+        grown = [e.append(n, self.limits) for e, n in zip(before, real)]
+        self.extents = [after for after, _ in grown]
+        self.left = [left - s for left, s in zip(self.left, skip)]
+        if self.todo is not None:
+            self.todo = [t - n for t, n in zip(self.todo, real)]
+        moves = [move for _, move in grown]
+        if all(move.nothing for move in moves) and all(n == count for n in real):
+            self.dense_k, self.dense_v = dense_k, dense_v
+            return False
+        # Columns of every lane's tail, new tokens included: [first, end).
+        first = [old - e.tail + s for e, s in zip(before, skip)]
+        work = [
+            (e.packed, move.forget, at + move.to_sink + move.skip, move.flush)
+            for e, move, at in zip(before, moves, first)
+        ]
+        for lanes, job in _together(work):
+            for buffer, codec, layout, y in self._sides(dense_k, dense_v):
+                packed, forget, start, flush = job
+                if forget:
+                    buffer.forget(forget, packed, lanes)
+                if flush:
+                    block = y[lanes, :, start : start + flush]
+                    buffer.append(codec, layout, packed - forget, block, lanes, len(before))
+        ends = [at + e.tail + n for at, e, n in zip(first, before, real)]
+        sinks = [[*range(e.sink), *range(at, at + m.to_sink)] for e, at, m in zip(before, first, moves)]
+        tails = [range(end - e.tail, end) for end, e in zip(ends, self.extents)]
+        self._arrange(dense_k, dense_v, sinks, tails)
+        return any(move.forget for move in moves)
+
+    def _arrange(self, dense_k: mx.array, dense_v: mx.array, sinks: Columns, tails: Columns) -> None:
+        """Set the fp16 columns from those of `dense_k`, `dense_v`: sinks to the left edge, tails to the right."""
+        width = _width(sinks, tails)
+        if not width:
+            self.dense_k, self.dense_v = (mx.zeros((*d.shape[:2], 0, d.shape[3]), d.dtype) for d in (dense_k, dense_v))
+            return
+        index = [[*sink, *[0] * (width - len(sink) - len(tail)), *tail] for sink, tail in zip(sinks, tails)]
+        columns = mx.array(index, dtype=mx.int32).reshape(len(index), 1, width, 1)
+        self.dense_k, self.dense_v = (mx.take_along_axis(d, columns, axis=2) for d in (dense_k, dense_v))
+
+    def trim(self, n: int) -> int:
+        """Drop the newest n tokens of every sequence (all that it has, where it has fewer)."""
+        before = self.extents
+        self.extents = [e.trim(n) for e in before]
+        if self.dense_k is not None and self.dense_v is not None:
+            columns = self.dense_k.shape[2]
+            starts = [columns - e.tail for e in before]
+            tails = [range(at, at + e.tail) for at, e in zip(starts, self.extents)]
+            self._arrange(self.dense_k, self.dense_v, [range(e.sink) for e in self.extents], tails)
+        return max((b.held - e.held for b, e in zip(before, self.extents)), default=0)
+
+    # ---- sequences come and go
+
+    @classmethod
+    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
+        """One batch of single caches, empty ones included; raises ValueError where they don't fit together."""
+        first = caches[0]
+        batch = cls(first.spec, 0, first.stats, first.window)
+        for c in caches:
+            batch._check_same(c)
+            if c.dense_k is not None and c.dense_k.shape[0] != 1:
+                raise ValueError(f"merge takes caches of one sequence each, one has {c.dense_k.shape[0]}")
+        batch._join([([c.extent], c) for c in caches])
+        batch.left = [0] * len(caches)
+        return batch
+
+    def extend(self, other: BatchOpenTQCache) -> None:
+        """Take the sequences of `other` in; allocates the new batch and nothing else."""
+        self._check_same(other)
+        self._join([(self.extents, self), (other.extents, other)])
+        self.left = self.left + other.left
+
+    def _check_same(self, other: object) -> None:
+        if not isinstance(other, OpenTQCache):
+            raise ValueError(
+                f"a compressed cache and a {type(other).__name__} can't share a batch: make all of them with the "
+                "same model, after opentq.compress"
+            )
+        if (other.spec, other.window) != (self.spec, self.window):
+            raise ValueError(f"caches of different specs can't share a batch: {self.spec} and {other.spec}")
+
+    def _join(self, parts: Sequence[tuple[list[Extent], OpenTQCache]]) -> None:
+        extents = [e for part, _ in parts for e in part]
+        like = next((c for _, c in parts if c.dense_k is not None), None)
+        if like is not None:
+            self.k_layout, self.v_layout, self.dims = like.k_layout, like.v_layout, like.dims
+            pairs = []
+            for side in ("packed_k", "packed_v"):
+                block = getattr(like, side).block
+                buffer = Buffer(block)
+                rows = buffer.capacity(max(buffer.rows_of(e.packed) for e in extents))
+                held = [(len(part), max((buffer.rows_of(e.packed) for e in part), default=0), c) for part, c in parts]
+                buffer.arrays = joined([(n, getattr(c, side).truncated(used)) for n, used, c in held], rows)
+                pairs.append(buffer)
+            width = _width([range(e.sink) for e in extents], [range(e.tail) for e in extents])
+            dense_k, dense_v = (_join_dense(parts, side, width, like) for side in ("dense_k", "dense_v"))
+            self.packed_k, self.packed_v = pairs
+            self.dense_k, self.dense_v = dense_k, dense_v
+            mx.eval(*self._arrays())  # layer by layer, so that old and new never coexist for the whole model
+        self.extents = extents
+
+    def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
+        """Keep the given sequences, in the given order; none at all is allowed."""
+        keep = _ints(batch_indices)
+        self.extents = [self.extents[i] for i in keep]
+        self.left = [self.left[i] for i in keep]
+        if self.todo is not None:
+            self.todo = [self.todo[i] for i in keep]
+        if self.dense_k is None or self.dense_v is None:
+            return
+        pick = mx.array(keep, dtype=mx.int32)
+        for buffer in (self.packed_k, self.packed_v):
+            rows = buffer.capacity(max((buffer.rows_of(e.packed) for e in self.extents), default=0))
+            buffer.arrays = tuple(mx.take(a[:, :, :rows], pick, axis=0) for a in buffer.arrays)
+        dense_k, dense_v = (mx.take(d, pick, axis=0) for d in (self.dense_k, self.dense_v))
+        columns = dense_k.shape[2]
+        tails = [range(columns - e.tail, columns) for e in self.extents]
+        self._arrange(dense_k, dense_v, [range(e.sink) for e in self.extents], tails)
+        mx.eval(*self._arrays())
+
+    def extract(self, idx: int) -> OpenTQCache:
+        """Sequence `idx` as a single cache of its own."""
+        cache = OpenTQCache(self.spec, self.stats, self.window)
+        if self.dense_k is None or self.dense_v is None:
+            return cache
+        extent = self.extents[idx]
+        lane = slice(idx, idx + 1)
+        cache.extent, cache.dims = extent, self.dims
+        cache.k_layout, cache.v_layout = self.k_layout, self.v_layout
+        cache.packed_k, cache.packed_v = (
+            Buffer(
+                b.block, tuple(own(a[lane, :, : b.rows_of(extent.packed)]) for a in b.arrays) if extent.packed else ()
+            )
+            for b in (self.packed_k, self.packed_v)
+        )
+        columns = self.dense_k.shape[2]
+        cache.dense_k, cache.dense_v = (
+            mx.concatenate([d[lane, :, : extent.sink], d[lane, :, columns - extent.tail :]], axis=2)
+            for d in (self.dense_k, self.dense_v)
+        )
+        mx.eval(*cache._arrays())
+        return cache
+
+    def canonical(self, idx: int = 0) -> tuple[Packed, Packed]:
+        """Packed keys and values of sequence `idx` as canonical arrays."""
+        tokens, lane = self.extents[idx].packed, slice(idx, idx + 1)
+        return self.packed_k.canonical(self.k_layout, tokens, lane), self.packed_v.canonical(
+            self.v_layout, tokens, lane
+        )
+
+    @property
+    def state(self):
+        """Arrays and scalars that mlx-lm evaluates and saves."""
+        lengths = [[e.base, e.sink, e.packed, e.tail, left] for e, left in zip(self.extents, self.left)]
+        layouts = f"{self.k_layout.name} {self.v_layout.name}"
+        head = [str(self.spec), layouts, self.window, lengths]
+        if self.dense_k is None:
+            return [*head, [], [], None, None]
+        used = max((e.packed for e in self.extents), default=0)
+        packed = [list(b.truncated(b.rows_of(used))) if used else [] for b in (self.packed_k, self.packed_v)]
+        return [*head, *packed, self.dense_k, self.dense_v]
+
+    @state.setter
+    def state(self, value) -> None:
+        spec, layouts, window, lengths, packed_k, packed_v, dense_k, dense_v = value
+        if not hasattr(self, "spec"):
+            self.__init__(spec, 0)  # type: ignore[misc]
+        self.spec, self.window, self.todo = KVSpec.parse(spec), window, None
+        self._reset()
+        self.extents = [Extent(*numbers[:4]) for numbers in lengths]
+        self.left = [numbers[4] for numbers in lengths]
+        if dense_k is None:
+            return
+        self.dense_k, self.dense_v = dense_k, dense_v
+        self._choose_layouts()
+        if packed_k:
+            names = layouts.split()
+            self.packed_k.write(0, relay(tuple(packed_k), names[0], self.k_layout))
+            self.packed_v.write(0, relay(tuple(packed_v), names[1], self.v_layout))
+
+
+def _together(work: Sequence[tuple[int, int, int, int]]) -> Iterable[tuple[slice, tuple[int, int, int, int]]]:
+    """Lanes and what to do with them: all at once where they agree, else one by one; idle ones are left out."""
+    if work and all(job == work[0] for job in work):
+        lanes: list[tuple[slice, tuple[int, int, int, int]]] = [(EVERY, work[0])]
+    else:
+        lanes = [(slice(b, b + 1), job) for b, job in enumerate(work)]
+    return [(where, job) for where, job in lanes if job[1] or job[3]]
+
+
+def _width(sinks: Columns, tails: Columns) -> int:
+    """fp16 columns that hold the widest sink and, beside it, the widest tail."""
+    return max(map(len, sinks), default=0) + max(map(len, tails), default=0)
+
+
+def _join_dense(
+    parts: Sequence[tuple[list[Extent], OpenTQCache]], side: str, width: int, like: OpenTQCache
+) -> mx.array:
+    """The fp16 columns of several caches side by side."""
+    shape = getattr(like, side).shape
+    lanes = sum(len(part) for part, _ in parts)
+    out = mx.zeros((lanes, shape[1], width, shape[3]), mx.float16)
+    start = 0
+    for part, cache in parts:
+        dense = getattr(cache, side)
+        sink, tail = (max((getattr(e, name) for e in part), default=0) for name in ("sink", "tail"))
+        rows = slice(start, start + len(part))
+        if dense is not None and sink:
+            out[rows, :, :sink] = dense[:, :, :sink]
+        if dense is not None and tail:
+            out[rows, :, width - tail :] = dense[:, :, dense.shape[2] - tail :]
+        start += len(part)
+    return out
+
+
+def _ints(values: Iterable[int] | mx.array) -> list[int]:
+    return [int(v) for v in (values.tolist() if isinstance(values, mx.array) else values)]  # type: ignore
+
+
+@functools.lru_cache(maxsize=64)
+def _int_array(values: tuple[int, ...]) -> mx.array:
+    return mx.array(values, dtype=mx.int32)

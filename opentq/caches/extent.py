@@ -1,0 +1,96 @@
+"""Where the tokens of one sequence are: host integers only, so that no length ever waits for the device.
+
+A sequence is `[sink | packed | tail]`; a sliding window has forgotten its first `base` tokens. `append` decides which
+tokens move where, in whole blocks at absolute multiples of 64. The single cache and every lane of a batch ask the same
+function, so a sequence is cut in the same places whoever it travels with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..kernels.layout import FLUSH
+
+SLACK = FLUSH
+"""Tokens that a window keeps beyond its size, so that a trim of a few tokens (speculative decoding) stays exact."""
+
+COMPACT = 256
+"""Packed tokens out of the window that are worth moving the others for."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cache is asked to keep: fp16 sink tokens, fp16 recent tokens, and a window (0: everything)."""
+
+    sink: int = 0
+    recent: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Move:
+    """What an append does to the tail (new tokens included), oldest first, and to the packed tokens.
+
+    Attributes:
+        forget: packed tokens that leave at the front; a multiple of 64, or all.
+        to_sink: tail tokens that become sink tokens.
+        skip: tail tokens that are already out of the window and are never encoded.
+        flush: tail tokens that are packed.
+    """
+
+    forget: int
+    to_sink: int
+    skip: int
+    flush: int
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.forget or self.to_sink or self.skip or self.flush)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Lengths of one sequence's regions."""
+
+    base: int = 0
+    sink: int = 0
+    packed: int = 0
+    tail: int = 0
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen so far: the position of the next one."""
+        return self.base + self.held
+
+    @property
+    def held(self) -> int:
+        """Tokens that are still there."""
+        return self.sink + self.packed + self.tail
+
+    def append(self, count: int, limits: Limits) -> tuple[Extent, Move]:
+        """The lengths after `count` more tokens, and how to get there."""
+        tail = self.tail + count
+        fresh = not (self.base or self.packed)
+        to_sink = min(limits.sink - self.sink, tail) if fresh else 0
+        tail -= to_sink
+        packed_end = self.base + self.packed
+        end = packed_end + tail
+        target = max(packed_end, (end - limits.recent) // FLUSH * FLUSH)
+        base = self._new_base(end, target, limits.window)
+        start = max(packed_end, base)
+        move = Move(min(base - self.base, self.packed), to_sink, start - packed_end, target - start)
+        return Extent(base, self.sink + to_sink, target - base, end - target), move
+
+    def _new_base(self, end: int, target: int, window: int) -> int:
+        if not window:
+            return self.base
+        lowest = min(max(0, end - window + 1 - SLACK) // FLUSH * FLUSH, target)
+        everything = lowest >= self.base + self.packed
+        return lowest if lowest > self.base and (everything or lowest - self.base >= COMPACT) else self.base
+
+    def trim(self, count: int) -> Extent:
+        """The lengths after the newest `count` tokens are gone: the tail first, then packed, then sink."""
+        from_tail = min(count, self.tail)
+        from_packed = min(count - from_tail, self.packed)
+        from_sink = 0 if self.base else min(count - from_tail - from_packed, self.sink)
+        return replace(self, tail=self.tail - from_tail, packed=self.packed - from_packed, sink=self.sink - from_sink)

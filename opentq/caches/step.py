@@ -1,0 +1,97 @@
+"""What a cache gives the model in place of arrays: handles that look like `[B, H, T, D]` and can only be attended.
+
+The two handles of one update share a `Step`, a snapshot of the cache as this forward step sees it. Models that take
+keys and values from another layer's cache, or attend twice, hold handles and get the right tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..attention import dispatch
+from ..attention.args import AttnArgs, Lengths, PackedKV
+
+
+@dataclass
+class LayerStats:
+    """What really happened in one layer: shared by all caches of the layer, never copied with them."""
+
+    calls: int = 0
+    served_by: str = ""
+    shape: tuple[int, int, int] | None = None  # (KV heads, key dim, value dim)
+
+    def __deepcopy__(self, memo: dict) -> LayerStats:
+        return self
+
+
+class CausalMask(str):
+    """The mask "causal", with the window that the model asked for: what `make_mask` returns in place of an array."""
+
+    window: int
+
+    def __new__(cls, window: int) -> CausalMask:
+        mask = super().__new__(cls, "causal")
+        mask.window = window
+        return mask
+
+
+class Handle:
+    """What `update_and_fetch` gives the model in place of an array: a snapshot that can only be attended.
+
+    It looks like the `[B, H, T, D]` array that it stands for (`shape`, `dtype`, `ndim`); `step` is shared by the key
+    and the value handle of one update.
+    """
+
+    __slots__ = ("dtype", "shape", "step")
+
+    def __init__(self, step: Step, shape: tuple[int, ...], dtype: mx.Dtype):
+        self.step = step
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def astype(self, dtype: mx.Dtype) -> Handle:
+        """The same tokens, said to be of another dtype: attention computes in the query's (stablelm asks for this)."""
+        return Handle(self.step, self.shape, dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The cache as one forward step sees it: packed prefix and `[sink | tail | new]` in fp16."""
+
+    k: PackedKV
+    v: PackedKV
+    dense_k: mx.array
+    dense_v: mx.array
+    lens: tuple[Lengths, ...]
+    window: int
+    stats: LayerStats = field(compare=False)
+
+    def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
+        """Attention of `q [B, Hq, L, Dk]` (as the model made it, not rotated): `[B, Hq, L, Dv]` in q's dtype."""
+        if isinstance(mask, str) and mask != "causal":
+            raise ValueError(f"attention mask {mask!r} is not known: use None, 'causal' or an array")
+        asked = getattr(mask, "window", 0)
+        args = AttnArgs(
+            q=self.k.codec.rotate(q),
+            k=self.k,
+            v=self.v,
+            dense_k=self.dense_k,
+            dense_v=self.dense_v,
+            lens=self.lens,
+            scale=float(scale),
+            causal=isinstance(mask, str),
+            window=min(asked, self.window) if asked and self.window else asked or self.window,
+            mask=None if isinstance(mask, str) else mask,
+            sinks=sinks,
+            softcap=softcap,
+        )
+        out, name = dispatch.attend(args)
+        self.stats.calls += 1
+        self.stats.served_by = name
+        return self.v.codec.unrotate(out)
