@@ -1,0 +1,123 @@
+"""Fused attention on NVIDIA GPUs: packed keys and values are read once, where they lie.
+
+Decode and short blocks (and everything the second way can't take) go through `decode_affine.cu`: one launch, whatever the
+head dims, widths, windows, sinks and lengths. A prompt chunk of many rows is bound by arithmetic, and there the vendor's
+fp16 kernel is the best there is: a few KV heads of this one layer are laid out in fp16, attended, and dropped before the
+next ones, so that at most `SCRATCH` bytes (or one head, if that is more) are ever unpacked.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from ..kernels import cuda
+from ..kernels.cuda_layout import RECORD, MmaLayout
+from .args import AttnArgs
+
+SCRATCH = 512 << 20
+"""Bytes of unpacked keys and values that prefill may hold."""
+
+PREFILL_ROWS = 64
+"""Query tokens from which laying out fp16 pays."""
+
+
+def attend(args: AttnArgs) -> mx.array | None:
+    """`[B, Hq, L, Dv]` in q's dtype, or None: not a GPU, an array mask, a codec or dtype without a kernel."""
+    if not cuda.available() or args.mask is not None or args.q.dtype not in cuda.CTYPES:
+        return None
+    if not (isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)):
+        return None
+    if prefers_prefill(args):
+        return prefill(args)
+    return decode(args)
+
+
+def prefers_prefill(args: AttnArgs) -> bool:
+    """Whether the vendor's kernel can attend the unpacked heads: long blocks, no window, no softcap, D up to 128."""
+    return (
+        args.q.shape[2] >= PREFILL_ROWS
+        and not args.window
+        and not args.softcap
+        and max(args.k.head_dim, args.v.head_dim) <= 128
+        and args.q.dtype != mx.float32
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[cuda.Geometry, cuda.KernelSource]:
+    geometry = cuda.Geometry.choose(k, v, cuda.CTYPES[dtype], rows)
+    return geometry, geometry.source()
+
+
+def decode(args: AttnArgs) -> mx.array:
+    """One launch of `decode_affine.cu`."""
+    batch, q_heads, length, _ = args.q.shape
+    rows = args.gqa * length
+    assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
+    geometry, source = _plan(args.k.layout, args.v.layout, args.q.dtype, rows)
+    tokens = args.max_packed
+    if args.window:
+        tokens = min(tokens, args.window + length)
+    splits = geometry.splits(
+        batch * args.kv_heads * -(-rows // geometry.row_tile),
+        -(-tokens // RECORD),
+        -(-args.dense_k.shape[2] // 16),
+        cuda.multiprocessors(),
+    )
+    blocks = geometry.grid(batch, args.kv_heads, rows, splits)
+    scratch = (blocks[1] * blocks[2], splits, geometry.row_tile, args.v.head_dim + 2) if splits > 1 else (1,)
+    out, _ = cuda.compiled(source)(
+        inputs=[
+            args.q,
+            args.k.arrays[0] if args.k.arrays else cuda.no_records(),
+            args.v.arrays[0] if args.v.arrays else cuda.no_records(),
+            args.dense_k,
+            args.dense_v,
+            args.lens_array(),
+            cuda.params_array(args.scale, args.softcap, args.window, args.causal),
+            cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
+            cuda.tickets(blocks[1] * blocks[2]),
+        ],
+        output_shapes=[(batch, q_heads, length, args.v.head_dim), scratch],
+        output_dtypes=[args.q.dtype, mx.float32],
+        grid=(blocks[0] * source.threads, blocks[1], blocks[2]),
+        threadgroup=(source.threads, 1, 1),
+    )
+    return out
+
+
+def prefill(args: AttnArgs) -> mx.array:
+    """A few KV heads of one sequence at a time: unpacked to q's dtype, attended by `mx.fast`, dropped."""
+    done = []
+    for b, (packed, sink, tail_start) in enumerate(args.lens):
+        tokens = packed + sink + args.dense_k.shape[2] - tail_start
+        per_head = tokens * (args.k.head_dim + args.v.head_dim) * 2
+        groups = -(-args.kv_heads // max(1, SCRATCH // per_head))
+        step = -(-args.kv_heads // groups)
+        parts = []
+        for first in range(0, args.kv_heads, step):
+            parts.append(_attend_heads(args, b, range(first, min(first + step, args.kv_heads))))
+            if groups > 1:
+                mx.eval(parts[-1])  # unpacked heads must not pile up in one lazy graph
+        done.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1))
+    return done[0] if len(done) == 1 else mx.concatenate(done, axis=0)
+
+
+def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
+    """KV heads `heads` of sequence b: `[1, len(heads) * gqa, L, Dv]`."""
+    dtype = args.q.dtype
+    rows = slice(heads.start * args.gqa, heads.stop * args.gqa)
+    sides = []
+    for kv, dense in ((args.k, args.dense_k), (args.v, args.dense_v)):
+        assert isinstance(kv.layout, MmaLayout)
+        records = kv.arrays[0] if kv.arrays else cuda.no_records()
+        sides.append(cuda.unpack(kv.layout, records, dense, args.lens[b], b, heads, dtype))
+    return mx.fast.scaled_dot_product_attention(
+        args.q[b : b + 1, rows],
+        *sides,
+        scale=args.scale,
+        mask="causal" if args.causal else None,
+        sinks=None if args.sinks is None else args.sinks[rows].astype(dtype),
+    )

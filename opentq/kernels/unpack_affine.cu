@@ -1,0 +1,69 @@
+// One sequence's keys or values of a few KV heads as one plain matrix in logical order, for prefill.
+//
+// A prompt chunk is thousands of rows: its attention is bound by arithmetic, not by bytes, and the vendor's fp16 kernel is
+// the best there is. So a few KV heads at a time are laid out as it wants them, [heads, tokens, D], attended, and thrown
+// away; what exists at any time is a bounded piece of one layer.
+//
+// A block of 4 warps; warp i of the grid takes record i (32 tokens) of the packed region, then groups of 32 dense columns.
+// Codes come as mma fragments (affine_block.cuh); x = fp16(code * scale + zero), in fp32 until the one rounding. In K a
+// fragment register holds two neighbouring dims of a key; in V two keys of a dim, turned by one 8 x 8 transpose.
+// Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D] half, where int
+// [8] = (sequence, first head, packed, sink, tail_start). Output: y [heads, tokens, D] T.
+// Bytes moved: the records read, tokens * D * sizeof(T) written.
+#include "affine_block.cuh"
+
+namespace opentq {
+
+template <class F, bool KEYS, class T>
+__device__ __forceinline__ void unpack(const u32* records, const __half* dense, const int* where, T* y, int blocks,
+                                       int heads, int columns, int tokens) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int unit = blockIdx.x * 4 + threadIdx.x / 32, head = where[1] + blockIdx.y;
+  const int packed = where[2], sink = where[3], tail_start = where[4], n_records = (packed + 31) / 32;
+  const size_t kv = (size_t)where[0] * heads + head;
+  y += (size_t)blockIdx.y * tokens * F::D;
+  if (unit < n_records) {
+    const u32* record = records + (kv * blocks * 2 + unit) * F::RECORD;
+    const u16* scales = reinterpret_cast<const u16*>(record + F::SCALES);
+    const u16* zeros = reinterpret_cast<const u16*>(record + F::ZEROS);
+    Fragments<F> fragments;
+#pragma unroll
+    for (int i = 0; i < 2 * F::TILES; ++i) {
+      const int strip = i / F::TILES, tile = i % F::TILES, group = tile * 16 / F::GROUP;
+      u32 a[4];
+      fragments.tile(a, record, lane, i);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float unit_value = UNIT / (r % 2 ? F::LIFT : 1.f);
+        float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
+        int token, dim;
+        if constexpr (KEYS) {
+          token = 16 * strip + g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
+          const float s = half_bits(scales[token * F::GROUPS + group]), o = half_bits(zeros[token * F::GROUPS + group]);
+          x = fmaf(x, s, o), z = fmaf(z, s, o);
+        } else {
+          const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
+          x = fmaf(x, half_bits(scales[at]), half_bits(zeros[at]));
+          z = fmaf(z, half_bits(scales[at + 1]), half_bits(zeros[at + 1]));
+          const u32 turned = transpose8x8(pack_half2(x, z));
+          x = low_half(turned), z = high_half(turned);
+          token = 16 * strip + g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
+        }
+        token += 32 * unit;
+        if (token < packed) assign2(y + (size_t)(sink + token) * F::D + dim, x, z);
+      }
+    }
+    return;
+  }
+  const int first = 32 * (unit - n_records);
+  dense += kv * columns * F::D;
+  for (int i = lane; i < 32 * F::D; i += 32) {
+    const int column = first + i / F::D;
+    if (column < sink || (column >= tail_start && column < columns)) {
+      const int position = column < sink ? column : sink + packed + column - tail_start;
+      assign(y[(size_t)position * F::D + i % F::D], to_float(dense[(size_t)column * F::D + i % F::D]));
+    }
+  }
+}
+
+}  // namespace opentq

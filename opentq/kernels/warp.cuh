@@ -1,0 +1,113 @@
+// The few machine instructions that the CUDA kernels are built from, each behind one small function.
+//
+// Everything above this file is plain C++ over 32-bit words: `tests/cuda/emulate.hpp` replaces this file by a warp
+// emulator, so that the same kernels run, slowly, on a machine without a GPU.
+//
+// Fragments of mma.m16n8k16 (lane = 4 g + t, g = 0..7, t = 0..3; every register holds two halves):
+//   A [16 x 16]: a0 = (row g, cols 2t,2t+1)  a1 = (row g+8, same cols)  a2 = (row g, cols 2t+8,+9)  a3 = (row g+8, ..)
+//   B [16 x 8]:  b0 = (rows 2t,2t+1, col g)  b1 = (rows 2t+8,2t+9, col g)
+//   C [16 x 8]:  c0,c1 = (row g, cols 2t,2t+1)  c2,c3 = (row g+8, same cols), fp32
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace opentq {
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void assign(float& y, float x) { y = x; }
+__device__ __forceinline__ void assign(__half& y, float x) { y = __float2half_rn(x); }
+__device__ __forceinline__ void assign(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
+// Two neighbours at once; y is aligned for the pair.
+__device__ __forceinline__ void assign2(float* y, float a, float b) { *reinterpret_cast<float2*>(y) = make_float2(a, b); }
+__device__ __forceinline__ void assign2(__half* y, float a, float b) {
+  *reinterpret_cast<__half2*>(y) = __floats2half2_rn(a, b);
+}
+__device__ __forceinline__ void assign2(__nv_bfloat16* y, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(y) = __floats2bfloat162_rn(a, b);
+}
+
+// Two floats, rounded, as one register of two halves; and back.
+__device__ __forceinline__ u32 pack_half2(float lo, float hi) {
+  __half2 h = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<u32*>(&h);
+}
+__device__ __forceinline__ float low_half(u32 x) { return __half2float(__ushort_as_half((u16)(x & 0xffffu))); }
+__device__ __forceinline__ float high_half(u32 x) { return __half2float(__ushort_as_half((u16)(x >> 16))); }
+__device__ __forceinline__ float half_bits(u16 x) { return __half2float(__ushort_as_half(x)); }
+__device__ __forceinline__ u16 to_half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
+  __half2 h = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<u32*>(&h);
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// c += A B.
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// An 8 x 8 matrix of halves, lane (g, t) holding (row g, cols 2t,2t+1), transposed.
+__device__ __forceinline__ u32 transpose8x8(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+__device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char opentq_shared[];
+  return opentq_shared;
+}
+
+// Bulk copies global -> shared: one lane asks for `bytes` (a multiple of 16, both ends 16-byte aligned), the copy engine
+// moves them, and the barrier flips its phase when all bytes announced to it have arrived. No register is held meanwhile.
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u64* bar) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* bar, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra ready;\nbra again;\nready:\n}"
+      ::"r"(shared_address(bar)), "r"(phase)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(bar))
+      : "memory");
+}
+
+// Between blocks: results written before `arrive` are seen by whoever arrives last.
+__device__ __forceinline__ bool arrive_last(u32* ticket, u32 count) {
+  __threadfence();
+  // atomicInc wraps to zero at the last arrival: the ticket is ready for its next use with nobody resetting it.
+  return atomicInc(ticket, count - 1) == count - 1;
+}
+__device__ __forceinline__ void acquire() { __threadfence(); }
+__device__ __forceinline__ float4 load_global(const float4* p) { return __ldcg(p); }
+__device__ __forceinline__ float2 load_global(const float2* p) { return __ldcg(p); }
+
+}  // namespace opentq
