@@ -1,0 +1,205 @@
+"""The third dialect: C++ kernels, compiled on first use for exactly this machine and kept in the user's cache folder.
+
+A library is named by everything it depends on (sources, headers, flags, compiler version, CPU), so nothing stale is ever
+loaded and several machines can share one home. It is written under a private name and moved into place, so several
+processes can build at once; the folder must belong to the user alone, because what lies there is executed. A machine
+without a compiler is served by the portable path, and `opentq doctor` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+log = logging.getLogger("opentq")
+
+HERE = Path(__file__).parent
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-w")
+NATIVE = ("-march=native", "-mcpu=native")  # the second for Arm compilers that don't know the first
+TIMEOUT = 600  # seconds a compiler may take
+
+
+class BuildError(RuntimeError):
+    """No C++ compiler, or one that fails; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: the command and the first line of its `--version`."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+def active_dialect() -> str | None:
+    """Which kernels this process can run: "metal", "cuda", "cpu", or None when the default device is something else."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    if mx.metal.is_available():
+        return "metal"
+    if mx.cuda.is_available():
+        return "cuda"
+    return None
+
+
+@functools.cache
+def find_compiler() -> Compiler:
+    """`$CXX`, c++, g++ or clang++, the first that answers. Raises BuildError."""
+    tried = []
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        command = shlex.split(name)
+        if not command or not shutil.which(command[0]):
+            continue
+        try:
+            answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            tried.append(f"{name}: {error}")
+            continue
+        if answer.returncode == 0:
+            return Compiler(tuple(command), (answer.stdout.splitlines() or [""])[0])
+        tried.append(f"{name} --version: exit status {answer.returncode}")
+    raise BuildError(
+        "no working C++ compiler found ($CXX, c++, g++, clang++)"
+        + "".join(f"; {t}" for t in tried)
+        + ": install g++ or clang, or set CXX; until then the portable path serves"
+    )
+
+
+@functools.cache
+def cpu_identity() -> str:
+    """What `-march=native` looks at: architecture, model and feature flags."""
+    parts = [platform.machine()]
+    if sys.platform == "darwin":
+        query = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        parts.append(subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip())
+    else:
+        with contextlib.suppress(OSError):
+            first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+            keys = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+            parts += [line for line in first.splitlines() if line.split(":")[0].strip() in keys]
+    return "\n".join(parts)
+
+
+def load(name: str, sources: Sequence[str]) -> ctypes.CDLL:
+    """The library of these files of this folder, compiled if this machine hasn't done so before. Raises BuildError."""
+    compiler = find_compiler()
+    key = _key(compiler, sources)
+    path = cache_folder() / f"{name}-{key}.so"
+    for attempt in range(2):
+        if not path.exists():
+            with _lock(path.with_suffix(".lock")):
+                if not path.exists():
+                    _say(f"opentq: compiling the CPU kernels for this machine (once, about 10 s) -> {path}")
+                    compile_library(compiler, sources, path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            # A file cut short by a full disk or a crash: build it once more.
+            if attempt:
+                raise BuildError(f"compiled kernels can't be loaded: {error}; delete {path.parent} and try again") from error
+            path.unlink(missing_ok=True)
+    raise AssertionError("unreachable")
+
+
+def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = ()) -> None:
+    """Compile `sources` (files of this folder; in parallel) and link them to `target` in one atomic step."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
+
+        def one(source: str) -> str:
+            out = str(Path(work) / (source.replace("/", "_") + ".o"))
+            for native in NATIVE:
+                error = _run([*compiler.command, *FLAGS, native, *extra, "-c", str(HERE / source), "-o", out])
+                if error is None:
+                    return out
+                if native not in error:
+                    break
+            raise BuildError(f"{shlex.join(compiler.command)} could not compile {source}: {error}")
+
+        with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(one, sources))
+        linked = str(Path(work) / target.name)
+        error = _run([*compiler.command, "-shared", "-pthread", *extra, *objects, "-o", linked])
+        if error is not None:
+            raise BuildError(f"{shlex.join(compiler.command)} could not link {target.name}: {error}")
+        os.chmod(linked, 0o600 | stat.S_IXUSR)
+        os.replace(linked, target)
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Where libraries are kept: private to the user. A home that can't be written gives a temporary folder, and says so."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "opentq" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+        if hasattr(os, "getuid") and found.st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user")
+        if found.st_mode & 0o077:
+            folder.chmod(0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        private = Path(tempfile.mkdtemp(prefix="opentq-kernels-"))
+        _say(f"opentq: compiled kernels can't be kept ({error}); this process uses {private}")
+        log.warning("compiled kernels can't be kept in %s: %s", folder, error)
+        return private
+
+
+def _key(compiler: Compiler, sources: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (*compiler.command, compiler.version, *FLAGS, cpu_identity(), *sources):
+        digest.update(part.encode() + b"\0")
+    for file in sorted({HERE / s for s in sources} | set(HERE.glob("*.h"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _run(command: list[str]) -> str | None:
+    """None, or what went wrong: the first lines of the compiler's own words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return "\n".join((done.stderr or done.stdout).splitlines()[:12]) or f"exit status {done.returncode}"
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One builder at a time where the file system can lock; elsewhere both build and the last move wins."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _say(message: str) -> None:
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr)

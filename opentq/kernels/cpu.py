@@ -1,0 +1,194 @@
+"""The CPU kernels behind ctypes: one shared library, four calls, and how many threads they may use.
+
+Pointers are taken from evaluated arrays and only live as long as one call. Strides go with them, so sliced and
+over-allocated buffers are read where they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import build
+
+log = logging.getLogger("opentq")
+
+SOURCES = ("attend_affine.cpp", "pack_affine.cpp")
+DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
+
+
+class Packed(ctypes.Structure):
+    """`struct Packed` of blocks.h: strides in bytes."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("block_stride", c_int64),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("dim", c_int32),
+        ("pad", c_int32),
+    ]
+
+
+class Dense(ctypes.Structure):
+    """`struct Dense` of dense.h: strides in elements."""
+
+    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("token_stride", c_int64)]
+
+
+class Call(ctypes.Structure):
+    """`struct Call` of attend_affine.cpp."""
+
+    _fields_ = [
+        ("batch", c_int64),
+        ("kv_heads", c_int64),
+        ("gqa", c_int64),
+        ("length", c_int64),
+        ("columns", c_int64),
+        ("q", c_void_p),
+        ("q_batch_stride", c_int64),
+        ("q_head_stride", c_int64),
+        ("q_row_stride", c_int64),
+        ("dtype", c_int32),
+        ("causal", c_int32),
+        ("k", Packed),
+        ("v", Packed),
+        ("dense_k", Dense),
+        ("dense_v", Dense),
+        ("lens", c_void_p),
+        ("sinks", c_void_p),
+        ("out", c_void_p),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("window", c_int64),
+        ("threads", c_int32),
+        ("pad", c_int32),
+    ]
+
+
+class Format(ctypes.Structure):
+    """`struct Format` of pack_affine.cpp."""
+
+    _fields_ = [("bits", c_int32), ("group", c_int32), ("dim", c_int32), ("is_values", c_int32)]
+
+
+class Grid(ctypes.Structure):
+    """`struct Grid` of pack_affine.cpp."""
+
+    _fields_ = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("blocks", c_int64),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `opentq doctor` says about the CPU kernels: the instruction set they were compiled for, or why there are none."""
+
+    isa: str = ""
+    compiler: str = ""
+    path: str = ""
+    error: str = ""
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises build.BuildError."""
+    lib, error = _load()
+    if lib is None:
+        raise build.BuildError(error)
+    return lib
+
+
+def available() -> bool:
+    """Whether the kernels can run here; compiles them on the first question, and warns once when that fails."""
+    return _load()[0] is not None
+
+
+def status() -> Status:
+    lib, error = _load()
+    if lib is None:
+        return Status(error=error)
+    return Status(lib.opentq_isa().decode(), build.find_compiler().version, lib._name)
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    try:
+        lib = build.load("cpu", SOURCES)
+    except build.BuildError as error:
+        log.warning("CPU kernels are not available, the portable path serves: %s", error)
+        return None, str(error)
+    lib.opentq_isa.restype = c_char_p
+    lib.opentq_call_bytes.restype = c_int64
+    assert lib.opentq_call_bytes() == ctypes.sizeof(Call)
+    lib.opentq_attend_affine.argtypes = [c_void_p]
+    lib.opentq_pack_affine.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
+    lib.opentq_store_affine.argtypes = [c_void_p] * 5
+    lib.opentq_load_affine.argtypes = [c_void_p] * 5
+    for name in ("attend", "pack", "store", "load"):
+        getattr(lib, f"opentq_{name}_affine").restype = c_int
+    return lib, ""
+
+
+def call(name: str, *arguments: ctypes.Structure | int) -> None:
+    """Run one kernel: structures go by reference, integers are addresses. Raises MemoryError."""
+    pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+    if getattr(library(), name)(*pointers):
+        raise MemoryError(f"{name}: not enough memory for the scratch of {threads()} threads")
+
+
+def view(x: mx.array) -> np.ndarray:
+    """An evaluated array's memory as numpy, without a copy; bfloat16 appears as uint16."""
+    if x.dtype == mx.bfloat16:
+        x = x.view(mx.uint16)
+    return np.array(x, copy=False)
+
+
+def rows_view(x: mx.array) -> np.ndarray:
+    """`view`, with contiguous last axis (copied only where it isn't)."""
+    found = view(x)
+    if found.shape[-1] > 1 and found.strides[-1] != found.itemsize:
+        found = np.ascontiguousarray(found)
+    return found
+
+
+def threads() -> int:
+    """Threads a kernel may use: `OPENTQ_THREADS`, or the physical cores this process may run on."""
+    wanted = os.environ.get("OPENTQ_THREADS", "")
+    if not wanted:
+        return physical_cores()
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"OPENTQ_THREADS={wanted!r} is not a number of threads: use 1 or more, or leave it unset")
+    return min(int(wanted), 256)
+
+
+@functools.cache
+def physical_cores() -> int:
+    """Physical cores among the CPUs that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 2) // (1 if sys.platform == "darwin" else 2))
+    usable = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in usable:
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            return len(usable)
+    return max(1, len(cores))

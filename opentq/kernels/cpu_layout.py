@@ -1,0 +1,201 @@
+"""The CPU's storage layout: blocks of 64 tokens in the order that byte dot products read them (described bit by bit in
+blocks.h), one uint8 array `[B, H, T / 64, bytes]` holding codes, scales and zeros without padding.
+
+The compiled kernels move whole buffers. The numpy functions do the same, slower: they are the layout's definition in
+ten lines each, read caches on machines without a compiler, and judge the kernels in the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..codecs.affine import Affine
+from ..codecs.base import Codec, Packed
+from . import cpu
+
+TOKENS = 64
+
+
+@dataclass(frozen=True)
+class CpuBlocks:
+    """Affine-coded keys or values of one head dim, 64 tokens a block. `kind` is "k" or "v"."""
+
+    kind: str
+    bits: int
+    group: int
+    head_dim: int
+
+    block = TOKENS
+
+    @property
+    def name(self) -> str:
+        return f"cpu64-{self.kind}-b{self.bits}-g{self.group}-d{self.head_dim}"
+
+    @classmethod
+    def named(cls, name: str) -> CpuBlocks | None:
+        """The layout of that name, or None when it isn't one of these."""
+        found = re.fullmatch(r"cpu64-([kv])-b([2348])-g(32|64|128)-d(\d+)", name)
+        return cls(found[1], *map(int, found.groups()[1:])) if found else None
+
+    @property
+    def groups(self) -> int:
+        return -(-self.head_dim // self.group)
+
+    @property
+    def code_bytes(self) -> int:
+        return 8 * self.bits * self.head_dim
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of 64 tokens: the canonical number, without padding."""
+        return self.code_bytes + 256 * self.groups
+
+    @property
+    def words(self) -> int:
+        """Canonical uint32 words of one token's codes."""
+        if self.bits == 3:
+            return self.head_dim // 16 + -(-self.head_dim // 32)
+        return self.head_dim * self.bits // 32
+
+    def store(self, packed: Packed) -> tuple[mx.array, ...]:
+        """`(codes [B,H,T,W], scales [B,H,T,2G])` -> `[B,H,T/64,bytes]`; T must be a multiple of 64."""
+        codes, scales = (mx.contiguous(a) for a in packed)
+        batch, heads, tokens, words = codes.shape
+        if words != self.words or scales.shape[3] != 2 * self.groups:
+            raise ValueError(f"layout {self.name} can't hold {words} words and {scales.shape[3]} scales a token")
+        blocks = _whole_blocks(self.name, tokens)
+        mx.eval(codes, scales)
+        if not cpu.available():
+            return (mx.array(store_numpy(self, np.array(codes), np.array(scales))),)
+        out = np.empty((batch, heads, blocks, self.block_bytes), np.uint8)
+        grid = cpu.Grid(batch, heads, blocks, threads=cpu.threads())
+        views = cpu.view(codes), cpu.view(scales)
+        cpu.call("opentq_store_affine", self._format(), grid, views[0].ctypes.data, views[1].ctypes.data, out.ctypes.data)
+        return (mx.array(out),)
+
+    def load(self, stored: tuple[mx.array, ...]) -> Packed:
+        """The inverse of `store`, bit for bit."""
+        (blocks,) = stored
+        mx.eval(blocks)
+        view = cpu.rows_view(blocks)
+        batch, heads, count, size = view.shape
+        if size != self.block_bytes:
+            raise ValueError(f"layout {self.name} has blocks of {self.block_bytes} bytes, not {size}")
+        if not cpu.available():
+            codes, scales = load_numpy(self, view)
+        else:
+            codes = np.empty((batch, heads, count * TOKENS, self.words), np.uint32)
+            scales = np.empty((batch, heads, count * TOKENS, 2 * self.groups), np.float16)
+            grid = cpu.Grid(batch, heads, count, *view.strides[:3], threads=cpu.threads())
+            where = view.ctypes.data, codes.ctypes.data, scales.ctypes.data
+            cpu.call("opentq_load_affine", self._format(), grid, *where)
+        return mx.array(codes), mx.array(scales)
+
+    def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
+        """`store(codec.encode(y))` in one pass over `y [B,H,T,D]`; the same bits (a zero may differ in sign)."""
+        if not isinstance(codec, Affine) or (codec.bits, codec.group) != (self.bits, self.group):
+            raise ValueError(f"layout {self.name} can't hold what codec {codec} makes")
+        if y.shape[3] != self.head_dim:
+            raise ValueError(f"layout {self.name} can't hold vectors of {y.shape[3]} channels")
+        blocks = _whole_blocks(self.name, y.shape[2])
+        if y.dtype not in cpu.DTYPES or not cpu.available():
+            return self.store(codec.encode(y))
+        mx.eval(y)
+        x = cpu.rows_view(y)
+        out = np.empty((*y.shape[:2], blocks, self.block_bytes), np.uint8)
+        strides = [s // x.itemsize for s in x.strides[:3]]
+        grid = cpu.Grid(*y.shape[:2], blocks, *strides, cpu.DTYPES[y.dtype], cpu.threads())
+        cpu.call("opentq_pack_affine", self._format(), grid, x.ctypes.data, out.ctypes.data)
+        return (mx.array(out),)
+
+    def _format(self) -> cpu.Format:
+        return cpu.Format(self.bits, self.group, self.head_dim, self.kind == "v")
+
+    def __deepcopy__(self, memo: dict) -> CpuBlocks:
+        return self
+
+
+def _whole_blocks(name: str, tokens: int) -> int:
+    if tokens % TOKENS:
+        raise ValueError(f"layout {name} holds blocks of {TOKENS} tokens; {tokens} tokens leave a part of one")
+    return tokens // TOKENS
+
+
+def store_numpy(layout: CpuBlocks, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Canonical arrays -> blocks."""
+    batch, heads, tokens, _ = codes.shape
+    n, dim, bits = tokens // TOKENS, layout.head_dim, layout.bits
+    values = _unpack(codes.astype("<u4").view(np.uint8), dim, bits).reshape(batch, heads, n, TOKENS, dim)
+    fields = np.empty((batch, heads, n, dim // 16, 16, 64), np.uint8)
+    tile_axes = values.reshape(batch, heads, n, TOKENS, dim // 16, 16)
+    if layout.kind == "k":  # [field: channels/4, tokens/16][lane: token][channel]
+        by = tile_axes.reshape(batch, heads, n, 4, 16, dim // 16, 4, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
+    else:  # [field: tokens/4][lane: channel][token]
+        by = tile_axes.reshape(batch, heads, n, 16, 4, dim // 16, 16).transpose(0, 1, 2, 5, 3, 6, 4)
+    fields[...] = by.reshape(fields.shape)
+    planes = [(fields, bits)] if bits != 3 else [(fields & 3, 2), (fields >> 2, 1)]
+    tiles = [_merge(plane, width).reshape(*fields.shape[:4], -1) for plane, width in planes]
+    body = np.concatenate(tiles, axis=-1).reshape(batch, heads, n, layout.code_bytes)
+    pairs = scales.reshape(batch, heads, n, TOKENS, layout.groups, 2).transpose(0, 1, 2, 4, 5, 3)
+    params = np.ascontiguousarray(pairs, "<f2").reshape(batch, heads, n, -1).view(np.uint8)
+    return np.concatenate([body, params], axis=-1)
+
+
+def load_numpy(layout: CpuBlocks, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks -> canonical arrays."""
+    batch, heads, n, _ = blocks.shape
+    dim, bits = layout.head_dim, layout.bits
+    tiles = blocks[..., : layout.code_bytes].reshape(batch, heads, n, dim // 16, 128 * bits)
+    if bits == 3:
+        fields = _split(tiles[..., :256], 2) | _split(tiles[..., 256:], 1) << 2
+    else:
+        fields = _split(tiles, bits)
+    if layout.kind == "k":
+        by = fields.reshape(batch, heads, n, dim // 16, 4, 4, 16, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
+    else:
+        by = fields.reshape(batch, heads, n, dim // 16, 16, 16, 4).transpose(0, 1, 2, 4, 6, 3, 5)
+    values = by.reshape(batch, heads, n * TOKENS, dim)
+    planes = [(values, bits)] if bits != 3 else [(values & 3, 2), (values >> 2, 1)]
+    rows = []
+    for plane, width in planes:
+        plane = np.pad(plane, [(0, 0)] * 3 + [(0, -dim % (32 // width))])
+        rows.append(_merge_row(plane, width).view("<u4"))
+    params = np.ascontiguousarray(blocks[..., layout.code_bytes :]).view("<f2")
+    pairs = params.reshape(batch, heads, n, layout.groups, 2, TOKENS).transpose(0, 1, 2, 5, 3, 4)
+    return np.concatenate(rows, axis=-1), pairs.reshape(batch, heads, n * TOKENS, 2 * layout.groups)
+
+
+def _merge(fields: np.ndarray, width: int) -> np.ndarray:
+    """`[..., 16, 64]` codes of `width` bits -> `[..., 16 * width / 8, 64]`: field i in slot i % per of vector i / per."""
+    per = 8 // width
+    slots = fields.reshape(*fields.shape[:-2], 16 // per, per, 64)
+    shifts = (np.arange(per, dtype=np.uint8) * width)[:, None]
+    return np.bitwise_or.reduce(slots << shifts, axis=-2)
+
+
+def _split(tile: np.ndarray, width: int) -> np.ndarray:
+    """The inverse of `_merge`, from `[..., bytes]` to `[..., 16, 64]`."""
+    per = 8 // width
+    vectors = tile.reshape(*tile.shape[:-1], 16 // per, 1, 64)
+    shifts = (np.arange(per, dtype=np.uint8) * width)[:, None]
+    return ((vectors >> shifts) & ((1 << width) - 1)).reshape(*tile.shape[:-1], 16, 64)
+
+
+def _merge_row(values: np.ndarray, width: int) -> np.ndarray:
+    """Little-endian fields along the last axis -> bytes."""
+    per = 8 // width
+    slots = values.reshape(*values.shape[:-1], -1, per)
+    return np.bitwise_or.reduce(slots << (np.arange(per, dtype=np.uint8) * width), axis=-1)
+
+
+def _unpack(row: np.ndarray, dim: int, bits: int) -> np.ndarray:
+    """One token's canonical bytes `[..., 4 * words]` -> codes `[..., dim]`."""
+    if bits == 3:
+        return _unpack(row[..., : dim // 4], dim, 2) | _unpack(row[..., dim // 4 :], dim, 1) << 2
+    per = 8 // bits
+    fields = (row[..., None] >> (np.arange(per, dtype=np.uint8) * bits)) & ((1 << bits) - 1)
+    return fields.reshape(*row.shape[:-1], -1)[..., :dim].astype(np.uint8)

@@ -1,0 +1,116 @@
+// Attention over the dense fp16 region: sink columns, the recent tail, and the tokens of this call, in fp32.
+//
+// 64 columns at a time are widened to fp32, keys transposed so that lanes are tokens; then both products are the same
+// register-blocked outer product (MAX_ROWS rows x several vectors), 2 loads per multiply-add at worst. A tile is widened
+// once per task and serves all its rows.
+#pragma once
+#include "state.h"
+
+namespace otq {
+
+// fp16 [B, H, Td, D]; strides in elements, channels contiguous.
+struct Dense {
+  const uint16_t* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+constexpr int VECTORS = W == 16 ? 4 : W == 8 ? 2 : 4;  // vectors per row in the register block
+
+// out[r][0 .. NV*W) (+)= sum_k a[r][k] * b[k][0 .. NV*W)
+template <int NR, int NV, bool ADD>
+INLINE void outer(const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride) {
+  F x[NR][NV];
+  UNROLL for (int r = 0; r < NR; r++) UNROLL for (int j = 0; j < NV; j++) x[r][j] = ADD ? load(out + r * out_stride + W * j) : set1(0.f);
+  for (int k = 0; k < depth; k++) {
+    F y[NV];
+    UNROLL for (int j = 0; j < NV; j++) y[j] = load(b + size_t(k) * b_stride + W * j);
+    UNROLL for (int r = 0; r < NR; r++) {
+      const F s = set1(a[r * a_stride + k]);
+      UNROLL for (int j = 0; j < NV; j++) x[r][j] = fma(s, y[j], x[r][j]);
+    }
+  }
+  UNROLL for (int r = 0; r < NR; r++) UNROLL for (int j = 0; j < NV; j++) store(out + r * out_stride + W * j, x[r][j]);
+}
+
+template <int NR, bool ADD>
+INLINE void outer_columns(const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride,
+                          int columns) {
+  int j = 0;
+  for (; j + VECTORS * W <= columns; j += VECTORS * W)
+    outer<NR, VECTORS, ADD>(a, a_stride, b + j, b_stride, depth, out + j, out_stride);
+  for (; j < columns; j += W) outer<NR, 1, ADD>(a, a_stride, b + j, b_stride, depth, out + j, out_stride);
+}
+
+// out [n][columns] (+)= a [n][depth] * b [depth][columns]; columns a multiple of 16
+template <bool ADD>
+void product(const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride, int n, int columns) {
+  for (int r = 0; r < n; r += 4, a += 4 * a_stride, out += 4 * out_stride) {
+    const int left = n - r;
+    if (left == 1) outer_columns<1, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    else if (left == 2) outer_columns<2, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    else if (left == 3) outer_columns<3, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    else outer_columns<4, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
+  }
+}
+
+// 64 columns from `column` on: keys [dim_k][64], values [64][dim_v]. Columns that no row sees (not in `any`) may not exist
+// or hold anything, so they are zeros here.
+inline void widen_dense(Rows& rows, const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride, int64_t column, uint64_t any) {
+  alignas(64) float in[16][16];
+  for (int t0 = 0; t0 < 64; t0 += 16) {
+    for (int d0 = 0; d0 < rows.dim_k; d0 += 16) {
+      for (int t = 0; t < 16; t++)
+        for (int i = 0; i < 16; i += W)
+          store(&in[t][i], any >> (t0 + t) & 1 ? load_half(k + (column + t0 + t) * k_stride + d0 + i) : set1(0.f));
+      for (int d = 0; d < 16; d++)
+        for (int t = 0; t < 16; t++) rows.dense_k[size_t(d0 + d) * 64 + t0 + t] = in[t][d];
+    }
+  }
+  for (int t = 0; t < 64; t++)
+    for (int d = 0; d < rows.dim_v; d += W)
+      store(rows.dense_v + size_t(t) * rows.dim_v + d, any >> t & 1 ? load_half(v + (column + t) * v_stride + d) : set1(0.f));
+}
+
+// Which dense columns a row sees: [sink_low, sink_high) and [low, high).
+struct Columns {
+  int64_t sink_low, sink_high, low, high;
+  uint64_t bits(int64_t origin) const { return bits_between(sink_low, sink_high, origin) | bits_between(low, high, origin); }
+};
+
+// Rows of one task against dense columns [0, end) of one KV head.
+inline void attend_dense(Rows& rows, const Columns* seen, const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride,
+                         int64_t end) {
+  for (int64_t column = 0; column < end; column += 64) {
+    uint64_t any = 0;
+    for (int r = 0; r < rows.count; r++) any |= seen[r].bits(column);
+    if (!any) continue;
+    widen_dense(rows, k, k_stride, v, v_stride, column, any);
+    const int depth = int(std::min<int64_t>(64, end - column));
+    for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
+      const int n = std::min(CHUNK, rows.count - r0);
+      float next[CHUNK];
+      uint64_t bits[CHUNK], some = 0;
+      for (int i = 0; i < n; i++) some |= bits[i] = seen[r0 + i].bits(column);
+      if (!some) continue;
+      product<false>(rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
+      if (rows.softcap != 0.f) cap_scores(rows.scores, n, rows.softcap);
+      for (int i = 0; i < n; i++) {
+        mask_scores(rows.scores + 64 * i, bits[i]);
+        next[i] = std::max(largest_score(rows.scores + 64 * i), rows.top[r0 + i]);
+      }
+      rows.raise(r0, n, next);
+      for (int i = 0; i < n; i++) {
+        F sum = load(rows.weight + (r0 + i) * W);
+        for (int t = 0; t < 64; t += W) {
+          const F p = exp2(sub(load(rows.scores + 64 * i + t), set1(next[i])));
+          sum = add(sum, p);
+          store(rows.scores + 64 * i + t, p);
+        }
+        store(rows.weight + (r0 + i) * W, sum);
+      }
+      product<true>(rows.scores, 64, rows.dense_v, rows.dim_v, depth, rows.acc + size_t(r0) * rows.dim_v, rows.dim_v, n, rows.dim_v);
+    }
+  }
+}
+
+}  // namespace otq

@@ -1,0 +1,245 @@
+// Into and out of the blocked layout (blocks.h): quantise float vectors, store canonical arrays, load them back.
+//
+// Every path goes through one block at a time as 64 rows of D codes, a byte each (8 KB at D = 128, so it stays in L1), plus
+// its scales and zeros; then 16 channels at a time become 16 fields and the fields one tile. Quantising follows
+// codecs/affine.py step by step in fp32 with the same roundings, so the bits are the same: clip to +-65504, scale =
+// fp16((max - min) / (2^bits - 1)), zero = fp16(min), code = clip(round_half_even((x - zero) / scale)); a group whose scale
+// rounds to 0 gets zero = fp16((min + max) / 2) and codes 0. (A zero may differ in sign: -0 for +0.) One task is one block.
+#include <vector>
+
+#include "blocks.h"
+#include "pool.h"
+
+namespace otq {
+
+enum Dtype : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
+
+struct Format {
+  int32_t bits, group, dim, is_values;
+  int groups() const { return (dim + group - 1) / group; }
+  int64_t code_bytes() const { return int64_t(8) * bits * dim; }
+  int64_t block_bytes() const { return code_bytes() + 256 * groups(); }
+  int words() const { return bits == 3 ? dim / 16 + (dim + 31) / 32 : dim * bits / 32; }
+};
+
+struct Grid {  // blocks [batch, heads, blocks], and where the other side's tensor lies (strides in elements)
+  int64_t batch, heads, blocks, batch_stride, head_stride, token_stride;
+  int32_t dtype, threads;
+};
+
+// One block, unpacked.
+struct Codes {
+  explicit Codes(const Format& f) : code(size_t(64) * f.dim), scale(size_t(64) * f.groups()), zero(scale.size()) {}
+  std::vector<uint8_t> code;            // [64][dim]
+  std::vector<uint16_t> scale, zero;    // [groups][64]
+};
+
+static void fields_to_tile(int bits, const uint8_t (*f)[64], uint8_t* tile) {
+  const int per = bits == 3 ? 4 : 8 / bits, width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
+  for (int v = 0; v < 16 / per; v++) {
+    uint8_t* out = tile + 64 * v;
+    std::memset(out, 0, 64);
+    for (int j = 0; j < per; j++)
+      for (int x = 0; x < 64; x++) out[x] |= uint8_t((f[v * per + j][x] & mask) << (width * j));
+  }
+  if (bits != 3) return;
+  for (int v = 0; v < 2; v++) {
+    uint8_t* out = tile + 256 + 64 * v;
+    std::memset(out, 0, 64);
+    for (int j = 0; j < 8; j++)
+      for (int x = 0; x < 64; x++) out[x] |= uint8_t((f[8 * v + j][x] >> 2) << j);
+  }
+}
+
+static void tile_to_fields(int bits, const uint8_t* tile, uint8_t (*f)[64]) {
+  const int per = bits == 3 ? 4 : 8 / bits, width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
+  for (int i = 0; i < 16; i++)
+    for (int x = 0; x < 64; x++) f[i][x] = uint8_t(tile[64 * (i / per) + x] >> (width * (i % per)) & mask);
+  if (bits != 3) return;
+  for (int i = 0; i < 16; i++)
+    for (int x = 0; x < 64; x++) f[i][x] |= uint8_t((tile[256 + 64 * (i / 8) + x] >> (i % 8) & 1) << 2);
+}
+
+static void write_block(const Format& f, const Codes& c, uint8_t* out) {
+  uint8_t fields[16][64];
+  for (int t = 0; t < f.dim / 16; t++) {
+    const uint8_t* code = c.code.data() + 16 * t;
+    for (int i = 0; i < 16; i++)
+      for (int l = 0; l < 16; l++) {
+        if (f.is_values)
+          for (int j = 0; j < 4; j++) fields[i][4 * l + j] = code[size_t(4 * i + j) * f.dim + l];
+        else
+          std::memcpy(&fields[i][4 * l], code + size_t(16 * (i % 4) + l) * f.dim + 4 * (i / 4), 4);
+      }
+    fields_to_tile(f.bits, fields, out + int64_t(128) * f.bits * t);
+  }
+  for (int g = 0; g < f.groups(); g++) {
+    std::memcpy(out + f.code_bytes() + 256 * g, c.scale.data() + 64 * g, 128);
+    std::memcpy(out + f.code_bytes() + 256 * g + 128, c.zero.data() + 64 * g, 128);
+  }
+}
+
+static void read_block(const Format& f, const uint8_t* in, Codes& c) {
+  uint8_t fields[16][64];
+  for (int t = 0; t < f.dim / 16; t++) {
+    uint8_t* code = c.code.data() + 16 * t;
+    tile_to_fields(f.bits, in + int64_t(128) * f.bits * t, fields);
+    for (int i = 0; i < 16; i++)
+      for (int l = 0; l < 16; l++) {
+        if (f.is_values)
+          for (int j = 0; j < 4; j++) code[size_t(4 * i + j) * f.dim + l] = fields[i][4 * l + j];
+        else
+          std::memcpy(code + size_t(16 * (i % 4) + l) * f.dim + 4 * (i / 4), &fields[i][4 * l], 4);
+      }
+  }
+  for (int g = 0; g < f.groups(); g++) {
+    std::memcpy(c.scale.data() + 64 * g, in + f.code_bytes() + 256 * g, 128);
+    std::memcpy(c.zero.data() + 64 * g, in + f.code_bytes() + 256 * g + 128, 128);
+  }
+}
+
+// One token's codes as little-endian fields of `width` bits, taken from bit `shift` of each code.
+static void pack_row(const uint8_t* code, int dim, int width, int shift, uint8_t* out) {
+  const int per = 8 / width, mask = (1 << width) - 1;
+  for (int i = 0; i < dim / per; i++) {
+    int byte = 0;
+    for (int j = 0; j < per; j++) byte |= (code[i * per + j] >> shift & mask) << (width * j);
+    out[i] = uint8_t(byte);
+  }
+}
+
+static void unpack_row(const uint8_t* in, int dim, int width, int shift, uint8_t* code) {
+  const int per = 8 / width, mask = (1 << width) - 1;
+  for (int i = 0; i < dim; i++) code[i] |= uint8_t((in[i / per] >> (width * (i % per)) & mask) << shift);
+}
+
+static void canonical_to_codes(const Format& f, const uint8_t* words, int64_t word_stride, const uint16_t* scales,
+                               int64_t scale_stride, Codes& c) {
+  std::fill(c.code.begin(), c.code.end(), uint8_t(0));
+  for (int t = 0; t < 64; t++) {
+    const uint8_t* row = words + t * word_stride;
+    uint8_t* code = c.code.data() + size_t(t) * f.dim;
+    unpack_row(row, f.dim, f.bits == 3 ? 2 : f.bits, 0, code);
+    if (f.bits == 3) unpack_row(row + f.dim / 4, f.dim, 1, 2, code);
+    for (int g = 0; g < f.groups(); g++) {
+      c.scale[size_t(64 * g + t)] = scales[t * scale_stride + 2 * g];
+      c.zero[size_t(64 * g + t)] = scales[t * scale_stride + 2 * g + 1];
+    }
+  }
+}
+
+static void codes_to_canonical(const Format& f, const Codes& c, uint8_t* words, uint16_t* scales) {
+  for (int t = 0; t < 64; t++) {
+    uint8_t* row = words + int64_t(t) * 4 * f.words();
+    const uint8_t* code = c.code.data() + size_t(t) * f.dim;
+    std::memset(row, 0, size_t(4 * f.words()));
+    pack_row(code, f.dim, f.bits == 3 ? 2 : f.bits, 0, row);
+    if (f.bits == 3) pack_row(code, f.dim, 1, 2, row + f.dim / 4);
+    for (int g = 0; g < f.groups(); g++) {
+      scales[t * 2 * f.groups() + 2 * g] = c.scale[size_t(64 * g + t)];
+      scales[t * 2 * f.groups() + 2 * g + 1] = c.zero[size_t(64 * g + t)];
+    }
+  }
+}
+
+static void quantise_token(const Format& f, const float* x, int t, Codes& c) {
+  const F limit = set1(65504.f), bottom = set1(-65504.f);
+  const float top = float((1 << f.bits) - 1);
+  uint8_t* code = c.code.data() + size_t(t) * f.dim;
+  int32_t v[16];
+  for (int g = 0; g < f.groups(); g++) {
+    const int from = g * f.group, to = std::min(from + f.group, f.dim);
+    F low = limit, high = bottom;
+    for (int d = from; d < to; d += W) {
+      const F y = min(max(load(x + d), bottom), limit);
+      low = min(y, low), high = max(y, high);
+    }
+    const float lo = hmin(low), hi = hmax(high);
+    const uint16_t scale = float_to_half((hi - lo) / top);
+    const bool constant = scale == 0;
+    const uint16_t zero = float_to_half(constant ? (lo + hi) / 2 : lo);
+    c.scale[size_t(64 * g + t)] = scale, c.zero[size_t(64 * g + t)] = zero;
+    if (constant) {
+      std::fill(code + from, code + to, uint8_t(0));
+      continue;
+    }
+    const F z = set1(half_to_float(zero)), step = set1(half_to_float(scale));
+    for (int d = from; d < to; d += 16) {
+      for (int i = 0; i < 16; i += W) {
+        const F y = min(max(load(x + d + i), bottom), limit);
+        istore(v + i, round_int(min(max(div(sub(y, z), step), set1(0.f)), set1(top))));
+      }
+      for (int i = 0; i < 16; i++) code[d + i] = uint8_t(v[i]);
+    }
+  }
+}
+
+static void to_floats(const void* p, int64_t at, int n, int32_t dtype, float* out) {
+  if (dtype == FLOAT32) {
+    std::memcpy(out, static_cast<const float*>(p) + at, size_t(n) * 4);
+  } else if (dtype == FLOAT16) {
+    for (int d = 0; d < n; d += W) store(out + d, load_half(static_cast<const uint16_t*>(p) + at + d));
+  } else {
+    for (int d = 0; d < n; d++) {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(p)[at + d]) << 16;
+      std::memcpy(out + d, &bits, 4);
+    }
+  }
+}
+
+// body(block number, start of the block's 64 tokens in the other tensor) over all blocks; 0, or 1 when memory ran out.
+template <class Body> static int for_blocks(const Grid& n, Body body) {
+  std::atomic<int> failed{0};
+  const int64_t total = n.batch * n.heads * n.blocks;
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(8, total / (4 * std::max(n.threads, 1))));
+  Pool::get().run(int((total + step - 1) / step), n.threads, [&](int task) {
+    try {
+      for (int64_t i = task * step; i < std::min(total, (task + 1) * step); i++) {
+        const int64_t block = i % n.blocks, head = i / n.blocks % n.heads, batch = i / n.blocks / n.heads;
+        body(i, batch, head, block);
+      }
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
+  });
+  return failed;
+}
+
+}  // namespace otq
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+using namespace otq;
+
+// Each returns 0, or 1 when memory ran out. `blocks` is [B, H, n, block_bytes]; contiguous where it is written.
+
+EXPORT int opentq_pack_affine(const Format* f, const Grid* n, const void* x, uint8_t* blocks) {
+  return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
+    Codes c(*f);
+    std::vector<float> row(size_t(f->dim));
+    for (int t = 0; t < 64; t++) {
+      const int64_t at = batch * n->batch_stride + head * n->head_stride + (64 * block + t) * n->token_stride;
+      to_floats(x, at, f->dim, n->dtype, row.data());
+      quantise_token(*f, row.data(), t, c);
+    }
+    write_block(*f, c, blocks + i * f->block_bytes());
+  });
+}
+
+// codes uint32 [B, H, 64 n, words], contiguous; scales fp16 [B, H, 64 n, 2 G], contiguous.
+EXPORT int opentq_store_affine(const Format* f, const Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks) {
+  return for_blocks(*n, [&](int64_t i, int64_t, int64_t, int64_t) {
+    Codes c(*f);
+    const int64_t word_bytes = 4 * f->words(), pairs = 2 * f->groups();
+    canonical_to_codes(*f, codes + 64 * i * word_bytes, word_bytes, scales + 64 * i * pairs, pairs, c);
+    write_block(*f, c, blocks + i * f->block_bytes());
+  });
+}
+
+// Strides of Grid are those of `blocks`, in bytes; the outputs are contiguous.
+EXPORT int opentq_load_affine(const Format* f, const Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* scales) {
+  return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
+    Codes c(*f);
+    read_block(*f, blocks + batch * n->batch_stride + head * n->head_stride + block * n->token_stride, c);
+    codes_to_canonical(*f, c, codes + i * 64 * 4 * f->words(), scales + i * 64 * 2 * f->groups());
+  });
+}

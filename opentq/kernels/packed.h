@@ -1,0 +1,219 @@
+// Attention over packed blocks: codes go into byte dot products as they are, and nothing is dequantised.
+//
+//   score[r][t] = sum_g  scale[g][t] * step[r][g] * (code . v)[r][g][t]  +  zero[g][t] * sum(q[r] over g)
+//   out[r][d]  += sum_t  p[r][t] * scale[g][t] * code[t][d]              +  p[r][t] * zero[g][t]
+//
+// A token's value scale can't leave the sum over tokens, so it moves into the probability: p * scale becomes a 15-bit
+// integer in two signed bytes per (row, group), relative to its own largest in the block. Per block: scores of up to
+// eight rows, softmax, values. Each code vector is unpacked once per MAX_ROWS rows and feeds 2 * MAX_ROWS dot products;
+// lanes are tokens for scores and channels for values, so no product needs a horizontal sum. Sums of p and of p * zero
+// stay lane-wise until the task ends. Bytes moved: each packed block once per task, from memory; the rest lives in L1.
+#pragma once
+#include "state.h"
+
+namespace otq {
+
+// Scores of NR rows against token fields F0 .. F0+NF (16 tokens each) of one block.
+template <int BITS, int NR, int NF, int F0>
+INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
+  const int groups = rows.groups_k, stride = rows.dim_k / 2;
+  const int32_t* q8 = rows.q8 + size_t(r0) * stride;
+  const float *step = rows.q_step + size_t(r0) * groups, *sum = rows.q_sum + size_t(r0) * groups;
+  for (int part = 0; part < PARTS; part++) {
+    for (int g = 0; g < groups; g++) {
+      I hi[NR][NF], lo[NR][NF];
+      UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < NF; n++) hi[r][n] = lo[r][n] = izero();
+      for (int t = k.first_tile(g); t < k.last_tile(g); t++) {
+        const uint8_t* tile = codes + t * 128 * BITS;
+        UNROLL for (int s = 0; s < 4; s++) {
+          I c[NF];
+          UNROLL for (int n = 0; n < NF; n++) c[n] = field<BITS>(tile, 4 * s + F0 + n, part);
+          UNROLL for (int r = 0; r < NR; r++) {
+            const int32_t* q = q8 + r * stride + 8 * t + 2 * s;
+            const I q_hi = iset32(q[0]), q_lo = iset32(q[1]);
+            UNROLL for (int n = 0; n < NF; n++) {
+              hi[r][n] = dot<BITS == 8>(hi[r][n], c[n], q_hi);
+              lo[r][n] = dot<BITS == 8>(lo[r][n], c[n], q_lo);
+            }
+          }
+        }
+      }
+      UNROLL for (int n = 0; n < NF; n++) {
+        const int token = 16 * (F0 + n) + W * part;
+        const F scale = load_half(params + 128 * g + token), zero = load_half(params + 128 * g + 64 + token);
+        UNROLL for (int r = 0; r < NR; r++) {
+          float* s = scores + 64 * r + token;
+          F x = mul(zero, set1(sum[r * groups + g]));
+          if (g) x = add(x, load(s));
+          store(s, fma(to_float(join(hi[r][n], lo[r][n])), mul(scale, set1(step[r * groups + g])), x));
+        }
+      }
+    }
+  }
+}
+
+template <int BITS, int NR>
+INLINE void score_rows(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
+  if constexpr (NR <= MAX_ROWS / 2) {
+    score_fields<BITS, NR, 4, 0>(codes, params, k, rows, r0, scores);
+  } else {
+    score_fields<BITS, NR, 2, 0>(codes, params, k, rows, r0, scores);
+    score_fields<BITS, NR, 2, 2>(codes, params, k, rows, r0, scores);
+  }
+}
+
+// Channels of NT tiles of group g: acc += p_step * (p . codes).
+template <int BITS, int NR, int NT>
+INLINE void value_tiles(const uint8_t* tile, const Rows& rows, int r0, int c0, int g, int channel) {
+  const int groups = rows.groups_v;
+  const int8_t* p8 = rows.p8 + (size_t(c0) * groups + g) * 128;
+  const float* step = rows.p_step + size_t(c0) * groups + g;
+  for (int part = 0; part < PARTS; part++) {
+    I hi[NR][NT], lo[NR][NT];
+    UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < NT; n++) hi[r][n] = lo[r][n] = izero();
+    UNROLL for (int i = 0; i < 16; i++) {
+      I c[NT];
+      UNROLL for (int n = 0; n < NT; n++) c[n] = field<BITS>(tile + n * 128 * BITS, i, part);
+      UNROLL for (int r = 0; r < NR; r++) {
+        const int8_t* p = p8 + r * groups * 128 + 4 * slot(i);
+        const I p_hi = iset32(word(p)), p_lo = iset32(word(p + 64));
+        UNROLL for (int n = 0; n < NT; n++) {
+          hi[r][n] = dot<BITS == 8>(hi[r][n], c[n], p_hi);
+          lo[r][n] = dot<BITS == 8>(lo[r][n], c[n], p_lo);
+        }
+      }
+    }
+    UNROLL for (int r = 0; r < NR; r++) {
+      UNROLL for (int n = 0; n < NT; n++) {
+        float* a = rows.acc + size_t(r0 + r) * rows.dim_v + channel + 16 * n + W * part;
+        store(a, fma(to_float(join(hi[r][n], lo[r][n])), set1(step[r * groups]), load(a)));
+      }
+    }
+  }
+}
+
+template <int BITS, int NR>
+INLINE void value_rows(const uint8_t* codes, const Packed& v, const Rows& rows, int r0, int c0) {
+  for (int g = 0; g < rows.groups_v; g++) {
+    int t = v.first_tile(g);
+    for (; t + 2 <= v.last_tile(g); t += 2) value_tiles<BITS, NR, 2>(codes + t * 128 * BITS, rows, r0, c0, g, 16 * t);
+    if (t < v.last_tile(g)) value_tiles<BITS, NR, 1>(codes + t * 128 * BITS, rows, r0, c0, g, 16 * t);
+  }
+}
+
+template <int BITS>
+void scores(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, int n, float* out) {
+  for (int i = 0; i < n; i += MAX_ROWS) {
+    const int left = std::min(n - i, MAX_ROWS);
+    if (left == 1) score_rows<BITS, 1>(codes, params, k, rows, r0 + i, out + 64 * i);
+    else if (left == 2) score_rows<BITS, 2>(codes, params, k, rows, r0 + i, out + 64 * i);
+    else if constexpr (MAX_ROWS == 4) {
+      if (left == 3) score_rows<BITS, 3>(codes, params, k, rows, r0 + i, out + 64 * i);
+      else score_rows<BITS, 4>(codes, params, k, rows, r0 + i, out + 64 * i);
+    }
+  }
+}
+
+template <int BITS> void values(const uint8_t* codes, const Packed& v, const Rows& rows, int r0, int n) {
+  for (int i = 0; i < n; i += MAX_ROWS) {
+    const int left = std::min(n - i, MAX_ROWS);
+    if (left == 1) value_rows<BITS, 1>(codes, v, rows, r0 + i, i);
+    else if (left == 2) value_rows<BITS, 2>(codes, v, rows, r0 + i, i);
+    else if constexpr (MAX_ROWS == 4) {
+      if (left == 3) value_rows<BITS, 3>(codes, v, rows, r0 + i, i);
+      else value_rows<BITS, 4>(codes, v, rows, r0 + i, i);
+    }
+  }
+}
+
+using ScoresFn = void (*)(const uint8_t*, const uint16_t*, const Packed&, const Rows&, int, int, float*);
+using ValuesFn = void (*)(const uint8_t*, const Packed&, const Rows&, int, int);
+using WidenFn = void (*)(const uint8_t*, int, uint8_t*);
+inline ScoresFn scores_for(int bits) { return bits == 2 ? scores<2> : bits == 3 ? scores<3> : bits == 4 ? scores<4> : scores<8>; }
+inline ValuesFn values_for(int bits) { return bits == 2 ? values<2> : bits == 3 ? values<3> : bits == 4 ? values<4> : values<8>; }
+inline WidenFn widen_for(int bits) { return bits == 2 ? widen<2> : bits == 3 ? widen<3> : widen<4>; }
+
+// Softmax of one chunk: scores -> integers p8 with p_step, and the float sums of the running state.
+inline void softmax_packed(Rows& rows, int r0, int n) {
+  const int groups = rows.groups_v;
+  alignas(64) float block_top[CHUNK + 16], next[CHUNK + 16], share[CHUNK + 16];
+  for (int i = 0; i < n; i++) {
+    block_top[i] = largest_score(rows.scores + 64 * i);
+    next[i] = std::max(block_top[i], rows.top[r0 + i]);
+  }
+  rows.raise(r0, n, next);
+  for (int i = 0; i < n; i += W) store(share + i, exp2(sub(load(block_top + i), load(next + i))));
+  for (int i = 0; i < n; i++) {
+    const int r = r0 + i;
+    const F top = set1(block_top[i]), f = set1(share[i]);
+    F p[TOKEN_VECTORS], sum = set1(0.f);
+    UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
+      p[j] = exp2(sub(load(rows.scores + 64 * i + W * j), top));
+      sum = add(sum, p[j]);
+    }
+    store(rows.weight + r * W, fma(sum, f, load(rows.weight + r * W)));
+    for (int g = 0; g < groups; g++) {
+      const float *scale = rows.params + 128 * g, *zero = scale + 64;
+      F y[TOKEN_VECTORS], most = set1(0.f), z = set1(0.f);
+      UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
+        y[j] = mul(p[j], load(scale + W * j));
+        most = max(y[j], most);
+        z = fma(p[j], load(zero + W * j), z);
+      }
+      float* zeros = rows.zero + (size_t(r) * groups + g) * W;
+      store(zeros, fma(z, f, load(zeros)));
+      const float largest = hmax(most);
+      const float inverse = largest > 1e-30f ? LEVELS / largest : 0.f;
+      rows.p_step[i * groups + g] = share[i] * largest * (1 / LEVELS);
+      I v[TOKEN_VECTORS];
+      UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = round_int(fma(y[j], set1(inverse), set1(128.f)));
+      int8_t* out = rows.p8 + (size_t(i) * groups + g) * 128;
+      narrow64(v, out, out + 64);
+    }
+  }
+}
+
+// Which packed tokens a row sees: [low, high).
+struct Range {
+  int64_t low, high;
+};
+
+// Rows of one task against packed blocks [first, last) of one KV head.
+inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const Packed& v, const uint8_t* k_head,
+                          const uint8_t* v_head, int64_t first, int64_t last) {
+  // A block that many chunks read is unpacked once.
+  const bool wide = rows.count > 2 * CHUNK;
+  const bool wide_k = wide && k.bits != 8, wide_v = wide && v.bits != 8;
+  const ScoresFn score = scores_for(wide_k ? 8 : k.bits);
+  const ValuesFn value = values_for(wide_v ? 8 : v.bits);
+  int64_t low = 0, high = INT64_MAX;  // tokens that every row sees
+  for (int r = 0; r < rows.count; r++) low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
+  for (int64_t b = first; b < last; b++) {
+    const uint8_t *kb = k_head + b * k.block_stride, *vb = v_head + b * v.block_stride;
+    const uint8_t *k_codes = kb, *v_codes = vb;
+    const auto* k_params = reinterpret_cast<const uint16_t*>(kb + k.code_bytes());
+    const auto* v_params = reinterpret_cast<const uint16_t*>(vb + v.code_bytes());
+    if (wide_k) widen_for(k.bits)(kb, k.tiles(), rows.wide_k), k_codes = rows.wide_k;
+    if (wide_v) widen_for(v.bits)(vb, v.tiles(), rows.wide_v), v_codes = rows.wide_v;
+    for (int i = 0; i < 128 * rows.groups_v; i += W) store(rows.params + i, load_half(v_params + i));
+    const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
+    if (!whole) {  // slots that nobody wrote may hold anything; 0 * anything must be 0
+      int64_t any_low = INT64_MAX, any_high = 0;
+      for (int r = 0; r < rows.count; r++) any_low = std::min(any_low, seen[r].low), any_high = std::max(any_high, seen[r].high);
+      const uint64_t bits = bits_between(any_low, any_high, b * BLOCK);
+      for (int i = 0; i < 128 * rows.groups_v; i++)
+        if (!(bits >> (i % 64) & 1)) rows.params[i] = 0.f;
+    }
+    for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
+      const int n = std::min(CHUNK, rows.count - r0);
+      score(k_codes, k_params, k, rows, r0, n, rows.scores);
+      if (rows.softcap != 0.f) cap_scores(rows.scores, n, rows.softcap);
+      if (!whole)
+        for (int i = 0; i < n; i++) mask_scores(rows.scores + 64 * i, bits_between(seen[r0 + i].low, seen[r0 + i].high, b * BLOCK));
+      softmax_packed(rows, r0, n);
+      value(v_codes, v, rows, r0, n);
+    }
+  }
+}
+
+}  // namespace otq

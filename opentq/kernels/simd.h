@@ -1,0 +1,342 @@
+// Vectors of the machine under one set of names, chosen at compile time (-march=native decides).
+//
+//   F   W floats, W = 16 (AVX-512), 8 (AVX2), 4 (NEON and portable)
+//   I   4*W bytes, or W int32, or 2*W int16: one code vector or one integer accumulator
+//
+// Everything above this file is written once in these names. The one instruction that matters is
+//
+//   dot(acc, codes, q):  acc[l] += sum_{j<4} codes_u8[4l + j] * q_s8[4l + j]      (int32 lanes l < W)
+//
+// VNNI and i8mm have it; AVX2 and NEON build it. It is exact everywhere: unsigned codes up to 255, signed q, no saturation.
+// `narrow64` splits 64 integers v in [128, 32640] into (v >> 8) and (v & 255) - 128, the signed bytes that dot wants, and
+// may permute groups of 4 tokens on the way: `slot(quad)` says where it put tokens 4*quad .. 4*quad + 3.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(OPENTQ_NO_AVX512)
+#define OPENTQ_ISA "avx512-vnni"
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(OPENTQ_PORTABLE)
+#if defined(__AVXVNNI__)
+#define OPENTQ_ISA "avx2-vnni"
+#else
+#define OPENTQ_ISA "avx2"
+#endif
+#define OPENTQ_AVX2 1
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && !defined(OPENTQ_PORTABLE)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define OPENTQ_ISA "neon-i8mm"
+#else
+#define OPENTQ_ISA "neon-dotprod"
+#endif
+#define OPENTQ_NEON 1
+#include <arm_neon.h>
+#else
+#define OPENTQ_ISA "portable"
+#endif
+
+// Loops over registers must be unrolled completely, or the registers become memory.
+#define UNROLL _Pragma("GCC unroll 64")
+#define INLINE inline __attribute__((always_inline))
+
+namespace otq {
+
+INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff, bits;
+  if (rest >= 0x7c00) bits = 0x7f800000 | ((rest & 0x3ff) << 13);
+  else if (rest >= 0x0400) bits = (rest << 13) + ((127 - 15) << 23);
+  else {
+    float tiny = float(rest) * 0x1p-24f;
+    std::memcpy(&bits, &tiny, 4);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Round to nearest even, overflow to infinity: what every IEEE converter does.
+INLINE uint16_t float_to_half(float f) {
+  uint32_t x;
+  std::memcpy(&x, &f, 4);
+  const uint16_t sign = uint16_t(x >> 16) & 0x8000;
+  x &= 0x7fffffff;
+  if (x > 0x7f800000) return sign | 0x7e00;
+  if (x >= 0x477ff000) return sign | 0x7c00;
+  if (x < 0x38800000) {  // subnormal: adding 0.5 lets the float adder round at 2^-24
+    float y;
+    std::memcpy(&y, &x, 4);
+    y += 0.5f;
+    std::memcpy(&x, &y, 4);
+    return sign | uint16_t(x - 0x3f000000);
+  }
+  return sign | uint16_t((x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13);
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(OPENTQ_NO_AVX512)
+
+constexpr int W = 16, MAX_ROWS = 4;
+using F = __m512;
+using I = __m512i;
+INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+INLINE F set1(float x) { return _mm512_set1_ps(x); }
+INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_half(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
+INLINE float hmax(F x) { return _mm512_reduce_max_ps(x); }
+INLINE float hmin(F x) { return _mm512_reduce_min_ps(x); }
+INLINE float hsum(F x) { return _mm512_reduce_add_ps(x); }
+INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+INLINE I round_int(F a) { return _mm512_cvtps_epi32(a); }
+// 2^n for integral n >= -126 given as float(n) + 1.5 * 2^23, where `keep` holds, else 0; times p.
+INLINE F scale_exp(F p, F magic_n, F t) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.f), _CMP_GE_OQ);
+  const I n = _mm512_slli_epi32(_mm512_castps_si512(magic_n), 23);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(keep, _mm512_castps_si512(p), n));
+}
+INLINE I izero() { return _mm512_setzero_si512(); }
+INLINE I iload(const void* p) { return _mm512_loadu_si512(p); }
+INLINE void istore(void* p, I x) { _mm512_storeu_si512(p, x); }
+INLINE I iset8(int x) { return _mm512_set1_epi8(char(x)); }
+INLINE I iset32(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE I iand(I a, I b) { return _mm512_and_si512(a, b); }
+INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
+INLINE I shr(I a, int n) { return _mm512_srli_epi16(a, n); }
+INLINE I shl(I a, int n) { return _mm512_slli_epi16(a, n); }
+INLINE I join(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
+template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm512_dpbusd_epi32(acc, codes, q); }
+INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
+  const I a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]), low = _mm512_set1_epi16(255);
+  istore(hi, _mm512_packus_epi16(shr(a, 8), shr(b, 8)));
+  istore(lo, _mm512_xor_si512(_mm512_packus_epi16(iand(a, low), iand(b, low)), iset8(-128)));
+}
+constexpr int slot(int quad) { return 4 * (quad % 4) + quad / 4; }
+
+#elif defined(OPENTQ_AVX2)
+
+constexpr int W = 8, MAX_ROWS = 2;
+using F = __m256;
+using I = __m256i;
+INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+INLINE F set1(float x) { return _mm256_set1_ps(x); }
+INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+INLINE F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_half(uint16_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, 0)); }
+INLINE float hmax(F x) {
+  __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+}
+INLINE float hmin(F x) { return -hmax(sub(_mm256_setzero_ps(), x)); }
+INLINE float hsum(F x) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+INLINE I round_int(F a) { return _mm256_cvtps_epi32(a); }
+INLINE F scale_exp(F p, F magic_n, F t) {
+  const F keep = _mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_GE_OQ);
+  const I n = _mm256_slli_epi32(_mm256_castps_si256(magic_n), 23);
+  return _mm256_and_ps(keep, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n)));
+}
+INLINE I izero() { return _mm256_setzero_si256(); }
+INLINE I iload(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE void istore(void* p, I x) { _mm256_storeu_si256((__m256i*)p, x); }
+INLINE I iset8(int x) { return _mm256_set1_epi8(char(x)); }
+INLINE I iset32(int32_t x) { return _mm256_set1_epi32(x); }
+INLINE I iand(I a, I b) { return _mm256_and_si256(a, b); }
+INLINE I ior(I a, I b) { return _mm256_or_si256(a, b); }
+INLINE I shr(I a, int n) { return _mm256_srli_epi16(a, n); }
+INLINE I shl(I a, int n) { return _mm256_slli_epi16(a, n); }
+INLINE I join(I hi, I lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo); }
+template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(acc, codes, q);
+#else
+  const I ones = _mm256_set1_epi16(1);
+  if (!WIDE) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), ones));
+  // maddubs saturates above 2 * 128 * 127, so an 8-bit code goes in as 7 bits and its top bit.
+  const I low = _mm256_and_si256(codes, iset8(127)), top = _mm256_and_si256(_mm256_srli_epi16(codes, 7), iset8(1));
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, q), ones));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(top, q), _mm256_set1_epi16(128)));
+#endif
+}
+INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
+  const I low = _mm256_set1_epi16(255);
+  for (int i = 0; i < 2; i++, v += 4) {
+    const I a = _mm256_packs_epi32(v[0], v[1]), b = _mm256_packs_epi32(v[2], v[3]);
+    istore(hi + 32 * i, _mm256_packus_epi16(shr(a, 8), shr(b, 8)));
+    istore(lo + 32 * i, _mm256_xor_si256(_mm256_packus_epi16(iand(a, low), iand(b, low)), iset8(-128)));
+  }
+}
+constexpr int slot(int quad) { return quad / 8 * 8 + 4 * (quad % 2) + quad % 8 / 2; }
+
+#elif defined(OPENTQ_NEON)
+
+constexpr int W = 4, MAX_ROWS = 4;
+using F = float32x4_t;
+using I = int32x4_t;
+INLINE F load(const float* p) { return vld1q_f32(p); }
+INLINE void store(float* p, F x) { vst1q_f32(p, x); }
+INLINE F set1(float x) { return vdupq_n_f32(x); }
+INLINE F add(F a, F b) { return vaddq_f32(a, b); }
+INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
+INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
+INLINE F div(F a, F b) { return vdivq_f32(a, b); }
+INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+INLINE F max(F a, F b) { return vmaxnmq_f32(a, b); }
+INLINE F min(F a, F b) { return vminnmq_f32(a, b); }
+INLINE F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE void store_half(uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+INLINE float hmax(F x) { return vmaxnmvq_f32(x); }
+INLINE float hmin(F x) { return vminnmvq_f32(x); }
+INLINE float hsum(F x) { return vaddvq_f32(x); }
+INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
+INLINE I round_int(F a) { return vcvtnq_s32_f32(a); }
+INLINE F scale_exp(F p, F magic_n, F t) {
+  const uint32x4_t keep = vcgeq_f32(t, vdupq_n_f32(-126.f));
+  const I n = vshlq_n_s32(vreinterpretq_s32_f32(magic_n), 23);
+  return vreinterpretq_f32_u32(vandq_u32(keep, vreinterpretq_u32_s32(vaddq_s32(vreinterpretq_s32_f32(p), n))));
+}
+INLINE I izero() { return vdupq_n_s32(0); }
+INLINE I iload(const void* p) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t*)p)); }
+INLINE void istore(void* p, I x) { vst1q_u8((uint8_t*)p, vreinterpretq_u8_s32(x)); }
+INLINE I iset8(int x) { return vreinterpretq_s32_s8(vdupq_n_s8(int8_t(x))); }
+INLINE I iset32(int32_t x) { return vdupq_n_s32(x); }
+INLINE I iand(I a, I b) { return vandq_s32(a, b); }
+INLINE I ior(I a, I b) { return vorrq_s32(a, b); }
+INLINE I shl(I a, int n) { return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(a), vdupq_n_s16(int16_t(n)))); }
+INLINE I shr(I a, int n) { return shl(a, -n); }
+INLINE I join(I hi, I lo) { return vaddq_s32(vshlq_n_s32(hi, 8), lo); }
+template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  return vusdotq_s32(acc, vreinterpretq_u8_s32(codes), vreinterpretq_s8_s32(q));
+#else
+  const int8x16_t s = vreinterpretq_s8_s32(q);
+  if (!WIDE) return vdotq_s32(acc, vreinterpretq_s8_s32(codes), s);
+  // Signed dot products only: an 8-bit code goes in as 7 bits and its top bit, worth 64 twice.
+  const uint8x16_t c = vreinterpretq_u8_s32(codes);
+  acc = vdotq_s32(acc, vreinterpretq_s8_u8(vandq_u8(c, vdupq_n_u8(127))), s);
+  const int8x16_t top = vreinterpretq_s8_u8(vshlq_n_u8(vshrq_n_u8(c, 7), 6));
+  return vdotq_s32(vdotq_s32(acc, top, s), top, s);
+#endif
+}
+INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
+  for (int i = 0; i < 4; i++, v += 4) {
+    const int16x8_t a = vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])), b = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
+    vst1q_s8(hi + 16 * i, vcombine_s8(vshrn_n_s16(a, 8), vshrn_n_s16(b, 8)));
+    vst1q_s8(lo + 16 * i, veorq_s8(vcombine_s8(vmovn_s16(a), vmovn_s16(b)), vdupq_n_s8(-128)));
+  }
+}
+constexpr int slot(int quad) { return quad; }
+
+#else  // portable: loops of fixed length that a compiler turns into whatever vectors the machine has
+
+constexpr int W = 4, MAX_ROWS = 2;
+struct F { float v[W]; };
+struct I {
+  uint8_t b[4 * W];
+  INLINE int32_t at(int l) const { int32_t x; std::memcpy(&x, b + 4 * l, 4); return x; }
+  INLINE void set(int l, int32_t x) { std::memcpy(b + 4 * l, &x, 4); }
+};
+#define OPENTQ_EACH(expr) F r; for (int l = 0; l < W; l++) r.v[l] = (expr); return r
+INLINE F load(const float* p) { F r; std::memcpy(&r, p, sizeof r); return r; }
+INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+INLINE F set1(float x) { OPENTQ_EACH(x); }
+INLINE F add(F a, F b) { OPENTQ_EACH(a.v[l] + b.v[l]); }
+INLINE F sub(F a, F b) { OPENTQ_EACH(a.v[l] - b.v[l]); }
+INLINE F mul(F a, F b) { OPENTQ_EACH(a.v[l] * b.v[l]); }
+INLINE F div(F a, F b) { OPENTQ_EACH(a.v[l] / b.v[l]); }
+INLINE F fma(F a, F b, F c) { OPENTQ_EACH(a.v[l] * b.v[l] + c.v[l]); }
+INLINE F max(F a, F b) { OPENTQ_EACH(a.v[l] > b.v[l] ? a.v[l] : b.v[l]); }
+INLINE F min(F a, F b) { OPENTQ_EACH(a.v[l] < b.v[l] ? a.v[l] : b.v[l]); }
+INLINE F load_half(const uint16_t* p) { OPENTQ_EACH(half_to_float(p[l])); }
+INLINE void store_half(uint16_t* p, F x) { for (int l = 0; l < W; l++) p[l] = float_to_half(x.v[l]); }
+INLINE float hmax(F x) { float m = x.v[0]; for (int l = 1; l < W; l++) m = x.v[l] > m ? x.v[l] : m; return m; }
+INLINE float hmin(F x) { float m = x.v[0]; for (int l = 1; l < W; l++) m = x.v[l] < m ? x.v[l] : m; return m; }
+INLINE float hsum(F x) { float s = 0; for (int l = 0; l < W; l++) s += x.v[l]; return s; }
+INLINE F to_float(I a) { OPENTQ_EACH(float(a.at(l))); }
+INLINE I round_int(F a) {
+  I r;
+  for (int l = 0; l < W; l++) r.set(l, a.v[l] > -0x1p30f && a.v[l] < 0x1p30f ? int32_t(std::nearbyint(a.v[l])) : 0);
+  return r;
+}
+INLINE F scale_exp(F p, F magic_n, F t) {
+  F r;
+  for (int l = 0; l < W; l++) {
+    uint32_t bits, n;
+    std::memcpy(&bits, &p.v[l], 4);
+    std::memcpy(&n, &magic_n.v[l], 4);
+    bits += n << 23;
+    std::memcpy(&r.v[l], &bits, 4);
+    if (!(t.v[l] >= -126.f)) r.v[l] = 0;
+  }
+  return r;
+}
+INLINE I izero() { I r; std::memset(&r, 0, sizeof r); return r; }
+INLINE I iload(const void* p) { I r; std::memcpy(&r, p, sizeof r); return r; }
+INLINE void istore(void* p, I x) { std::memcpy(p, &x, sizeof x); }
+INLINE I iset8(int x) { I r; std::memset(&r, x & 255, sizeof r); return r; }
+INLINE I iset32(int32_t x) { I r; for (int l = 0; l < W; l++) r.set(l, x); return r; }
+INLINE I iand(I a, I b) { for (int i = 0; i < 4 * W; i++) a.b[i] &= b.b[i]; return a; }
+INLINE I ior(I a, I b) { for (int i = 0; i < 4 * W; i++) a.b[i] |= b.b[i]; return a; }
+// Codes never cross a byte, so shifts may stay inside bytes.
+INLINE I shr(I a, int n) { for (int i = 0; i < 4 * W; i++) a.b[i] = uint8_t(a.b[i] >> n); return a; }
+INLINE I shl(I a, int n) { for (int i = 0; i < 4 * W; i++) a.b[i] = uint8_t(a.b[i] << n); return a; }
+INLINE I join(I hi, I lo) { for (int l = 0; l < W; l++) lo.set(l, lo.at(l) + hi.at(l) * 256); return lo; }
+template <bool WIDE> INLINE I dot(I acc, I c, I q) {
+  for (int l = 0; l < W; l++) {
+    int32_t s = acc.at(l);
+    for (int j = 4 * l; j < 4 * l + 4; j++) s += int32_t(c.b[j]) * int8_t(q.b[j]);
+    acc.set(l, s);
+  }
+  return acc;
+}
+INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
+  for (int t = 0; t < 64; t++) {
+    const int32_t x = v[t / W].at(t % W);
+    hi[t] = int8_t(x >> 8);
+    lo[t] = int8_t((x & 255) - 128);
+  }
+}
+constexpr int slot(int quad) { return quad; }
+#undef OPENTQ_EACH
+
+#endif
+
+// 2^t, exactly 0 below t = -126 and for NaN; relative error 2e-7. t must not exceed 127.
+INLINE F exp2(F t) {
+  const F magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  const F n = add(t, magic), f = sub(t, sub(n, magic));
+  F p = fma(set1(0.0013264720f), f, set1(0.0096715136f));
+  p = fma(p, f, set1(0.055507338f));
+  p = fma(p, f, set1(0.24022242f));
+  p = fma(p, f, set1(0.69314698f));
+  return scale_exp(fma(p, f, set1(1.f)), n, t);
+}
+
+INLINE int32_t word(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
+}  // namespace otq

@@ -1,0 +1,177 @@
+// Scratch and running state of one task: a block of query rows, their quantised queries, and the online softmax.
+//
+// Rows of one KV head are ordered r = query_index * gqa + head, so a block of rows spans few positions. Scores are kept
+// in units of log2 (the query is scaled by scale * log2(e) once), so that softmax needs 2^x only. Per row and group of key
+// channels the query becomes a 15-bit integer in two signed bytes, v = 256*hi + lo: an int8 query alone costs 0.4 %
+// in every score, which is more than fp16 attention loses.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "blocks.h"
+
+namespace otq {
+
+constexpr int CHUNK = 8;            // rows that go through scores, softmax and values together
+constexpr float LOWEST = -1e30f;    // "no key yet": finite, so that differences of it are not NaN
+constexpr float LEVELS = 32512.f;   // 127 * 256: the largest integer whose two signed bytes are exact
+constexpr float LOG2E = 1.44269504088896f;
+
+// One growing, 64-byte aligned piece of memory per thread, cut into arrays for the time of one task.
+class Arena {
+ public:
+  ~Arena() { std::free(base_); }
+  void reset(size_t bytes) {
+    bytes = (bytes + 4095) & ~size_t(4095);
+    if (bytes > size_) {
+      std::free(base_);
+      base_ = static_cast<uint8_t*>(std::aligned_alloc(4096, bytes));
+      size_ = base_ ? bytes : 0;
+      if (!base_) throw std::bad_alloc();
+    }
+    used_ = 0;
+  }
+  template <class T> T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * sizeof(T) + 63) & ~size_t(63);
+    return p;
+  }
+  static size_t bytes(size_t count, size_t size) { return (count * size + 63) & ~size_t(63); }
+
+ private:
+  uint8_t* base_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+struct Rows {
+  int count = 0, dim_k = 0, dim_v = 0, groups_k = 0, groups_v = 0;
+  float softcap = 0;
+  // query
+  float* q;         // [count][dim_k], times scale * log2(e)
+  int32_t* q8;      // [count][dim_k / 4][hi, lo]: 4 signed bytes each
+  float* q_step;    // [count][groups_k]: q ~ q_step * v
+  float* q_sum;     // [count][groups_k]: sum of q over the group, for the zeros
+  // running softmax
+  float* top;       // [count + 16]: largest score so far
+  float* weight;    // [count][W]: lane-wise sums of probabilities
+  float* acc;       // [count][dim_v]: sum of p * (v - zero)
+  float* zero;      // [count][groups_v][W]: lane-wise sums of p * zero
+  // scratch of one chunk
+  float* scores;    // [CHUNK][64]
+  int8_t* p8;       // [CHUNK][groups_v][hi 64, lo 64]
+  float* p_step;    // [CHUNK][groups_v]
+  float* params;    // [groups_v][scale 64, zero 64]: one block's, as floats
+  uint8_t *wide_k, *wide_v;  // one block with a byte per code
+  float *dense_k, *dense_v;  // one dense tile: keys [dim_k][64], values [64][dim_v]
+
+  void allocate(Arena& arena, int rows, const Packed& k, const Packed& v) {
+    count = rows, dim_k = k.dim, dim_v = v.dim, groups_k = k.groups(), groups_v = v.groups();
+    const size_t n = rows, dk = dim_k, dv = dim_v, gk = groups_k, gv = groups_v;
+    const size_t floats = n * (dk + dk / 2 + 2 * gk + W + dv + gv * W + 1) + 16 + CHUNK * (64 + gv) + 128 * gv + 64 * (dk + dv);
+    arena.reset(4 * floats + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 20);
+    q = arena.take<float>(n * dk), q8 = arena.take<int32_t>(n * dk / 2);
+    q_step = arena.take<float>(n * gk), q_sum = arena.take<float>(n * gk);
+    top = arena.take<float>(n + 16), weight = arena.take<float>(n * W), acc = arena.take<float>(n * dv);
+    zero = arena.take<float>(n * gv * W), scores = arena.take<float>(CHUNK * 64), p8 = arena.take<int8_t>(CHUNK * 128 * gv);
+    p_step = arena.take<float>(CHUNK * gv), params = arena.take<float>(128 * gv);
+    wide_k = arena.take<uint8_t>(64 * dk), wide_v = arena.take<uint8_t>(64 * dv);
+    dense_k = arena.take<float>(64 * dk), dense_v = arena.take<float>(64 * dv);
+    std::fill(top, top + n + 16, LOWEST);
+    std::fill(weight, weight + n * W, 0.f);
+    std::fill(acc, acc + n * dv, 0.f);
+    std::fill(zero, zero + n * gv * W, 0.f);
+  }
+
+  // q [dim_k] of row r, already scaled, -> integers. Groups are multiples of 16 channels.
+  void quantise_query(int r, int group) {
+    const float* x = q + size_t(r) * dim_k;
+    alignas(64) int32_t v[64];
+    alignas(64) int8_t hi[64], lo[64];
+    for (int g = 0; g < groups_k; g++) {
+      const int from = g * group, to = std::min(from + group, dim_k);
+      F most = set1(0.f), sum = set1(0.f);
+      for (int d = from; d < to; d += W) {
+        const F y = load(x + d);
+        most = max(max(y, sub(set1(0.f), y)), most);
+        sum = add(sum, y);
+      }
+      const float largest = hmax(most);
+      // Below 1e-30 a query adds nothing to a score that fp32 could hold.
+      const float inverse = largest > 1e-30f ? LEVELS / largest : 0.f;
+      q_step[size_t(r) * groups_k + g] = inverse > 0.f ? largest / LEVELS : 0.f;
+      q_sum[size_t(r) * groups_k + g] = hsum(sum);
+      for (int d = from; d < to; d += 16) {
+        for (int i = 0; i < 16; i += W) istore(v + i, round_int(fma(load(x + d + i), set1(inverse), set1(128.f))));
+        for (int i = 0; i < 16; i++) hi[i] = int8_t(v[i] >> 8), lo[i] = int8_t((v[i] & 255) - 128);
+        for (int s = 0; s < 4; s++) {
+          int32_t* out = q8 + (size_t(r) * dim_k + d) / 2 + 2 * s;
+          out[0] = word(hi + 4 * s), out[1] = word(lo + 4 * s);
+        }
+      }
+    }
+  }
+
+  // A new largest score for rows [r0, r0 + n): old sums shrink. `next` has n entries.
+  void raise(int r0, int n, const float* next) {
+    for (int i = 0; i < n; i++) {
+      const int r = r0 + i;
+      if (!(next[i] > top[r])) continue;
+      const float shrink = std::exp2(top[r] - next[i]);
+      const F s = set1(shrink);
+      top[r] = next[i];
+      for (int d = 0; d < dim_v; d += W) store(acc + size_t(r) * dim_v + d, mul(s, load(acc + size_t(r) * dim_v + d)));
+      store(weight + r * W, mul(s, load(weight + r * W)));
+      for (int g = 0; g < groups_v; g++) {
+        float* z = zero + (size_t(r) * groups_v + g) * W;
+        store(z, mul(s, load(z)));
+      }
+    }
+  }
+
+  // The row's sums with all lanes and zeros folded in: out [dim_v], returns the weight.
+  float finish(int r, int group, float* out) const {
+    std::copy_n(acc + size_t(r) * dim_v, dim_v, out);
+    for (int g = 0; g < groups_v; g++) {
+      const float z = hsum(load(zero + (size_t(r) * groups_v + g) * W));
+      for (int d = g * group; d < std::min((g + 1) * group, dim_v); d++) out[d] += z;
+    }
+    return hsum(load(weight + r * W));
+  }
+};
+
+// softcap * tanh(x) * log2(e), for scores that were scaled by 1 / softcap.
+INLINE F cap(F x, float softcap) {
+  const F magnitude = max(x, sub(set1(0.f), x));
+  const F e = exp2(mul(magnitude, set1(-2 * LOG2E)));
+  const F positive = div(sub(set1(1.f), e), add(set1(1.f), e));
+  const F limit = set1(softcap * LOG2E);
+  // tanh is odd: copy the sign by x / |x|, with 0 / tiny = 0.
+  return mul(mul(limit, positive), div(x, max(magnitude, set1(1e-30f))));
+}
+
+inline void cap_scores(float* scores, int rows, float softcap) {
+  for (int i = 0; i < rows * 64; i += W) store(scores + i, cap(load(scores + i), softcap));
+}
+
+// Keys outside `seen` (bit t = token t) get score -infinity, hence probability exactly 0.
+inline void mask_scores(float* scores, uint64_t seen) {
+  if (seen == ~uint64_t(0)) return;
+  for (int t = 0; t < 64; t++)
+    if (!(seen >> t & 1)) scores[t] = -INFINITY;
+}
+
+// Bits [from, to) of a 64-bit mask whose bit 0 stands for index `origin`.
+inline uint64_t bits_between(int64_t from, int64_t to, int64_t origin) {
+  const int64_t a = std::max<int64_t>(from - origin, 0), b = std::min<int64_t>(to - origin, 64);
+  if (a >= b) return 0;
+  return (b == 64 ? ~uint64_t(0) : (uint64_t(1) << b) - 1) & ~((uint64_t(1) << a) - 1);
+}
+
+INLINE float largest_score(const float* scores) {
+  F m = set1(LOWEST);
+  for (int i = 0; i < 64; i += W) m = max(load(scores + i), m);  // a NaN score loses
+  return hmax(m);
+}
+
+}  // namespace otq
