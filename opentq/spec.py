@@ -9,14 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
-from .codecs import GROUPS, REGISTRY, Codec, make
+from .codecs import GROUPS, REGISTRY, Codec, Options, make
 from .errors import UserError
 
 GRAMMAR = (
     "NAME[:option]*, NAME one of {names}, or kAvB for different keys and values (k8v4), or K/V with two names "
-    "(int8/int4); options: " + ", ".join(f"g{g}" for g in GROUPS) + ", rot, norot, sink=N, recent=N, "
-    "skip=firstN,lastN, window=native|compress"
+    "(int8/int4); options: " + ", ".join(f"g{g}" for g in GROUPS) + ", rot, norot, haar, nc, ub, out=N, "
+    "sketch=orth|gauss, sink=N, recent=N, skip=firstN,lastN, firstN=NAME, lastN=NAME, window=native|compress"
 )
 
 
@@ -34,11 +35,16 @@ class KVSpec:
     Attributes:
         keys, values: codec names (`codecs.REGISTRY`).
         group: channels per scale.
-        rotate: rotate vectors before integer codecs.
+        rotate: rotate vectors before they are rounded.
         sink: first tokens kept in fp16.
         recent: newest tokens kept in fp16 at least (blocks are flushed whole, so up to 63 more are).
         skip: (first, last) layers kept in fp16.
         window: what sliding-window layers do: `native` keeps mlx-lm's bounded cache, `compress` packs them too.
+        first, last: (number of layers, codec names) of layers at either end that use another codec.
+        haar: rotate by a random orthogonal matrix instead of Hadamard's (codebook codecs).
+        fit: the scale of codebook codecs: "length", "norm" (`nc`) or "unbiased" (`ub`); see `codecs.turbo.Turbo`.
+        sketch: "orth" or "gauss" random rows in `qjl` and `tqNp`; "" is the method's own.
+        out: largest channels of every vector kept in fp16.
     """
 
     keys: str = "int4"
@@ -49,6 +55,12 @@ class KVSpec:
     recent: int = 0
     skip: tuple[int, int] = (0, 0)
     window: str = "native"
+    first: tuple[int, str] = (0, "")
+    last: tuple[int, str] = (0, "")
+    haar: bool = False
+    fit: str = "length"
+    sketch: str = ""
+    out: int = 0
 
     @classmethod
     def parse(cls, text: str | KVSpec) -> KVSpec:
@@ -64,6 +76,7 @@ class KVSpec:
             if kind in seen:
                 raise SpecError(f"KV spec {text!r}: {kind} is given twice")
             seen.add(kind)
+        _check_options(spec, seen, text)
         return spec
 
     def __str__(self) -> str:
@@ -72,6 +85,14 @@ class KVSpec:
             parts.append(f"g{self.group}")
         if not self.rotate:
             parts.append("norot")
+        if self.haar:
+            parts.append("haar")
+        if self.fit != "length":
+            parts.append(FITS[self.fit])
+        if self.sketch:
+            parts.append(f"sketch={self.sketch}")
+        if self.out:
+            parts.append(f"out={self.out}")
         if self.sink:
             parts.append(f"sink={self.sink}")
         if self.recent:
@@ -79,20 +100,37 @@ class KVSpec:
         if any(self.skip):
             ends = [f"{end}{n}" for end, n in zip(("first", "last"), self.skip) if n]
             parts.append("skip=" + ",".join(ends))
+        parts += [f"{end}{n}={head}" for end, (n, head) in (("first", self.first), ("last", self.last)) if n]
         if self.window != "native":
             parts.append(f"window={self.window}")
         return ":".join(parts)
 
     def codecs(self) -> tuple[Codec, Codec]:
         """The key codec and the value codec."""
-        return make(self.keys, self.group, self.rotate), make(self.values, self.group, self.rotate)
+        rotation = "none" if not self.rotate else "haar" if self.haar else "hadamard"
+        options = Options(self.group, rotation, self.fit, self.sketch, self.out)
+        return make(self.keys, options=options), make(self.values, options=options)
 
     def for_layer(self, index: int, count: int) -> KVSpec:
-        """The spec of layer `index` of `count` attention layers: f16 where `skip` protects it."""
+        """The spec of layer `index` of `count` attention layers: f16 where `skip` protects it, `first` and `last`."""
         first, last = self.skip
+        plain = replace(self, skip=(0, 0), first=(0, ""), last=(0, ""))
         if index < first or index >= count - last:
-            return replace(self, keys="f16", values="f16", skip=(0, 0), sink=0, recent=0)
-        return replace(self, skip=(0, 0))
+            return KVSpec("f16", "f16", window=self.window)
+        end = self.first[1] if index < self.first[0] else self.last[1] if index >= count - self.last[0] else ""
+        if end:
+            keys, values = _names(end, end)
+            plain = replace(plain, keys=keys, values=values)
+        if plain.keys == "qjl":
+            # As in the authors' code: 512 sketch bits for 128 channels in the first 15 of 32 layers, then 256.
+            plain = replace(plain, keys="qjl4" if index * 32 < 15 * count else "qjl2")
+        return plain.tidy()
+
+    def tidy(self) -> KVSpec:
+        """The same spec without the options that none of its codecs reads."""
+        default, taken = KVSpec(), _taken(self)[1]
+        unread: dict[str, Any] = {f: getattr(default, f) for kind, f in OPTION_FIELDS.items() if kind not in taken}
+        return replace(self, **unread)
 
     def bits_per_value(self, head_dim: int, value_dim: int | None = None) -> float:
         """Bits per stored value of a packed token, metadata included; keys and values averaged by their sizes."""
@@ -107,7 +145,10 @@ class KVSpec:
 
 
 def _names(head: str, text: str) -> tuple[str, str]:
-    """`int4` -> (int4, int4); `k8v4` -> (int8, int4); `k8tq4` -> (int8, tq4); `int8/tq4` -> (int8, tq4)."""
+    """`int4` -> (int4, int4); `k8v4` -> (int8, int4); `k8tq4` -> (int8, tq4); `int8/tq4` -> (int8, tq4).
+
+    The name of a key sketch alone gets values of its partner: `tq3p` -> (tq3p, tq3), `qjl` -> (qjl, int4).
+    """
     mixed = re.fullmatch(r"k(\d+)v(\d+)", head)
     if mixed:
         names = (f"int{mixed[1]}", f"int{mixed[2]}")
@@ -117,12 +158,41 @@ def _names(head: str, text: str) -> tuple[str, str]:
     else:
         mixed = re.fullmatch(r"k(\d+)([a-z].*)", head)
         names = (f"int{mixed[1]}", mixed[2]) if mixed else (head, head)
+        if head in REGISTRY and REGISTRY[head].partner:
+            names = (head, REGISTRY[head].partner)
     for name in names:
         if name not in REGISTRY:
             close = difflib.get_close_matches(name, REGISTRY, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise SpecError(f"KV spec {text!r}: unknown codec {name!r}{hint} Grammar: {grammar()}")
+    partner = REGISTRY[names[1]].partner
+    if partner:
+        raise SpecError(
+            f"KV spec {text!r}: {names[1]!r} estimates inner products and can't hold values; use {names[0]}/{partner}"
+        )
     return names
+
+
+FITS = {"norm": "nc", "unbiased": "ub"}
+
+
+OPTION_FIELDS = {"group": "group", "rot": "rotate", "haar": "haar", "fit": "fit", "sketch": "sketch", "out": "out"}
+
+
+def _taken(spec: KVSpec) -> tuple[set[str], set[str]]:
+    """The names of all codecs of a spec, and the options that at least one of them reads."""
+    heads = [_names(head, head) for _, head in (spec.first, spec.last) if head]
+    names = {name for pair in ((spec.keys, spec.values), *heads) for name in pair}
+    return names, {kind for name in names for kind in REGISTRY[name].takes}
+
+
+def _check_options(spec: KVSpec, seen: set[str], text: str) -> None:
+    """Raise SpecError for an option that none of the codecs named would read."""
+    names, taken = _taken(spec)
+    for kind in sorted(seen & OPTION_FIELDS.keys() - taken):
+        raise SpecError(f"KV spec {text!r}: {' and '.join(sorted(names))} take no option {kind!r}; leave it out")
+    if spec.haar and not spec.rotate:
+        raise SpecError(f"KV spec {text!r}: norot and haar exclude each other")
 
 
 def _short(keys: str, values: str) -> str:
@@ -138,11 +208,27 @@ def _apply(spec: KVSpec, option: str, text: str) -> tuple[KVSpec, str]:
         return replace(spec, group=int(option[1:])), "group"
     if option in ("rot", "norot"):
         return replace(spec, rotate=option == "rot"), "rot"
+    if option == "haar":
+        return replace(spec, haar=True), "haar"
+    if option in FITS.values():
+        return replace(spec, fit=next(fit for fit, short in FITS.items() if short == option)), "fit"
     key, _, value = option.partition("=")
+    if key == "sketch" and value in ("orth", "gauss"):
+        return replace(spec, sketch=value), "sketch"
+    if key == "out":
+        if not value.isdigit() or not 1 <= int(value) <= 8:
+            raise SpecError(f"KV spec {text!r}: out={value!r} must be 1 to 8 channels, as in out=2")
+        return replace(spec, out=int(value)), "out"
+    end = re.fullmatch(r"(first|last)([1-9]\d*)", key)
+    if end and value:
+        _names(value, text)
+        layers = (int(end[2]), value)
+        return (replace(spec, first=layers) if end[1] == "first" else replace(spec, last=layers)), end[1]
     if key in ("sink", "recent"):
         if not value.isdigit():
             raise SpecError(f"KV spec {text!r}: {key}={value!r} must be a number of tokens, as in {key}=128")
-        return replace(spec, **{key: int(value)}), key
+        tokens = int(value)
+        return (replace(spec, sink=tokens) if key == "sink" else replace(spec, recent=tokens)), key
     if key == "skip":
         ends = {"first": 0, "last": 0}
         for part in value.split(","):

@@ -17,6 +17,12 @@ SPECS = [
     "int4:sink=4",
     "int4:recent=70",
     "int3:g64:sink=5:recent=33",
+    "tq4",
+    "tq2.5:nc",
+    "tq3p:recent=70",
+    "polar4:sink=4",
+    "qjl2/int4",
+    "k8tq4:out=2",
 ]
 
 

@@ -10,17 +10,24 @@ from opentq.codecs import GROUPS, REGISTRY
 from opentq.spec import KVSpec, SpecError, spec_from_flags
 
 names = st.sampled_from(sorted(REGISTRY))
+value_names = st.sampled_from(sorted(name for name, method in REGISTRY.items() if not method.partner))
+ends = st.tuples(st.integers(1, 99), value_names) | st.just((0, ""))
 specs = st.builds(
     KVSpec,
     keys=names,
-    values=names,
+    values=value_names,
     group=st.sampled_from(GROUPS),
     rotate=st.booleans(),
     sink=st.integers(0, 9999),
     recent=st.integers(0, 9999),
     skip=st.tuples(st.integers(0, 99), st.integers(0, 99)),
     window=st.sampled_from(["native", "compress"]),
-)
+    first=ends,
+    last=ends,
+    fit=st.sampled_from(["length", "norm", "unbiased"]),
+    sketch=st.sampled_from(["", "orth", "gauss"]),
+    out=st.integers(0, 8),
+).map(KVSpec.tidy)
 
 
 @given(specs)
@@ -49,6 +56,11 @@ def test_any_text_parses_or_says_why_not(text):
         ("int8/int4", KVSpec("int8", "int4")),
         ("int3:norot:sink=4:recent=128:skip=first1,last2", KVSpec("int3", "int3", 32, False, 4, 128, (1, 2))),
         ("int4:skip=last1", KVSpec(skip=(0, 1))),
+        ("k8tq4", KVSpec("int8", "tq4")),
+        ("tq3p:sketch=orth", KVSpec("tq3p", "tq3", sketch="orth")),
+        ("qjl", KVSpec("qjl", "int4")),
+        ("tq2.5:haar:ub", KVSpec("tq2.5", "tq2.5", haar=True, fit="unbiased")),
+        ("int4:out=2:first20=qjl:last1=int8", KVSpec(first=(20, "qjl"), last=(1, "int8"), out=2)),
     ],
 )
 def test_spellings(text, expected):
@@ -66,6 +78,15 @@ def test_spellings(text, expected):
         ("int4:skip=middle1", "'middle1'"),
         ("int4:g32:g64", "group is given twice"),
         ("", "''"),
+        ("tq5", "'tq5'"),
+        ("int4/qjl", "can't hold values; use int4/int4"),
+        ("tq3p/tq3p", "use tq3p/tq3"),
+        ("f16:g64", "no option 'group'"),
+        ("tq4:g64", "no option 'group'"),
+        ("tq4:sketch=orth", "no option 'sketch'"),
+        ("tq4:norot:haar", "exclude each other"),
+        ("int4:out=9", "out='9'"),
+        ("int4:first2=foo", "'foo'"),
     ],
 )
 def test_errors_name_the_part(text, part):
@@ -86,6 +107,16 @@ def test_int4_is_3_2_times_smaller_than_fp16():
 def test_skip_protects_the_ends():
     spec = KVSpec.parse("int4:skip=first1,last2")
     assert [spec.for_layer(i, 5).keys for i in range(5)] == ["f16", "int4", "int4", "f16", "f16"]
+
+
+def test_the_ends_may_use_other_codecs():
+    spec = KVSpec.parse("int4:g64:first2=tq4:last2=k8v4:skip=last1")
+    assert [str(spec.for_layer(i, 6)) for i in range(6)] == ["tq4", "tq4", "int4:g64", "int4:g64", "k8v4:g64", "f16"]
+
+
+def test_qjl_gives_the_first_layers_twice_the_bits():
+    spec = KVSpec.parse("qjl")
+    assert [spec.for_layer(i, 32).keys for i in (0, 14, 15, 31)] == ["qjl4", "qjl4", "qjl2", "qjl2"]
 
 
 def test_mlx_lm_flags_are_aliases():

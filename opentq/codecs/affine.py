@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from . import packing, rotation
-from .base import FP16_MAX, Packed
+from .base import FP16_MAX, Packed, finite
 
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128)
@@ -81,11 +81,11 @@ class Affine:
         codes, scales = packed
         if self.bits != 3 and head_dim % self.group == 0:
             scale, zero = (scales[..., i::2].astype(mx.float32) for i in (0, 1))
-            return mx.dequantize(codes, scale, zero, group_size=self.group, bits=self.bits).astype(dtype)
+            return finite(mx.dequantize(codes, scale, zero, group_size=self.group, bits=self.bits), dtype)
         values = self._split(packing.unpack(codes, self.bits, head_dim).astype(mx.float32), edge=False)
         pairs = scales.astype(mx.float32).reshape(*scales.shape[:-1], -1, 2)
         values = values * pairs[..., :1] + pairs[..., 1:]
-        return values.reshape(*codes.shape[:-1], -1)[..., :head_dim].astype(dtype)
+        return finite(values.reshape(*codes.shape[:-1], -1)[..., :head_dim], dtype)
 
     def _split(self, x: mx.array, edge: bool) -> mx.array:
         """`[..., D]` -> `[..., G, group]`; a short last group repeats its last value, which changes no range."""

@@ -12,6 +12,11 @@ Packed = tuple[mx.array, ...]
 FP16_MAX = 65504.0
 
 
+def finite(y: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`y` as `dtype`, clipped where float16 would overflow: decoded vectors may be longer than the original ones."""
+    return (mx.clip(y, -FP16_MAX, FP16_MAX) if dtype == mx.float16 else y).astype(dtype)
+
+
 @runtime_checkable
 class Codec(Protocol):
     """How one head vector becomes bits.
