@@ -1,0 +1,415 @@
+// Decode, lane layout: attention of a few query rows over [packed | dense], one pass over the compressed bytes.
+//
+// Threads: a team of DS simdgroups owns a run of tiles of one KV head and R query rows (the heads that share the KV head,
+// times the tokens of the call), NT teams to a threadgroup, so every packed byte is fetched once for all R rows.
+//   keys     a lane is a key (KPL of them): its dot products with all rows stay in the lane, so there is no reduction per
+//            key; q is read from threadgroup memory at an address all lanes share; a word is unpacked once for R rows.
+//   softmax  one simd_max per row and tile; exp2; the running sum stays per lane until the end.
+//   values   a lane is four dims: it adds p * scale (from threadgroup memory) times the code, one word for R rows. The
+//            zeros are a small product of their own, p times zero per group, shared out over the lanes as (row, group).
+// Bytes: codes and scales of the visible packed tokens once, dense columns once, one float partial [DV + 2] per row and
+// team. Inputs are whole buffers, row-contiguous; how much of them counts stands in lens = (packed, sinks, tail start).
+//
+// Template: KB, KG, VB, VG bits and groups; DK, DV; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a
+// simdgroup hands over at a time; WIN window; CAP softcap. meta = {L, gqa, KV heads, dense columns, packed rows, window,
+// causal}; real = {scale, softcap}. Output: acc float [rows, splits, DV], stat float [rows, splits, 2] = (max, sum).
+
+// Where a lane's keys are, and their scores against R rows.
+template <int KPL, int R>
+struct OtqKeys {
+  const device uint* row[KPL];
+  const device half2* scale[KPL];
+  float s[KPL][R];
+};
+
+// A lane's four output dims, weighted, of R rows.
+template <int R>
+struct OtqAcc {
+  float x[R][4];
+};
+
+template <int BITS, int D, int GROUP, int R, int KPL, int QB>
+METAL_FUNC void otq_scores(
+    thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum) {
+  constexpr int UNIT = D % 32 == 0 ? 32 : 16;
+  constexpr int PER = (GROUP < D ? GROUP : D) / UNIT;
+#pragma clang loop unroll(full)
+  for (int k = 0; k < KPL; k++) {
+#pragma clang loop unroll(full)
+    for (int r = 0; r < R; r++) {
+      keys.s[k][r] = 0;
+    }
+  }
+  int g = 0;
+  for (int u0 = 0; u0 < D / UNIT; u0 += PER, g++) {
+    float part[KPL][R];
+#pragma clang loop unroll(full)
+    for (int k = 0; k < KPL; k++) {
+#pragma clang loop unroll(full)
+      for (int r = 0; r < R; r++) {
+        part[k][r] = 0;
+      }
+    }
+    int stop = min(u0 + PER, D / UNIT);
+    for (int u = u0; u < stop; u++) {
+      OtqUnit<BITS, D, UNIT> unit[KPL];
+#pragma clang loop unroll(full)
+      for (int k = 0; k < KPL; k++) {
+        unit[k].load(keys.row[k], u);
+      }
+#pragma clang loop unroll(full)
+      for (int d = 0; d < UNIT; d++) {
+        float x[R];
+        otq_rows<R>(q + (u * UNIT + d) * R, x);
+#pragma clang loop unroll(full)
+        for (int k = 0; k < KPL; k++) {
+          float f = unit[k].get(d);
+          if (BITS == 16) {
+            f *= float(1u << otq_shift<QB>(d));  // q carries the weights of the packed format
+          }
+#pragma clang loop unroll(full)
+          for (int r = 0; r < R; r++) {
+            part[k][r] += f * x[r];
+          }
+        }
+      }
+    }
+    if (BITS == 16) {
+#pragma clang loop unroll(full)
+      for (int k = 0; k < KPL; k++) {
+#pragma clang loop unroll(full)
+        for (int r = 0; r < R; r++) {
+          keys.s[k][r] += part[k][r];
+        }
+      }
+    } else {
+      float x[R];
+      otq_rows<R>(qsum + g * R, x);
+#pragma clang loop unroll(full)
+      for (int k = 0; k < KPL; k++) {
+        float2 sz = float2(keys.scale[k][g]);
+#pragma clang loop unroll(full)
+        for (int r = 0; r < R; r++) {
+          keys.s[k][r] += part[k][r] * sz.x + x[r] * sz.y;
+        }
+      }
+    }
+  }
+}
+
+// acc += p * v for every KP-th of n keys from `first` on; this lane's four dims begin at d0.
+template <int BITS, int D, int VB, int R, int KP, int STRIDE, bool GAP>
+METAL_FUNC void otq_values(
+    const device uint* rows, int2 gap, int n, int first, int d0, const threadgroup float* p, thread OtqAcc<R>& acc) {
+  constexpr int W = otq_words<BITS, D>();
+  for (int x = first; x < n; x += KP) {
+    // Columns in the gap between sinks and tail were never written; their p is 0, and 0 times a NaN is not.
+    int at = GAP && x >= gap.x && x < gap.y ? gap.y : x;
+    float4 v = otq_four<BITS, D>(rows + at * W, d0);
+    if (BITS == 16 && VB != 16) {
+      v *= float4(1.0f, float(1u << otq_field<VB>()), float(1u << (2 * otq_field<VB>())), float(1u << (3 * otq_field<VB>())));
+    }
+    float w[R];
+    otq_rows<R>(p + x * STRIDE, w);
+#pragma clang loop unroll(full)
+    for (int r = 0; r < R; r++) {
+      acc.x[r][0] += w[r] * v.x;
+      acc.x[r][1] += w[r] * v.y;
+      acc.x[r][2] += w[r] * v.z;
+      acc.x[r][3] += w[r] * v.w;
+    }
+  }
+}
+// ---- body
+  constexpr int KW = otq_words<KB, DK>(), VW = otq_words<VB, DV>();
+  constexpr int GK = (DK + KG - 1) / KG, GV = (DV + VG - 1) / VG;
+  constexpr int SPAN = SUB * DS;        // keys handed over at a time by a team
+  constexpr int TILE = 32 * KPL * DS;   // keys of a tile
+  constexpr int DIMS = DV / DS;         // dims of a simdgroup
+  constexpr int LANES = DIMS / 4;       // lanes that they keep busy
+  constexpr int KP = LANES <= 16 ? 2 : 1;
+  constexpr int PAIRS = (R * GV + 32 * DS - 1) / (32 * DS);
+
+  threadgroup float4 q_shared[DK * R / 4];
+  threadgroup float qsum_shared[GK * R];
+  threadgroup float4 pv_shared[NT * SPAN * GV * R / 4];
+  threadgroup float p_shared[NT * SPAN * R];
+  threadgroup float z_shared[NT * SPAN * GV];
+  threadgroup float team_shared[NT * 2 * DS * R];
+  threadgroup float az_shared[NT * GV * R];
+
+  const int lane = thread_index_in_simdgroup;
+  const int simdgroup = simdgroup_index_in_threadgroup;
+  const int team = simdgroup / DS, member = simdgroup % DS;
+  const int L = meta[0], gqa = meta[1], kv_heads = meta[2], Td = meta[3], capacity = meta[4], window = meta[5];
+  const bool causal = meta[6] != 0;
+  const int row_tiles = (gqa * L + R - 1) / R;
+  const int z = threadgroup_position_in_grid.z;
+  const int head = z / row_tiles, row0 = (z % row_tiles) * R, n_rows = min(R, gqa * L - row0);
+  const int b = head / kv_heads;
+  const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
+  const int splits = threadgroups_per_grid.y * NT, split = threadgroup_position_in_grid.y * NT + team;
+
+  threadgroup float* qs = (threadgroup float*)q_shared;
+  threadgroup float* pv = (threadgroup float*)pv_shared + team * SPAN * GV * R;
+  threadgroup float* ps = p_shared + team * SPAN * R;
+  threadgroup float* zs = z_shared + team * SPAN * GV;
+  threadgroup float* ts = team_shared + team * 2 * DS * R;
+  threadgroup float* az = az_shared + team * GV * R;
+
+  // The query, transposed to [dim][row], with scale, log2(e) and the weights of the packed keys.
+  const size_t q0 = (size_t(head) * gqa * L + row0) * DK;
+  const float q_scale = CAP ? real[0] : real[0] * OTQ_LOG2E;
+  for (int i = thread_index_in_threadgroup; i < DK * R; i += 32 * DS * NT) {
+    int r = i % R, d = i / R;
+    qs[i] = r < n_rows ? float(q[q0 + r * DK + d]) * q_scale * otq_pow2(-otq_shift<KB>(d)) : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = thread_index_in_threadgroup; i < GK * R; i += 32 * DS * NT) {
+    float sum = 0;
+    for (int d = i / R * KG; d < min(DK, i / R * KG + KG); d++) {
+      sum += qs[d * R + i % R] * otq_pow2(otq_shift<KB>(d));
+    }
+    qsum_shared[i] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // Position of the row with the query's first token; row r is (row0 + r) % L further.
+  const int q_position = sink + packed + Td - tail_start - L;
+  int first = 0;
+  if (WIN) {
+    first = max(0, min(packed, q_position + 1 - window - sink)) / TILE * TILE;
+  }
+  const int packed_tiles = (packed - first + TILE - 1) / TILE;
+  const int tiles = packed_tiles + (Td + TILE - 1) / TILE;
+  const int share = (tiles + splits - 1) / splits;
+  const int tile0 = min(tiles, split * share), tile1 = min(tiles, tile0 + share);
+
+  const device uint* k_head = (const device uint*)k_codes + size_t(head) * capacity * KW;
+  const device uint* v_head = (const device uint*)v_codes + size_t(head) * capacity * VW;
+  const device half2* ks_head = (const device half2*)k_scales + size_t(head) * capacity * GK;
+  const device half2* vs_head = (const device half2*)v_scales + size_t(head) * capacity * GV;
+  const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
+  const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
+
+  const int d0 = member * DIMS + 4 * (lane % (32 / KP));
+  const bool busy = lane % (32 / KP) < LANES;
+  const int half_of = KP == 2 ? lane / 16 : 0;
+  const int my_group = min(d0, DV - 4) / VG;
+
+  OtqAcc<R> acc;
+  float top[R], sum[R], zero[PAIRS];
+#pragma clang loop unroll(full)
+  for (int r = 0; r < R; r++) {
+    top[r] = OTQ_LOWEST;
+    sum[r] = acc.x[r][0] = acc.x[r][1] = acc.x[r][2] = acc.x[r][3] = 0;
+  }
+#pragma clang loop unroll(full)
+  for (int i = 0; i < PAIRS; i++) {
+    zero[i] = 0;
+  }
+
+  for (int tile = tile0; tile < tile1; tile++) {
+    const bool dense = tile >= packed_tiles;
+    const int base = dense ? (tile - packed_tiles) * TILE : first + tile * TILE;
+    const int limit = dense ? Td : packed;
+
+    OtqKeys<KPL, R> keys;
+    int key[KPL];
+#pragma clang loop unroll(full)
+    for (int k = 0; k < KPL; k++) {
+      key[k] = base + k * 32 * DS + (lane / SUB) * SPAN + member * SUB + lane % SUB;
+      int safe = min(key[k], limit - 1);
+      keys.row[k] = dense ? dk_head + safe * (DK / 2) : k_head + safe * KW;
+      keys.scale[k] = ks_head + safe * (KB == 16 || dense ? 0 : GK);
+    }
+    if (dense) {
+      otq_scores<16, DK, DK, R, KPL, KB>(keys, qs, qsum_shared);
+    } else {
+      otq_scores<KB, DK, KG, R, KPL, KB>(keys, qs, qsum_shared);
+    }
+
+    float fresh[R];
+#pragma clang loop unroll(full)
+    for (int r = 0; r < R; r++) {
+      fresh[r] = top[r];
+    }
+#pragma clang loop unroll(full)
+    for (int k = 0; k < KPL; k++) {
+      bool there = key[k] < limit && (!dense || key[k] < sink || key[k] >= tail_start);
+      int position = dense ? otq_position(key[k], packed, sink, tail_start) : sink + key[k];
+#pragma clang loop unroll(full)
+      for (int r = 0; r < R; r++) {
+        if (CAP) {
+          keys.s[k][r] = precise::tanh(keys.s[k][r] / real[1]) * (real[1] * OTQ_LOG2E);
+        }
+      }
+      if (!there) {
+#pragma clang loop unroll(full)
+        for (int r = 0; r < R; r++) {
+          keys.s[k][r] = OTQ_MASKED;
+        }
+      } else if (WIN || (dense && causal)) {
+#pragma clang loop unroll(full)
+        for (int r = 0; r < R; r++) {
+          int at = q_position + (row0 + r) % L;
+          bool seen = (!causal || position <= at) && (!WIN || position > at - window);
+          keys.s[k][r] = seen ? keys.s[k][r] : OTQ_MASKED;
+        }
+      }
+#pragma clang loop unroll(full)
+      for (int r = 0; r < R; r++) {
+        fresh[r] = max(fresh[r], keys.s[k][r]);
+      }
+    }
+    bool moved = false;
+#pragma clang loop unroll(full)
+    for (int r = 0; r < R; r++) {
+      fresh[r] = simd_max(fresh[r]);
+      if (DS == 1) {
+        moved = moved || fresh[r] != top[r];
+      } else if (lane == r) {
+        ts[member * R + r] = fresh[r];
+      }
+    }
+    if (DS > 1) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma clang loop unroll(full)
+      for (int r = 0; r < R; r++) {
+        for (int m = 0; m < DS; m++) {
+          fresh[r] = max(fresh[r], ts[m * R + r]);
+        }
+        moved = moved || fresh[r] != top[r];
+      }
+    }
+    if (moved) {  // the same in all lanes of the team
+#pragma clang loop unroll(full)
+      for (int r = 0; r < R; r++) {
+        float f = fast::exp2(top[r] - fresh[r]);
+        top[r] = fresh[r];
+        sum[r] *= f;
+        acc.x[r][0] *= f;
+        acc.x[r][1] *= f;
+        acc.x[r][2] *= f;
+        acc.x[r][3] *= f;
+        if (lane == r) {
+          ts[(DS + member) * R + r] = f;
+        }
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+#pragma clang loop unroll(full)
+      for (int i = 0; i < PAIRS; i++) {
+        int c = lane + 32 * (member + DS * i);
+        zero[i] *= c < R * GV ? ts[(DS + member) * R + c % R] : 0.0f;
+      }
+    }
+#pragma clang loop unroll(full)
+    for (int k = 0; k < KPL; k++) {
+#pragma clang loop unroll(full)
+      for (int r = 0; r < R; r++) {
+        keys.s[k][r] = fast::exp2(keys.s[k][r] - top[r]);
+        sum[r] += keys.s[k][r];
+      }
+      for (int h = 0; h < 32 / SUB; h++) {
+        const int from = base + k * 32 * DS + h * SPAN;
+        const int n = min(SPAN, limit - from);
+        if (n <= 0) {
+          break;
+        }
+        if (lane / SUB == h) {
+          const int slot = member * SUB + lane % SUB;
+          for (int g = 0; g < GV; g++) {
+            float2 sz = float2(1.0f, 0.0f);
+            if (VB != 16 && !dense) {
+              sz = float2(vs_head[min(key[k], limit - 1) * GV + g]);
+            }
+            zs[slot * GV + g] = sz.y;
+#pragma clang loop unroll(full)
+            for (int r = 0; r < R; r++) {
+              pv[(slot * GV + g) * R + r] = keys.s[k][r] * sz.x;
+            }
+          }
+#pragma clang loop unroll(full)
+          for (int r = 0; r < R; r++) {
+            ps[slot * R + r] = keys.s[k][r];
+          }
+        }
+        if (DS == 1) {
+          simdgroup_barrier(mem_flags::mem_threadgroup);
+        } else {
+          threadgroup_barrier(mem_flags::mem_threadgroup);
+        }
+        if (dense) {
+          if (busy) {
+            int2 gap = int2(sink - from, tail_start - from);
+            otq_values<16, DV, VB, R, KP, GV * R, true>(
+                dv_head + from * (DV / 2), gap, n, half_of, d0, pv + my_group * R, acc);
+          }
+        } else {
+          if (busy) {
+            otq_values<VB, DV, VB, R, KP, GV * R, false>(
+                v_head + from * VW, int2(0), n, half_of, d0, pv + my_group * R, acc);
+          }
+          if (VB != 16) {
+#pragma clang loop unroll(full)
+            for (int i = 0; i < PAIRS; i++) {
+              int c = lane + 32 * (member + DS * i);
+              if (c < R * GV) {
+                for (int x = 0; x < n; x++) {
+                  zero[i] += ps[x * R + c % R] * zs[x * GV + c / R];
+                }
+              }
+            }
+          }
+        }
+        if (DS == 1) {
+          simdgroup_barrier(mem_flags::mem_threadgroup);
+        } else {
+          threadgroup_barrier(mem_flags::mem_threadgroup);
+        }
+      }
+    }
+  }
+
+  // The team's partial result.
+#pragma clang loop unroll(full)
+  for (int i = 0; i < PAIRS; i++) {
+    int c = lane + 32 * (member + DS * i);
+    if (c < R * GV) {
+      az[c] = zero[i];
+    }
+  }
+#pragma clang loop unroll(full)
+  for (int r = 0; r < R; r++) {
+    float total = simd_sum(sum[r]);
+    if (lane == r) {
+      ts[member * R + r] = total;
+    }
+    if (KP == 2) {
+#pragma clang loop unroll(full)
+      for (int j = 0; j < 4; j++) {
+        acc.x[r][j] += simd_shuffle_xor(acc.x[r][j], 16);
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma clang loop unroll(full)
+  for (int r = 0; r < R; r++) {
+    if (r < n_rows) {
+      size_t out = (size_t(head) * gqa * L + row0 + r) * splits + split;
+      if (busy && half_of == 0) {
+#pragma clang loop unroll(full)
+        for (int j = 0; j < 4; j++) {
+          partial[out * DV + d0 + j] = acc.x[r][j] * otq_pow2(-otq_field<VB>() * j) + az[my_group * R + r];
+        }
+      }
+      if (member == 0 && lane == 0) {
+        float total = 0;
+        for (int m = 0; m < DS; m++) {
+          total += ts[m * R + r];
+        }
+        stat[2 * out] = top[r];
+        stat[2 * out + 1] = total;
+      }
+    }
+  }

@@ -1,0 +1,166 @@
+"""Metal kernels: their sources, their launch geometry, and the `mx.fast.metal_kernel` objects built from them.
+
+A kernel is one `.metal` file: helper functions, then a line `// ---- body`, then the body of the kernel; MLX writes the
+signature. Every kernel takes whole, over-allocated, row-contiguous buffers plus lengths in a small array, so nothing is
+ever copied, and nothing that changes from step to step is a template argument. `Tuning` holds the numbers that only a
+measurement on the device can choose, in a table keyed by GPU generation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+HERE = Path(__file__).parent
+BODY = "// ---- body\n"
+THREADGROUP_BYTES = 32768
+"""Threadgroup memory that every Apple GPU has."""
+MAX_SPLITS = 1024
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Names of one kernel's arrays, and its file."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+_CACHE = ("k_codes", "k_scales", "v_codes", "v_scales", "dense_k", "dense_v", "lens", "meta", "real")
+KERNELS = {
+    "decode_lanes": Kernel("decode_lanes.metal", ("q", *_CACHE), ("partial", "stat")),
+    "decode_matrix": Kernel("attend_matrix.metal", ("q", *_CACHE), ("partial", "stat")),
+    "prefill": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out",)),
+    "merge": Kernel("merge.metal", ("partial", "stat", "sinks", "meta"), ("out",)),
+    "pack": Kernel("pack.metal", ("y", "signs", "meta"), ("codes", "scales")),
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What to measure on a device: `opentq bench kernel --tune` fills a row of `TUNED`.
+
+    Attributes:
+        variant: decode by "lanes" or "matrix".
+        teams: teams of a decode threadgroup, where a team is one simdgroup.
+        keys: keys a lane holds at once (1 or 2).
+        handover: keys whose weights a simdgroup hands over at a time (4, 8, 16 or 32); sets threadgroup memory.
+        simdgroups: simdgroups per GPU core that a decode launch should offer.
+    """
+
+    variant: str = "lanes"
+    teams: int = 4
+    keys: int = 2
+    handover: int = 16
+    simdgroups: int = 12
+
+
+TUNED: dict[str, Tuning] = {
+    "g13": Tuning(),  # M1
+    "g14": Tuning(),  # M2
+    "g15": Tuning(),  # M3
+    "g16": Tuning(),  # M4
+    "g17": Tuning(variant="matrix"),  # M5: the first with matrix units
+}
+"""By GPU generation. Chosen by counting operations and bytes, not yet by measurement: no row is from a real device."""
+
+CORES = {"p": 6, "g": 10, "s": 32, "c": 40, "d": 76}
+"""GPU cores by the last letter of the architecture's name (phone, base, Pro/Max, Max, Ultra): the scale of a launch."""
+
+
+@functools.cache
+def architecture() -> str:
+    """MLX's name of the GPU, e.g. `applegpu_g13s`; "" without one."""
+    return str(mx.metal.device_info().get("architecture", "")) if mx.metal.is_available() else ""
+
+
+def tuning() -> Tuning:
+    """The tuning of this device's generation, or the default for an unknown one."""
+    return next((t for key, t in TUNED.items() if key in architecture()), Tuning())
+
+
+def cores() -> int:
+    return CORES.get(architecture()[-1:], 10)
+
+
+@functools.cache
+def source(file: str) -> tuple[str, str]:
+    """(header, body) of a `.metal` file; the shared header comes first."""
+    helpers, body = (HERE / file).read_text().split(BODY)
+    common = (HERE / "common.metal").read_text()
+    return f"{common}\n{helpers}\n", body
+
+
+make: Callable[..., Any] = mx.fast.metal_kernel
+"""Builds a kernel object; tests put their emulator here."""
+
+
+@functools.cache
+def kernel(name: str) -> Any:
+    """The `mx.fast.metal_kernel` object called `name`, built once."""
+    spec = KERNELS[name]
+    header, body = source(spec.file)
+    return make(
+        name=f"opentq_{name}",
+        input_names=list(spec.inputs),
+        output_names=list(spec.outputs),
+        source=body,
+        header=header,
+        ensure_row_contiguous=False,
+    )
+
+
+@dataclass(frozen=True)
+class Side:
+    """Keys or values as a kernel sees them: bits (16 for halves), group, head dim."""
+
+    bits: int
+    group: int
+    dim: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.dim // self.group)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Launch geometry of the lane-layout decode for `rows` query rows per KV head and `heads` KV heads (all sequences)."""
+
+    rows: int
+    row_tiles: int
+    keys: int
+    members: int
+    teams: int
+    handover: int
+    splits: int
+
+    def threadgroup_bytes(self, k: Side, v: Side) -> int:
+        span = self.handover * self.members
+        per_team = span * v.groups * self.rows + span * self.rows + span * v.groups
+        per_team += 2 * self.members * self.rows + v.groups * self.rows
+        return 4 * (k.dim * self.rows + k.groups * self.rows + self.teams * per_team)
+
+
+def plan_decode(k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuning, n_cores: int) -> DecodePlan:
+    """Choose rows per team, simdgroups, and the number of splits. `tokens` is the longest sequence, dense columns included."""
+    members = 1 if v.dim <= 128 else 2 if v.dim <= 256 else 4
+    per_team = next((r for r in (1, 2, 4, 8) if r >= rows), 16 if max(k.dim, v.dim) <= 128 else 8)
+    row_tiles = -(-rows // per_team)
+    keys = tune.keys if per_team <= 8 else 1
+    teams = tune.teams if members == 1 else 1
+    handover = tune.handover
+    tile = 32 * keys * members
+    wanted = max(1, n_cores * tune.simdgroups // (heads * row_tiles * members * teams))
+    useful = max(1, -(-tokens // (2 * tile * teams)))
+    plan = DecodePlan(per_team, row_tiles, keys, members, teams, handover, min(wanted, useful, MAX_SPLITS // teams))
+    while plan.threadgroup_bytes(k, v) > THREADGROUP_BYTES and (plan.handover > 4 or plan.teams > 1):
+        smaller = {"handover": plan.handover // 2} if plan.handover > 4 else {"teams": plan.teams // 2}
+        plan = DecodePlan(**{**plan.__dict__, **smaller})
+    return plan
