@@ -1,0 +1,280 @@
+"""The routes, and what stands before them: keys, hosts, limits. No path in a request ever reaches the file system."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .. import __version__
+from . import anthropic, openai
+from .ask import Ask, Done, Step
+from .errors import ApiError, bad
+from .openapi import document
+from .schema import parse
+from .service import Service, Stream
+from .sse import frame
+from .stream import EventStream, WholeResponse
+
+log = logging.getLogger("opentq.serve")
+
+BODY_SECONDS = 60.0
+INLINE = 1 << 18  # bodies up to this size are parsed in the event loop
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask.
+
+    Attributes:
+        api_key: None for no key.
+        hosts: names that the Host header may have; None for any. Keeps web pages from reaching a local server through
+            a name of their own (DNS rebinding).
+        origins: origins that browsers may send requests from; none by default.
+        max_body: bytes of a request body.
+    """
+
+    api_key: str | None = None
+    hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
+    max_body: int = 32 << 20
+
+
+def build(service: Service, access: Access) -> Starlette:
+    """The ASGI application."""
+    routes = Routes(service, access)
+    middleware = [Middleware(Guard, access=access)]
+    if access.origins:
+        cors = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
+        middleware.insert(0, cors)
+    return Starlette(
+        routes=[
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+            Route("/openapi.json", routes.openapi),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", routes.completions, methods=["POST"]),
+            Route("/v1/messages", routes.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
+        ],
+        middleware=middleware,
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _server_error},
+    )
+
+
+class Guard:
+    """Hosts and keys, before anything else looks at a request. /health needs no key."""
+
+    def __init__(self, app: ASGIApp, access: Access):
+        self.app = app
+        self.access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (error := self._refusal(scope)):
+            return await _error_response(scope["path"], error)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = {k: v.decode("latin-1") for k, v in reversed(scope["headers"])}
+        hosts = self.access.hosts
+        if hosts is not None and _host_name(headers.get(b"host", "")) not in hosts:
+            return ApiError(
+                403, "this Host is not served here; use localhost, or --allowed-host", code="host_not_allowed"
+            )
+        if self.access.api_key is None or scope["path"] == "/health":
+            return None
+        scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
+        if not hmac.compare_digest(given.encode("latin-1"), self.access.api_key.encode()):
+            return ApiError(
+                401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'", code="invalid_api_key"
+            )
+        return None
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    if host.startswith("["):
+        return host[: host.find("]") + 1].lower()
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+
+
+class Routes:
+    """One method per route."""
+
+    def __init__(self, service: Service, access: Access):
+        self.service = service
+        self.access = access
+        self.name = service.settings.names[0]
+        self.fingerprint = f"opentq-{__version__}"
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse(self.service.health())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.service.gauges().text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(document(__version__))
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(n) for n in self.service.settings.names]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.service.settings.names:
+            raise ApiError(404, f"model {name[:100]!r} is not served here", "model", "model_not_found")
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        context = self.service.settings.max_context
+        created = int(self.service.started)
+        return {"id": name, "object": "model", "created": created, "owned_by": "opentq", "max_model_len": context}
+
+    async def chat(self, request: Request) -> Response:
+        return await self._openai(request, openai.read_chat, True)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._openai(request, openai.read_completion, False)
+
+    async def _openai(self, request: Request, read: Callable[[dict[str, Any]], Ask], chat: bool) -> Response:
+        ask = await self._read(request, read)
+        stream = await self.service.open(ask)
+        head = openai.Head(
+            id=("chatcmpl-" if chat else "cmpl-") + stream.id,
+            created=int(time.time()),
+            model=ask.model or self.name,
+            fingerprint=self.fingerprint,
+            chat=chat,
+            include_usage=ask.include_usage,
+        )
+        if ask.stream:
+            return EventStream(stream, OpenAIFeed(head, ask.logprobs is not None), self.service.settings.keep_alive)
+        return WholeResponse(stream, OpenAIGather(head, ask.logprobs is not None))
+
+    async def messages(self, request: Request) -> Response:
+        ask = await self._read(request, anthropic.read)
+        stream: Stream = await self.service.open(ask)
+        model = ask.model or self.name
+        if ask.stream:
+            feed = anthropic.Feed(stream.id, model, len(stream.job.tokens))
+            return EventStream(stream, feed, self.service.settings.keep_alive)
+        return WholeResponse(stream, anthropic.Gathered(stream.id, model))
+
+    async def count_tokens(self, request: Request) -> Response:
+        ask = await self._read(request, lambda body: anthropic.read(body, count_only=True))
+        count = await asyncio.get_running_loop().run_in_executor(None, self.service.count, ask)
+        return JSONResponse({"input_tokens": count})
+
+    async def _read(self, request: Request, read: Callable[[dict[str, Any]], Ask]) -> Ask:
+        body = await self._body(request)
+        if len(body) <= INLINE:
+            return read(parse(body))
+        return await asyncio.get_running_loop().run_in_executor(None, lambda: read(parse(body)))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, within its limits of type, size and time."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Browsers send other types across origins without asking; this one they must ask for.
+            raise ApiError(
+                415, f"Content-Type must be application/json, not {kind[:80]!r}", code="unsupported_media_type"
+            )
+        limit = self.access.max_body
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        try:
+            return await asyncio.wait_for(_collect(request, limit), BODY_SECONDS)
+        except asyncio.TimeoutError as error:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", code="timeout") from error
+        except ClientDisconnect as error:
+            raise bad("the client went away before its body was complete") from error
+
+
+async def _collect(request: Request, limit: int) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes; see --max-body", code="request_too_large")
+
+
+class OpenAIFeed:
+    """OpenAI's chunks as server-sent events."""
+
+    ping = b": keep-alive\n\n"
+
+    def __init__(self, head: openai.Head, logprobs: bool):
+        self.chunks = openai.Chunks(head, logprobs)
+
+    def opening(self) -> bytes:
+        return b"".join(map(frame, openai.opening(self.chunks.head)))
+
+    def step(self, step: Step) -> bytes:
+        return b"".join(map(frame, self.chunks.step(step.deltas, step.tokens)))
+
+    def done(self, done: Done) -> bytes:
+        return b"".join(map(frame, self.chunks.end(done))) + frame("[DONE]")
+
+    def error(self, error: ApiError) -> bytes:
+        return frame(error.body()) + frame("[DONE]")
+
+
+class OpenAIGather:
+    """OpenAI's whole response."""
+
+    def __init__(self, head: openai.Head, logprobs: bool):
+        self.head, self.logprobs, self.answer = head, logprobs, openai.Answer()
+
+    def step(self, step: Step) -> None:
+        self.answer.add(step.deltas, step.tokens)
+
+    def done(self, done: Done) -> dict[str, Any]:
+        return openai.response(self.head, self.answer, done, self.logprobs)
+
+
+def _error_response(path: str, error: ApiError) -> Response:
+    body = anthropic.error_body(error) if path.startswith("/v1/messages") else error.body()
+    return JSONResponse(body, error.status, error.headers())
+
+
+def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error_response(request.url.path, error)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    words = {404: f"there is no {path[:100]!r} here", 405: f"{path} does not take {request.method}"}
+    wrapped = ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code="http_error")
+    response = _error_response(path, wrapped)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _server_error(request: Request, error: Exception) -> Response:
+    # Starlette logs the traceback; the client learns only that it was not its fault.
+    return _error_response(request.url.path, ApiError(500, "the server failed on this request", code="internal_error"))

@@ -1,0 +1,118 @@
+"""What a client asks for and what it gets, whichever API it speaks: the records between the routes and the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. `seed` None draws a fresh one; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request for tokens.
+
+    Attributes:
+        messages: chat messages in OpenAI's form with text contents, or None for a bare prompt.
+        prompt: text or token ids, when `messages` is None.
+        max_tokens: most tokens to generate; None leaves it to the server.
+        stop: texts that end the answer.
+        logprobs: None for none, else how many alternatives to report per token (0: the chosen one alone).
+        tools: OpenAI tool definitions that the model may call.
+        tool_choice: "auto", "required", or the name of the one function it must call.
+        parallel_calls: False ends the answer after the first tool call.
+        schema: JSON Schema that the answer must fit, or None.
+        template: extra variables for the chat template.
+    """
+
+    model: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | tuple[int, ...] = ""
+    max_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_calls: bool = True
+    schema: dict[str, Any] | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    stream: bool = False
+    include_usage: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call that the model made; `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer: `kind` is content, reasoning or call."""
+
+    kind: str
+    text: str = ""
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A generated token with its log probability and the likeliest alternatives, as (text, logprob)."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read (of which `cached` were not read again) and written; seconds that it took."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    queue_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Prompt tokens read so far; sent after every piece of the prompt."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one or more generated tokens added: pieces of the answer, and the tokens themselves when asked for."""
+
+    deltas: tuple[Delta, ...]
+    tokens: tuple[Chosen, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of an answer: `reason` is stop, length or tool_calls; `matched` is the stop text that ended it."""
+
+    reason: str
+    usage: Usage
+    matched: str = ""

@@ -1,0 +1,131 @@
+"""The `opentq serve` command: options in, server running. Imports what is heavy only when called."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face repository.")] = "",
+    model_option: Annotated[str, typer.Option("--model", help="The same, as an option.")] = "",
+    kv: Annotated[
+        str | None, typer.Option(help="KV spec: f16, int8, int4, k8v4, ...; 'off' leaves mlx-lm's cache.")
+    ] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
+    kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind to.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="OPENTQ_API_KEY", help="Key that clients must send; needed with any other --host."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Bind to any --host without a key.")] = False,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Name in requests; may be repeated.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Answer length when a request gives none.")
+    ] = 4096,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for everything, e.g. 48GB; default: what the machine allows.")
+    ] = None,
+    prompt_cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for remembered prompts, e.g. 4GB; 0 for none.")
+    ] = None,
+    prompt_cache_dir: Annotated[Path | None, typer.Option(help="Keep remembered prompts in this folder, too.")] = None,
+    decode_concurrency: Annotated[int, typer.Option(help="Most requests that run at once.")] = 64,
+    queue: Annotated[int, typer.Option(help="Most requests that wait for memory; further ones get a 503.")] = 64,
+    prefill_step_size: Annotated[
+        int | None, typer.Option(help="Tokens read between two decode steps; default: what at most triples their time.")
+    ] = None,
+    temp: Annotated[
+        float, typer.Option("--temp", "--temperature", help="Temperature when a request gives none.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="top_p when a request gives none.")] = 1.0,
+    chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
+    allowed_origins: Annotated[
+        str, typer.Option(help="Origins that browsers may send from, by commas; default: none.")
+    ] = "",
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Name this server may be called by; may be repeated.")
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="Largest request body.")] = "32MB",
+    keep_alive: Annotated[float, typer.Option(help="Seconds of silence before a keep-alive is sent.")] = 5.0,
+    drain: Annotated[float, typer.Option(help="Seconds that running answers get when the server is stopped.")] = 30.0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")
+    ] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a model: OpenAI and Anthropic APIs, continuous batching, compressed KV cache."""
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"opentq serve needs the extra: pip install 'opentq[serve]' ({error.name} is missing)"
+        ) from error
+    if log_level not in LEVELS:
+        raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
+    if model and model_option:
+        raise UserError("give the model once: as an argument or with --model")
+    if not (model or model_option):
+        raise UserError("no model given: opentq serve FOLDER, or org/name")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+
+    from ..memory.device import parse_memory
+    from ..spec import spec_from_flags
+    from .launch import Options, Server, check, describe, make_service
+
+    def size(text: str | None) -> int | None:
+        return None if text is None else 0 if text == "0" else parse_memory(text)
+
+    options = Options(
+        model=model or model_option,
+        kv=None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size),
+        names=tuple(served_model_name or ()),
+        host=host,
+        port=port,
+        api_key=api_key,
+        insecure=insecure,
+        hosts=tuple(allowed_host or ()),
+        origins=tuple(o.strip() for o in allowed_origins.split(",") if o.strip()),
+        max_body=size(max_body) or 1,
+        max_context=max_context,
+        max_tokens=max_tokens,
+        memory=size(memory),
+        prompt_cache_bytes=size(prompt_cache_bytes),
+        prompt_cache_dir=prompt_cache_dir,
+        concurrency=decode_concurrency,
+        queue=queue,
+        prefill_step=prefill_step_size,
+        temperature=temp,
+        top_p=top_p,
+        template=_object(chat_template_args),
+        keep_alive=keep_alive,
+        drain=drain,
+        trust_remote_code=trust_remote_code,
+    )
+    check(options)
+    service, prices = make_service(options)
+    print(describe(service, prices, options), flush=True)
+    Server(service, options).run()
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--chat-template-args is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError("--chat-template-args must be a JSON object")
+    return value

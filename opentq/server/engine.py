@@ -1,0 +1,317 @@
+"""The engine: one thread that does all of the model's work, one small step at a time.
+
+Each turn gives every running answer its next token, then reads one piece of one waiting prompt. Pieces have one
+size, chosen at the start so that a piece takes at most twice as long as a decode step: a running answer is never slowed
+down more than threefold, however long a prompt is that someone sends. Prompts take turns by two rules, alternately: the
+one with least left to read (short questions pass long documents), and the one that came first (nobody starves).
+
+Prompts are read alone, on single caches; then the sequence joins the batch of its shelf (`admission.shelf`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationBatch, StopSequences, _merge_caches
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
+
+from .admission import shelf
+from .ask import Chosen, Done, Progress, Sampling, Step, Usage
+from .errors import ApiError
+from .grammar import Constraint
+from .output import Parser
+from .prefix import PrefixStore, exact_trim
+from .sampling import Processor, Sampler, make_processors, make_sampler
+
+log = logging.getLogger("opentq.serve")
+
+Event = Progress | Step | Done | ApiError
+STALL = 3.0
+PIECES = (64, 128, 256, 512, 1024, 2048)
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence on its way. The client's side fills in the first fields, the engine the rest."""
+
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling
+    parser: Parser
+    post: Callable[[Job, Event], None]
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    created: float = field(default_factory=time.perf_counter)
+
+    names: list[str] = field(default_factory=list)
+    caches: list[Any] | None = None
+    read: int = 0  # prompt tokens in the caches
+    cached: int = 0
+    snapshots: set[int] = field(default_factory=set)
+    started: float = 0.0
+    first: float = 0.0  # when the prompt was read
+    generated: int = 0
+
+    @property
+    def total(self) -> int:
+        return len(self.tokens) + self.max_tokens
+
+    def usage(self) -> Usage:
+        now = time.perf_counter()
+        first = self.first or now
+        return Usage(
+            prompt=len(self.tokens),
+            completion=self.generated,
+            cached=self.cached,
+            queue_seconds=max(0.0, (self.started or now) - self.created),
+            prompt_seconds=first - self.started if self.started else 0.0,
+            generation_seconds=now - first,
+        )
+
+
+class Decoding(GenerationBatch):
+    """mlx-lm's running batch. Finished caches are not copied out: prefixes were remembered when the prompt was read."""
+
+    def extract_cache(self, idx: int) -> list[Any]:
+        return []
+
+
+@dataclass
+class Timing:
+    """What the engine measured: seconds of a decode step and of a piece, as running means."""
+
+    step: float = 0.0
+    piece: float = 0.0
+
+    def note(self, name: str, seconds: float) -> None:
+        old = getattr(self, name)
+        setattr(self, name, seconds if not old else 0.9 * old + 0.1 * seconds)
+
+
+class Engine:
+    """Runs jobs on a model. `submit`, `cancel` and `close` may be called from any thread; `run` is the thread."""
+
+    def __init__(self, model: Any, tokenizer: Any, store: PrefixStore, step: int):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.store = store
+        self.step = step
+        self.timing = Timing()
+        self.reading: list[Job] = []
+        self.shelves: dict[int, tuple[Decoding, list[Job]]] = {}
+        self.at_work: Job | None = None
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
+        self._turn = 0
+        self._closed = False
+
+    # ---- from other threads
+
+    def submit(self, job: Job, room: int) -> None:
+        """Start a job that was admitted; `room` is what is left for remembered prefixes, in bytes."""
+        self._inbox.put(("submit", (job, room)))
+
+    def cancel(self, job: Job, error: ApiError) -> None:
+        """End a job with `error`, wherever it is; its memory is free when the error is posted."""
+        self._inbox.put(("cancel", (job, error)))
+
+    def close(self) -> None:
+        self._inbox.put(("close", None))
+
+    # ---- the engine's own thread
+
+    def run(self) -> None:
+        """Work until closed. An error of the model's ends this call; `recover` says what to do then."""
+        while not self._closed:
+            self._read_inbox(block=not (self.reading or self.shelves))
+            self._turn += 1
+            for key in sorted(self.shelves):
+                self._decode(key)
+            if self.reading:
+                self._read_piece(self._next_reader())
+
+    def recover(self, error: BaseException) -> None:
+        """After `run` failed: end the job at work, or all running answers if it was theirs, with an error each."""
+        failed = [self.at_work] if self.at_work else [j for _, jobs in self.shelves.values() for j in jobs]
+        if not self.at_work:
+            self.shelves.clear()
+        self.at_work = None
+        self.reading = [j for j in self.reading if j not in failed]
+        mx.clear_cache()
+        for job in failed:
+            job.post(
+                job, ApiError(500, f"the engine failed on this request: {type(error).__name__}", code="engine_error")
+            )
+
+    def _read_inbox(self, block: bool) -> None:
+        while True:
+            try:
+                kind, value = self._inbox.get(block)
+            except queue.Empty:
+                return
+            block = False
+            if kind == "submit":
+                self._start(*value)
+            elif kind == "cancel":
+                self._cancel(*value)
+            else:
+                self._closed = True
+                return
+
+    def _start(self, job: Job, room: int) -> None:
+        self.at_work = job
+        job.started = time.perf_counter()
+        self.store.shrink(room)
+        job.names = self.store.names(job.tokens)
+        hit = self.store.fetch(job.names)
+        job.caches = hit.caches or make_prompt_cache(self.model)
+        job.read = job.cached = hit.tokens
+        if not exact_trim(job.caches):
+            # Such caches are remembered only at points chosen beforehand: the end, and where known prompts part.
+            job.snapshots = {len(job.names) * self.step, hit.shared} - {0}
+        self.reading.append(job)
+        self.at_work = None
+
+    def _next_reader(self) -> Job:
+        if self._turn % 2:
+            return self.reading[0]
+        return min(self.reading, key=lambda j: len(j.tokens) - j.read)
+
+    def _read_piece(self, job: Job) -> None:
+        """One piece of a prompt; after the last, the job joins a batch."""
+        self.at_work = job
+        end = min(job.read + self.step, len(job.tokens) - 1)
+        if end > job.read:
+            tic = time.perf_counter()
+            self.model(mx.array([job.tokens[job.read : end]]), cache=job.caches)
+            mx.eval([c.state for c in job.caches or ()])
+            self.timing.note("piece", time.perf_counter() - tic)
+            job.read = end
+            if end in job.snapshots:
+                self.store.remember(job.names[: end // self.step], copy.deepcopy(job.caches or []))
+            job.post(job, Progress(end, len(job.tokens)))
+        if job.read == len(job.tokens) - 1:
+            self._join(job)
+        self.at_work = None
+
+    def _join(self, job: Job) -> None:
+        self.reading.remove(job)
+        single = job.caches or []
+        processors: list[Processor] = make_processors(job.sampling, len(job.tokens))
+        if job.constraint:
+            processors.append(job.constraint)
+        sampler: Sampler = make_sampler(job.sampling)
+        batch = Decoding(
+            self.model,
+            [id(job)],
+            mx.array(job.tokens[-1:]),
+            _merge_caches([single]),
+            [job.tokens[:-1] if processors else []],
+            [sampler],
+            greedy_sampler,
+            [processors],
+            [self._eos],
+            [job.max_tokens],
+        )
+        job.first = time.perf_counter()
+        job.caches = None
+        key = shelf(job.total)
+        if key in self.shelves:
+            self.shelves[key][0].extend(batch)
+            self.shelves[key][1].append(job)
+        else:
+            self.shelves[key] = (batch, [job])
+        if exact_trim(single):
+            for c in single:
+                c.trim(job.read - len(job.names) * self.step)
+            self.store.remember(job.names, single)
+
+    def _decode(self, key: int) -> None:
+        """The next token of every answer on a shelf."""
+        batch, jobs = self.shelves[key]
+        tic = time.perf_counter()
+        responses = batch.next()
+        self.timing.note("step", time.perf_counter() - tic)
+        over = []
+        for job, r in zip(list(jobs), responses):
+            job.generated += 1
+            reason = r.finish_reason or ""
+            deltas = [] if reason == "stop" else job.parser.token(r.token)
+            chosen = (
+                () if job.logprobs is None or reason == "stop" else (self._chosen(r.token, r.logprobs, job.logprobs),)
+            )
+            if job.parser.stopped:
+                reason = reason or "stop"
+                if not r.finish_reason:
+                    over.append(job)
+            if reason:
+                jobs.remove(job)
+                deltas = deltas + job.parser.finish()
+            if deltas or chosen:
+                job.post(job, Step(tuple(deltas), chosen))
+            if reason:
+                done = "tool_calls" if job.parser.calls and reason == "stop" else reason
+                job.post(job, Done(done, job.usage(), job.parser.stop.matched))
+        if over:
+            gone = {id(j) for j in over}
+            batch.filter([i for i, uid in enumerate(batch.uids) if uid not in gone])
+        if not jobs:
+            del self.shelves[key]
+            mx.clear_cache()
+
+    def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
+        """A token with its log probability; JSON has no infinity, so an impossible token has OpenAI's -9999."""
+        best = np.array(mx.argsort(-logprobs)[:top]) if top else []
+        ids = [token, *(int(t) for t in best)]
+        values = np.maximum(np.array(logprobs[mx.array(ids)].astype(mx.float32)), -9999.0)
+        pairs = [(self.tokenizer.decode([t]), float(v)) for t, v in zip(ids, values)]
+        return Chosen(*pairs[0], tuple(pairs[1:]))
+
+    def _cancel(self, job: Job, error: ApiError) -> None:
+        if job in self.reading:
+            self.reading.remove(job)
+            job.caches = None
+            mx.clear_cache()
+        else:
+            for key, (batch, jobs) in list(self.shelves.items()):
+                if job in jobs:
+                    jobs.remove(job)
+                    batch.filter([i for i, uid in enumerate(batch.uids) if uid != id(job)])
+                    if not jobs:
+                        del self.shelves[key]
+                        mx.clear_cache()
+                    break
+            else:
+                return  # it ended by itself meanwhile, and said so
+        job.post(job, error)
+
+
+def choose_step(model: Any, limit: int = PIECES[-1]) -> int:
+    """The largest piece that takes at most twice as long as a decode step, so that a step is stalled to 3x at most."""
+
+    def seconds(length: int, repeats: int) -> float:
+        caches = make_prompt_cache(model)
+        x = mx.zeros((1, length), dtype=mx.int32)
+        best = float("inf")
+        for _ in range(repeats + 1):
+            tic = time.perf_counter()
+            mx.eval(model(x, cache=caches), [c.state for c in caches])
+            best = min(best, time.perf_counter() - tic)
+        return best
+
+    bound = (STALL - 1) * seconds(1, 5)
+    chosen = PIECES[0]
+    for length in PIECES[1:]:
+        if length > limit or seconds(length, 1) > bound:
+            break
+        chosen = length
+    return chosen

@@ -1,0 +1,140 @@
+"""Answers that must fit a JSON Schema, or be a tool call: masks over the next token, by llguidance.
+
+The extra `opentq[schema]` brings llguidance. Without it a request for json_schema is refused with a 400 that says so.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .ask import Ask
+from .errors import ApiError, bad, unsupported
+
+# What json.dumps writes, which is what models have read: no free white space for them to get lost in.
+STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
+
+
+def available() -> bool:
+    try:
+        import llguidance  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Grammars:
+    """Grammars over one tokenizer; its tables are built once."""
+
+    def __init__(self, tokenizer: Any, vocab: int):
+        self.tokenizer = tokenizer
+        self.vocab = vocab
+        self._tables: Any = None
+
+    def constraint(self, ask: Ask, state: str) -> Constraint | None:
+        """What holds the answer to `ask` in its form, or None. Raises ApiError for a form that can't be held."""
+        if ask.tool_choice == "required" and ask.tools:
+            return self._make(self._calls(ask), "tool_choice", state)
+        if ask.schema is None:
+            return None
+        return self._make(self._schema(ask.schema), "response_format", state)
+
+    def _make(self, grammar: str, param: str, state: str) -> Constraint:
+        import llguidance
+
+        error = llguidance.LLMatcher.validate_grammar(grammar, self.tables)
+        if error:
+            raise bad(f"{param} can't be turned into a grammar: {_first_line(error)}", param)
+        matcher = llguidance.LLMatcher(self.tables, grammar, log_level=0)
+        wait = tuple(self.tokenizer.think_end_tokens) if state == "reasoning" else ()
+        return Constraint(matcher, self.vocab, wait)
+
+    def _schema(self, schema: dict[str, Any]) -> str:
+        self._require("response_format")
+        import llguidance
+
+        try:
+            return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=STYLE)
+        except ValueError as error:
+            raise bad(
+                f"response_format: the schema can't be used: {_first_line(str(error))}", "response_format"
+            ) from error
+
+    def _calls(self, ask: Ask) -> str:
+        """The markup of one tool call in the model's own form."""
+        self._require("tool_choice")
+        parser = getattr(self.tokenizer.tool_parser, "__module__", "")
+        if parser != JSON_CALLS:
+            raise unsupported(
+                "tool_choice", f"this model writes calls in the form of {parser}; only 'auto' and 'none' work"
+            )
+        options = [_call_schema(t["function"]) for t in ask.tools]
+        schema = {"x-guidance": STYLE, **(options[0] if len(options) == 1 else {"anyOf": options})}
+        start, end = (json.dumps(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
+        return f"start: {start} call {end}\ncall: %json {json.dumps(schema)}\n"
+
+    def _require(self, param: str) -> None:
+        if not available():
+            raise ApiError(
+                400, f"{param} needs the extra: pip install 'opentq[schema]'", param, "unsupported_parameter"
+            )
+
+    @property
+    def tables(self) -> Any:
+        if self._tables is None:
+            import llguidance.hf
+
+            inner = self.tokenizer._tokenizer
+            self._tables = llguidance.hf.from_tokenizer(
+                inner, n_vocab=max(self.vocab, len(inner)), eos_token=sorted(self.tokenizer.eos_token_ids)
+            )
+        return self._tables
+
+
+class Constraint:
+    """A logits processor: only tokens that keep the answer in its form. It begins after the model's thought, if any."""
+
+    def __init__(self, matcher: Any, vocab: int, wait: tuple[int, ...] = ()):
+        self.matcher = matcher
+        self.vocab = vocab
+        self.wait = wait
+        self.begun = False
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        # The first call sees the prompt; every later one has one more token of the answer.
+        if self.begun:
+            self._take(tokens)
+        self.begun = True
+        if self.wait or self.matcher.is_stopped():
+            return logits
+        allowed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        bits = np.unpackbits(allowed, bitorder="little")[: self.vocab].astype(bool)
+        return mx.where(mx.array(bits), logits, -mx.inf)
+
+    def _take(self, tokens: mx.array) -> None:
+        """Take in the newest token: as part of the thought, while there is one, else of the form."""
+        if self.wait:
+            if tuple(tokens[-len(self.wait) :].tolist()) == self.wait:  # type: ignore[arg-type]
+                self.wait = ()
+        elif not self.matcher.is_stopped():
+            self.matcher.consume_token(int(tokens[-1].item()))  # type: ignore[arg-type]
+
+
+def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function["name"]},
+            "arguments": function.get("parameters") or {"type": "object"},
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "unknown reason"

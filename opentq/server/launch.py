@@ -1,0 +1,210 @@
+"""From options to a running server: load in the engine's thread, price, bind, and stop cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import uvicorn
+
+from .. import hooks
+from ..errors import UserError
+from ..memory.device import GIB
+from ..model import load
+from .admission import Admission
+from .app import Access, build
+from .engine import Engine, choose_step
+from .prefix import PrefixStore
+from .pricing import Prices, appraise
+from .service import Service, Settings
+
+log = logging.getLogger("opentq.serve")
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOCAL_HOSTS = frozenset({"127.0.0.1", "[::1]", "localhost"})
+PIECE_LIMIT = 2048
+
+
+@dataclass
+class Options:
+    """What `opentq serve` was asked for; see its help for the meanings."""
+
+    model: str
+    kv: Any = None
+    names: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    insecure: bool = False
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    max_body: int = 32 << 20
+    max_context: int | None = None
+    max_tokens: int = 4096
+    memory: int | None = None
+    prompt_cache_bytes: int | None = None
+    prompt_cache_dir: Path | None = None
+    concurrency: int = 64
+    queue: int = 64
+    prefill_step: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    template: dict[str, Any] = field(default_factory=dict)
+    keep_alive: float = 5.0
+    drain: float = 30.0
+    trust_remote_code: bool = False
+
+
+def check(options: Options) -> None:
+    """Raise UserError for options that must not go together, before anything is loaded."""
+    if options.host not in LOOPBACK and not options.api_key and not options.insecure:
+        raise UserError(
+            f"--host {options.host} can be reached from other machines: set --api-key (or OPENTQ_API_KEY), "
+            "or say --insecure"
+        )
+    if options.prefill_step is not None and (options.prefill_step < 64 or options.prefill_step % 64):
+        raise UserError(f"--prefill-step-size {options.prefill_step} must be a multiple of 64")
+
+
+def make_service(options: Options) -> tuple[Service, Prices]:
+    """Load the model in a thread of its own, the engine's from now on, and put the service together."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    try:
+        return pool.submit(_prepare, options, pool).result()
+    except BaseException:
+        pool.shutdown(wait=False)
+        raise
+
+
+def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Prices]:
+    model, tokenizer = load(
+        options.model, kv=options.kv, tokenizer_config={"trust_remote_code": options.trust_remote_code or None}
+    )
+    step = options.prefill_step or choose_step(model, PIECE_LIMIT)
+    context = model_context(model)
+    if options.max_context and context and options.max_context > context:
+        log.warning(
+            "--max-context %d is longer than the %d tokens that the model was made for", options.max_context, context
+        )
+    wanted = options.max_context or context or 32768
+    prices = appraise(model, step, options.memory, wanted)
+    admission = Admission(prices.cached(), prices.budget, options.concurrency, options.queue)
+    longest = admission.largest(wanted)
+    if longest < wanted:
+        if options.max_context:
+            raise UserError(
+                f"--max-context {wanted} needs {prices.price(wanted) / GIB:.2f} GiB and {prices.budget / GIB:.2f} GiB "
+                f"are left; {longest} tokens fit, or give more with --memory"
+            )
+        log.warning("the context is %d tokens, not the model's %d: more does not fit in memory", longest, wanted)
+    cache_bytes = prices.budget if options.prompt_cache_bytes is None else options.prompt_cache_bytes
+    mx.set_cache_limit(max(64 << 20, min(prices.weights, 1 << 30)))
+    store = PrefixStore(step, min(cache_bytes, prices.budget))
+    engine = Engine(model, tokenizer, store, step)
+    vocab = int(model(mx.array([[0]])).shape[-1])
+    settings = Settings(
+        names=options.names or default_names(options.model),
+        max_context=longest,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        prompt_cache_bytes=store.max_bytes,
+        template=options.template,
+        keep_alive=options.keep_alive,
+    )
+    return Service(engine, admission, settings, vocab, pool), prices
+
+
+def default_names(model: str) -> tuple[str, ...]:
+    """The names that requests may give: the model's own, and the path or repository as it was given."""
+    short = Path(model).name
+    return (short,) if short == model else (short, model)
+
+
+def model_context(model: Any) -> int:
+    """Tokens that the model was made for; 0 when its arguments don't say."""
+    args = getattr(model, "args", None)
+    text = getattr(args, "text_config", None)
+    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
+    return int(found or getattr(args, "max_position_embeddings", None) or 0)
+
+
+def access(options: Options) -> Access:
+    hosts = None
+    if options.host in LOOPBACK or options.hosts:
+        hosts = LOCAL_HOSTS | {h.lower() for h in options.hosts}
+    return Access(options.api_key, hosts, options.origins, options.max_body)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain of our own: running answers end, the rest get an error each; a second signal is final."""
+
+    def __init__(self, service: Service, options: Options):
+        config = uvicorn.Config(
+            build(service, access(options)),
+            host=options.host,
+            port=options.port,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            h11_max_incomplete_event_size=32 << 10,
+            timeout_graceful_shutdown=5,
+            backlog=1024,
+        )
+        super().__init__(config)
+        self.service = service
+        self.options = options
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: Any = None) -> None:
+        self.service.start()
+        try:
+            await super().serve(sockets)
+        finally:
+            self.service.close()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._draining or not self.started:
+            self.force_exit = self._draining is not None and sig == signal.SIGINT
+            self.should_exit = True
+            return
+        # Signals arrive outside the loop's own calls: hand over to it.
+        self.service.call_soon(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        await self.service.drain(self.options.drain)
+        self.should_exit = True
+
+
+def describe(service: Service, prices: Prices, options: Options) -> str:
+    """What is in use, for the terminal."""
+    from ..reporting import report
+
+    settings, engine = service.settings, service.engine
+    lines = []
+    if hooks.installed(engine.model):
+        lines.append(str(report(engine.model)))
+    else:
+        lines.append("KV cache: mlx-lm's own, not compressed")
+    full = prices.price(settings.max_context)
+    lines += [
+        f"context: {settings.max_context} tokens, {full / 2**20:.0f} MiB each when full; "
+        f"{prices.budget / GIB:.2f} GiB for requests and remembered prefixes",
+        f"prompts are read in pieces of {engine.step} tokens; up to {service.admission.slots} requests run, "
+        f"{service.admission.queue} wait",
+        f"serving {', '.join(settings.names)} on http://{options.host}:{options.port}/v1",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,371 @@
+"""OpenAI's wire format, both ways, as pure functions: a checked body becomes an `Ask`, events become responses.
+
+Fields that nobody knows are ignored, as clients expect. Fields that OpenAI's API (or a well-known server) knows and this
+one can't serve are refused with a 400 that names them, unless their value asks for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ask import Ask, Call, Chosen, Delta, Done, Sampling, Usage
+from .errors import bad, unsupported
+from .schema import CHAT, COMPLETION, check
+
+# Known fields that are not served, with the values that ask for nothing.
+IDLE: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "store": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "functions": ([],),
+    "function_call": (),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": (),
+    "draft_model": (),
+    "num_draft_tokens": (),
+    "adapters": (),
+    "role_mapping": (),
+    "xtc_probability": (0, 0.0),
+    "repetition_context_size": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
+}
+
+HINTS = {
+    "n": "send the request n times; the prompt is read once",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "guided_json": "use response_format with json_schema",
+}
+
+
+def refuse_unsupported(body: dict[str, Any], idle: dict[str, tuple[Any, ...]] = IDLE) -> None:
+    """Raise ApiError for a known field that asks for something this server does not do."""
+    for name, harmless in idle.items():
+        if body.get(name) is not None and body[name] not in harmless:
+            raise unsupported(name, HINTS.get(name, ""))
+
+
+def read_chat(body: dict[str, Any]) -> Ask:
+    """The `Ask` of a /v1/chat/completions body. Raises ApiError."""
+    refuse_unsupported(body)
+    check(body, CHAT)
+    if body.get("top_logprobs") is not None and not body.get("logprobs"):
+        raise bad("top_logprobs needs logprobs: true", "top_logprobs")
+    tools, choice = tuple(body.get("tools") or ()), body.get("tool_choice") or "auto"
+    if choice == "none":
+        tools = ()
+    elif choice != "auto" and not tools:
+        raise bad("tool_choice needs tools", "tool_choice")
+    if isinstance(choice, dict):
+        choice = choice["function"]["name"]
+        if choice not in {t["function"]["name"] for t in tools}:
+            raise bad(f"tool_choice names {choice!r}, which is not in tools", "tool_choice")
+        tools = tuple(t for t in tools if t["function"]["name"] == choice)
+        choice = "required"
+    template = _template(body)
+    return Ask(
+        model=body.get("model"),
+        messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(body["messages"])),
+        max_tokens=as_int(first(body, "max_completion_tokens", "max_tokens")),
+        logprobs=(body.get("top_logprobs") or 0) if body.get("logprobs") else None,
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=body.get("parallel_tool_calls") is not False,
+        schema=read_format(body),
+        template=template,
+        **_common(body),
+    )
+
+
+def read_completion(body: dict[str, Any]) -> Ask:
+    """The `Ask` of a /v1/completions body. Raises ApiError."""
+    refuse_unsupported(body)
+    check(body, COMPLETION)
+    prompt = body["prompt"]
+    if isinstance(prompt, list):
+        prompt = prompt[0] if isinstance(prompt[0], str) else tuple(int(t) for t in prompt)
+    return Ask(
+        model=body.get("model"),
+        prompt=prompt,
+        max_tokens=as_int(body.get("max_tokens")),
+        logprobs=as_int(body.get("logprobs")),
+        schema=read_format(body),
+        **_common(body),
+    )
+
+
+def read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
+    """A message as chat templates take it: text content, developer as system, call arguments as objects."""
+    out = {k: v for k, v in message.items() if k in ("name", "tool_call_id") and v is not None}
+    out["role"] = "system" if message["role"] == "developer" else message["role"]
+    out["content"] = read_content(message.get("content"), f"{path}.content")
+    if reasoning := first(message, "reasoning_content", "reasoning"):
+        out["reasoning_content"] = reasoning
+    if calls := message.get("tool_calls"):
+        out["tool_calls"] = [_read_call(c, f"{path}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    return out
+
+
+def read_content(content: Any, path: str) -> str:
+    """The text of a content: a string, or text parts joined. Raises ApiError for images, audio and files."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    for i, part in enumerate(content):
+        if part["type"] not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            raise unsupported(f"{path}[{i}].type", f"{part['type']!r}; only text parts can be read")
+    return "".join(part["text"] for part in content)
+
+
+def read_format(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON Schema that response_format asks for, or None."""
+    wanted = body.get("response_format")
+    if not wanted or wanted["type"] == "text":
+        return None
+    if wanted["type"] == "json_object":
+        return {"type": "object"}
+    schema = (wanted.get("json_schema") or {}).get("schema")
+    if schema is None:
+        raise bad("response_format.json_schema.schema is missing", "response_format.json_schema.schema")
+    return schema
+
+
+def _read_call(call: dict[str, Any], path: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call["function"]["arguments"] or "{}")
+    except ValueError as error:
+        raise bad(f"{path}.function.arguments is not JSON: {error}", f"{path}.function.arguments") from error
+    function = {"name": call["function"]["name"], "arguments": arguments}
+    return {"id": call.get("id") or "", "type": "function", "function": function}
+
+
+def _template(body: dict[str, Any]) -> dict[str, Any]:
+    variables = dict(body.get("chat_template_kwargs") or {})
+    for name, value in variables.items():
+        plain = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) < 256)
+        if name in RESERVED or not name.isidentifier() or name.startswith("_") or not plain:
+            path = f"chat_template_kwargs.{name}"
+            raise bad(
+                f"{path} can't be set by a request; only simple values for the template's own variables can", path
+            )
+    if body.get("reasoning_effort"):
+        variables.setdefault("reasoning_effort", body["reasoning_effort"])
+    return variables
+
+
+# Arguments of the tokenizer's template function itself: a request may set only the template's variables.
+RESERVED = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "padding", "tokenize"}
+    | {"continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask", "processor_kwargs"}
+)
+
+
+def _common(body: dict[str, Any]) -> dict[str, Any]:
+    stop = body.get("stop") or ()
+    bias = body.get("logit_bias") or {}
+    if wrong := next((k for k in bias if not (k.isascii() and k.isdigit() and len(k) < 12)), None):
+        raise bad(f"logit_bias has the key {wrong[:20]!r}; keys are token ids", "logit_bias")
+    seed = as_int(body.get("seed"))
+    return {
+        "stop": tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),
+        "stream": bool(body.get("stream")),
+        "include_usage": bool((body.get("stream_options") or {}).get("include_usage")),
+        "sampling": Sampling(
+            temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default, filled in later
+            top_p=body.get("top_p"),  # type: ignore[arg-type]
+            top_k=as_int(body.get("top_k")) or 0,
+            min_p=body.get("min_p") or 0.0,
+            seed=None if seed is None else seed % 2**64,
+            presence_penalty=body.get("presence_penalty") or 0.0,
+            frequency_penalty=body.get("frequency_penalty") or 0.0,
+            repetition_penalty=body.get("repetition_penalty") or 1.0,
+            logit_bias=tuple((int(k), float(v)) for k, v in bias.items()),
+        ),
+    }
+
+
+def first(body: dict[str, Any], *names: str) -> Any:
+    """The first of several fields that is given."""
+    return next((body[n] for n in names if body.get(n) is not None), None)
+
+
+def as_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+# ---- what goes back
+
+
+@dataclass
+class Answer:
+    """An answer gathered from its events, for clients that don't stream."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    tokens: list[Chosen] = field(default_factory=list)
+
+    def add(self, deltas: Iterable[Delta], tokens: Iterable[Chosen]) -> None:
+        for delta in deltas:
+            if delta.call:
+                self.calls.append(delta.call)
+            elif delta.kind == "reasoning":
+                self.reasoning += delta.text
+            else:
+                self.content += delta.text
+        self.tokens.extend(tokens)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all chunks of one response share."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    chat: bool
+    include_usage: bool = False
+
+    def wrap(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion" + (".chunk" if chunk else "")) if self.chat else "text_completion"
+        body = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+        if chunk and self.include_usage:
+            body["usage"] = None
+        return body
+
+
+def response(head: Head, answer: Answer, done: Done, logprobs: bool) -> dict[str, Any]:
+    """The whole response of a request that does not stream."""
+    choice: dict[str, Any] = {"index": 0, "finish_reason": done.reason, "logprobs": None}
+    if head.chat:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.reasoning:
+            message |= {"reasoning": answer.reasoning, "reasoning_content": answer.reasoning}
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [_call(c) for c in answer.calls]
+        choice["message"] = message
+        if logprobs:
+            choice["logprobs"] = {"content": [_chosen(t) for t in answer.tokens], "refusal": None}
+    else:
+        choice["text"] = answer.content
+        if logprobs:
+            choice["logprobs"] = _legacy(answer.tokens, 0)
+    return head.wrap([choice], False) | {"usage": usage(done.usage), "opentq": timings(done.usage)}
+
+
+def opening(head: Head) -> list[dict[str, Any]]:
+    """The chunks before the first token: chat names the role."""
+    return [_chunk(head, {"role": "assistant", "content": ""})] if head.chat else []
+
+
+class Chunks:
+    """Chunks of one streamed answer; numbers its tool calls and its text offsets."""
+
+    def __init__(self, head: Head, logprobs: bool):
+        self.head = head
+        self.logprobs = logprobs
+        self.calls = 0
+        self.offset = 0
+
+    def step(self, deltas: tuple[Delta, ...], tokens: tuple[Chosen, ...]) -> list[dict[str, Any]]:
+        """One chunk per piece; log probabilities of tokens whose text is still held back come with an empty piece."""
+        pieces = list(deltas) or ([Delta("content")] if self.logprobs and tokens else [])
+        chunks = [self._piece(d) for d in pieces]
+        if self.logprobs and tokens and chunks:
+            choice = chunks[0]["choices"][0]
+            choice["logprobs"] = (
+                {"content": [_chosen(t) for t in tokens], "refusal": None}
+                if self.head.chat
+                else _legacy(list(tokens), self.offset)
+            )
+            self.offset += sum(len(t.text) for t in tokens)
+        return chunks
+
+    def _piece(self, delta: Delta) -> dict[str, Any]:
+        if not self.head.chat:
+            return _chunk(self.head, delta.text)
+        if delta.call:
+            self.calls += 1
+            return _chunk(self.head, {"tool_calls": [{"index": self.calls - 1, **_call(delta.call)}]})
+        if delta.kind == "reasoning":
+            return _chunk(self.head, {"reasoning": delta.text, "reasoning_content": delta.text})
+        return _chunk(self.head, {"content": delta.text})
+
+    def end(self, done: Done) -> list[dict[str, Any]]:
+        """The chunk with the finish reason, and the one with the usage (its `choices` are empty) when asked for."""
+        last = _chunk(self.head, {} if self.head.chat else "", done.reason) | {"opentq": timings(done.usage)}
+        if not self.head.include_usage:
+            return [last]
+        return [last, self.head.wrap([], True) | {"usage": usage(done.usage)}]
+
+
+def _chunk(head: Head, delta: Any, reason: str | None = None) -> dict[str, Any]:
+    body = {"delta": delta} if head.chat else {"text": delta}
+    return head.wrap([{"index": 0, **body, "finish_reason": reason, "logprobs": None}], True)
+
+
+def usage(u: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": u.prompt,
+        "completion_tokens": u.completion,
+        "total_tokens": u.prompt + u.completion,
+        "prompt_tokens_details": {"cached_tokens": u.cached},
+    }
+
+
+def timings(u: Usage) -> dict[str, float]:
+    """Seconds, under this server's own key: never inside `usage`."""
+    return {
+        "queue_seconds": round(u.queue_seconds, 4),
+        "prompt_seconds": round(u.prompt_seconds, 4),
+        "generation_seconds": round(u.generation_seconds, 4),
+    }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _chosen(token: Chosen) -> dict[str, Any]:
+    def entry(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return entry(token.text, token.logprob) | {"top_logprobs": [entry(t, p) for t, p in token.top]}
+
+
+def _legacy(tokens: list[Chosen], offset: int) -> dict[str, Any]:
+    """The log probabilities of /v1/completions."""
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [t.text for t in tokens],
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [dict(t.top) for t in tokens],
+        "text_offset": offsets,
+    }

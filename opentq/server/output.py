@@ -1,0 +1,161 @@
+"""From generated tokens to what a client reads: text, reasoning and tool calls, the same streamed or not.
+
+There is one parser, and both kinds of response take its pieces, so they can't disagree. Stop texts are matched on
+text, not on tokens, so that it does not matter how the model cut them. Tool calls are parsed by mlx-lm's parsers;
+markup that does not parse is given to the client as content, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+
+from .ask import Call, Delta
+
+log = logging.getLogger("opentq.serve")
+
+
+class StopText:
+    """Finds the first of some texts in a stream, holding back only what may be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops = stops
+        self.held = ""
+        self.matched = ""
+
+    def feed(self, text: str) -> str:
+        """Text that is safe to show; after a match, the text before it (`matched` says which)."""
+        self.held += text
+        found = [(i, s) for s in self.stops if (i := self.held.find(s)) >= 0]
+        if found:
+            at, self.matched = min(found, key=lambda f: (f[0], -len(f[1])))
+            text, self.held = self.held[:at], ""
+            return text
+        keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        cut = len(self.held) - keep
+        text, self.held = self.held[:cut], self.held[cut:]
+        return text
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+class Parser:
+    """One answer's tokens in, `Delta`s out."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        initial: str = "normal",
+        stops: tuple[str, ...] = (),
+        tools: tuple[dict[str, Any], ...] = (),
+        parallel_calls: bool = True,
+        raw: bool = False,
+    ):
+        self.tokenizer = tokenizer
+        self.detokenizer = tokenizer.detokenizer
+        self.stop = StopText(stops)
+        self.tools = list(tools)
+        self.parallel_calls = parallel_calls
+        machine = TextStateMachine() if raw else make_text_state_machine(tokenizer)
+        self.state = machine.make_state("normal" if raw else initial)
+        self.calls = 0
+        self._tool_text: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer is over before the model says so: a stop text, or one tool call where one was wanted."""
+        return bool(self.stop.matched) or (self.calls > 0 and not self.parallel_calls)
+
+    def token(self, token: int) -> list[Delta]:
+        """The pieces that one more token completes."""
+        self.detokenizer.add_token(token)
+        return self._text(self.detokenizer.last_segment)
+
+    def finish(self) -> list[Delta]:
+        """The pieces that were held back, at the end of the answer."""
+        if self.stopped:
+            return []
+        pieces = self._text(self._last_words())
+        if self.stopped:
+            return pieces
+        pieces += self._split(self.stop.flush())
+        self.state, rest, name = TextStateMachine.flush(self.state)
+        pieces += self._pieces([(name, rest)])
+        if self._tool_text is not None:
+            pieces += self._end_tool(closed=not self.tokenizer.tool_call_end)
+        return _join(pieces)
+
+    def _last_words(self) -> str:
+        try:
+            self.detokenizer.finalize()
+        except KeyError:
+            # mlx-lm's byte-level detokenizer can't end on half a character followed by a special token.
+            return "\ufffd"
+        return self.detokenizer.last_segment
+
+    def _text(self, text: str) -> list[Delta]:
+        return _join(self._split(self.stop.feed(text)))
+
+    def _split(self, text: str) -> list[Delta]:
+        self.state, segments = TextStateMachine.split(self.state, text)
+        return self._pieces(segments)
+
+    def _pieces(self, segments: list[tuple[str, str]]) -> list[Delta]:
+        pieces: list[Delta] = []
+        for name, text in segments:
+            if self._tool_text is not None and name != "tool":
+                pieces += self._end_tool()
+                if self.stopped:
+                    break
+            if name == "tool":
+                self._tool_text = (self._tool_text or "") + text
+            elif text:
+                pieces.append(Delta("reasoning" if name == "reasoning" else "content", text))
+        return pieces
+
+    def _end_tool(self, closed: bool = True) -> list[Delta]:
+        """The calls in the tool text; the markup itself, as content, when it does not parse or no tools were given."""
+        text, self._tool_text = self._tool_text or "", None
+        end = self.tokenizer.tool_call_end if closed else ""
+        markup = [Delta("content", f"{self.tokenizer.tool_call_start}{text}{end or ''}")]
+        if not self.tools:
+            return markup
+        try:
+            parsed = self.tokenizer.tool_parser(text, self.tools)
+            calls = [_call(c) for c in (parsed if isinstance(parsed, list) else [parsed])]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError) as error:
+            log.warning(
+                "a tool call of %d characters could not be parsed (%s); sent as content", len(text), _name(error)
+            )
+            return markup
+        calls = calls if self.parallel_calls else calls[:1]
+        self.calls += len(calls)
+        return [Delta("call", call=c) for c in calls]
+
+
+def _call(parsed: dict[str, Any]) -> Call:
+    arguments = parsed["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return Call(str(parsed.get("id") or f"call_{uuid.uuid4().hex[:24]}"), str(parsed["name"]), arguments)
+
+
+def _join(pieces: list[Delta]) -> list[Delta]:
+    """Neighbouring pieces of text of one kind as one."""
+    joined: list[Delta] = []
+    for piece in pieces:
+        if joined and not piece.call and not joined[-1].call and joined[-1].kind == piece.kind:
+            joined[-1] = Delta(piece.kind, joined[-1].text + piece.text)
+        elif piece.call or piece.text:
+            joined.append(piece)
+    return joined
+
+
+def _name(error: BaseException) -> str:
+    return type(error).__name__

@@ -1,0 +1,159 @@
+"""What was read is remembered: packed prefixes of prompts, found by content, kept within a byte budget.
+
+A prompt is always read in the same pieces of `step` tokens, whatever else is going on. So what a cache holds after a
+whole number of pieces is a function of those tokens alone, and an answer on a remembered prefix equals a fresh one.
+Only whole pieces are remembered. A piece is named by the hash of all tokens up to its end; disk uses the same names.
+
+A cache that can be trimmed serves all shorter prefixes of itself. One that can't (a sliding window, recurrent state)
+serves only its full length, so such models also keep a snapshot where two prompts were seen to part.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from mlx_lm.models.cache import KVCache
+
+from ..caches.single import OpenTQCache
+
+
+class Shelf(Protocol):
+    """A second, slower store, on disk."""
+
+    def find(self, names: Sequence[str]) -> int:
+        """How many pieces of a prompt it can give back."""
+
+    def load(self, names: Sequence[str]) -> list[Any] | None:
+        """The caches of a prefix that `find` found; None when its file turns out damaged."""
+
+    def save(self, names: Sequence[str], caches: list[Any]) -> None:
+        """Keep a prefix."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """One remembered prefix: the names of its pieces, and its caches."""
+
+    names: tuple[str, ...]
+    caches: list[Any]
+    nbytes: int
+    trimmable: bool
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What is known of a prompt: caches that hold its first `tokens`, and how far any known prompt agrees with it."""
+
+    caches: list[Any] | None
+    tokens: int
+    shared: int
+
+
+class PrefixStore:
+    """Prefixes in memory, least recently used first out; `shelf`, if any, keeps them on disk as well."""
+
+    def __init__(self, step: int, max_bytes: int, shelf: Shelf | None = None):
+        self.step = step
+        self.max_bytes = max_bytes
+        self.shelf = shelf
+        self.nbytes = 0
+        self._entries: OrderedDict[Entry, None] = OrderedDict()
+        self._by_name: dict[str, list[Entry]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def names(self, tokens: Sequence[int]) -> list[str]:
+        """The names of the whole pieces of a prompt. The last token is never remembered: it makes the first answer."""
+        ids = np.asarray(tokens, dtype="<u4")
+        digest = hashlib.blake2b(f"{self.step}:".encode(), digest_size=20)
+        found = []
+        for end in range(self.step, len(tokens), self.step):
+            digest.update(ids[end - self.step : end].tobytes())
+            found.append(digest.hexdigest())
+        return found
+
+    def fetch(self, names: Sequence[str]) -> Hit:
+        """The longest usable prefix. Its caches are a copy that shares memory until it is written to."""
+        shared = 0
+        while shared < len(names) and names[shared] in self._by_name:
+            shared += 1
+        best, length = None, 0
+        for n in range(shared, 0, -1):
+            usable = [e for e in self._by_name[names[n - 1]] if e.trimmable or len(e.names) == n]
+            if usable:
+                best, length = usable[-1], n
+                break
+        if self.shelf and (stored := self.shelf.find(names)) > length:
+            caches = self.shelf.load(names[:stored])
+            if caches is not None:
+                self.insert(names[:stored], copy.deepcopy(caches))
+                return Hit(caches, stored * self.step, max(shared, stored) * self.step)
+        if best is None:
+            return Hit(None, 0, shared * self.step)
+        self._entries.move_to_end(best)
+        caches = copy.deepcopy(best.caches)
+        for c in caches if len(best.names) > length else ():
+            c.trim((len(best.names) - length) * self.step)
+        return Hit(caches, length * self.step, shared * self.step)
+
+    def insert(self, names: Sequence[str], caches: list[Any]) -> None:
+        """Remember caches that hold exactly the tokens of `names`. The store owns them from now on."""
+        if not names or self._covered(names):
+            return
+        nbytes = sum(c.nbytes for c in caches)
+        if nbytes > self.max_bytes:
+            return
+        entry = Entry(tuple(names), caches, nbytes, exact_trim(caches))
+        if entry.trimmable:
+            for shorter in {e for name in names[:-1] for e in self._by_name.get(name, ()) if e.names[-1] == name}:
+                self._drop(shorter)
+        self._entries[entry] = None
+        self.nbytes += nbytes
+        for name in names:
+            self._by_name.setdefault(name, []).append(entry)
+        self.shrink(self.max_bytes)
+
+    def remember(self, names: Sequence[str], caches: list[Any]) -> None:
+        """`insert`, and on the disk too."""
+        if self.shelf and names:
+            self.shelf.save(names, caches)
+        self.insert(names, caches)
+
+    def shrink(self, nbytes: int) -> None:
+        """Forget the least recently used until at most `nbytes` are held."""
+        while self._entries and self.nbytes > nbytes:
+            self._drop(next(iter(self._entries)))
+
+    def _covered(self, names: Sequence[str]) -> bool:
+        """Whether an entry already serves this prefix; it counts as used."""
+        for entry in self._by_name.get(names[-1], ()):
+            if entry.trimmable or len(entry.names) == len(names):
+                self._entries.move_to_end(entry)
+                return True
+        return False
+
+    def _drop(self, entry: Entry) -> None:
+        del self._entries[entry]
+        self.nbytes -= entry.nbytes
+        for name in entry.names:
+            holders = self._by_name[name]
+            holders.remove(entry)
+            if not holders:
+                del self._by_name[name]
+
+
+def exact_trim(caches: Sequence[Any]) -> bool:
+    """Whether trimming these caches to a piece's end leaves them as they were at that point, bit for bit.
+
+    Compressed caches that keep `recent` tokens in fp16 can be trimmed, but what they have packed since stays packed.
+    """
+    return all(
+        type(c) is KVCache or (isinstance(c, OpenTQCache) and c.is_trimmable() and not c.spec.recent) for c in caches
+    )

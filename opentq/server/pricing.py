@@ -1,0 +1,89 @@
+"""What requests cost and what there is to spend, in bytes: the memory planner's numbers for a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from .. import hooks
+from ..attention.tiled import SCRATCH
+from ..errors import UserError
+from ..memory import plan
+from ..memory.device import GIB, here
+from ..memory.skeleton import shaped
+from ..policy import LayerPlan, members
+
+
+@dataclass(frozen=True)
+class Prices:
+    """`price(tokens)` is what one sequence holds; `budget` is for all sequences and remembered prefixes together."""
+
+    plans: tuple[LayerPlan, ...]
+    weights: int
+    budget: int
+    float_bytes: int
+    step: int
+
+    def price(self, tokens: int) -> int:
+        return plan.price(self.plans, tokens, self.float_bytes, self.step)
+
+    def cached(self) -> Callable[[int], int]:
+        """`price`, remembering what it was asked: admission asks the same again and again."""
+        known: dict[int, int] = {}
+
+        def price(tokens: int) -> int:
+            if tokens not in known:
+                if len(known) > 4096:
+                    known.clear()
+                known[tokens] = self.price(tokens)
+            return known[tokens]
+
+        return price
+
+
+def appraise(model: Any, step: int, memory: int | None, context: int) -> Prices:
+    """The prices for a loaded model within `memory` bytes (None: what this machine allows a process).
+
+    Runs one piece of a prompt to learn what reading takes. Raises UserError when no request would fit.
+    """
+    device = here()
+    plans = tuple(layer_plans(model))
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # type: ignore
+    limit = device.usable if memory is None else memory
+    growing = max((plan.held(p, context, device.float_bytes, step) for p in plans), default=0)
+    reading = measure_reading(model, step) + SCRATCH + growing
+    budget = limit - weights - reading - plan.RESERVE
+    prices = Prices(plans, weights, budget, device.float_bytes, step)
+    if budget < prices.price(1024):
+        raise UserError(
+            f"no memory for any request: of {limit / GIB:.2f} GiB the weights take {weights / GIB:.2f}, reading a "
+            f"prompt {reading / GIB:.2f} and the reserve {plan.RESERVE / GIB:.2f}; give more with --memory, or a "
+            "smaller --max-context"
+        )
+    return prices
+
+
+def layer_plans(model: Any) -> list[LayerPlan]:
+    """The plans that `compress` made; for a model left alone, one native plan per cache."""
+    record = hooks.installed(model)
+    if record:
+        return record.plans
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
+    slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
+    return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
+
+
+def measure_reading(model: Any, step: int) -> int:
+    """Bytes that reading one piece takes at its peak, beyond what was held before."""
+    caches = make_prompt_cache(model)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model(mx.zeros((1, step), dtype=mx.int32), cache=caches)
+    mx.eval([c.state for c in caches])
+    return max(0, mx.get_peak_memory() - before)

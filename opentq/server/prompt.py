@@ -1,0 +1,79 @@
+"""From messages to tokens: the chat template, and what the end of the prompt says about the answer's first words."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from jinja2 import TemplateError
+
+from .ask import Ask
+from .errors import ApiError, bad
+
+log = logging.getLogger("opentq.serve")
+
+
+class Prompter:
+    """Encodes prompts with one tokenizer. Called from worker threads; one prompt at a time."""
+
+    def __init__(self, tokenizer: Any, vocab: int, template: dict[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.vocab = vocab
+        self.template = template or {}
+        self._lock = threading.Lock()
+
+    def encode(self, ask: Ask) -> list[int]:
+        """Token ids of the prompt. Raises ApiError when the model has no words for what is asked."""
+        with self._lock:
+            tokens = self._text(ask) if ask.messages is None else self._chat(ask)
+        if not tokens:
+            raise bad("the prompt is empty: it has no tokens", "prompt" if ask.messages is None else "messages")
+        return tokens
+
+    def initial_state(self, ask: Ask, tokens: list[int]) -> str:
+        """The state in which an answer begins: reasoning when the template itself opened the thought."""
+        tokenizer = self.tokenizer
+        if ask.messages is None:
+            return "normal"
+        if tokenizer.response_initial_state:
+            return tokenizer.response_initial_state
+        if tokenizer.has_thinking and tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens):
+            return "reasoning"
+        return "normal"
+
+    def _text(self, ask: Ask) -> list[int]:
+        if isinstance(ask.prompt, str):
+            return list(self.tokenizer.encode(ask.prompt))
+        if wrong := next((t for t in ask.prompt if t >= self.vocab), None):
+            raise bad(f"prompt has the token id {wrong}, but the model's ids end at {self.vocab - 1}", "prompt")
+        return list(ask.prompt)
+
+    def _chat(self, ask: Ask) -> list[int]:
+        tokenizer = self.tokenizer
+        if not tokenizer.has_chat_template:
+            raise bad("this model has no chat template; use /v1/completions with the bare prompt", "messages")
+        if ask.tools and not tokenizer.has_tool_calling:
+            raise bad("this model's chat template has no form for tool calls", "tools", "unsupported_parameter")
+        messages = [dict(m) for m in ask.messages or ()]
+        variables = self.template | ask.template
+        try:
+            return list(
+                tokenizer.apply_chat_template(
+                    messages, tools=list(ask.tools) or None, add_generation_prompt=True, tokenize=True, **variables
+                )
+            )
+        except TemplateError as error:
+            # The template's own words, as raise_exception gives them, say which order of roles it wants.
+            raise bad(f"the model's chat template refuses these messages: {error}", "messages") from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            log.warning("the chat template failed with %s", type(error).__name__)
+            raise ApiError(400, "the model's chat template can't render these messages", "messages") from error
+
+
+def check_choices(ask: Ask, vocab: int) -> None:
+    """Raise ApiError for sampling fields that name tokens the model does not have."""
+    if wrong := next((t for t, _ in ask.sampling.logit_bias if t >= vocab), None):
+        raise bad(f"logit_bias has the token id {wrong}, but the model's ids end at {vocab - 1}", "logit_bias")
+    if ask.sampling.top_k >= vocab:
+        raise bad(f"top_k must be below the vocabulary of {vocab}, not {ask.sampling.top_k}", "top_k")

@@ -1,0 +1,287 @@
+"""The server's core, without HTTP: an `Ask` comes in, is priced, waits or runs, and its events come out.
+
+Everything here runs in the event loop's thread, except tokenizing (a worker thread) and the engine (its own).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .admission import Admission
+from .ask import Ask, Done, Progress, Step
+from .engine import Engine, Event, Job
+from .errors import ApiError, bad, overloaded
+from .grammar import Grammars
+from .metrics import Metrics
+from .output import Parser
+from .prompt import Prompter, check_choices
+
+log = logging.getLogger("opentq.serve")
+
+GONE = ApiError(499, "the client went away", code="client_closed")
+
+
+@dataclass
+class Settings:
+    """What `opentq serve` was told."""
+
+    names: tuple[str, ...]
+    max_context: int
+    max_tokens: int = 4096
+    temperature: float = 0.0
+    top_p: float = 1.0
+    prompt_cache_bytes: int = 1 << 62
+    template: dict[str, Any] = field(default_factory=dict)
+    keep_alive: float = 5.0
+
+
+class Stream:
+    """One accepted request: iterate over its events, or `cancel` it. Ends with a Done or raises an ApiError."""
+
+    def __init__(self, service: Service, job: Job):
+        self.id = secrets.token_hex(12)
+        self.job = job
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.ended = False
+        self._service = service
+
+    async def __aiter__(self) -> AsyncIterator[Progress | Step | Done]:
+        while True:
+            event = await self.events.get()
+            if isinstance(event, ApiError):
+                raise event
+            yield event
+            if isinstance(event, Done):
+                return
+
+    def cancel(self, error: ApiError = GONE) -> None:
+        """End it; nobody else notices. Safe at any time."""
+        if not self.ended:
+            self._service.cancel(self, error)
+
+
+class Service:
+    """Prices requests and moves them between the clients and the engine."""
+
+    def __init__(self, engine: Engine, admission: Admission, settings: Settings, vocab: int, pool: ThreadPoolExecutor):
+        self.engine = engine
+        self.admission = admission
+        self.settings = settings
+        self.metrics = Metrics()
+        self.prompter = Prompter(engine.tokenizer, vocab, settings.template)
+        self.grammars = Grammars(engine.tokenizer, vocab)
+        self.vocab = vocab
+        self.draining = False
+        self.started = time.time()
+        self._streams: dict[Job, Stream] = {}
+        self._pool = pool
+        self._outbox: deque[tuple[Job, Event]] = deque()
+        self._woken = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- life
+
+    def start(self) -> None:
+        """Start the engine's thread. Called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._run_engine()
+
+    def _run_engine(self) -> None:
+        assert self._loop is not None
+        future = self._pool.submit(self.engine.run)
+        future.add_done_callback(lambda f: self._loop.call_soon_threadsafe(self._engine_ended, f))  # type: ignore[union-attr]
+
+    def _engine_ended(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is None:
+            return
+        log.error("the engine failed; its requests end with an error and it goes on", exc_info=error)
+        self._pool.submit(self.engine.recover, error)
+        self._run_engine()
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, let running ones end for `seconds`, then end the rest with an error each."""
+        self.draining = True
+        if self._streams:
+            log.info("stopping: %d requests have %g seconds to end", len(self._streams), seconds)
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except asyncio.TimeoutError:
+            log.warning("stopping: %d requests are cancelled", len(self._streams))
+            for stream in list(self._streams.values()):
+                stream.cancel(overloaded("the server is shutting down", 10, "shutting_down"))
+            await self._idle.wait()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Run `callback` in the event loop; may be called from anywhere, a signal handler included."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(callback)
+
+    def close(self) -> None:
+        """Stop the engine; its thread ends after the step it is in."""
+        self.engine.close()
+
+    # ---- requests
+
+    async def open(self, ask: Ask) -> Stream:
+        """Admit a request. Raises ApiError: 400 for what can't be served, 503 for what can't be served now."""
+        self._check_model(ask)
+        if self.draining:
+            raise overloaded("the server is shutting down", 10, "shutting_down")
+        check_choices(ask, self.vocab)
+        loop = asyncio.get_running_loop()
+        tokens = await loop.run_in_executor(None, self.prompter.encode, ask)
+        max_tokens = self._answer_room(ask, len(tokens))
+        state = self.prompter.initial_state(ask, tokens)
+        constraint = await loop.run_in_executor(None, self.grammars.constraint, ask, state)
+        sampling = replace(
+            ask.sampling,
+            temperature=self.settings.temperature if ask.sampling.temperature is None else ask.sampling.temperature,
+            top_p=self.settings.top_p if ask.sampling.top_p is None else ask.sampling.top_p,
+        )
+        tokenizer = self.engine.tokenizer
+        parser = Parser(tokenizer, state, ask.stop, ask.tools, ask.parallel_calls, raw=ask.messages is None)
+        job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, ask.logprobs)
+        return self._admit(job)
+
+    def count(self, ask: Ask) -> int:
+        """Tokens of a prompt. Called from a worker thread."""
+        self._check_model(ask)
+        return len(self.prompter.encode(ask))
+
+    def cancel(self, stream: Stream, error: ApiError) -> None:
+        job = stream.job
+        if job in self.admission.running:
+            self.engine.cancel(job, error)
+        else:
+            self._deliver(job, error)
+
+    def _check_model(self, ask: Ask) -> None:
+        if ask.model and ask.model not in self.settings.names:
+            served = ", ".join(self.settings.names)
+            raise ApiError(
+                404, f"model {ask.model[:100]!r} is not served here; served: {served}", "model", "model_not_found"
+            )
+
+    def _answer_room(self, ask: Ask, prompt: int) -> int:
+        limit = self.settings.max_context
+        answer = ask.max_tokens if ask.max_tokens is not None else min(self.settings.max_tokens, max(limit - prompt, 1))
+        if prompt + answer > limit:
+            raise bad(
+                f"this server's context is {limit} tokens, and the request is {prompt + answer}: {prompt} in the prompt "
+                f"and {answer} for the answer; shorten one of them",
+                "max_tokens" if prompt < limit else ("prompt" if ask.messages is None else "messages"),
+                "context_length_exceeded",
+            )
+        return answer
+
+    def _admit(self, job: Job) -> Stream:
+        if self.draining:
+            raise overloaded("the server is shutting down", 10, "shutting_down")
+        verdict = self.admission.offer(job, job.total)
+        if verdict == "full":
+            self.metrics.requests.labels("refused").inc()
+            need, have = self.admission.price(job.total), self.admission.budget - self.admission.committed()
+            raise overloaded(
+                f"no room for {job.total} tokens now: they need {need / 2**20:.0f} MiB and {have / 2**20:.0f} MiB are "
+                "free; retry later",
+                self._retry_after(),
+            )
+        stream = Stream(self, job)
+        self._streams[job] = stream
+        self._idle.clear()
+        self.metrics.prompt.inc(len(job.tokens))
+        if verdict == "run":
+            self._submit(job)
+        return stream
+
+    def _submit(self, job: Job) -> None:
+        room = min(self.settings.prompt_cache_bytes, self.admission.budget - self.admission.committed())
+        self.engine.submit(job, max(room, 0))
+
+    def _retry_after(self) -> int:
+        """Seconds until the first running answer can be expected to end, at the present pace."""
+        left = min((j.max_tokens - j.generated for j in self.admission.running if isinstance(j, Job)), default=1)
+        return int(min(max(left * self.engine.timing.step, 1), 60))
+
+    # ---- events, from the engine's thread to the clients
+
+    def _post(self, job: Job, event: Event) -> None:
+        # The engine's thread. One wake-up of the loop takes all events of a step. `_woken` is cleared before the
+        # outbox is emptied, so an event that finds it set is still taken.
+        self._outbox.append((job, event))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._flush)  # type: ignore[union-attr]
+
+    def _flush(self) -> None:
+        self._woken = False
+        while self._outbox:
+            self._deliver(*self._outbox.popleft())
+
+    def _deliver(self, job: Job, event: Event) -> None:
+        stream = self._streams.get(job)
+        if stream is None:
+            return
+        stream.events.put_nowait(event)
+        if isinstance(event, (Done, ApiError)):
+            self._end(stream, event)
+
+    def _end(self, stream: Stream, event: Done | ApiError) -> None:
+        stream.ended = True
+        job = stream.job
+        del self._streams[job]
+        for waiting in self.admission.release(job):
+            self._submit(waiting)  # type: ignore[arg-type]
+        if not self._streams:
+            self._idle.set()
+        outcome = event.reason if isinstance(event, Done) else (event.code or "error")
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.generated.inc(job.generated)
+        self.metrics.cached.inc(job.cached)
+        seconds = time.perf_counter() - job.created
+        if job.first:
+            self.metrics.first.observe(job.first - job.created)
+        self.metrics.whole.observe(seconds)
+        log.info(
+            "%s %s: %d tokens read (%d remembered), %d written, %.2f s",
+            stream.id, outcome, len(job.tokens), job.cached, job.generated, seconds,
+        )  # fmt: skip
+
+    # ---- for /health and /metrics
+
+    def gauges(self) -> Metrics:
+        m, a = self.metrics, self.admission
+        m.running.set(len(a.running))
+        m.waiting.set(len(a.waiting))
+        m.committed.set(a.committed())
+        m.budget.set(a.budget)
+        m.prefixes.set(self.engine.store.nbytes)
+        m.active.set(mx.get_active_memory())
+        m.step.set(self.engine.timing.step)
+        m.piece.set(self.engine.timing.piece)
+        return m
+
+    def health(self) -> dict[str, Any]:
+        a = self.admission
+        return {
+            "status": "draining" if self.draining else "ok",
+            "running": len(a.running),
+            "waiting": len(a.waiting),
+            "committed_bytes": a.committed(),
+            "budget_bytes": a.budget,
+            "prefix_bytes": self.engine.store.nbytes,
+            "max_context": self.settings.max_context,
+        }
