@@ -14,8 +14,8 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..codecs.base import Codec
-from ..kernels.layout import CANONICAL, Layout
-from . import tiled
+from ..kernels.layout import Layout
+from . import backends, tiled
 from .args import AttnArgs
 
 log = logging.getLogger("opentq")
@@ -57,19 +57,14 @@ def candidates() -> list[tuple[str, AttnFn]]:
 
 def native_candidates() -> list[tuple[str, AttnFn]]:
     """The fused kernels of the active back end."""
-    return []
+    backend = backends.active()
+    return [(backend.name, backend.attend)] if backend else []
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
     """The storage layouts that this machine's kernels want for keys and values of `dims = (Dk, Dv)`."""
-    return CANONICAL, CANONICAL
-
-
-def layout_named(name: str) -> Layout:
-    """The layout that wrote a saved cache; every layout can be read on every machine. Raises ValueError."""
-    if name == CANONICAL.name:
-        return CANONICAL
-    raise ValueError(f"storage layout {name!r} is not known to this version of opentq")
+    backend = backends.active() if kernel_mode() != "tiled" else None
+    return backend.layouts(k_codec, v_codec, dims) if backend else backends.PLAIN
 
 
 def kernel_mode() -> str:

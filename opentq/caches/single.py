@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
-from ..attention import dispatch
+from ..attention import backends, dispatch
 from ..attention.args import Lengths, PackedKV
 from ..codecs import Codec, Packed, Raw
 from ..codecs.base import FP16_MAX
@@ -276,7 +276,7 @@ def relay(stored: tuple[mx.array, ...], name: str, layout: Layout) -> tuple[mx.a
     """Storage arrays written by the layout called `name`, in this machine's `layout`."""
     if name == layout.name:
         return stored
-    packed = dispatch.layout_named(name).load(stored)
+    packed = backends.layout_named(name).load(stored)
     tokens = packed[0].shape[2]
     pad = -tokens % layout.block
     if pad:

@@ -56,9 +56,9 @@ def _device() -> Check:
 
 
 def _kernels() -> list[Check]:
-    from ..attention import dispatch
+    from ..attention import backends
 
-    return [Check(f.name, f.state, f.detail, f.remedy) for f in dispatch.findings()]
+    return [Check(f.name, f.state, f.detail, f.remedy) for f in backends.findings()]
 
 
 def _seam() -> Check:
@@ -122,5 +122,3 @@ def _probe_model():
     model = llama.Model(args)
     mx.eval(model.parameters())
     return model
-
-

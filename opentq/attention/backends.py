@@ -1,0 +1,91 @@
+"""The fused kernels of this machine, if there are any: one back end per dialect, found once.
+
+A back end is an attention function, the storage layouts that it wants, and what `opentq doctor` should say about it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..codecs.base import Codec
+from ..kernels import build, cpu
+from ..kernels.layout import CANONICAL, Layout
+from .args import AttnArgs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `opentq doctor`: state is `ok`, `slow` (works, could be faster) or `wrong`."""
+
+    name: str
+    state: str
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Fused kernels: `attend` returns None for calls that they do not serve, `layouts` the storage that they want."""
+
+    name: str
+    attend: Callable[[AttnArgs], mx.array | None]
+    layouts: Callable[[Codec, Codec, tuple[int, int]], tuple[Layout, Layout]]
+
+
+def active() -> Backend | None:
+    """The back end of the default device, or None where only the portable path runs."""
+    dialect = build.active_dialect()
+    return _backend(dialect) if dialect else None
+
+
+@functools.cache
+def _backend(dialect: str) -> Backend | None:
+    if dialect == "cpu":
+        from . import fused_cpu
+
+        return Backend("cpu", fused_cpu.attend, fused_cpu.layouts) if cpu.available() else None
+    if dialect == "cuda":
+        from ..kernels import cuda_layout
+        from . import fused_cuda
+
+        return Backend("cuda", fused_cuda.attend, lambda k, v, dims: cuda_layout.layouts(k, v, dims) or PLAIN)
+    from . import fused_metal
+
+    return Backend("metal", fused_metal.attend, lambda k, v, dims: PLAIN)
+
+
+PLAIN = (CANONICAL, CANONICAL)
+
+
+def layout_named(name: str) -> Layout:
+    """The layout that wrote a saved cache: every layout can be read on every machine. Raises ValueError."""
+    if name == CANONICAL.name:
+        return CANONICAL
+    from ..kernels import cuda_layout
+    from ..kernels.cpu_layout import CpuBlocks
+
+    layout = CpuBlocks.named(name) or cuda_layout.layout_named(name)
+    if layout is None:
+        raise ValueError(f"storage layout {name!r} is not known to this version of opentq")
+    return layout
+
+
+def findings() -> list[Finding]:
+    """What `opentq doctor` says about kernels and matrix products."""
+    dialect = build.active_dialect()
+    if dialect != "cpu":
+        return [
+            Finding(
+                "kernels", "ok" if dialect else "slow", f"{dialect or 'none for this device'}, compiled on first use"
+            )
+        ]
+    status = cpu.status()
+    if status.error:
+        found = Finding("kernels", "slow", f"portable path only: {status.error}", "install g++ or clang++, or set CXX")
+    else:
+        found = Finding("kernels", "ok", f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}")
+    return [found]
