@@ -67,28 +67,29 @@ struct Plane {
   }
 };
 
-// Hands out the A fragments of a record, tile after tile: call with tile = 0, 1, 2, ... from unrolled loops.
-template <class F>
+// Hands out the A fragments of a record, tile after tile: call with i = START, START + 1, ... from unrolled loops.
+template <class F, int START = 0>
 struct Fragments {
   Plane<F::LOW> low;
   Plane<F::HIGH ? F::HIGH : 1> high;
 
   __device__ __forceinline__ void tile(u32 (&a)[4], const u32* record, int lane, int i) {
+    const bool first = i == START;
     if constexpr (F::BITS == 8) {
-      const u32 w0 = low.word(record, lane, 2 * i, i % 2 == 0), w1 = low.word(record, lane, 2 * i + 1, false);
+      const u32 w0 = low.word(record, lane, 2 * i, first || i % 2 == 0), w1 = low.word(record, lane, 2 * i + 1, false);
       a[0] = w0 & 0x00ff00ffu, a[1] = (w0 >> 8) & 0x00ff00ffu;
       a[2] = w1 & 0x00ff00ffu, a[3] = (w1 >> 8) & 0x00ff00ffu;
     } else if constexpr (F::BITS == 4) {
-      const u32 w = low.word(record, lane, i, i % 4 == 0), x = w >> 8;
+      const u32 w = low.word(record, lane, i, first || i % 4 == 0), x = w >> 8;
       a[0] = w & 0x000f000fu, a[1] = w & 0x00f000f0u;
       a[2] = x & 0x000f000fu, a[3] = x & 0x00f000f0u;
     } else {
-      const u32 w = low.word(record, lane, i / 2, i % 8 == 0) >> (8 * (i % 2)), x = w >> 4;
+      const u32 w = low.word(record, lane, i / 2, first || i % 8 == 0) >> (8 * (i % 2)), x = w >> 4;
       a[0] = w & 0x00030003u, a[1] = w & 0x000c000cu;
       a[2] = x & 0x00030003u, a[3] = x & 0x000c000cu;
       if constexpr (F::BITS == 3) {
         // Field bit 2 of even registers belongs at bit 2, of odd ones at bit 4; they lie at 4 (i%4) + r/2 and two above.
-        const u32 h = high.word(record + 32 * F::LOW, lane, i / 4, i % 16 == 0);
+        const u32 h = high.word(record + 32 * F::LOW, lane, i / 4, first || i % 16 == 0);
         const int at = 4 * (i % 4);
         const u32 h0 = at >= 2 ? h >> (at - 2) : h << (2 - at), h1 = at >= 1 ? h >> (at - 1) : h << (1 - at);
         a[0] |= h0 & 0x00040004u, a[1] |= h0 & 0x00100010u;

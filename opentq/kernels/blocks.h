@@ -8,10 +8,11 @@
 // 16 fields of 64 codes; a field is what one 64-byte vector holds when every code has a byte of its own:
 //
 //   keys:    field i = channels 4*(i/4) .. +4, tokens 16*(i%4) .. +16; byte 4*l + j = (token lane l, channel j)
-//   values:  field i = tokens 4*i .. +4, all 16 channels;               byte 4*l + j = (channel lane l, token j)
+//   values:  field i = tokens i, i+16, i+32, i+48, all 16 channels;     byte 4*l + j = (channel lane l, token i + 16*j)
 //
 // so a 4-way byte dot product sums over channels for keys and over tokens for values, lanes are what the result has, and
-// no horizontal sum is ever needed. Fields share vectors in the tile so that one shift and one mask unpack 64 codes:
+// no horizontal sum is ever needed; the tokens of a value field are those that share a lane in the scores, so that
+// probabilities become its byte operand without a shuffle. Fields share vectors in the tile so that one shift and one mask unpack 64 codes:
 //
 //   8 bits   vector i
 //   4 bits   vector i/2, bits 4*(i%2) of every byte

@@ -134,8 +134,8 @@ def store_numpy(layout: CpuBlocks, codes: np.ndarray, scales: np.ndarray) -> np.
     tile_axes = values.reshape(batch, heads, n, TOKENS, dim // 16, 16)
     if layout.kind == "k":  # [field: channels/4, tokens/16][lane: token][channel]
         by = tile_axes.reshape(batch, heads, n, 4, 16, dim // 16, 4, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
-    else:  # [field: tokens/4][lane: channel][token]
-        by = tile_axes.reshape(batch, heads, n, 16, 4, dim // 16, 16).transpose(0, 1, 2, 5, 3, 6, 4)
+    else:  # [field: token % 16][lane: channel][token / 16]
+        by = tile_axes.reshape(batch, heads, n, 4, 16, dim // 16, 16).transpose(0, 1, 2, 5, 4, 6, 3)
     fields[...] = by.reshape(fields.shape)
     planes = [(fields, bits)] if bits != 3 else [(fields & 3, 2), (fields >> 2, 1)]
     tiles = [_merge(plane, width).reshape(*fields.shape[:4], -1) for plane, width in planes]
@@ -157,7 +157,7 @@ def load_numpy(layout: CpuBlocks, blocks: np.ndarray) -> tuple[np.ndarray, np.nd
     if layout.kind == "k":
         by = fields.reshape(batch, heads, n, dim // 16, 4, 4, 16, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
     else:
-        by = fields.reshape(batch, heads, n, dim // 16, 16, 16, 4).transpose(0, 1, 2, 4, 6, 3, 5)
+        by = fields.reshape(batch, heads, n, dim // 16, 16, 16, 4).transpose(0, 1, 2, 6, 4, 3, 5)
     values = by.reshape(batch, heads, n * TOKENS, dim)
     planes = [(values, bits)] if bits != 3 else [(values & 3, 2), (values >> 2, 1)]
     rows = []

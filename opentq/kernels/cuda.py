@@ -1,9 +1,9 @@
 """CUDA kernels: their sources, their launch geometry, and the `mx.fast.cuda_kernel` objects built from them.
 
-A kernel is a `.cu` file of templates plus one line that instantiates it. `KernelSource` holds both and can spell itself in
-three ways: for MLX, which compiles it with NVRTC on first use; as a translation unit for nvcc, which checks it on machines
-without a GPU; and as one for the warp emulator of the tests. Everything about a launch that is arithmetic (row tiles, warps,
-ring stages, shared memory, splits) is in `Geometry`, so that it can be tested anywhere.
+A kernel is a `.cu` file of templates plus one line that instantiates it. `KernelSource` holds both and can spell itself
+in three ways: for MLX, which compiles it with NVRTC on first use; as a translation unit for nvcc, which checks it on
+machines without a GPU; and as one for the warp emulator of the tests. Everything about a launch that is arithmetic (row
+tiles, warps, ring stages, shared memory, splits) is in `Geometry`, so that it can be tested anywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ FILES = ("warp.cuh", "affine_block.cuh", "decode_affine.cu", "pack_affine.cu", "
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
-MAX_SPLITS = 160  # Plan::MAX_SPLITS
+MAX_SPLITS = 160
+"""Beyond this the merge of the partial results takes longer than the splits save."""
 CTYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 
 
@@ -94,25 +95,22 @@ class KernelSource:
 
     def translation_unit(self) -> str:
         """What MLX would generate, for nvcc."""
-        return (
-            "struct Shape { int d[8]; __device__ int operator[](int i) const { return d[i]; } };\n"
-            f'{text(self.file)}extern "C" __global__ void {self.name}({", ".join(self.parameters())}) {{\n{self.body}\n}}\n'
-        )
+        shape = "struct Shape { int d[8]; __device__ int operator[](int i) const { return d[i]; } };"
+        signature = f'extern "C" __global__ void {self.name}({", ".join(self.parameters())})'
+        return f"{shape}\n{text(self.file)}{signature} {{\n{self.body}\n}}\n"
 
     def emulated(self) -> str:
         """For the host's C++ compiler and `tests/cuda/emulate.hpp`: `run(grid, pointers, shapes)`."""
-        lines, i = [], 0
-        for name, ctype in self.inputs + self.outputs:
-            lines.append(
-                f"  auto* {name} = static_cast<{ctype}*>(pointers[{i}]); const int* {name}_shape = shapes + 8 * {i};"
-            )
-            lines.append(f"  (void){name}_shape;")
-            i += 1
-        return (
-            f'#include "emulate.hpp"\n{text(self.file, primitives=False)}'
-            'extern "C" void run(const int* grid, void** pointers, const int* shapes) {\n' + "\n".join(lines) + "\n"
-            f"  emulate::launch({{grid[0], grid[1], grid[2]}}, {self.threads}, {self.shared}, [&] {{\n{self.body}\n  }});\n}}\n"
-        )
+        lines = []
+        for i, (name, ctype) in enumerate(self.inputs + self.outputs):
+            lines.append(f"  auto* {name} = static_cast<{ctype}*>(pointers[{i}]);")
+            if f"{name}_shape" in self.body:
+                lines.append(f"  const int* {name}_shape = shapes + 8 * {i};")
+        lines.append("  const Dim3 blocks{grid[0], grid[1], grid[2]};")
+        lines.append(f"  emulate::launch(blocks, {self.threads}, {self.shared}, [&] {{")
+        signature = 'extern "C" void run(const int* grid, void** pointers, const int* shapes)'
+        code = "\n".join(lines)
+        return f'#include "emulate.hpp"\n{text(self.file, False)}{signature} {{\n{code}\n{self.body}\n  }});\n}}\n'
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,8 @@ class Geometry:
         """Bytes of shared memory: `Plan::BYTES` of decode_affine.cu, which asserts that it is enough."""
         rows, parts = self.row_tile, 2 if self.dtype == "float" else 1
         ring = self.warps * self.stages * 4 * (self.k.record_words + self.v.record_words)
-        merge = self.warps * rows * (min(4, self.v.head_dim // 16) * 16 + 4) * 4
-        area = max(ring, merge, MAX_SPLITS * rows * 8)
+        whole = self.warps * rows * (self.v.head_dim + 4) * 4
+        area = max(ring, whole if whole <= 48 * 1024 else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
         query = self.k.head_dim // 16 * self.tiles * parts * 256
         sums = self.tiles * (2 if self.k.groups > 8 else 1) * 256
         small = rows * 8 + 2 * self.warps * rows * 4 + 16
@@ -170,11 +168,12 @@ class Geometry:
         return max(1, min(fill, work, MAX_SPLITS))
 
     def source(self) -> KernelSource:
-        t = self.dtype
+        t, sizes = self.dtype, f"{self.tiles}, {self.warps}, {self.stages}"
         name = f"opentq_decode_{t.strip('_')}_{self.k.name}_{self.v.name}_{self.tiles}_{self.warps}_{self.stages}"
         body = (
-            "  opentq::Shape4 shape{k_shape[2], v_shape[2], dense_k_shape[2], q_shape[1], q_shape[2], dense_k_shape[1]};\n"
-            f"  opentq::decode<{t}, {affine_type(self.k)}, {affine_type(self.v)}, {self.tiles}, {self.warps}, {self.stages}, {self.shared}>(\n"
+            "  opentq::Shape4 shape{\n"
+            "      k_shape[2], v_shape[2], dense_k_shape[2], q_shape[1], q_shape[2], dense_k_shape[1]};\n"
+            f"  opentq::decode<{t}, {affine_type(self.k)}, {affine_type(self.v)}, {sizes}, {self.shared}>(\n"
             "      q, k, v, dense_k, dense_v, lens, params, sinks, tickets, out, scratch, shape);"
         )
         return KernelSource(

@@ -1,4 +1,4 @@
-"""The storage layout of the CUDA kernels: canonical bits, permuted so that a lane's words are its tensor-core fragments.
+"""The storage layout of the CUDA kernels: canonical bits, permuted so that a lane's words are its mma fragments.
 
 `affine_block.cuh` says where every bit lies and why. Here are both directions in plain MLX operations, which run on any
 machine (a cache saved on an NVIDIA GPU opens anywhere), and `encode`, which uses the pack kernel where there is a GPU.
@@ -22,7 +22,7 @@ RECORD = 32
 
 @dataclass(frozen=True)
 class MmaLayout:
-    """Affine codes of one side ("k" or "v") in blocks of 64 tokens; stored as one uint32 array `[B, H, T/64, words]`."""
+    """Affine codes of one side ("k" or "v"); stored as one uint32 array `[B, H, T/64, words]`, 64 tokens per row."""
 
     side: str
     bits: int

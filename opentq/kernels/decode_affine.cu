@@ -39,6 +39,13 @@ struct Shape4 {  // what the host knows: blocks allocated for k and v, dense col
 };
 
 __device__ __forceinline__ float bits_to_float(int x) { return __int_as_float(x); }
+__device__ __forceinline__ void add(float4& y, float w, const float4& x) {
+  y.x += w * x.x, y.y += w * x.y, y.z += w * x.z, y.w += w * x.w;
+}
+template <class T>
+__device__ __forceinline__ void put(T* y, const float4& x, float f) {
+  assign(y[0], x.x * f), assign(y[1], x.y * f), assign(y[2], x.z * f), assign(y[3], x.w * f);
+}
 
 template <class T, class KF, class VF, int NT, int NW, int ST>
 struct Plan {
@@ -46,12 +53,11 @@ struct Plan {
   static constexpr int PARTS = sizeof(T) == 4 ? 2 : 1;
   static constexpr int STAGE = KF::BYTES + VF::BYTES;
   static constexpr int RING = NW * ST * STAGE;
-  static constexpr int CHUNK = VF::TILES < 4 ? VF::TILES : 4;                   // output tiles merged at a time
+  static constexpr bool WHOLE = NW * ROWS * (VF::D + 4) * 4 <= 48 * 1024;       // outputs of all warps fit at once
+  static constexpr int CHUNK = WHOLE || VF::TILES < 4 ? VF::TILES : 4;          // output tiles merged at a time
   static constexpr int MERGE_ROW = CHUNK * 16 + 4;                              // floats; +4: no bank conflict
   static constexpr int MERGE = NW * ROWS * MERGE_ROW * 4;
-  static constexpr int MAX_SPLITS = 160;
-  static constexpr int STATS = MAX_SPLITS * ROWS * 8;
-  static constexpr int AREA = RING > MERGE ? (RING > STATS ? RING : STATS) : (MERGE > STATS ? MERGE : STATS);
+  static constexpr int AREA = RING > MERGE ? RING : MERGE;
   static constexpr int QUERY = KF::TILES * NT * PARTS * 64 * 4;                 // B fragments of q
   static constexpr int ZERO_PARTS = KF::GROUPS > 8 ? 2 : 1;
   static constexpr int SUMS = NT * ZERO_PARTS * 64 * 4;                         // B fragments of group sums of q
@@ -171,30 +177,26 @@ struct Decode {
     }
   }
 
-  // c[n] += A q for tile j of the head dim.
-  __device__ __forceinline__ void multiply_query(float (&c)[NT][4], const u32 (&a)[4], int j) const {
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) {
-        u32 b[2];
-        load_query(b, j, n, part);
-        mma(c[n], a, b[0], b[1]);
-      }
-  }
-
   // Raw products -> scores in log2 units. `even`, `odd`: what the products of rows g and g+8 still lack.
-  __device__ __forceinline__ void to_scores(float (&x)[NT][4], float even, float odd) const {
+  template <int STRIPS>
+  __device__ __forceinline__ void to_scores(float (&x)[STRIPS][NT][4], float even, float odd) const {
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[n][i] *= f[n][i & 1] * (i < 2 ? even : odd);
-        if (softcap > 0.f) x[n][i] = softcap * tanhf(x[n][i] / softcap);
-      }
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[s][n][i] *= f[n][i & 1] * (i < 2 ? even : odd);
+    if (softcap > 0.f) {
+#pragma unroll
+      for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[s][n][i] = softcap * tanhf(x[s][n][i] / softcap);
+    }
   }
 
-  // Hide keys: `first` is the logical position of the strip's first key, `limit` how many of its keys exist.
+  // Hide one key (0: row g of the fragment, 1: row g+8) at logical position `pos` from the rows that don't see it.
   __device__ __forceinline__ void mask(float (&x)[NT][4], int key, int pos, bool exists) const {
 #pragma unroll
     for (int n = 0; n < NT; ++n)
@@ -206,20 +208,30 @@ struct Decode {
       }
   }
 
+  // The V scales and zeros of tokens that do not exist may be anything, NaN included: make them zeros, in place.
+  __device__ __forceinline__ void blank(u32* v, int first) const {
+    u16* numbers = reinterpret_cast<u16*>(v + VF::SCALES);
+    const int at = 8 * (lane % 8 / 2) + 4 * (lane / 16) + 2 * (lane / 8 % 2) + lane % 2;
+    if (first + lane >= packed)
+      for (int i = 0; i < 2 * VF::GROUPS; ++i) numbers[32 * i + at] = 0;
+    fence_bulk();
+    sync_warp();
+  }
+
+  // One record of 32 tokens. Straight-line code but for the rare masks: two strips at a time keep the tensor cores busy.
   __device__ __forceinline__ void record(const u32* k, const u32* v, int first, bool masked) {
     float x[2][NT][4];
-    const u16* k_scales = reinterpret_cast<const u16*>(k + KF::SCALES);
-    const u16* k_zeros = reinterpret_cast<const u16*>(k + KF::ZEROS);
-    Fragments<KF> keys;
+    const u16* k_scales = reinterpret_cast<const u16*>(k + KF::SCALES) + g * KF::GROUPS;
+    const u16* k_zeros = reinterpret_cast<const u16*>(k + KF::ZEROS) + g * KF::GROUPS;
+    constexpr int EIGHT = 8 * KF::GROUPS;  // eight keys on
+    u32 a[4];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const int key = 16 * s + g;
-      u32 a[4];
-      a[0] = key_zeros<KF::GROUPS>(k_zeros + key * KF::GROUPS, 2 * t);
-      a[1] = key_zeros<KF::GROUPS>(k_zeros + (key + 8) * KF::GROUPS, 2 * t);
+      a[0] = key_zeros<KF::GROUPS>(k_zeros + 2 * s * EIGHT, 2 * t);
+      a[1] = key_zeros<KF::GROUPS>(k_zeros + (2 * s + 1) * EIGHT, 2 * t);
       // Up to 8 groups: the lower half of the contraction meets the sums' high parts, the upper half their low parts.
-      a[2] = P::ZERO_PARTS == 1 ? a[0] : key_zeros<KF::GROUPS>(k_zeros + key * KF::GROUPS, 2 * t + 8);
-      a[3] = P::ZERO_PARTS == 1 ? a[1] : key_zeros<KF::GROUPS>(k_zeros + (key + 8) * KF::GROUPS, 2 * t + 8);
+      a[2] = P::ZERO_PARTS == 1 ? a[0] : key_zeros<KF::GROUPS>(k_zeros + 2 * s * EIGHT, 2 * t + 8);
+      a[3] = P::ZERO_PARTS == 1 ? a[1] : key_zeros<KF::GROUPS>(k_zeros + (2 * s + 1) * EIGHT, 2 * t + 8);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         x[s][n][0] = x[s][n][1] = x[s][n][2] = x[s][n][3] = 0.f;
@@ -231,55 +243,62 @@ struct Decode {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[s][n][i] *= (i < 2 ? 1.f : KF::LIFT) / UNIT;
       }
-      float lo[KF::GROUPS], hi[KF::GROUPS];
-      key_scales<KF::GROUPS>(lo, k_scales + key * KF::GROUPS);
-      key_scales<KF::GROUPS>(hi, k_scales + (key + 8) * KF::GROUPS);
-#pragma unroll
-      for (int group = 0; group < KF::GROUPS; ++group) {
-        float c[NT][4];
-#pragma unroll
-        for (int n = 0; n < NT; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
-#pragma unroll
-        for (int j = group * KF::GROUP / 16; j < KF::TILES && j < (group + 1) * KF::GROUP / 16; ++j) {
-          keys.tile(a, k, lane, s * KF::TILES + j);
-          multiply_query(c, a, j);
-        }
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          x[s][n][0] += lo[group] * c[n][0], x[s][n][1] += lo[group] * c[n][1];
-          x[s][n][2] += hi[group] * c[n][2], x[s][n][3] += hi[group] * c[n][3];
-        }
-      }
-      to_scores(x[s], UNIT, UNIT / KF::LIFT);
-      if (masked) {
-        const int token = first + key;
-        mask(x[s], 0, sink + token, token < packed);
-        mask(x[s], 1, sink + token + 8, token + 8 < packed);
-      }
     }
+    float scale[2][2][KF::GROUPS];  // strip, key g or g+8
+#pragma unroll
+    for (int s = 0; s < 4; ++s) key_scales<KF::GROUPS>(scale[s / 2][s % 2], k_scales + s * EIGHT);
+    Fragments<KF> upper;
+    Fragments<KF, KF::TILES> lower;
+#pragma unroll
+    for (int group = 0; group < KF::GROUPS; ++group) {
+      float c[2][NT][4];
+#pragma unroll
+      for (int i = 0; i < 8 * NT; ++i) c[i / (4 * NT)][i / 4 % NT][i % 4] = 0.f;
+#pragma unroll
+      for (int j = group * KF::GROUP / 16; j < KF::TILES && j < (group + 1) * KF::GROUP / 16; ++j) {
+        u32 b[4];
+        upper.tile(a, k, lane, j);
+        lower.tile(b, k, lane, KF::TILES + j);
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int part = 0; part < PARTS; ++part) {
+            u32 w[2];
+            load_query(w, j, n, part);
+            mma(c[0][n], a, w[0], w[1]);
+            mma(c[1][n], b, w[0], w[1]);
+          }
+      }
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[s][n][i] += scale[s][i / 2][group] * c[s][n][i];
+    }
+    to_scores(x, UNIT, UNIT / KF::LIFT);
+    if (masked)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = first + 8 * i + g;
+        mask(x[i / 2], i % 2, sink + token, token < packed);
+      }
     run.softmax(x);
 
-    const u16* v_scales = reinterpret_cast<const u16*>(v + VF::SCALES);
-    const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS);
-    // Words of two keys each that exist: what lies beyond the last token may be anything, NaN included.
-    u32 keep[2][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = first + 16 * (i / 2) + 8 * (i % 2) + 2 * t;
-      keep[i / 2][i % 2] = !masked || token + 1 < packed ? 0xffffffffu : token < packed ? 0x0000ffffu : 0u;
-    }
+    const u16* v_scales = reinterpret_cast<const u16*>(v + VF::SCALES) + 8 * t;
+    const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS) + 8 * t;
     Fragments<VF> values;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       u32 b[NT][PARTS][2];
 #pragma unroll
       for (int n = 0; n < NT; ++n) probabilities<PARTS>(b[n], x[s][n]);
-      u32 a[4] = {0u, 0u, 0u, 0u};
+      a[0] = a[1] = a[2] = a[3] = 0u;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < (VF::GROUPS > 8 ? 2 : 1); ++half)
         if (g + 8 * half < VF::GROUPS) {
-          const uint2 z = *reinterpret_cast<const uint2*>(v_zeros + (g + 8 * half) * 32 + 8 * t + 4 * s);
-          a[half] = z.x & keep[s][0], a[2 + half] = z.y & keep[s][1];
+          const uint2 z = *reinterpret_cast<const uint2*>(v_zeros + (g + 8 * half) * 32 + 4 * s);
+          a[half] = z.x, a[2 + half] = z.y;
         }
 #pragma unroll
       for (int n = 0; n < NT; ++n)
@@ -287,13 +306,12 @@ struct Decode {
         for (int part = 0; part < PARTS; ++part) mma(run.oz[n], a, b[n][part][0], b[n][part][1]);
 #pragma unroll
       for (int group = 0; group < VF::GROUPS; ++group) {
-        uint2 scale = *reinterpret_cast<const uint2*>(v_scales + group * 32 + 8 * t + 4 * s);
-        if (masked) scale.x &= keep[s][0], scale.y &= keep[s][1];
+        const uint2 scales = *reinterpret_cast<const uint2*>(v_scales + group * 32 + 4 * s);
         u32 w[NT][2][PARTS];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-          weigh<PARTS>(w[n][0], b[n][0][0], b[n][PARTS - 1][0], scale.x);
-          weigh<PARTS>(w[n][1], b[n][0][1], b[n][PARTS - 1][1], scale.y);
+          weigh<PARTS>(w[n][0], b[n][0][0], b[n][PARTS - 1][0], scales.x);
+          weigh<PARTS>(w[n][1], b[n][0][1], b[n][PARTS - 1][1], scales.y);
         }
 #pragma unroll
         for (int j = group * VF::GROUP / 16; j < VF::TILES && j < (group + 1) * VF::GROUP / 16; ++j) {
@@ -319,15 +337,31 @@ struct Decode {
       k_row[i] = reinterpret_cast<const u32*>(k + (size_t)safe * KF::D) + t;
       v_row[i] = reinterpret_cast<const u32*>(v + (size_t)safe * VF::D) + t;
     }
+    // All values are asked for before the first key is used, where registers allow it: one wait instead of two.
+    constexpr int AHEAD = VF::TILES * NT <= 8 ? VF::TILES : 1;
+    u32 ahead[AHEAD][4];
+    auto value = [&](int j, int i) {  // i: dims + 8 (i % 2), keys + 8 (i / 2)
+      const u32 w = v_row[i / 2][8 * j + 4 * (i % 2)];
+      return exists[i / 2] ? w : 0u;
+    };
+#pragma unroll
+    for (int i = 0; i < 4 * AHEAD; ++i) ahead[i / 4][i % 4] = value(i / 4, i % 4);
     float x[1][NT][4];
 #pragma unroll
     for (int n = 0; n < NT; ++n) x[0][n][0] = x[0][n][1] = x[0][n][2] = x[0][n][3] = 0.f;
 #pragma unroll
     for (int j = 0; j < KF::TILES; ++j) {
       const u32 a[4] = {k_row[0][8 * j], k_row[1][8 * j], k_row[0][8 * j + 4], k_row[1][8 * j + 4]};
-      multiply_query(x[0], a, j);
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+          u32 w[2];
+          load_query(w, j, n, part);
+          mma(x[0][n], a, w[0], w[1]);
+        }
     }
-    to_scores(x[0], 1.f, 1.f);
+    to_scores(x, 1.f, 1.f);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       mask(x[0], i, column[i] < sink ? column[i] : sink + packed + column[i] - tail_start, exists[i]);
@@ -339,10 +373,7 @@ struct Decode {
     for (int j = 0; j < VF::TILES; ++j) {
       u32 a[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // i: dims + 8 (i % 2), keys + 8 (i / 2)
-        const u32 w = v_row[i / 2][8 * j + 4 * (i % 2)];
-        a[i] = transpose8x8(exists[i / 2] ? w : 0u);
-      }
+      for (int i = 0; i < 4; ++i) a[i] = transpose8x8(j < AHEAD ? ahead[j % AHEAD][i] : value(j, i));
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -351,61 +382,78 @@ struct Decode {
   }
 };
 
-// q rows [r0, r0 + ROWS) of one KV head into B fragments, their group sums, and the factor of each row.
+// Query rows of one KV head -> B fragments, their group sums, and the factor of each row. Loaded first, used later, so that
+// the wait is shared with the one for the lengths.
 template <class T, class KF, int NT, int NW, int PARTS, int ZERO_PARTS>
-__device__ __forceinline__ void stage_query(const T* q, int rows, float scale, u16* query, u16* sums, float* factor) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  constexpr int STEPS = (KF::D + 31) / 32;
-  constexpr float LOG2E = 1.4426950408889634f;
-  for (int r = warp; r < 8 * NT; r += NW) {
-    float x[STEPS], top = 0.f;
+struct QueryStage {
+  static constexpr int STEPS = (KF::D + 31) / 32, MINE = (8 * NT + NW - 1) / NW;
+  T raw[MINE][STEPS];
+
+  __device__ __forceinline__ void load(const T* q, int rows, int warp, int lane) {
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      const int d = 32 * i + lane;
-      x[i] = r < rows && d < KF::D ? to_float(q[(size_t)r * KF::D + d]) : 0.f;
-      top = fmaxf(top, fabsf(x[i]));
-    }
+    for (int k = 0; k < MINE; ++k)
 #pragma unroll
-    for (int i = 16; i; i /= 2) top = fmaxf(top, shuffle_xor(top, i));
-    const int e = top > 1e-30f ? ilogbf(top) : 0;
-    const float shrink = ldexpf(1.f, -e);
-    if (lane == 0) factor[r] = scale * LOG2E * ldexpf(1.f, e);
-    float sum[KF::GROUPS];
+      for (int i = 0; i < STEPS; ++i) {
+        const int r = warp + k * NW, d = 32 * i + lane;
+        if (r < rows && d < KF::D) {
+          raw[k][i] = q[(size_t)r * KF::D + d];
+        } else {
+          assign(raw[k][i], 0.f);
+        }
+      }
+  }
+
+  __device__ __forceinline__ void store(float scale, u16* query, u16* sums, float* factor, int warp, int lane) const {
+    constexpr float LOG2E = 1.4426950408889634f;
 #pragma unroll
-    for (int i = 0; i < KF::GROUPS; ++i) sum[i] = 0.f;
+    for (int k = 0; k < MINE; ++k) {
+      const int r = warp + k * NW;
+      if (r >= 8 * NT) break;
+      float x[STEPS], top = 0.f;
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      x[i] *= shrink;
-      const int d = 32 * i + lane;
-      u16 part[2];
-      part[0] = to_half_bits(x[i]);
-      part[1] = to_half_bits(x[i] - half_bits(part[0]));
-      // The sum is over what the tensor core will multiply.
-      sum[32 * i / KF::GROUP] += half_bits(part[0]) + (PARTS == 2 ? half_bits(part[1]) : 0.f);
-      if (d < KF::D) {
-        const int target = 4 * (r % 8) + d % 8 / 2;
+      for (int i = 0; i < STEPS; ++i) x[i] = to_float(raw[k][i]), top = fmaxf(top, fabsf(x[i]));
 #pragma unroll
-        for (int p = 0; p < PARTS; ++p)
-          query[(((((d / 16) * NT + r / 8) * PARTS + p) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = part[p];
+      for (int i = 16; i; i /= 2) top = fmaxf(top, shuffle_xor(top, i));
+      const int e = top > 1e-30f ? ilogbf(top) : 0;
+      const float shrink = ldexpf(1.f, -e);
+      if (lane == 0) factor[r] = scale * LOG2E * ldexpf(1.f, e);
+      float sum[KF::GROUPS];
+#pragma unroll
+      for (int i = 0; i < KF::GROUPS; ++i) sum[i] = 0.f;
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) {
+        x[i] *= shrink;
+        const int d = 32 * i + lane;
+        u16 part[2];
+        part[0] = to_half_bits(x[i]);
+        part[1] = to_half_bits(x[i] - half_bits(part[0]));
+        // The sum is over what the tensor core will multiply.
+        sum[32 * i / KF::GROUP] += half_bits(part[0]) + (PARTS == 2 ? half_bits(part[1]) : 0.f);
+        if (d < KF::D) {
+          const int target = 4 * (r % 8) + d % 8 / 2;
+#pragma unroll
+          for (int p = 0; p < PARTS; ++p)
+            query[(((((d / 16) * NT + r / 8) * PARTS + p) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = part[p];
+        }
+      }
+#pragma unroll
+      for (int s = 16; s; s /= 2)
+#pragma unroll
+        for (int i = 0; i < KF::GROUPS; ++i) sum[i] += shuffle_xor(sum[i], s);
+      // Contraction rows: the high parts of the sums, then the low parts, each padded to 8 or 16 groups.
+      constexpr int PAD = 8 * ZERO_PARTS;
+#pragma unroll
+      for (int i = 0; i < PAD; ++i) {
+        const float mine = i < KF::GROUPS ? sum[i < KF::GROUPS ? i : 0] : 0.f;
+        const u16 high = to_half_bits(mine), low = to_half_bits(mine - half_bits(high));
+        if (lane == i || lane == i + PAD) {
+          const int d = lane % 16, target = 4 * (r % 8) + d % 8 / 2;
+          sums[((((r / 8) * ZERO_PARTS + lane / 16) * 32 + target) * 2 + d / 8) * 2 + d % 2] = lane < PAD ? high : low;
+        }
       }
     }
-#pragma unroll
-    for (int i = 0; i < KF::GROUPS; ++i)
-#pragma unroll
-      for (int s = 16; s; s /= 2) sum[i] += shuffle_xor(sum[i], s);
-    // Lane i writes contraction row i: the high parts of the sums, then the low parts, each padded to 8 or 16 groups.
-    constexpr int PAD = 8 * ZERO_PARTS;
-    float mine = 0.f;
-#pragma unroll
-    for (int i = 0; i < KF::GROUPS; ++i)
-      if (lane % PAD == i) mine = sum[i];
-    if (lane < 2 * PAD) {
-      const u16 high = to_half_bits(mine), low = to_half_bits(mine - half_bits(high));
-      const int d = lane % 16, target = 4 * (r % 8) + d % 8 / 2;
-      sums[((((r / 8) * ZERO_PARTS + lane / 16) * 32 + target) * 2 + d / 8) * 2 + d % 2] = lane < PAD ? high : low;
-    }
   }
-}
+};
 
 template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED>
 __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, const __half* dense_k,
@@ -427,13 +475,15 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   int* last = reinterpret_cast<int*>(warp_l + NW * ROWS);
 
   const int split = blockIdx.x, splits = gridDim.x, b = blockIdx.z;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int gqa = shape.q_heads / shape.kv_heads, length = shape.length, all_rows = gqa * length;
   const int tiles = (all_rows + ROWS - 1) / ROWS, head = blockIdx.y / tiles, r0 = blockIdx.y % tiles * ROWS;
   const int rows = min(ROWS, all_rows - r0);
   const size_t kv = (size_t)b * shape.kv_heads + head;
+  QueryStage<T, KF, NT, NW, P::PARTS, P::ZERO_PARTS> stage_query;
+  stage_query.load(q + (kv * all_rows + r0) * KF::D, rows, warp, lane);
   const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
   const int window = params[2], causal = params[3], columns = shape.columns;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row_base = sink + packed + columns - length - tail_start;  // position of query token 0
 
   // Tokens of this tile: all of them once it spans a head's end, else r0 .. r0 + rows - 1.
@@ -461,9 +511,8 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
       if (u0 + worker + s * workers < u1) fetch(s, u0 + worker + s * workers);
   }
 
-  const T* q_rows = q + (kv * all_rows + r0) * KF::D;
-  stage_query<T, KF, NT, NW, P::PARTS, P::ZERO_PARTS>(q_rows, rows, bits_to_float(params[0]),
-                                                      reinterpret_cast<u16*>(query), reinterpret_cast<u16*>(sums), factor);
+  stage_query.store(bits_to_float(params[0]), reinterpret_cast<u16*>(query), reinterpret_cast<u16*>(sums), factor, warp,
+                    lane);
   for (int r = threadIdx.x; r < ROWS; r += NW * 32) position[r] = row_base + (r0 + r) % length;
   sync_block();
 
@@ -503,9 +552,10 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   u32 phase = 0;
   for (int u = u0 + worker; u < u1; u += workers) {
     barrier_wait(bar + stage, phase);
-    const u32* record = reinterpret_cast<const u32*>(ring + stage * P::STAGE);
-    const bool masked = 32 * u + 32 > packed || (window && sink + 32 * u <= high_row - window);
-    d.record(record, record + KF::RECORD, 32 * u, masked);
+    u32* record = reinterpret_cast<u32*>(ring + stage * P::STAGE);
+    const bool partial = 32 * u + 32 > packed;
+    if (partial) d.blank(record + KF::RECORD, 32 * u);
+    d.record(record, record + KF::RECORD, 32 * u, partial || (window && sink + 32 * u <= high_row - window));
     sync_warp();
     if (lane == 0 && u + ST * workers < u1) fetch(stage, u + ST * workers);
     if (++stage == ST) stage = 0, phase ^= 1;
@@ -537,12 +587,14 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   float* partial = scratch + ((size_t)tile_index * splits + split) * ROWS * (VF::D + 2);
   T* out_rows = out + (kv * all_rows + r0) * VF::D;
 
-  // Row totals over `count` pieces with maxima m[i * ROWS + row] and sums l[..]: the common maximum, and 1 / total.
-  auto total = [&](const float* m, const float* l, int stride, int count, int row, float& top) {
+  // The warps' common maximum of a row, and its sum.
+  auto total = [&](int row, float& top) {
     float sum = 0.f;
     top = -1e30f;
-    for (int i = 0; i < count; ++i) top = fmaxf(top, m[i * stride]);
-    for (int i = 0; i < count; ++i) sum += l[i * stride] * exp2_fast(m[i * stride] - top);
+#pragma unroll
+    for (int w = 0; w < NW; ++w) top = fmaxf(top, warp_m[w * ROWS + row]);
+#pragma unroll
+    for (int w = 0; w < NW; ++w) sum += warp_l[w * ROWS + row] * exp2_fast(warp_m[w * ROWS + row] - top);
     return sum;
   };
   auto finish = [&](float sum, float top, int row) {  // what numerators relative to `top` are multiplied with
@@ -571,59 +623,66 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
           }
       }
     sync_block();
-    const int width = min(16 * P::CHUNK, VF::D - 16 * j0);
-    for (int i = threadIdx.x; i < rows * width; i += NW * 32) {
-      const int row = i / width, dim = i % width;
-      float sum = 0.f;
+    const int quads = min(4 * P::CHUNK, VF::D / 4 - 4 * j0);
+    for (int i = threadIdx.x; i < rows * quads; i += NW * 32) {
+      const int row = i / quads, dim = i % quads * 4;
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-      for (int w = 0; w < NW; ++w) sum += merge[(w * ROWS + row) * P::MERGE_ROW + dim];
+      for (int w = 0; w < NW; ++w) add(sum, 1.f, *reinterpret_cast<float4*>(merge + (w * ROWS + row) * P::MERGE_ROW + dim));
       if (splits == 1) {
         float top;
-        const float l = total(warp_m + row, warp_l + row, ROWS, NW, row, top);
-        assign(out_rows[(size_t)row * VF::D + 16 * j0 + dim], sum * finish(l, top, row));
+        const float l = total(row, top);
+        put(out_rows + (size_t)row * VF::D + 16 * j0 + dim, sum, finish(l, top, row));
       } else {
-        partial[row * VF::D + 16 * j0 + dim] = sum;
+        *reinterpret_cast<float4*>(partial + row * VF::D + 16 * j0 + dim) = sum;
       }
     }
-    sync_block();
+    if (!P::WHOLE) sync_block();
   }
   if (splits == 1) return;
-  float* stats = partial + ROWS * VF::D;
-  for (int row = threadIdx.x; row < ROWS; row += NW * 32) {
+  if (threadIdx.x < ROWS) {
     float top;
-    const float l = total(warp_m + row, warp_l + row, ROWS, NW, row, top);
-    stats[2 * row] = top, stats[2 * row + 1] = l;
+    const float l = total(threadIdx.x, top);
+    *reinterpret_cast<float2*>(partial + ROWS * VF::D + 2 * threadIdx.x) = make_float2(top, l);
   }
   sync_block();
 
-  // The last block of this row tile merges the splits.
+  // The last block of this row tile merges the splits, a batch of them in flight at a time.
   if (threadIdx.x == 0) *last = arrive_last(const_cast<u32*>(tickets) + tile_index, splits);
   sync_block();
   if (!*last) return;
-  acquire();
   const float* first = scratch + (size_t)tile_index * splits * ROWS * (VF::D + 2);
-  constexpr int SPLIT = ROWS * (VF::D + 2);
-  float* split_m = merge;
-  float* split_l = merge + splits * ROWS;
-  for (int i = threadIdx.x; i < splits * ROWS; i += NW * 32) {
-    const float2 x = load_global(reinterpret_cast<const float2*>(first + (size_t)(i / ROWS) * SPLIT + ROWS * VF::D) + i % ROWS);
-    split_m[i] = x.x, split_l[i] = x.y;
-  }
-  sync_block();
+  constexpr int SPLIT = ROWS * (VF::D + 2), BATCH = 16;
   for (int i = threadIdx.x; i < rows * (VF::D / 4); i += NW * 32) {
     const int row = i / (VF::D / 4), dim = i % (VF::D / 4) * 4;
-    float top;
-    const float l = total(split_m + row, split_l + row, ROWS, splits, row, top);
+    float top = -1e30f, l = 0.f;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-    for (int s = 0; s < splits; ++s) {
-      const float4 x = load_global(reinterpret_cast<const float4*>(first + (size_t)s * SPLIT + row * VF::D + dim));
-      const float w = exp2_fast(split_m[s * ROWS + row] - top);
-      sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
+    for (int s0 = 0; s0 < splits; s0 += BATCH) {
+      float4 x[BATCH];
+      float2 ml[BATCH];
+      float before = top;
+#pragma unroll
+      for (int s = 0; s < BATCH; ++s) {
+        const float* piece = first + (size_t)(s0 + s) * SPLIT;
+        ml[s] = make_float2(-1e30f, 0.f), x[s] = sum;
+        if (s0 + s < splits) {
+          ml[s] = load_global(reinterpret_cast<const float2*>(piece + ROWS * VF::D) + row);
+          x[s] = load_global(reinterpret_cast<const float4*>(piece + row * VF::D + dim));
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < BATCH; ++s) top = fmaxf(top, ml[s].x);
+      const float f = exp2_fast(before - top);
+      l *= f, sum.x *= f, sum.y *= f, sum.z *= f, sum.w *= f;
+#pragma unroll
+      for (int s = 0; s < BATCH; ++s)
+        if (s0 + s < splits) {
+          const float w = exp2_fast(ml[s].x - top);
+          l += w * ml[s].y;
+          add(sum, w, x[s]);
+        }
     }
-    const float f = finish(l, top, row);
-    T* y = out_rows + (size_t)row * VF::D + dim;
-    assign(y[0], sum.x * f), assign(y[1], sum.y * f), assign(y[2], sum.z * f), assign(y[3], sum.w * f);
+    put(out_rows + (size_t)row * VF::D + dim, sum, finish(l, top, row));
   }
 }
 

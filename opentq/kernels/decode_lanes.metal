@@ -90,7 +90,7 @@ METAL_FUNC void otq_scores(
         float2 sz = float2(keys.scale[k][g]);
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          keys.s[k][r] += part[k][r] * sz.x + x[r] * sz.y;
+          keys.s[k][r] = fma(part[k][r], sz.x, fma(x[r], sz.y, keys.s[k][r]));
         }
       }
     }
@@ -102,6 +102,7 @@ template <int BITS, int D, int VB, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
     const device uint* rows, int2 gap, int n, int first, int d0, const threadgroup float* p, thread OtqAcc<R>& acc) {
   constexpr int W = otq_words<BITS, D>();
+#pragma clang loop unroll_count(8)
   for (int x = first; x < n; x += KP) {
     // Columns in the gap between sinks and tail were never written; their p is 0, and 0 times a NaN is not.
     int at = GAP && x >= gap.x && x < gap.y ? gap.y : x;
@@ -355,6 +356,7 @@ METAL_FUNC void otq_values(
             for (int i = 0; i < PAIRS; i++) {
               int c = lane + 32 * (member + DS * i);
               if (c < R * GV) {
+#pragma clang loop unroll_count(8)
                 for (int x = 0; x < n; x++) {
                   zero[i] += ps[x * R + c % R] * zs[x * GV + c / R];
                 }

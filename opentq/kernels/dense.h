@@ -93,7 +93,8 @@ inline void attend_dense(Rows& rows, const Columns* seen, const uint16_t* k, int
       for (int i = 0; i < n; i++) some |= bits[i] = seen[r0 + i].bits(column);
       if (!some) continue;
       product<false>(rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
-      if (rows.softcap != 0.f) cap_scores(rows.scores, n, rows.softcap);
+      if (rows.softcap != 0.f)
+        for (int i = 0; i < n; i++) cap_scores(rows.scores + 64 * i, 1.f, rows.softcap);
       for (int i = 0; i < n; i++) {
         mask_scores(rows.scores + 64 * i, bits[i]);
         next[i] = std::max(largest_score(rows.scores + 64 * i), rows.top[r0 + i]);

@@ -67,7 +67,7 @@ static void write_block(const Format& f, const Codes& c, uint8_t* out) {
     for (int i = 0; i < 16; i++)
       for (int l = 0; l < 16; l++) {
         if (f.is_values)
-          for (int j = 0; j < 4; j++) fields[i][4 * l + j] = code[size_t(4 * i + j) * f.dim + l];
+          for (int j = 0; j < 4; j++) fields[i][4 * l + j] = code[size_t(i + 16 * j) * f.dim + l];
         else
           std::memcpy(&fields[i][4 * l], code + size_t(16 * (i % 4) + l) * f.dim + 4 * (i / 4), 4);
       }
@@ -87,7 +87,7 @@ static void read_block(const Format& f, const uint8_t* in, Codes& c) {
     for (int i = 0; i < 16; i++)
       for (int l = 0; l < 16; l++) {
         if (f.is_values)
-          for (int j = 0; j < 4; j++) code[size_t(4 * i + j) * f.dim + l] = fields[i][4 * l + j];
+          for (int j = 0; j < 4; j++) code[size_t(i + 16 * j) * f.dim + l] = fields[i][4 * l + j];
         else
           std::memcpy(code + size_t(16 * (i % 4) + l) * f.dim + 4 * (i / 4), &fields[i][4 * l], 4);
       }

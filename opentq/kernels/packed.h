@@ -1,10 +1,10 @@
 // Attention over packed blocks: codes go into byte dot products as they are, and nothing is dequantised.
 //
-//   score[r][t] = sum_g  scale[g][t] * step[r][g] * (code . v)[r][g][t]  +  zero[g][t] * sum(q[r] over g)
+//   score[r][t] = step[r] * sum_g  scale[g][t] * (code . v)[r][g][t]  +  zero[g][t] * sum(q[r] over g) / step[r]
 //   out[r][d]  += sum_t  p[r][t] * scale[g][t] * code[t][d]              +  p[r][t] * zero[g][t]
 //
 // A token's value scale can't leave the sum over tokens, so it moves into the probability: p * scale becomes a 15-bit
-// integer in two signed bytes per (row, group), relative to its own largest in the block. Per block: scores of up to
+// integer in two signed bytes. Per block: scores of up to
 // eight rows, softmax, values. Each code vector is unpacked once per MAX_ROWS rows and feeds 2 * MAX_ROWS dot products;
 // lanes are tokens for scores and channels for values, so no product needs a horizontal sum. Sums of p and of p * zero
 // stay lane-wise until the task ends. Bytes moved: each packed block once per task, from memory; the rest lives in L1.
@@ -18,9 +18,10 @@ template <int BITS, int NR, int NF, int F0>
 INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
   const int groups = rows.groups_k, stride = rows.dim_k / 2;
   const int32_t* q8 = rows.q8 + size_t(r0) * stride;
-  const float *step = rows.q_step + size_t(r0) * groups, *sum = rows.q_sum + size_t(r0) * groups;
+  const float* sum = rows.q_sum + size_t(r0) * groups;
   for (int part = 0; part < PARTS; part++) {
     for (int g = 0; g < groups; g++) {
+      rows.ahead.lines(3);
       I hi[NR][NF], lo[NR][NF];
       UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < NF; n++) hi[r][n] = lo[r][n] = izero();
       for (int t = k.first_tile(g); t < k.last_tile(g); t++) {
@@ -43,9 +44,8 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
         const F scale = load_half(params + 128 * g + token), zero = load_half(params + 128 * g + 64 + token);
         UNROLL for (int r = 0; r < NR; r++) {
           float* s = scores + 64 * r + token;
-          F x = mul(zero, set1(sum[r * groups + g]));
-          if (g) x = add(x, load(s));
-          store(s, fma(to_float(join(hi[r][n], lo[r][n])), mul(scale, set1(step[r * groups + g])), x));
+          const F x = fma(zero, set1(sum[r * groups + g]), g ? load(s) : set1(0.f));
+          store(s, fma(to_float(join(hi[r][n], lo[r][n])), scale, x));
         }
       }
     }
@@ -69,13 +69,14 @@ INLINE void value_tiles(const uint8_t* tile, const Rows& rows, int r0, int c0, i
   const int8_t* p8 = rows.p8 + (size_t(c0) * groups + g) * 128;
   const float* step = rows.p_step + size_t(c0) * groups + g;
   for (int part = 0; part < PARTS; part++) {
+    rows.ahead.lines(8);
     I hi[NR][NT], lo[NR][NT];
     UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < NT; n++) hi[r][n] = lo[r][n] = izero();
     UNROLL for (int i = 0; i < 16; i++) {
       I c[NT];
       UNROLL for (int n = 0; n < NT; n++) c[n] = field<BITS>(tile + n * 128 * BITS, i, part);
       UNROLL for (int r = 0; r < NR; r++) {
-        const int8_t* p = p8 + r * groups * 128 + 4 * slot(i);
+        const int8_t* p = p8 + r * groups * 128 + 4 * i;
         const I p_hi = iset32(word(p)), p_lo = iset32(word(p + 64));
         UNROLL for (int n = 0; n < NT; n++) {
           hi[r][n] = dot<BITS == 8>(hi[r][n], c[n], p_hi);
@@ -133,42 +134,78 @@ inline ScoresFn scores_for(int bits) { return bits == 2 ? scores<2> : bits == 3 
 inline ValuesFn values_for(int bits) { return bits == 2 ? values<2> : bits == 3 ? values<3> : bits == 4 ? values<4> : values<8>; }
 inline WidenFn widen_for(int bits) { return bits == 2 ? widen<2> : bits == 3 ? widen<3> : widen<4>; }
 
-// Softmax of one chunk: scores -> integers p8 with p_step, and the float sums of the running state.
-inline void softmax_packed(Rows& rows, int r0, int n) {
+// One block's value scales and zeros as floats. Probabilities of a block are at most 1, so where its scales differ little
+// they share one integer step: the scales are multiplied by LEVELS / largest here, and `tame` is that step. A block with
+// wild scales (tame = 0) gets a step per row, which costs a horizontal maximum each.
+inline void load_params(Rows& rows, const uint16_t* params, uint64_t seen) {
+  for (int g = 0; g < rows.groups_v; g++, params += 128) {
+    float *scale = rows.params + 128 * g, *zero = scale + 64;
+    F most = set1(0.f), least = set1(1e30f);
+    for (int t = 0; t < 64; t += W) {
+      const F x = load_half(params + t);
+      most = max(x, most), least = min(x, least);
+      store(scale + t, x), store(zero + t, load_half(params + 64 + t));
+    }
+    rows.tame[g] = 0.f;
+    if (seen != ~uint64_t(0)) {  // slots that nobody wrote may hold anything, and 0 * anything must be 0
+      for (int t = 0; t < 64; t++)
+        if (!(seen >> t & 1)) scale[t] = zero[t] = 0.f;
+    } else if (const float largest = hmax(most); largest <= 8 * hmin(least) && largest > 1e-30f) {
+      rows.tame[g] = largest / LEVELS;
+      const F inverse = set1(LEVELS / largest);
+      for (int t = 0; t < 64; t += W) store(scale + t, mul(load(scale + t), inverse));
+    }
+  }
+}
+
+// Softmax of one chunk: scores, in units of `step` per row, -> integers p8 with p_step, and the float sums of the state.
+inline void softmax_packed(Rows& rows, int r0, int n, const float* step) {
   const int groups = rows.groups_v;
   alignas(64) float block_top[CHUNK + 16], next[CHUNK + 16], share[CHUNK + 16];
   for (int i = 0; i < n; i++) {
-    block_top[i] = largest_score(rows.scores + 64 * i);
+    block_top[i] = std::max(largest_score(rows.scores + 64 * i) * step[i], LOWEST);
     next[i] = std::max(block_top[i], rows.top[r0 + i]);
   }
   rows.raise(r0, n, next);
   for (int i = 0; i < n; i += W) store(share + i, exp2(sub(load(block_top + i), load(next + i))));
   for (int i = 0; i < n; i++) {
     const int r = r0 + i;
-    const F top = set1(block_top[i]), f = set1(share[i]);
+    const F unit = set1(step[i]), top = set1(-block_top[i]), f = set1(share[i]);
     F p[TOKEN_VECTORS], sum = set1(0.f);
     UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
-      p[j] = exp2(sub(load(rows.scores + 64 * i + W * j), top));
+      p[j] = exp2(fma(load(rows.scores + 64 * i + W * j), unit, top));
       sum = add(sum, p[j]);
     }
     store(rows.weight + r * W, fma(sum, f, load(rows.weight + r * W)));
     for (int g = 0; g < groups; g++) {
+      rows.ahead.lines(2);
       const float *scale = rows.params + 128 * g, *zero = scale + 64;
-      F y[TOKEN_VECTORS], most = set1(0.f), z = set1(0.f);
-      UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
-        y[j] = mul(p[j], load(scale + W * j));
-        most = max(y[j], most);
-        z = fma(p[j], load(zero + W * j), z);
-      }
+      F v[TOKEN_VECTORS], z = set1(0.f);
+      UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) z = fma(p[j], load(zero + W * j), z);
       float* zeros = rows.zero + (size_t(r) * groups + g) * W;
       store(zeros, fma(z, f, load(zeros)));
-      const float largest = hmax(most);
-      const float inverse = largest > 1e-30f ? LEVELS / largest : 0.f;
-      rows.p_step[i * groups + g] = share[i] * largest * (1 / LEVELS);
-      I v[TOKEN_VECTORS];
-      UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = round_int(fma(y[j], set1(inverse), set1(128.f)));
+      float p_step = rows.tame[g];
+      if (p_step > 0.f) {
+        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(p[j], load(scale + W * j), set1(MAGIC + 128.f));
+      } else {
+        F most = set1(0.f);
+        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
+          v[j] = mul(p[j], load(scale + W * j));
+          most = max(v[j], most);
+        }
+        const float largest = std::max(hmax(most), 1e-30f);  // less than that is nothing
+        p_step = largest / LEVELS;
+        const F inverse = set1(LEVELS / largest);
+        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(v[j], inverse, set1(MAGIC + 128.f));
+      }
+      rows.p_step[i * groups + g] = share[i] * p_step;
       int8_t* out = rows.p8 + (size_t(i) * groups + g) * 128;
-      narrow64(v, out, out + 64);
+      UNROLL for (int j = 0; j < PARTS; j++) {  // tokens l, l + 16, l + 32, l + 48
+        const F quad[4] = {v[j], v[PARTS + j], v[2 * PARTS + j], v[3 * PARTS + j]};
+        I hi, lo;
+        narrow(quad, hi, lo);
+        istore(out + 4 * W * j, hi), istore(out + 64 + 4 * W * j, lo);
+      }
     }
   }
 }
@@ -186,31 +223,32 @@ inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const 
   const bool wide_k = wide && k.bits != 8, wide_v = wide && v.bits != 8;
   const ScoresFn score = scores_for(wide_k ? 8 : k.bits);
   const ValuesFn value = values_for(wide_v ? 8 : v.bits);
-  int64_t low = 0, high = INT64_MAX;  // tokens that every row sees
-  for (int r = 0; r < rows.count; r++) low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
+  int64_t low = 0, high = INT64_MAX, any_low = INT64_MAX, any_high = 0;  // tokens that every row sees, and that any row sees
+  for (int r = 0; r < rows.count; r++) {
+    low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
+    any_low = std::min(any_low, seen[r].low), any_high = std::max(any_high, seen[r].high);
+  }
   for (int64_t b = first; b < last; b++) {
     const uint8_t *kb = k_head + b * k.block_stride, *vb = v_head + b * v.block_stride;
     const uint8_t *k_codes = kb, *v_codes = vb;
     const auto* k_params = reinterpret_cast<const uint16_t*>(kb + k.code_bytes());
     const auto* v_params = reinterpret_cast<const uint16_t*>(vb + v.code_bytes());
+    if (b + 1 < last) rows.ahead = {kb + k.block_stride, kb + k.block_stride + k.block_bytes(), vb + v.block_stride, vb + v.block_stride + v.block_bytes()};
     if (wide_k) widen_for(k.bits)(kb, k.tiles(), rows.wide_k), k_codes = rows.wide_k;
     if (wide_v) widen_for(v.bits)(vb, v.tiles(), rows.wide_v), v_codes = rows.wide_v;
-    for (int i = 0; i < 128 * rows.groups_v; i += W) store(rows.params + i, load_half(v_params + i));
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
-    if (!whole) {  // slots that nobody wrote may hold anything; 0 * anything must be 0
-      int64_t any_low = INT64_MAX, any_high = 0;
-      for (int r = 0; r < rows.count; r++) any_low = std::min(any_low, seen[r].low), any_high = std::max(any_high, seen[r].high);
-      const uint64_t bits = bits_between(any_low, any_high, b * BLOCK);
-      for (int i = 0; i < 128 * rows.groups_v; i++)
-        if (!(bits >> (i % 64) & 1)) rows.params[i] = 0.f;
-    }
+    load_params(rows, v_params, whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK));
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
       score(k_codes, k_params, k, rows, r0, n, rows.scores);
-      if (rows.softcap != 0.f) cap_scores(rows.scores, n, rows.softcap);
+      const float* step = rows.q_step + r0;
+      if (rows.softcap != 0.f) {
+        for (int i = 0; i < n; i++) cap_scores(rows.scores + 64 * i, step[i], rows.softcap);
+        step = ONES;
+      }
       if (!whole)
         for (int i = 0; i < n; i++) mask_scores(rows.scores + 64 * i, bits_between(seen[r0 + i].low, seen[r0 + i].high, b * BLOCK));
-      softmax_packed(rows, r0, n);
+      softmax_packed(rows, r0, n, step);
       value(v_codes, v, rows, r0, n);
     }
   }

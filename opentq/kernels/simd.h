@@ -8,8 +8,6 @@
 //   dot(acc, codes, q):  acc[l] += sum_{j<4} codes_u8[4l + j] * q_s8[4l + j]      (int32 lanes l < W)
 //
 // VNNI and i8mm have it; AVX2 and NEON build it. It is exact everywhere: unsigned codes up to 255, signed q, no saturation.
-// `narrow64` splits 64 integers v in [128, 32640] into (v >> 8) and (v & 255) - 128, the signed bytes that dot wants, and
-// may permute groups of 4 tokens on the way: `slot(quad)` says where it put tokens 4*quad .. 4*quad + 3.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -113,14 +111,13 @@ INLINE I iand(I a, I b) { return _mm512_and_si512(a, b); }
 INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
 INLINE I shr(I a, int n) { return _mm512_srli_epi16(a, n); }
 INLINE I shl(I a, int n) { return _mm512_slli_epi16(a, n); }
+INLINE I shl32_16(I a) { return _mm512_slli_epi32(a, 16); }
+// Bits of a where mask is set, else of b.
+INLINE I pick(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
+INLINE I flip(I a, I b) { return _mm512_xor_si512(a, b); }
+INLINE I bits_of(F a) { return _mm512_castps_si512(a); }
 INLINE I join(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm512_dpbusd_epi32(acc, codes, q); }
-INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
-  const I a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]), low = _mm512_set1_epi16(255);
-  istore(hi, _mm512_packus_epi16(shr(a, 8), shr(b, 8)));
-  istore(lo, _mm512_xor_si512(_mm512_packus_epi16(iand(a, low), iand(b, low)), iset8(-128)));
-}
-constexpr int slot(int quad) { return 4 * (quad % 4) + quad / 4; }
 
 #elif defined(OPENTQ_AVX2)
 
@@ -166,6 +163,10 @@ INLINE I iand(I a, I b) { return _mm256_and_si256(a, b); }
 INLINE I ior(I a, I b) { return _mm256_or_si256(a, b); }
 INLINE I shr(I a, int n) { return _mm256_srli_epi16(a, n); }
 INLINE I shl(I a, int n) { return _mm256_slli_epi16(a, n); }
+INLINE I shl32_16(I a) { return _mm256_slli_epi32(a, 16); }
+INLINE I pick(I mask, I a, I b) { return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b)); }
+INLINE I flip(I a, I b) { return _mm256_xor_si256(a, b); }
+INLINE I bits_of(F a) { return _mm256_castps_si256(a); }
 INLINE I join(I hi, I lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
 #if defined(__AVXVNNI__)
@@ -179,15 +180,6 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(top, q), _mm256_set1_epi16(128)));
 #endif
 }
-INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
-  const I low = _mm256_set1_epi16(255);
-  for (int i = 0; i < 2; i++, v += 4) {
-    const I a = _mm256_packs_epi32(v[0], v[1]), b = _mm256_packs_epi32(v[2], v[3]);
-    istore(hi + 32 * i, _mm256_packus_epi16(shr(a, 8), shr(b, 8)));
-    istore(lo + 32 * i, _mm256_xor_si256(_mm256_packus_epi16(iand(a, low), iand(b, low)), iset8(-128)));
-  }
-}
-constexpr int slot(int quad) { return quad / 8 * 8 + 4 * (quad % 2) + quad % 8 / 2; }
 
 #elif defined(OPENTQ_NEON)
 
@@ -225,6 +217,10 @@ INLINE I iand(I a, I b) { return vandq_s32(a, b); }
 INLINE I ior(I a, I b) { return vorrq_s32(a, b); }
 INLINE I shl(I a, int n) { return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(a), vdupq_n_s16(int16_t(n)))); }
 INLINE I shr(I a, int n) { return shl(a, -n); }
+INLINE I shl32_16(I a) { return vshlq_n_s32(a, 16); }
+INLINE I pick(I mask, I a, I b) { return vbslq_s32(vreinterpretq_u32_s32(mask), a, b); }
+INLINE I flip(I a, I b) { return veorq_s32(a, b); }
+INLINE I bits_of(F a) { return vreinterpretq_s32_f32(a); }
 INLINE I join(I hi, I lo) { return vaddq_s32(vshlq_n_s32(hi, 8), lo); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -239,14 +235,6 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   return vdotq_s32(vdotq_s32(acc, top, s), top, s);
 #endif
 }
-INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
-  for (int i = 0; i < 4; i++, v += 4) {
-    const int16x8_t a = vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])), b = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
-    vst1q_s8(hi + 16 * i, vcombine_s8(vshrn_n_s16(a, 8), vshrn_n_s16(b, 8)));
-    vst1q_s8(lo + 16 * i, veorq_s8(vcombine_s8(vmovn_s16(a), vmovn_s16(b)), vdupq_n_s8(-128)));
-  }
-}
-constexpr int slot(int quad) { return quad; }
 
 #else  // portable: loops of fixed length that a compiler turns into whatever vectors the machine has
 
@@ -298,9 +286,18 @@ INLINE I iset8(int x) { I r; std::memset(&r, x & 255, sizeof r); return r; }
 INLINE I iset32(int32_t x) { I r; for (int l = 0; l < W; l++) r.set(l, x); return r; }
 INLINE I iand(I a, I b) { for (int i = 0; i < 4 * W; i++) a.b[i] &= b.b[i]; return a; }
 INLINE I ior(I a, I b) { for (int i = 0; i < 4 * W; i++) a.b[i] |= b.b[i]; return a; }
-// Codes never cross a byte, so shifts may stay inside bytes.
-INLINE I shr(I a, int n) { for (int i = 0; i < 4 * W; i++) a.b[i] = uint8_t(a.b[i] >> n); return a; }
-INLINE I shl(I a, int n) { for (int i = 0; i < 4 * W; i++) a.b[i] = uint8_t(a.b[i] << n); return a; }
+INLINE I shr(I a, int n) {
+  for (int i = 0; i < 2 * W; i++) { uint16_t x; std::memcpy(&x, a.b + 2 * i, 2); x = uint16_t(x >> n); std::memcpy(a.b + 2 * i, &x, 2); }
+  return a;
+}
+INLINE I shl(I a, int n) {
+  for (int i = 0; i < 2 * W; i++) { uint16_t x; std::memcpy(&x, a.b + 2 * i, 2); x = uint16_t(x << n); std::memcpy(a.b + 2 * i, &x, 2); }
+  return a;
+}
+INLINE I shl32_16(I a) { for (int l = 0; l < W; l++) a.set(l, int32_t(uint32_t(a.at(l)) << 16)); return a; }
+INLINE I pick(I m, I a, I b) { for (int i = 0; i < 4 * W; i++) b.b[i] = uint8_t((m.b[i] & a.b[i]) | (~m.b[i] & b.b[i])); return b; }
+INLINE I flip(I a, I b) { for (int i = 0; i < 4 * W; i++) a.b[i] ^= b.b[i]; return a; }
+INLINE I bits_of(F a) { I r; std::memcpy(&r, &a, sizeof r); return r; }
 INLINE I join(I hi, I lo) { for (int l = 0; l < W; l++) lo.set(l, lo.at(l) + hi.at(l) * 256); return lo; }
 template <bool WIDE> INLINE I dot(I acc, I c, I q) {
   for (int l = 0; l < W; l++) {
@@ -310,22 +307,25 @@ template <bool WIDE> INLINE I dot(I acc, I c, I q) {
   }
   return acc;
 }
-INLINE void narrow64(const I* v, int8_t* hi, int8_t* lo) {
-  for (int t = 0; t < 64; t++) {
-    const int32_t x = v[t / W].at(t % W);
-    hi[t] = int8_t(x >> 8);
-    lo[t] = int8_t((x & 255) - 128);
-  }
-}
-constexpr int slot(int quad) { return quad; }
 #undef OPENTQ_EACH
 
 #endif
 
+// 1.5 * 2^23. A float x with |x| < 2^22 plus MAGIC is rounded to an integer that lies in the low bits of the sum.
+constexpr float MAGIC = 12582912.f;
+
+// Integers v[j] = 256 * hi + lo in [-32640, 32512], given as float(v[j] + 128) + MAGIC, to the signed bytes that dot wants:
+// byte j of every lane of `hi` and `lo` belongs to v[j].
+INLINE void narrow(const F* v, I& hi, I& lo) {
+  const I words = iset32(0xffff), bytes = iset32(0x00ff00ff);
+  const I a = pick(words, bits_of(v[0]), shl32_16(bits_of(v[2]))), b = pick(words, bits_of(v[1]), shl32_16(bits_of(v[3])));
+  hi = pick(bytes, shr(a, 8), b);
+  lo = flip(pick(bytes, a, shl(b, 8)), iset8(-128));
+}
+
 // 2^t, exactly 0 below t = -126 and for NaN; relative error 2e-7. t must not exceed 127.
 INLINE F exp2(F t) {
-  const F magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-  const F n = add(t, magic), f = sub(t, sub(n, magic));
+  const F n = add(t, set1(MAGIC)), f = sub(t, sub(n, set1(MAGIC)));
   F p = fma(set1(0.0013264720f), f, set1(0.0096715136f));
   p = fma(p, f, set1(0.055507338f));
   p = fma(p, f, set1(0.24022242f));

@@ -1,9 +1,9 @@
 // Scratch and running state of one task: a block of query rows, their quantised queries, and the online softmax.
 //
 // Rows of one KV head are ordered r = query_index * gqa + head, so a block of rows spans few positions. Scores are kept
-// in units of log2 (the query is scaled by scale * log2(e) once), so that softmax needs 2^x only. Per row and group of key
-// channels the query becomes a 15-bit integer in two signed bytes, v = 256*hi + lo: an int8 query alone costs 0.4 %
-// in every score, which is more than fp16 attention loses.
+// in units of log2 (the query is scaled by scale * log2(e) once), so that softmax needs 2^x only. A row's
+// query becomes 15-bit integers of one step, in two signed bytes each, v = 256*hi + lo: an int8 query alone would cost
+// 0.4 % in every score, which is more than fp16 attention loses.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -44,14 +44,24 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
+// Asks for the next block's cache lines a few at a time, between the products of this one: a hardware prefetcher stops at
+// every 4 KB page, and 160 requests at once would stall.
+struct Ahead {
+  const uint8_t *k = nullptr, *k_end = nullptr, *v = nullptr, *v_end = nullptr;
+  INLINE void lines(int n) {
+    for (; n > 0 && k < k_end; n--, k += 64) __builtin_prefetch(k, 0, 2);
+    for (; n > 0 && v < v_end; n--, v += 64) __builtin_prefetch(v, 0, 2);
+  }
+};
+
 struct Rows {
   int count = 0, dim_k = 0, dim_v = 0, groups_k = 0, groups_v = 0;
   float softcap = 0;
   // query
   float* q;         // [count][dim_k], times scale * log2(e)
   int32_t* q8;      // [count][dim_k / 4][hi, lo]: 4 signed bytes each
-  float* q_step;    // [count][groups_k]: q ~ q_step * v
-  float* q_sum;     // [count][groups_k]: sum of q over the group, for the zeros
+  float* q_step;    // [count]: q ~ q_step * v, and the unit of packed scores
+  float* q_sum;     // [count][groups_k]: sum of q over the group in units of q_step, for the zeros
   // running softmax
   float* top;       // [count + 16]: largest score so far
   float* weight;    // [count][W]: lane-wise sums of probabilities
@@ -62,19 +72,21 @@ struct Rows {
   int8_t* p8;       // [CHUNK][groups_v][hi 64, lo 64]
   float* p_step;    // [CHUNK][groups_v]
   float* params;    // [groups_v][scale 64, zero 64]: one block's, as floats
+  float* tame;      // [groups_v]: scale that every probability of the block may use, or 0 (see load_params)
   uint8_t *wide_k, *wide_v;  // one block with a byte per code
+  mutable Ahead ahead;
   float *dense_k, *dense_v;  // one dense tile: keys [dim_k][64], values [64][dim_v]
 
   void allocate(Arena& arena, int rows, const Packed& k, const Packed& v) {
     count = rows, dim_k = k.dim, dim_v = v.dim, groups_k = k.groups(), groups_v = v.groups();
     const size_t n = rows, dk = dim_k, dv = dim_v, gk = groups_k, gv = groups_v;
-    const size_t floats = n * (dk + dk / 2 + 2 * gk + W + dv + gv * W + 1) + 16 + CHUNK * (64 + gv) + 128 * gv + 64 * (dk + dv);
-    arena.reset(4 * floats + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 20);
+    const size_t floats = n * (dk + dk / 2 + gk + 1 + W + dv + gv * W + 1) + 16 + CHUNK * (64 + gv) + 129 * gv + 64 * (dk + dv);
+    arena.reset(4 * floats + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 24);
     q = arena.take<float>(n * dk), q8 = arena.take<int32_t>(n * dk / 2);
-    q_step = arena.take<float>(n * gk), q_sum = arena.take<float>(n * gk);
+    q_step = arena.take<float>(n), q_sum = arena.take<float>(n * gk);
     top = arena.take<float>(n + 16), weight = arena.take<float>(n * W), acc = arena.take<float>(n * dv);
     zero = arena.take<float>(n * gv * W), scores = arena.take<float>(CHUNK * 64), p8 = arena.take<int8_t>(CHUNK * 128 * gv);
-    p_step = arena.take<float>(CHUNK * gv), params = arena.take<float>(128 * gv);
+    p_step = arena.take<float>(CHUNK * gv), params = arena.take<float>(128 * gv), tame = arena.take<float>(gv);
     wide_k = arena.take<uint8_t>(64 * dk), wide_v = arena.take<uint8_t>(64 * dv);
     dense_k = arena.take<float>(64 * dk), dense_v = arena.take<float>(64 * dv);
     std::fill(top, top + n + 16, LOWEST);
@@ -86,29 +98,25 @@ struct Rows {
   // q [dim_k] of row r, already scaled, -> integers. Groups are multiples of 16 channels.
   void quantise_query(int r, int group) {
     const float* x = q + size_t(r) * dim_k;
-    alignas(64) int32_t v[64];
-    alignas(64) int8_t hi[64], lo[64];
+    F most = set1(0.f);
+    for (int d = 0; d < dim_k; d += W) most = max(max(load(x + d), sub(set1(0.f), load(x + d))), most);
+    // Below 1e-30 a query adds nothing to a score that fp32 could hold.
+    const float largest = std::max(hmax(most), 1e-30f), inverse = LEVELS / largest;
+    q_step[r] = largest / LEVELS;
     for (int g = 0; g < groups_k; g++) {
-      const int from = g * group, to = std::min(from + group, dim_k);
-      F most = set1(0.f), sum = set1(0.f);
-      for (int d = from; d < to; d += W) {
-        const F y = load(x + d);
-        most = max(max(y, sub(set1(0.f), y)), most);
-        sum = add(sum, y);
+      F sum = set1(0.f);
+      for (int d = g * group; d < std::min((g + 1) * group, dim_k); d += W) sum = add(sum, load(x + d));
+      q_sum[size_t(r) * groups_k + g] = hsum(sum) * inverse;
+    }
+    int32_t* out = q8 + size_t(r) * dim_k / 2;
+    for (int d = 0; d < dim_k; d += 4, out += 2) {
+      int8_t hi[4], lo[4];
+      for (int i = 0; i < 4; i++) {
+        const float y = std::nearbyint(x[d + i] * inverse) + 128.f;
+        const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
+        hi[i] = int8_t(v >> 8), lo[i] = int8_t((v & 255) - 128);
       }
-      const float largest = hmax(most);
-      // Below 1e-30 a query adds nothing to a score that fp32 could hold.
-      const float inverse = largest > 1e-30f ? LEVELS / largest : 0.f;
-      q_step[size_t(r) * groups_k + g] = inverse > 0.f ? largest / LEVELS : 0.f;
-      q_sum[size_t(r) * groups_k + g] = hsum(sum);
-      for (int d = from; d < to; d += 16) {
-        for (int i = 0; i < 16; i += W) istore(v + i, round_int(fma(load(x + d + i), set1(inverse), set1(128.f))));
-        for (int i = 0; i < 16; i++) hi[i] = int8_t(v[i] >> 8), lo[i] = int8_t((v[i] & 255) - 128);
-        for (int s = 0; s < 4; s++) {
-          int32_t* out = q8 + (size_t(r) * dim_k + d) / 2 + 2 * s;
-          out[0] = word(hi + 4 * s), out[1] = word(lo + 4 * s);
-        }
-      }
+      out[0] = word(hi), out[1] = word(lo);
     }
   }
 
@@ -150,8 +158,11 @@ INLINE F cap(F x, float softcap) {
   return mul(mul(limit, positive), div(x, max(magnitude, set1(1e-30f))));
 }
 
-inline void cap_scores(float* scores, int rows, float softcap) {
-  for (int i = 0; i < rows * 64; i += W) store(scores + i, cap(load(scores + i), softcap));
+constexpr float ONES[CHUNK] = {1, 1, 1, 1, 1, 1, 1, 1};
+
+// One row's 64 scores in units of `step`.
+inline void cap_scores(float* scores, float step, float softcap) {
+  for (int i = 0; i < 64; i += W) store(scores + i, cap(mul(load(scores + i), set1(step)), softcap));
 }
 
 // Keys outside `seen` (bit t = token t) get score -infinity, hence probability exactly 0.

@@ -100,13 +100,19 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 
       : "memory");
 }
 
-// Between blocks: results written before `arrive` are seen by whoever arrives last.
+// After ordinary writes to shared memory that a later bulk copy overwrites.
+__device__ __forceinline__ void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Between blocks: what a block wrote before one of its threads arrives (behind a block barrier) is seen by the block that
+// arrives last. The increment wraps to zero at the last arrival: the ticket is ready for its next use, nobody resets it.
 __device__ __forceinline__ bool arrive_last(u32* ticket, u32 count) {
-  __threadfence();
-  // atomicInc wraps to zero at the last arrival: the ticket is ready for its next use with nobody resetting it.
-  return atomicInc(ticket, count - 1) == count - 1;
+  u32 before;
+  asm volatile("fence.acq_rel.gpu;\natom.relaxed.gpu.global.inc.u32 %0, [%1], %2;\nfence.acq_rel.gpu;"
+               : "=r"(before)
+               : "l"(ticket), "r"(count - 1)
+               : "memory");
+  return before == count - 1;
 }
-__device__ __forceinline__ void acquire() { __threadfence(); }
 __device__ __forceinline__ float4 load_global(const float4* p) { return __ldcg(p); }
 __device__ __forceinline__ float2 load_global(const float2* p) { return __ldcg(p); }
 
