@@ -26,8 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 log = logging.getLogger("opentq")
 
 HERE = Path(__file__).parent
@@ -42,14 +40,24 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command and the first line of its `--version`."""
+    """A C++ compiler: the command, and what tells one version from another without running it."""
 
     command: tuple[str, ...]
-    version: str
+    identity: str
+
+    def version(self) -> str:
+        """The first line of its `--version`, or why it gave none."""
+        try:
+            done = subprocess.run([*self.command, "--version"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        return ((done.stdout or done.stderr).splitlines() or ["unknown"])[0]
 
 
 def active_dialect() -> str | None:
     """Which kernels this process can run: "metal", "cuda", "cpu", or None when the default device is something else."""
+    import mlx.core as mx  # here only: the BLAS shim is built before MLX may be loaded
+
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     if mx.metal.is_available():
@@ -59,26 +67,20 @@ def active_dialect() -> str | None:
     return None
 
 
-@functools.cache
 def find_compiler() -> Compiler:
-    """`$CXX`, c++, g++ or clang++, the first that answers. Raises BuildError."""
-    tried = []
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+    """`$CXX` where it is set, else c++, g++ or clang++. Raises BuildError."""
+    wanted = os.environ.get("CXX", "")
+    for name in (wanted,) if wanted else ("c++", "g++", "clang++"):
         command = shlex.split(name)
-        if not command or not shutil.which(command[0]):
-            continue
-        try:
-            answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            tried.append(f"{name}: {error}")
-            continue
-        if answer.returncode == 0:
-            return Compiler(tuple(command), (answer.stdout.splitlines() or [""])[0])
-        tried.append(f"{name} --version: exit status {answer.returncode}")
+        found = shutil.which(command[0]) if command else None
+        if found:
+            real = Path(found).resolve()
+            about = real.stat()
+            return Compiler((found, *command[1:]), f"{real} {about.st_size} {about.st_mtime_ns}")
     raise BuildError(
-        "no working C++ compiler found ($CXX, c++, g++, clang++)"
-        + "".join(f"; {t}" for t in tried)
-        + ": install g++ or clang, or set CXX; until then the portable path serves"
+        f"CXX={wanted!r} is not a program: correct or unset it"
+        if wanted
+        else "no C++ compiler found (c++, g++, clang++): install g++ or clang, or set CXX"
     )
 
 
@@ -91,14 +93,18 @@ def cpu_identity() -> str:
         parts.append(subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip())
     else:
         with contextlib.suppress(OSError):
-            first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+            with open("/proc/cpuinfo") as file:
+                first = file.read(1 << 14).split("\n\n")[0]
             keys = ("model name", "flags", "Features", "CPU implementer", "CPU part")
             parts += [line for line in first.splitlines() if line.split(":")[0].strip() in keys]
     return "\n".join(parts)
 
 
-def load(name: str, sources: Sequence[str]) -> ctypes.CDLL:
-    """The library of these files of this folder, compiled if this machine hasn't done so before. Raises BuildError."""
+def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+    """The library `name` made of these files of this folder, compiled if this machine hasn't done so before.
+
+    Raises BuildError.
+    """
     compiler = find_compiler()
     key = _key(compiler, sources)
     path = cache_folder() / f"{name}-{key}.so"
@@ -106,14 +112,16 @@ def load(name: str, sources: Sequence[str]) -> ctypes.CDLL:
         if not path.exists():
             with _lock(path.with_suffix(".lock")):
                 if not path.exists():
-                    _say(f"opentq: compiling the CPU kernels for this machine (once, about 10 s) -> {path}")
+                    _say(f"opentq: compiling {name} for this machine, once -> {path}")
                     compile_library(compiler, sources, path)
         try:
-            return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(path), mode)
         except OSError as error:
             # A file cut short by a full disk or a crash: build it once more.
             if attempt:
-                raise BuildError(f"compiled kernels can't be loaded: {error}; delete {path.parent} and try again") from error
+                raise BuildError(
+                    f"compiled kernels can't be loaded: {error}; delete {path.parent} and try again"
+                ) from error
             path.unlink(missing_ok=True)
     raise AssertionError("unreachable")
 
@@ -168,7 +176,7 @@ def cache_folder() -> Path:
 
 def _key(compiler: Compiler, sources: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for part in (*compiler.command, compiler.version, *FLAGS, cpu_identity(), *sources):
+    for part in (*compiler.command, compiler.identity, *FLAGS, cpu_identity(), *sources):
         digest.update(part.encode() + b"\0")
     for file in sorted({HERE / s for s in sources} | set(HERE.glob("*.h"))):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -9,6 +9,9 @@
 //   bits 16        one half per value (uncompressed codec, sinks, tail)    weight 1
 //   scales         half pairs (scale, zero) per group: x = code * scale + zero
 
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+
 static constant constexpr const float OTQ_MASKED = -1e30f;  // a score that is not there; finite, so that any math mode is safe
 static constant constexpr const float OTQ_LOWEST = -1e25f;  // the running maximum of nothing: exp2(MASKED - LOWEST) is 0
 static constant constexpr const float OTQ_LOG2E = 1.44269504f;
@@ -32,7 +35,7 @@ METAL_FUNC constexpr int otq_words() {
 // UNIT consecutive values of one token, u units in: the words that hold them.
 template <int BITS, int D, int UNIT>
 struct OtqUnit {
-  static constexpr constant int N = BITS == 3 ? UNIT / 16 : UNIT * BITS / 32;
+  static constant constexpr const int N = BITS == 3 ? UNIT / 16 : UNIT * BITS / 32;
   uint w[N];
   uint high;
 

@@ -125,13 +125,13 @@ def status() -> Status:
     lib, error = _load()
     if lib is None:
         return Status(error=error)
-    return Status(lib.opentq_isa().decode(), build.find_compiler().version, lib._name)
+    return Status(lib.opentq_isa().decode(), build.find_compiler().version(), lib._name)
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
-        lib = build.load("cpu", SOURCES)
+        lib = build.load("kernels", SOURCES)
     except build.BuildError as error:
         log.warning("CPU kernels are not available, the portable path serves: %s", error)
         return None, str(error)

@@ -74,7 +74,9 @@ class CpuBlocks:
         out = np.empty((batch, heads, blocks, self.block_bytes), np.uint8)
         grid = cpu.Grid(batch, heads, blocks, threads=cpu.threads())
         views = cpu.view(codes), cpu.view(scales)
-        cpu.call("opentq_store_affine", self._format(), grid, views[0].ctypes.data, views[1].ctypes.data, out.ctypes.data)
+        cpu.call(
+            "opentq_store_affine", self._format(), grid, views[0].ctypes.data, views[1].ctypes.data, out.ctypes.data
+        )
         return (mx.array(out),)
 
     def load(self, stored: tuple[mx.array, ...]) -> Packed:

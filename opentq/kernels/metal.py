@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,9 @@ class Kernel:
 _CACHE = ("k_codes", "k_scales", "v_codes", "v_scales", "dense_k", "dense_v", "lens", "meta", "real")
 KERNELS = {
     "decode_lanes": Kernel("decode_lanes.metal", ("q", *_CACHE), ("partial", "stat")),
-    "decode_matrix": Kernel("attend_matrix.metal", ("q", *_CACHE), ("partial", "stat")),
-    "prefill": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out",)),
+    "matrix": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out", "stat")),
     "merge": Kernel("merge.metal", ("partial", "stat", "sinks", "meta"), ("out",)),
-    "pack": Kernel("pack.metal", ("y", "signs", "meta"), ("codes", "scales")),
+    "pack": Kernel("pack.metal", ("y", "meta"), ("codes", "scales")),
 }
 
 
@@ -161,6 +160,43 @@ def plan_decode(k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuni
     useful = max(1, -(-tokens // (2 * tile * teams)))
     plan = DecodePlan(per_team, row_tiles, keys, members, teams, handover, min(wanted, useful, MAX_SPLITS // teams))
     while plan.threadgroup_bytes(k, v) > THREADGROUP_BYTES and (plan.handover > 4 or plan.teams > 1):
-        smaller = {"handover": plan.handover // 2} if plan.handover > 4 else {"teams": plan.teams // 2}
-        plan = DecodePlan(**{**plan.__dict__, **smaller})
+        if plan.handover > 4:
+            plan = replace(plan, handover=plan.handover // 2)
+        else:
+            plan = replace(plan, teams=plan.teams // 2)
     return plan
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """Launch geometry of the simdgroup-matrix kernel: tokens per tile, simdgroups, splits, and whose the tiles are."""
+
+    tile: int
+    simdgroups: int
+    splits: int
+    row_tiles: int
+    own: bool
+
+    def threadgroup_bytes(self, k: Side, v: Side, wide: bool) -> int:
+        size = 4 if wide else 2
+        tiles = (self.simdgroups if self.own else 1) * self.tile * (max(k.dim, v.dim) + 8)
+        return size * tiles + self.simdgroups * (8 * self.tile * (4 + size) + 256)
+
+
+def plan_matrix(
+    k: Side, v: Side, rows: int, heads: int, tokens: int, own: bool, wide: bool, tune: Tuning, n_cores: int
+) -> MatrixPlan:
+    """Geometry for `rows` query rows per KV head. `wide`: float tiles, for float32 queries."""
+    simdgroups = 4
+    row_tiles = -(-rows // (8 if own else 8 * simdgroups))
+    wanted = max(1, n_cores * tune.simdgroups // (heads * row_tiles * simdgroups))
+    plan = MatrixPlan(32, simdgroups, 1, row_tiles, own)
+    while plan.threadgroup_bytes(k, v, wide) > THREADGROUP_BYTES * 3 // 4 and plan.tile > 8:
+        plan = replace(plan, tile=plan.tile // 2)
+    while plan.threadgroup_bytes(k, v, wide) > THREADGROUP_BYTES:
+        plan = replace(plan, simdgroups=plan.simdgroups // 2)
+    if not own:
+        plan = replace(plan, row_tiles=-(-rows // (8 * plan.simdgroups)))
+    pieces = plan.simdgroups if own else 1
+    useful = max(1, -(-tokens // (2 * plan.tile * pieces)))
+    return replace(plan, splits=min(wanted, useful, MAX_SPLITS // pieces))
