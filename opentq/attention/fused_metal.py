@@ -8,7 +8,9 @@ import mlx.core as mx
 
 from ..codecs import Affine, Raw
 from ..codecs.base import Codec
+from ..codecs.packing import words
 from ..kernels import metal
+from ..kernels.layout import Canonical, Layout
 from ..kernels.metal import Side
 from .args import AttnArgs, PackedKV
 
@@ -22,9 +24,40 @@ def attend(args: AttnArgs) -> mx.array | None:
     k, v = side(args.k), side(args.v)
     if args.mask is not None or k is None or v is None or args.q.shape[2] == 0:
         return None
-    if args.q.shape[2] <= DECODE_ROWS:
-        return decode(args, k, v)
-    return None
+    if args.q.shape[2] <= DECODE_ROWS and metal.tuning().variant == "lanes":
+        return merge(args, *decode_lanes(args, k, v))
+    return matrix(args, k, v)
+
+
+def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
+    """The canonical format for keys and values: what the kernels read. Blocks are packed by the pack kernel."""
+    return PACKED, PACKED
+
+
+class _Packed(Canonical):
+    """One row per token, written by the pack kernel."""
+
+    def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
+        return pack(codec, y) if isinstance(codec, Affine) and y.size else codec.encode(y)
+
+
+PACKED = _Packed()
+
+
+def pack(codec: Affine, y: mx.array) -> tuple[mx.array, mx.array]:
+    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel."""
+    *lead, dim = y.shape
+    codec.check(dim)
+    tokens = y.size // dim
+    codes, scales = metal.kernel("pack")(
+        inputs=[mx.contiguous(y), _ints((tokens,))],
+        template=[("BITS", codec.bits), ("GROUP", min(codec.group, dim)), ("D", dim)],
+        grid=(-(-tokens // 4) * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(*lead, words(dim, codec.bits)), (*lead, 2 * codec.groups(dim))],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+    return codes, scales
 
 
 def side(kv: PackedKV) -> Side | None:
@@ -42,34 +75,45 @@ def _codec_side(codec: Codec, dim: int) -> Side | None:
     return None
 
 
-def decode(args: AttnArgs, k: Side, v: Side, tune: metal.Tuning | None = None) -> mx.array:
-    """Decode by the variant of `tune` (default: this device's)."""
-    tune = tune or metal.tuning()
-    partial, stat = decode_lanes(args, k, v, tune)
-    return merge(args, partial, stat)
-
-
-def decode_lanes(args: AttnArgs, k: Side, v: Side, tune: metal.Tuning) -> tuple[mx.array, mx.array]:
+def decode_lanes(args: AttnArgs, k: Side, v: Side) -> tuple[mx.array, mx.array]:
     """Partials `[rows, splits, Dv]` float32 and their (max, sum) `[rows, splits, 2]`, rows = B * Hq * L."""
     batch, q_heads, length, _ = args.q.shape
     heads = batch * args.kv_heads
-    tokens = args.max_packed + args.dense_k.shape[2]
-    plan = metal.plan_decode(k, v, args.gqa * length, heads, tokens, tune, metal.cores())
-    splits = plan.splits * plan.teams
-    rows = batch * q_heads * length
+    plan = metal.plan_decode(k, v, args.gqa * length, heads, _tokens(args), metal.tuning(), metal.cores())
+    splits, rows = plan.splits * plan.teams, batch * q_heads * length
     threads = 32 * plan.members * plan.teams
-    template = [("KB", k.bits), ("KG", k.group), ("VB", v.bits), ("VG", v.group), ("DK", k.dim), ("DV", v.dim)]
-    template += [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams), ("SUB", plan.handover)]
-    template += [("WIN", bool(args.window)), ("CAP", bool(args.softcap))]
+    template = [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams), ("SUB", plan.handover)]
     partial, stat = metal.kernel("decode_lanes")(
-        inputs=[args.q, *cache_inputs(args)],
-        template=template,
+        inputs=[mx.contiguous(args.q), *_cache_inputs(args)],
+        template=[*_template(args, k, v), *template],
         grid=(threads, plan.splits, heads * plan.row_tiles),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows, splits, v.dim), (rows, splits, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
     return partial, stat
+
+
+def matrix(args: AttnArgs, k: Side, v: Side) -> mx.array:
+    """Prefill, or decode where `Tuning.variant` is "matrix": `[B, Hq, L, Dv]`."""
+    batch, q_heads, length, _ = args.q.shape
+    heads, rows = batch * args.kv_heads, args.gqa * length
+    own, wide = length <= DECODE_ROWS, args.q.dtype == mx.float32
+    plan = metal.plan_matrix(k, v, rows, heads, _tokens(args), own, wide, metal.tuning(), metal.cores())
+    splits = plan.splits * (plan.simdgroups if own else 1)
+    final = splits == 1
+    threads = 32 * plan.simdgroups
+    template = [("TT", mx.float32 if wide else mx.float16), ("OT", args.q.dtype if final else mx.float32)]
+    template += [("TK", plan.tile), ("NSG", plan.simdgroups), ("OWN", own), ("FINAL", final)]
+    out, stat = metal.kernel("matrix")(
+        inputs=[mx.contiguous(args.q), *_cache_inputs(args), _sinks(args)],
+        template=[*_template(args, k, v), *template, ("SINK", args.sinks is not None)],
+        grid=(threads, plan.splits, heads * plan.row_tiles),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(batch * q_heads * length, splits, v.dim), (batch * q_heads * length, splits, 2)],
+        output_dtypes=[args.q.dtype if final else mx.float32, mx.float32],
+    )
+    return out.reshape(batch, q_heads, length, v.dim) if final else merge(args, out, stat)
 
 
 def merge(args: AttnArgs, partial: mx.array, stat: mx.array) -> mx.array:
@@ -89,14 +133,24 @@ def merge(args: AttnArgs, partial: mx.array, stat: mx.array) -> mx.array:
     return out
 
 
-def cache_inputs(args: AttnArgs) -> list[mx.array]:
+def _tokens(args: AttnArgs) -> int:
+    return args.max_packed + args.dense_k.shape[2]
+
+
+def _template(args: AttnArgs, k: Side, v: Side) -> list[tuple[str, int | bool]]:
+    sides = [("KB", k.bits), ("KG", k.group), ("VB", v.bits), ("VG", v.group), ("DK", k.dim), ("DV", v.dim)]
+    return [*sides, ("WIN", bool(args.window)), ("CAP", bool(args.softcap))]
+
+
+def _cache_inputs(args: AttnArgs) -> list[mx.array]:
     """Packed and dense buffers, lengths and numbers, in the order of `metal._CACHE`."""
-    arrays = []
+    arrays: list[mx.array] = []
     for kv in (args.k, args.v):
-        codes, scales = kv.arrays if len(kv.arrays) == 2 else (kv.arrays[0], kv.arrays[0])
-        # A buffer of no rows has no memory; the kernel reads none of it.
-        arrays += [codes, scales] if codes.size else [_nothing(codes.dtype), _nothing(mx.float16)]
-    capacity = args.k.arrays[0].shape[2]
+        if kv.arrays and kv.arrays[0].size:
+            arrays += [kv.arrays[0], kv.arrays[-1]]  # of the raw codec, which has no scales, the values twice
+        else:  # a buffer of no rows has no memory, and the kernel reads none of it
+            arrays += [_nothing(mx.uint32), _nothing(mx.float16)]
+    capacity = args.k.arrays[0].shape[2] if args.k.arrays else 0
     meta = (args.q.shape[2], args.gqa, args.kv_heads, args.dense_k.shape[2], capacity, args.window, int(args.causal))
     return [*arrays, args.dense_k, args.dense_v, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap))]
 

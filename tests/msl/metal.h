@@ -35,7 +35,6 @@ ulong msl_shuffle(ulong bits, int kind, uint by, ulong fill) MSL_CONVERGENT;
 ulong msl_vote(bool value) MSL_CONVERGENT;
 void msl_barrier(int flags) MSL_CONVERGENT;
 void msl_simd_barrier(int flags) MSL_CONVERGENT;
-void msl_converge() MSL_CONVERGENT;
 msl_pair msl_mma(float a0, float a1, float b0, float b1, float c0, float c1) MSL_CONVERGENT;
 void msl_declare(const volatile void* data, ulong bytes, const char* name);
 ulong msl_attribute(int which, int axis) MSL_PURE;
@@ -308,7 +307,6 @@ template <typename T, int R, int C> METAL_FUNC simdgroup_matrix<T, R, C> make_fi
 }
 template <typename T, typename P>
 METAL_FUNC void simdgroup_load(thread simdgroup_matrix<T, 8, 8>& m, P p, ulong stride = 8, ulong2 at = 0, bool swap = false) {
-  msl_converge();
   uint l = msl_matrix_lane(), r = l >> 8, c = l & 255;
   if (swap) {
     m.e[0] = p[(at.x + c) * stride + at.y + r];
@@ -320,7 +318,6 @@ METAL_FUNC void simdgroup_load(thread simdgroup_matrix<T, 8, 8>& m, P p, ulong s
 }
 template <typename T, typename P>
 METAL_FUNC void simdgroup_store(simdgroup_matrix<T, 8, 8> m, P p, ulong stride = 8, ulong2 at = 0, bool swap = false) {
-  msl_converge();
   uint l = msl_matrix_lane(), r = l >> 8, c = l & 255;
   if (swap) {
     p[(at.x + c) * stride + at.y + r] = m.e[0];

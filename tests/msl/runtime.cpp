@@ -22,7 +22,7 @@ constexpr int SIMD = 32, MAX_THREADS = 1024, STACK = 128 << 10;
 constexpr u64 GAP = 1 << 20, TG_LIMIT = 32768;
 
 enum State { READY, COLLECTIVE, BARRIER, DONE };
-enum Kind { REDUCE, SHUFFLE, VOTE, MMA, SIMD_BARRIER, CONVERGE };
+enum Kind { REDUCE, SHUFFLE, VOTE, MMA, SIMD_BARRIER };
 
 struct Lane {
   void* sp;
@@ -241,8 +241,7 @@ void mma(Lane* l) {
   }
 }
 
-const char* kind_name[] = {"simd reduction", "simd shuffle", "simd vote", "simdgroup_matrix multiply", "simdgroup_barrier",
-                           "simdgroup_matrix load or store"};
+const char* kind_name[] = {"simd reduction", "simd shuffle", "simd vote", "simdgroup_matrix multiply", "simdgroup_barrier"};
 
 bool complete_collective(int first, int n) {
   Lane* l = lanes + first;
@@ -502,7 +501,6 @@ API void msl_simd_barrier(int flags) {
   lanes[current].op = flags;
   collective(SIMD_BARRIER, SITE);
 }
-API void msl_converge() { collective(CONVERGE, SITE); }
 API void msl_barrier(int flags) {
   Lane& l = lanes[current];
   l.op = flags, l.site = SITE, l.state = BARRIER;
@@ -573,6 +571,14 @@ API float msl_fmod(float x, float y) { return fmodf(x, y); }
 API float msl_nextafter(float x, float y) { return nextafterf(x, y); }
 API float msl_divide(float x, float y) { return x / y; }
 API float msl_ldexp(float x, int k) { return ldexpf(x, k); }
+
+// The compiler's own helper for float to bfloat16, to nearest even.
+API __bf16 __truncsfbf2(float x) {
+  u32 u;
+  memcpy(&u, &x, 4);
+  uint16_t b = (u & 0x7fffffff) > 0x7f800000 ? uint16_t(u >> 16 | 64) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  return __builtin_bit_cast(__bf16, b);
+}
 
 // ---- what Python calls ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,261 @@
+// Attention with 8x8 simdgroup matrices: prefill over a compressed prefix, and the second variant of decode.
+//
+// Rows are the (head, token) pairs that share a KV head; a simdgroup owns 8 of them, with its queries and its output in
+// matrix registers. Keys, then values, come in tiles of TK tokens: decoded once into threadgroup memory as TT, multiplied
+// from there. Scores go through threadgroup memory for the softmax, four lanes to a row. Only documented operations are
+// used: rows are rescaled by a product with a diagonal matrix, and no lane knows which elements it holds.
+//   OWN = false (prefill)  NSG simdgroups have NSG * 8 different rows and decode every tile together: 2 threadgroup barriers
+//                          per half tile; K and V bytes are fetched once per NSG * 8 rows.
+//   OWN = true (decode)    all simdgroups have the same 8 rows and run through tiles of their own, without threadgroup
+//                          barriers: every packed byte is fetched once.
+// FINAL: one split, so the output is divided, joined by the sinks, and written as OT; else OT is float and the merge kernel
+// does that. Arrays, lens, meta and real as in decode_lanes.metal. Grid: (32 * NSG, splits, KV heads * row tiles).
+
+// A tile of TK tokens from token `from`, decoded into `tile` ([TK][D + 8]) by `threads` threads. Tokens from `limit` on, and
+// dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0.
+template <typename TT, int BITS, int D, int GROUP, int TK>
+METAL_FUNC void otq_decode(
+    const device uint* rows, const device half2* scales, int from, int limit, int2 gap, threadgroup TT* tile, int thread_index,
+    int threads) {
+  constexpr int W = otq_words<BITS, D>();
+  constexpr int G = (D + GROUP - 1) / GROUP;
+  constexpr int F = otq_field<BITS>();
+  for (int i = thread_index; i < TK * (D / 4); i += threads) {
+    int t = i / (D / 4), d0 = i % (D / 4) * 4;
+    int at = min(from + t, limit - 1);
+    at = at >= gap.x && at < gap.y ? gap.y : at;
+    float4 x = otq_four<BITS, D>(rows + at * W, d0);
+    if (BITS != 16) {
+      float2 sz = float2(scales[at * G + d0 / GROUP]);
+      x = float4(
+          fma(x.x, sz.x, sz.y),
+          fma(x.y, sz.x * (1.0f / float(1u << F)), sz.y),
+          fma(x.z, sz.x * (1.0f / float(1u << (2 * F))), sz.y),
+          fma(x.w, sz.x * (1.0f / float(1u << (3 * F))), sz.y));
+    }
+    threadgroup TT* to = tile + t * (D + 8) + d0;
+    to[0] = TT(x.x);
+    to[1] = TT(x.y);
+    to[2] = TT(x.z);
+    to[3] = TT(x.w);
+  }
+}
+// ---- body
+  constexpr int KW = otq_words<KB, DK>(), VW = otq_words<VB, DV>();
+  constexpr int GK = (DK + KG - 1) / KG, GV = (DV + VG - 1) / VG;
+  constexpr int DMAX = DK > DV ? DK : DV;
+  constexpr int COLS = TK / 4;  // score columns of a lane
+
+  threadgroup TT tile_shared[(OWN ? NSG : 1) * TK * (DMAX + 8)];
+  threadgroup float s_shared[NSG * 8 * TK];
+  threadgroup TT p_shared[NSG * 8 * TK];
+  threadgroup float diagonal_shared[NSG * 64];
+
+  const int lane = thread_index_in_simdgroup;
+  const int sg = simdgroup_index_in_threadgroup;
+  const int L = meta[0], gqa = meta[1], kv_heads = meta[2], Td = meta[3], capacity = meta[4], window = meta[5];
+  const bool causal = meta[6] != 0;
+  constexpr int ROWS = OWN ? 8 : 8 * NSG;
+  const int row_tiles = (gqa * L + ROWS - 1) / ROWS;
+  const int z = threadgroup_position_in_grid.z;
+  const int head = z / row_tiles, b = head / kv_heads;
+  const int tile_row = (z % row_tiles) * ROWS;         // first row of the threadgroup
+  const int row0 = tile_row + (OWN ? 0 : 8 * sg);      // first row of the simdgroup
+  const int n_rows = gqa * L - row0;                   // rows that exist; may be above 8, or not positive
+  const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
+  const int splits = threadgroups_per_grid.y * (OWN ? NSG : 1);
+  const int split = OWN ? int(threadgroup_position_in_grid.y) * NSG + sg : int(threadgroup_position_in_grid.y);
+
+  threadgroup TT* tile = tile_shared + (OWN ? sg * TK * (DMAX + 8) : 0);
+  threadgroup float* ss = s_shared + sg * 8 * TK;
+  threadgroup TT* ps = p_shared + sg * 8 * TK;
+  threadgroup float* dg = diagonal_shared + sg * 64;
+
+  const size_t q_row = size_t(head) * gqa * L + row0;
+  simdgroup_matrix<TT, 8, 8> query[DK / 8];
+#pragma clang loop unroll(full)
+  for (int d = 0; d < DK / 8; d++) {
+    for (int i = lane; i < 64; i += 32) {
+      ps[i] = i / 8 < n_rows ? TT(float(q[(q_row + i / 8) * DK + d * 8 + i % 8])) : TT(0.0f);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    simdgroup_load(query[d], ps, 8);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  simdgroup_matrix<float, 8, 8> acc[DV / 8];
+#pragma clang loop unroll(full)
+  for (int d = 0; d < DV / 8; d++) {
+    acc[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+
+  // Positions: of this lane's row, and of the threadgroup's first and last token.
+  const int q_position = sink + packed + Td - tail_start - L;
+  const int row = lane / 4, col = lane % 4 * COLS;
+  const int at_row = q_position + (row0 + row) % L;
+  int oldest = 0, newest = L - 1;
+  if (tile_row / L == (tile_row + ROWS - 1) / L) {
+    oldest = tile_row % L;
+    newest = min(L - 1, oldest + ROWS - 1);
+  }
+  int first = 0;
+  if (WIN) {
+    first = max(0, min(packed, q_position + oldest + 1 - window - sink)) / TK * TK;
+  }
+  const int packed_tiles = (packed - first + TK - 1) / TK;
+  int columns = Td;
+  if (causal) {
+    columns = max(sink, Td - L + newest + 1);
+  }
+  const int tiles = packed_tiles + (columns + TK - 1) / TK;
+  const int share = (tiles + splits - 1) / splits;
+  const int tile0 = min(tiles, split * share), tile1 = min(tiles, tile0 + share);
+
+  const device uint* k_head = (const device uint*)k_codes + size_t(head) * capacity * KW;
+  const device uint* v_head = (const device uint*)v_codes + size_t(head) * capacity * VW;
+  const device half2* ks_head = (const device half2*)k_scales + size_t(head) * capacity * GK;
+  const device half2* vs_head = (const device half2*)v_scales + size_t(head) * capacity * GV;
+  const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
+  const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
+  const int worker = OWN ? lane : int(thread_index_in_threadgroup);
+  constexpr int WORKERS = OWN ? 32 : 32 * NSG;
+
+  float top = OTQ_LOWEST, sum = 0;
+  for (int n = tile0; n < tile1; n++) {
+    const bool dense = n >= packed_tiles;
+    const int from = dense ? (n - packed_tiles) * TK : first + n * TK;
+    const int limit = dense ? Td : packed;
+    const int2 gap = int2(sink, tail_start);
+
+    if (dense) {
+      otq_decode<TT, 16, DK, DK, TK>(dk_head, ks_head, from, limit, gap, tile, worker, WORKERS);
+    } else {
+      otq_decode<TT, KB, DK, KG, TK>(k_head, ks_head, from, limit, int2(0), tile, worker, WORKERS);
+    }
+    if (OWN) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    simdgroup_matrix<float, 8, 8> score[TK / 8];
+#pragma clang loop unroll(full)
+    for (int t = 0; t < TK / 8; t++) {
+      score[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DK / 8; d++) {
+#pragma clang loop unroll(full)
+      for (int t = 0; t < TK / 8; t++) {
+        simdgroup_matrix<TT, 8, 8> k;
+        simdgroup_load(k, tile + t * 8 * (DK + 8) + d * 8, DK + 8, ulong2(0, 0), true);
+        simdgroup_multiply_accumulate(score[t], query[d], k, score[t]);
+      }
+    }
+#pragma clang loop unroll(full)
+    for (int t = 0; t < TK / 8; t++) {
+      simdgroup_store(score[t], ss + t * 8, TK);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+
+    float s[COLS], fresh = top;
+#pragma clang loop unroll(full)
+    for (int c = 0; c < COLS; c++) {
+      int key = from + col + c;
+      int position = dense ? otq_position(key, packed, sink, tail_start) : sink + key;
+      bool seen = key < limit && (!dense || key < sink || key >= tail_start);
+      seen = seen && (!causal || !dense || position <= at_row) && (!WIN || position > at_row - window);
+      float x = ss[row * TK + col + c] * real[0];
+      x = CAP ? precise::tanh(x / real[1]) * (real[1] * OTQ_LOG2E) : x * OTQ_LOG2E;
+      s[c] = seen ? x : OTQ_MASKED;
+      fresh = max(fresh, s[c]);
+    }
+    fresh = max(fresh, simd_shuffle_xor(fresh, 1));
+    fresh = max(fresh, simd_shuffle_xor(fresh, 2));
+    float factor = fast::exp2(top - fresh);
+    bool moved = simd_any(fresh != top);
+    top = fresh;
+    sum *= factor;
+#pragma clang loop unroll(full)
+    for (int c = 0; c < COLS; c++) {
+      TT p = TT(fast::exp2(s[c] - top));
+      sum += float(p);
+      ps[row * TK + col + c] = p;
+    }
+    if (moved) {
+      dg[row * 8 + lane % 4 * 2] = row == lane % 4 * 2 ? factor : 0.0f;
+      dg[row * 8 + lane % 4 * 2 + 1] = row == lane % 4 * 2 + 1 ? factor : 0.0f;
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      simdgroup_matrix<float, 8, 8> diagonal;
+      simdgroup_load(diagonal, dg, 8);
+#pragma clang loop unroll(full)
+      for (int d = 0; d < DV / 8; d++) {
+        simdgroup_multiply(acc[d], diagonal, acc[d]);
+      }
+    }
+    // All have read the keys; the values take their place.
+    if (OWN) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (dense) {
+      otq_decode<TT, 16, DV, DV, TK>(dv_head, vs_head, from, limit, gap, tile, worker, WORKERS);
+    } else {
+      otq_decode<TT, VB, DV, VG, TK>(v_head, vs_head, from, limit, int2(0), tile, worker, WORKERS);
+    }
+    if (OWN) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+#pragma clang loop unroll(full)
+    for (int t = 0; t < TK / 8; t++) {
+      simdgroup_matrix<TT, 8, 8> p;
+      simdgroup_load(p, ps + t * 8, TK);
+#pragma clang loop unroll(full)
+      for (int d = 0; d < DV / 8; d++) {
+        simdgroup_matrix<TT, 8, 8> v;
+        simdgroup_load(v, tile + t * 8 * (DV + 8) + d * 8, DV + 8);
+        simdgroup_multiply_accumulate(acc[d], p, v, acc[d]);
+      }
+    }
+    if (OWN) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+
+  sum += simd_shuffle_xor(sum, 1);
+  sum += simd_shuffle_xor(sum, 2);
+  float inverse = 1;
+  if (FINAL) {
+    float total = sum;
+    if (SINK) {
+      float sink_score = float(sinks[(head % kv_heads) * gqa + min(row0 + row, gqa * L - 1) / L]) * OTQ_LOG2E;
+      float highest = max(top, sink_score);
+      inverse = fast::exp2(top - highest);
+      total = sum * inverse + fast::exp2(sink_score - highest);
+    }
+    inverse = total > 0 ? inverse / total : 0;
+  }
+  dg[row * 8 + lane % 4 * 2] = row == lane % 4 * 2 ? inverse : 0.0f;
+  dg[row * 8 + lane % 4 * 2 + 1] = row == lane % 4 * 2 + 1 ? inverse : 0.0f;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_matrix<float, 8, 8> diagonal;
+  simdgroup_load(diagonal, dg, 8);
+#pragma clang loop unroll(full)
+  for (int d = 0; d < DV / 8; d++) {
+    simdgroup_multiply(acc[d], diagonal, acc[d]);
+    simdgroup_store(acc[d], ss, 8);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = lane; i < 64; i += 32) {
+      if (i / 8 < n_rows) {
+        out[((q_row + i / 8) * splits + split) * DV + d * 8 + i % 8] = OT(ss[i]);
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (!FINAL && lane % 4 == 0 && row < n_rows) {
+    stat[2 * ((q_row + row) * splits + split)] = top;
+    stat[2 * ((q_row + row) * splits + split) + 1] = sum;
+  }
