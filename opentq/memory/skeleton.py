@@ -1,0 +1,200 @@
+"""A model without weights: mlx-lm builds it from its config, lazily, and one token is traced through it unevaluated.
+
+MLX makes arrays only when they are evaluated, so a 70B model's skeleton takes kilobytes and a tenth of a second, and
+yet every shape is the true one: parameters, the caches that the model itself asks for, their heads and dims, recurrent
+state. No formula per model family is needed, so none can be wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from .. import seams
+from ..errors import UserError
+from ..policy import LayerPlan, decide, members
+from ..spec import KVSpec
+
+
+class ConfigError(UserError):
+    """A model config that can't be planned with; the message names the missing or wrong field."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What planning needs to know of a model.
+
+    Attributes:
+        name: for tables.
+        config: the model's config.json.
+        model: the mlx-lm model, with weightless parameters.
+        caches: the caches it asks for, after one traced token.
+        notes: what was assumed, in words.
+    """
+
+    name: str
+    config: dict[str, Any]
+    model: Any = field(repr=False)
+    caches: list[Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The language model's part of the config."""
+        return {**self.config, **(self.config.get("text_config") or {})}
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens the model was made for; 0 when the config does not say."""
+        return int(self.text.get("max_position_embeddings") or 0)
+
+    @cached_property
+    def modules(self) -> list[tuple[str, Any]]:
+        """Modules without children, with their paths."""
+        return _flat(self.model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
+
+    @cached_property
+    def arrays(self) -> list[tuple[str, mx.array]]:
+        """Parameters with their paths."""
+        return _flat(self.model.parameters())
+
+    @cached_property
+    def widths(self) -> tuple[int, int, int]:
+        """(hidden size, widest inner projection, query heads): what the activations of a chunk are made of."""
+        text = self.text
+        hidden, vocabulary = int(text.get("hidden_size") or 0), int(text.get("vocab_size") or 0)
+        linear = [m for _, m in self.modules if hasattr(m, "to_quantized")]
+        inner = max(
+            (m.weight.shape[0] for m in linear if m.weight.ndim == 2 and m.weight.shape[0] != vocabulary), default=0
+        )
+        # A mixture's experts see every token several times over.
+        repeats = int(text.get("num_experts_per_tok") or text.get("top_k_experts") or 1)
+        experts = max((m.weight.shape[1] for m in linear if m.weight.ndim == 3), default=0)
+        return (
+            hidden,
+            max(inner, repeats * (experts + 2 * hidden // 3) if experts else 0),
+            int(text["num_attention_heads"]),
+        )
+
+    @property
+    def has_sinks(self) -> bool:
+        return any(path.endswith("sinks") for path, _ in self.arrays)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.size for _, p in self.arrays)
+
+    def weight_bytes(self, bits: int, group: int = 64, float_bytes: int = 2) -> int:
+        """Bytes of the weights, linear layers and embeddings quantised to `bits` (16: not) in groups of `group`.
+
+        Layers that mlx-lm would leave alone or quantise otherwise (routers) are counted so.
+        """
+        total = 0
+        counted: set[str] = set()
+        predicate = getattr(self.model, "quant_predicate", None)
+        for path, module in self.modules:
+            own = _flat(module.parameters())
+            counted.update(f"{path}.{k}" for k, _ in own)
+            choice: Any = bits < 16 and hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
+            if choice and predicate is not None:
+                choice = predicate(path, module)
+            asked = choice if isinstance(choice, dict) else {}
+            b, g = asked.get("bits", bits), asked.get("group_size", group)
+            for key, p in own:
+                if choice and key == "weight":
+                    total += p.size * b // 8 + 2 * float_bytes * p.size // g
+                else:
+                    total += p.size * float_bytes
+        return total + sum(p.size for k, p in self.arrays if k not in counted) * float_bytes
+
+    def plans(self, spec: KVSpec | None) -> list[LayerPlan]:
+        """One plan per cache with its shapes filled in; without a spec every layer is mlx-lm's own."""
+        if spec is None:
+            slots = [(i, n, c) for i, cache in enumerate(self.caches) for n, c in enumerate(members(cache))]
+            plans = [LayerPlan(i, type(c).__name__, None, "not compressed", n) for i, n, c in slots]
+        else:
+            plans = decide(self.caches, spec, seams.native_reason(self.model))
+        return [shaped(p, members(self.caches[p.index])[p.part]) for p in plans]
+
+
+def shaped(plan: LayerPlan, cache: Any) -> LayerPlan:
+    """`plan` with the heads, dims, bound and constant state that a cache which has seen a token shows."""
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == 4:
+        bound = plan.bound or getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
+        return replace(
+            plan,
+            kv_heads=keys.shape[1],
+            key_dim=keys.shape[3],
+            value_dim=values.shape[3],
+            bound=0 if plan.spec else bound,
+        )
+    state = getattr(cache, "cache", None)
+    if isinstance(state, list):
+        return replace(plan, constant=sum(a.nbytes for a in state if a is not None))
+    return plan
+
+
+def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
+    """The skeleton of a config in floats of 2 or 4 bytes. Raises ConfigError naming the wrong field or model type."""
+    model_class, args_class, notes = _classes(config)
+    try:
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))
+    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"the config of {name!r} can't be used: {error} (model type {config.get('model_type')!r}); "
+            "give the model's whole config.json"
+        ) from error
+    _tie(model)
+    # Broadcast zeros: should a model evaluate something while it is traced, it costs nothing.
+    zero = mx.array(0, mx.bfloat16 if float_bytes == 2 else mx.float32)
+    model.update(tree_map(lambda p: mx.broadcast_to(zero, p.shape), model.parameters()))
+    caches = _caches(model)
+    model(mx.array([[0]]), cache=caches)
+    return Skeleton(name, config, model, caches, notes)
+
+
+def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
+    return cast("list[tuple[str, Any]]", tree_flatten(tree, **options))
+
+
+def _tie(model: Any) -> None:
+    """Gemma 3 learns only from its weights that the output layer is the embedding: without weights, tell it."""
+    text = getattr(model, "language_model", model)
+    if text.model_type == "gemma3_text" and "lm_head" in text:
+        text.tie_word_embeddings = True
+        text.pop("lm_head")
+
+
+def _caches(model: Any) -> list[Any]:
+    if hasattr(model, "make_cache"):
+        return model.make_cache()
+    from mlx_lm.models.cache import KVCache
+
+    return [KVCache() for _ in model.layers]
+
+
+def _classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
+    """mlx-lm's classes for a config; an unknown model type is read as a Llama, and a note says so."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError("the config has no 'model_type', so it is not a model's config.json")
+    try:
+        arch = importlib.import_module(f"mlx_lm.models.{kind}")
+    except ModuleNotFoundError:
+        from mlx_lm.utils import _get_classes  # knows the renamed types, but imports transformers: 2 s
+
+        try:
+            return (*_get_classes(copy.deepcopy(config)), ())
+        except ValueError:
+            llama = importlib.import_module("mlx_lm.models.llama")
+            note = f"model type {kind!r} is not known to mlx-lm: read as a Llama with full attention in every layer"
+            return llama.Model, llama.ModelArgs, (note,)
+    return arch.Model, arch.ModelArgs, ()

@@ -1,0 +1,99 @@
+"""Where a model's config and weight sizes come from: a folder, a config.json, a named shape, or a repository."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import shapes
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U64": 8, "U32": 4, "U16": 2}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to plan for: its name, config, and the folder that holds its weights, if there is one."""
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None = None
+    promised_bits: int | None = None
+
+    def weight_bytes(self, float_bytes: int) -> int | None:
+        """Bytes that the folder's weights take once loaded with floats of `float_bytes`; None without weights."""
+        files = sorted(self.folder.glob("*.safetensors")) if self.folder else []
+        return sum(_loaded_bytes(f, float_bytes) for f in files) if files else None
+
+    @property
+    def quantization(self) -> tuple[int, int] | None:
+        """(bits, group) of the weights as the config or the name says."""
+        said = self.config.get("quantization") or self.config.get("quantization_config") or {}
+        if isinstance(said.get("bits"), int):
+            return said["bits"], int(said.get("group_size") or 64)
+        return (self.promised_bits, 64) if self.promised_bits else None
+
+
+def find(model: str) -> Source:
+    """The source of `model`. Raises UserError when it is no folder, no shape, and its config can't be had."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{model!r} is not a model folder: it has no config.json")
+        return Source(path.resolve().name, _read(path / "config.json"), path)
+    if path.is_file():
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return Source(name, _read(path))
+    named = shapes.find(model)
+    if named:
+        return Source(model, named[1], promised_bits=shapes.bits_in_name(model))
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"model {model!r} is no folder, config.json or known shape; shapes: {', '.join(shapes.NAMED)}")
+    return Source(model, _read(_download_config(model)), promised_bits=shapes.bits_in_name(model))
+
+
+def _download_config(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, "config.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"the config of {repository!r} is not in the local cache and can't be fetched "
+            f"({type(error).__name__}); give a folder, a config.json, or a known shape: {', '.join(shapes.NAMED)}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object, so it is not a model's config")
+    return config
+
+
+def _loaded_bytes(path: Path, float_bytes: int) -> int:
+    """Bytes of a safetensors file's arrays, from its header alone."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise UserError(f"{path} is empty or cut off; download it again")
+        try:
+            header = json.loads(file.read(struct.unpack("<Q", head)[0]))
+        except (json.JSONDecodeError, UnicodeDecodeError, OverflowError) as error:
+            raise UserError(f"{path} is damaged ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    total = 0
+    for entry in header.values():
+        count = 1
+        for n in entry["shape"]:
+            count *= n
+        total += count * (float_bytes if entry["dtype"] in FLOATS else BYTES.get(entry["dtype"], 1))
+    return total
