@@ -141,8 +141,11 @@ def test_cache_bytes_within_two_percent(name, spec):
     assert price(plans, 500, float_bytes=4, step=200) == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("spec", [None, "int4"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe", "gpt_oss", "gemma4"])
+PEAKS = [(name, None) for name in ("llama", "gemma3", "gpt_oss")]
+PEAKS += [(name, "int4") for name in ("llama", "gemma3", "qwen3_moe", "gemma4")]
+
+
+@pytest.mark.parametrize(("name", "spec"), PEAKS)
 def test_peak_within_ten_percent(name, spec, monkeypatch):
     monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
     skel, model = built(name)
@@ -152,11 +155,11 @@ def test_peak_within_ten_percent(name, spec, monkeypatch):
     mx.clear_cache()
     others = mx.get_active_memory() - skel.weight_bytes(16, float_bytes=4)
     mx.reset_peak_memory()
-    run(model, 800, 256)
+    run(model, 1200, 256)
     measured = mx.get_peak_memory() - others
     plans = skel.plans(KVSpec.parse(spec) if spec else None)
     weights = skel.weight_bytes(16, float_bytes=4)
-    assert predict(skel, plans, 800, weights, CPU, step=256, reserve=0).total == pytest.approx(measured, rel=0.10)
+    assert predict(skel, plans, 1200, weights, CPU, step=256, reserve=0).total == pytest.approx(measured, rel=0.10)
 
 
 @pytest.mark.parametrize("name", TINY)
