@@ -180,6 +180,9 @@ class Gathered:
         return message(self.id, self.model, self.blocks.blocks, done, done.usage)
 
 
+EMPTY: dict[str, dict[str, Any]] = {"tool_use": {"input": {}}, "text": {"text": ""}, "thinking": {"thinking": ""}}
+
+
 class Feed:
     """The named events of a streamed message."""
 
@@ -203,9 +206,7 @@ class Feed:
         if new:
             if before:
                 out += _event("content_block_stop", index=before - 1)
-            empty = (
-                block | {"tool_use": {"input": {}}, "text": {"text": ""}, "thinking": {"thinking": ""}}[block["type"]]
-            )
+            empty = {**block, **EMPTY[block["type"]]}
             out += _event("content_block_start", index=index, content_block=empty)
         if delta.call:
             inner = {"type": "input_json_delta", "partial_json": delta.call.arguments}

@@ -32,6 +32,7 @@ from .stream import EventStream, WholeResponse
 log = logging.getLogger("opentq.serve")
 
 BODY_SECONDS = 60.0
+MAX_HEADERS = 32 << 10
 INLINE = 1 << 18  # bodies up to this size are parsed in the event loop
 
 
@@ -90,17 +91,19 @@ class Guard:
         return await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = {k: v.decode("latin-1") for k, v in reversed(scope["headers"])}
+        headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
+        if sum(len(k) + len(v) for k, v in scope["headers"]) > MAX_HEADERS:
+            return ApiError(431, f"the headers are larger than {MAX_HEADERS} bytes", code="headers_too_large")
         hosts = self.access.hosts
-        if hosts is not None and _host_name(headers.get(b"host", "")) not in hosts:
+        if hosts is not None and _host_name(headers.get(b"host", b"").decode("latin-1")) not in hosts:
             return ApiError(
                 403, "this Host is not served here; use localhost, or --allowed-host", code="host_not_allowed"
             )
         if self.access.api_key is None or scope["path"] == "/health":
             return None
-        scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
-        if not hmac.compare_digest(given.encode("latin-1"), self.access.api_key.encode()):
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if not hmac.compare_digest(given, self.access.api_key.encode()):
             return ApiError(
                 401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'", code="invalid_api_key"
             )

@@ -270,7 +270,7 @@ class Engine:
 
     def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
         """A token with its log probability; JSON has no infinity, so an impossible token has OpenAI's -9999."""
-        best = np.array(mx.argsort(-logprobs)[:top]) if top else []
+        best = np.array(mx.argsort(-logprobs)[:top])
         ids = [token, *(int(t) for t in best)]
         values = np.maximum(np.array(logprobs[mx.array(ids)].astype(mx.float32)), -9999.0)
         pairs = [(self.tokenizer.decode([t]), float(v)) for t, v in zip(ids, values)]

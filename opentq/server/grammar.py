@@ -6,6 +6,7 @@ The extra `opentq[schema]` brings llguidance. Without it a request for json_sche
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -51,7 +52,7 @@ class Grammars:
             raise bad(f"{param} can't be turned into a grammar: {_first_line(error)}", param)
         matcher = llguidance.LLMatcher(self.tables, grammar, log_level=0)
         wait = tuple(self.tokenizer.think_end_tokens) if state == "reasoning" else ()
-        return Constraint(matcher, self.vocab, wait)
+        return Constraint(matcher, self.vocab, self.tokenizer.eos_token_ids, wait)
 
     def _schema(self, schema: dict[str, Any]) -> str:
         self._require("response_format")
@@ -74,8 +75,13 @@ class Grammars:
             )
         options = [_call_schema(t["function"]) for t in ask.tools]
         schema = {"x-guidance": STYLE, **(options[0] if len(options) == 1 else {"anyOf": options})}
-        start, end = (json.dumps(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
-        return f"start: {start} call {end}\ncall: %json {json.dumps(schema)}\n"
+        start, end = (self._marker(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
+        return f"start: {start} gap call gap {end}\ngap: /\\n?/\ncall: %json {json.dumps(schema)}\n"
+
+    def _marker(self, text: str) -> str:
+        """A marker in the grammar's syntax: its own token where it has one, else its characters."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(text)
 
     def _require(self, param: str) -> None:
         if not available():
@@ -98,10 +104,11 @@ class Grammars:
 class Constraint:
     """A logits processor: only tokens that keep the answer in its form. It begins after the model's thought, if any."""
 
-    def __init__(self, matcher: Any, vocab: int, wait: tuple[int, ...] = ()):
+    def __init__(self, matcher: Any, vocab: int, ends: Iterable[int], wait: tuple[int, ...] = ()):
         self.matcher = matcher
         self.vocab = vocab
         self.wait = wait
+        self.ends = mx.array(np.isin(np.arange(vocab), list(ends)))
         self.begun = False
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -109,8 +116,10 @@ class Constraint:
         if self.begun:
             self._take(tokens)
         self.begun = True
-        if self.wait or self.matcher.is_stopped():
+        if self.wait:
             return logits
+        if self.matcher.is_stopped():
+            return mx.where(self.ends, logits, -mx.inf)
         allowed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(allowed, bitorder="little")[: self.vocab].astype(bool)
         return mx.where(mx.array(bits), logits, -mx.inf)

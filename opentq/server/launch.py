@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..memory.device import GIB
 from ..model import load
 from .admission import Admission
-from .app import Access, build
+from .app import MAX_HEADERS, Access, build
 from .engine import Engine, choose_step
 from .prefix import PrefixStore
 from .pricing import Prices, appraise
@@ -156,7 +156,7 @@ class Server(uvicorn.Server):
             access_log=False,
             log_config=None,
             server_header=False,
-            h11_max_incomplete_event_size=32 << 10,
+            h11_max_incomplete_event_size=MAX_HEADERS,
             timeout_graceful_shutdown=5,
             backlog=1024,
         )

@@ -1,6 +1,6 @@
 """OpenAI's wire format, both ways, as pure functions: a checked body becomes an `Ask`, events become responses.
 
-Fields that nobody knows are ignored, as clients expect. Fields that OpenAI's API (or a well-known server) knows and this
+Fields that nobody knows are ignored, as clients expect. Fields that OpenAI's API (or a known server) knows and this
 one can't serve are refused with a 400 that names them, unless their value asks for nothing.
 """
 
@@ -178,7 +178,8 @@ RESERVED = frozenset(
 def _common(body: dict[str, Any]) -> dict[str, Any]:
     stop = body.get("stop") or ()
     bias = body.get("logit_bias") or {}
-    if wrong := next((k for k in bias if not (k.isascii() and k.isdigit() and len(k) < 12)), None):
+    wrong = next((k for k in bias if not (k.isascii() and k.isdigit() and len(k) < 12)), None)
+    if wrong is not None:
         raise bad(f"logit_bias has the key {wrong[:20]!r}; keys are token ids", "logit_bias")
     seed = as_int(body.get("seed"))
     return {
