@@ -1,4 +1,4 @@
-"""The seam with mlx-lm, and the only file that knows its internals.
+"""The seam with mlx-lm; with `seams.py`, for single models, the only file that knows its internals.
 
 Two hooks. First, `model.make_cache` on the instance, so that every path that asks a model for caches gets ours. Second,
 the code object of `mlx_lm.models.base.scaled_dot_product_attention` is swapped for a shim that recognises our handles:
@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
+from . import seams
 from .caches.single import OpenTQCache
 from .caches.step import Handle, LayerStats
 from .policy import LayerPlan, decide, members
@@ -41,6 +42,7 @@ class Installation:
     stats: dict[tuple[int, int], LayerStats]
     original: Callable | None  # the model's own make_cache attribute, if the instance had one
     own_caches: Callable[[], list[Any]] = field(repr=False)
+    lends: bool = False  # layers attend to keys and values that another layer's cache has taken
 
 
 def compress(model: Any, spec: KVSpec | str = "int4", self_test: bool = True) -> list[LayerPlan]:
@@ -58,11 +60,12 @@ def compress(model: Any, spec: KVSpec | str = "int4", self_test: bool = True) ->
     if installed(model):
         uninstall(model)
     original = model.__dict__.get("make_cache")
-    own = model.make_cache if hasattr(model, "make_cache") else lambda: mlx_cache.make_prompt_cache(model)
-    plans = decide(own(), spec)
+    own = model.make_cache if hasattr(model, "make_cache") else lambda: [mlx_cache.KVCache() for _ in model.layers]
+    plans = decide(own(), spec, seams.native_reason(model), seams.window_reason(model))
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
-    record = Installation(spec, plans, stats, original, own)
+    record = Installation(spec, plans, stats, original, own, seams.lends(model))
     install_shim()
+    seams.enter(model)
     model.make_cache = lambda: make_caches(record)
     model._opentq = record
     if self_test:
@@ -77,6 +80,7 @@ def compress(model: Any, spec: KVSpec | str = "int4", self_test: bool = True) ->
 def uninstall(model: Any = None) -> None:
     """Give `model` its own caches back; without a model, take the attention shim out of mlx-lm."""
     if model is None:
+        seams.leave()
         remove_shim()
         return
     record = installed(model)
@@ -100,7 +104,8 @@ def make_caches(record: Installation) -> list[Any]:
     for plan in record.plans:
         if plan.spec is None:
             continue
-        ours = OpenTQCache(plan.spec, record.stats[plan.index, plan.part])
+        ours = OpenTQCache(plan.spec, record.stats[plan.index, plan.part], plan.window)
+        ours.lends = record.lends
         slot = caches[plan.index]
         if isinstance(slot, mlx_cache.CacheList):
             slot.caches = tuple(ours if n == plan.part else c for n, c in enumerate(members(slot)))
@@ -112,7 +117,8 @@ def make_caches(record: Installation) -> list[Any]:
 def _self_test(model: Any, record: Installation) -> None:
     """One token through the model: every planned layer must be entered; fills in the shapes of the plans."""
     caches = make_caches(record)
-    mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
+    mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches if not c.empty()])
+    record.plans[:] = [_used(p, members(caches[p.index])[p.part]) for p in record.plans]
     record.plans[:] = [_with_shape(p, record.stats.get((p.index, p.part)), caches) for p in record.plans]
     missed = [p.index for p in record.plans if p.compressed and not record.stats[p.index, p.part].calls]
     if missed:
@@ -120,6 +126,13 @@ def _self_test(model: Any, record: Installation) -> None:
             f"self-test: layers {missed} of {type(model).__module__} never reached the compressed attention; this "
             "architecture computes attention in its own way and can't be compressed"
         )
+
+
+def _used(plan: LayerPlan, cache: Any) -> LayerPlan:
+    """The plan, or a native one where the model made a cache that no attention uses."""
+    if plan.compressed and cache.empty():
+        return replace(plan, spec=None, reason="the layer has no attention", window=0)
+    return plan
 
 
 def _with_shape(plan: LayerPlan, stats: LayerStats | None, caches: list[Any]) -> LayerPlan:

@@ -8,7 +8,7 @@ that would compress nothing is an error, never a no-op.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm.models import cache as mlx_cache
@@ -35,6 +35,7 @@ class LayerPlan:
         kv_heads, key_dim, value_dim: 0 while unknown (before the first forward step).
         bound: tokens that a native cache holds at most; 0 when it grows with the context.
         constant: bytes that a native layer holds whatever the context (recurrent state).
+        window: tokens that a query of a compressed sliding-window layer sees; 0 when it sees all.
     """
 
     index: int
@@ -47,6 +48,7 @@ class LayerPlan:
     value_dim: int = 0
     bound: int = 0
     constant: int = 0
+    window: int = 0
 
     @property
     def compressed(self) -> bool:
@@ -66,19 +68,28 @@ class LayerPlan:
         return self.kv_heads * bits / 8
 
 
-def decide(caches: Sequence[Any], spec: KVSpec) -> list[LayerPlan]:
-    """One plan per cache (and per member of a CacheList). Raises NothingCompressed."""
+def decide(caches: Sequence[Any], spec: KVSpec, arrays: str = "", windows: str = "") -> list[LayerPlan]:
+    """One plan per cache (and per member of a CacheList). Raises NothingCompressed.
+
+    Args:
+        caches: what the model's own factory makes.
+        arrays: why this model reads its unbounded caches as arrays (`seams.native_reason`); "" when it doesn't.
+        windows: why its sliding windows can't be compressed (`seams.window_reason`); "" when they can.
+    """
     slots = [(i, part, c) for i, cache in enumerate(caches) for part, c in enumerate(members(cache))]
-    compressible = [slot for slot in slots if not native_reason(slot[2])]
+    compressible = [slot for slot in slots if not native_reason(slot[2], spec, arrays, windows)]
     order = {(i, part): n for n, (i, part, _) in enumerate(compressible)}
     plans = []
     for i, part, cache in slots:
         kind = type(cache).__name__
-        reason = native_reason(cache)
+        reason = native_reason(cache, spec, arrays, windows)
         if reason:
             plans.append(LayerPlan(i, kind, None, reason, part, bound=native_bound(cache)))
         else:
-            plans.append(LayerPlan(i, kind, spec.for_layer(order[i, part], len(compressible)), "", part))
+            own = spec.for_layer(order[i, part], len(compressible))
+            window = native_bound(cache)
+            # A window forgets its first tokens, so it can't keep them as a sink.
+            plans.append(LayerPlan(i, kind, replace(own, sink=0) if window else own, "", part, window=window))
     if not compressible:
         kinds = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
         raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); use it without --kv")
@@ -95,12 +106,16 @@ def native_bound(cache: Any) -> int:
     return getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
 
 
-def native_reason(cache: Any) -> str:
+def native_reason(cache: Any, spec: KVSpec | None = None, arrays: str = "", windows: str = "") -> str:
     """Why a cache stays as it is; "" when it can be compressed."""
     if type(cache) is mlx_cache.KVCache:
-        return ""
+        return arrays
     if isinstance(cache, mlx_cache.RotatingKVCache):
-        return f"sliding window, bounded at {cache.max_size} tokens"
+        if cache.keep:
+            return f"sliding window that keeps its first {cache.keep} tokens, bounded at {cache.max_size}"
+        if spec is None or spec.window != "compress":
+            return f"sliding window, bounded at {cache.max_size} tokens"
+        return windows and f"sliding window, bounded at {cache.max_size} tokens; {windows}"
     if isinstance(cache, mlx_cache.ArraysCache):
         return "recurrent state, constant size"
     if isinstance(cache, mlx_cache.ChunkedKVCache):

@@ -137,7 +137,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def trim(self, n: int) -> int:
         """Drop the newest n tokens of every sequence (all that it has, where it has fewer)."""
-        before = self.extents
+        before, self._lent = self.extents, None
         self.extents = [e.trim(n) for e in before]
         if self.dense_k is not None and self.dense_v is not None:
             columns = self.dense_k.shape[2]
@@ -153,6 +153,7 @@ class BatchOpenTQCache(OpenTQCache):
         """One batch of single caches, empty ones included; raises ValueError where they don't fit together."""
         first = caches[0]
         batch = cls(first.spec, 0, first.stats, first.window)
+        batch.lends = first.lends
         for c in caches:
             batch._check_same(c)
             if c.dense_k is not None and c.dense_k.shape[0] != 1:
@@ -177,6 +178,7 @@ class BatchOpenTQCache(OpenTQCache):
             raise ValueError(f"caches of different specs can't share a batch: {self.spec} and {other.spec}")
 
     def _join(self, parts: Sequence[tuple[list[Extent], OpenTQCache]]) -> None:
+        self._lent = None
         extents = [e for part, _ in parts for e in part]
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
@@ -198,7 +200,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the given sequences, in the given order; none at all is allowed."""
-        keep = _ints(batch_indices)
+        keep, self._lent = _ints(batch_indices), None
         self.extents = [self.extents[i] for i in keep]
         self.left = [self.left[i] for i in keep]
         if self.todo is not None:
@@ -218,6 +220,7 @@ class BatchOpenTQCache(OpenTQCache):
     def extract(self, idx: int) -> OpenTQCache:
         """Sequence `idx` as a single cache of its own."""
         cache = OpenTQCache(self.spec, self.stats, self.window)
+        cache.lends = self.lends
         if self.dense_k is None or self.dense_v is None:
             return cache
         extent = self.extents[idx]
@@ -250,7 +253,7 @@ class BatchOpenTQCache(OpenTQCache):
         """Arrays and scalars that mlx-lm evaluates and saves."""
         lengths = [[e.base, e.sink, e.packed, e.tail, left] for e, left in zip(self.extents, self.left)]
         layouts = f"{self.k_layout.name} {self.v_layout.name}"
-        head = [str(self.spec), layouts, self.window, lengths]
+        head = [str(self.spec), layouts, self.window, int(self.lends), lengths]
         if self.dense_k is None:
             return [*head, [], [], None, None]
         used = max((e.packed for e in self.extents), default=0)
@@ -259,10 +262,10 @@ class BatchOpenTQCache(OpenTQCache):
 
     @state.setter
     def state(self, value) -> None:
-        spec, layouts, window, lengths, packed_k, packed_v, dense_k, dense_v = value
+        spec, layouts, window, lends, lengths, packed_k, packed_v, dense_k, dense_v = value
         if not hasattr(self, "spec"):
             self.__init__(spec, 0)  # type: ignore[misc]
-        self.spec, self.window, self.todo = KVSpec.parse(spec), window, None
+        self.spec, self.window, self.lends, self.todo = KVSpec.parse(spec), window, bool(lends), None
         self._reset()
         self.extents = [Extent(*numbers[:4]) for numbers in lengths]
         self.left = [numbers[4] for numbers in lengths]

@@ -41,6 +41,7 @@ class OpenTQCache(_BaseCache):
         self.spec = KVSpec.parse(spec)
         self.stats = stats or LayerStats()
         self.window = window
+        self.lends = False
         self._reset()
 
     def _reset(self) -> None:
@@ -52,6 +53,7 @@ class OpenTQCache(_BaseCache):
         self.dense_k: mx.array | None = None
         self.dense_v: mx.array | None = None
         self.dims = (0, 0)
+        self._lent: tuple[Handle, Handle] | None = None
 
     @property
     def limits(self) -> Limits:
@@ -77,6 +79,7 @@ class OpenTQCache(_BaseCache):
         dense_k = mx.concatenate([self.dense_k, dense(self.k_codec, keys)], axis=2)
         dense_v = mx.concatenate([self.dense_v, dense(self.v_codec, values)], axis=2)
         lens = self._lengths(keys.shape[0])
+        self._lent = None
         before = self.packed_k.arrays, self.packed_v.arrays
         moved = self._absorb(dense_k, dense_v, keys.shape[2])
         # Tokens are written behind the ones that this step sees, so it can share the new arrays, unless rows moved;
@@ -92,7 +95,19 @@ class OpenTQCache(_BaseCache):
             self.stats,
         )
         shape = (*keys.shape[:2], self.size())
-        return Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
+        handles = Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
+        if self.lends:
+            self._lent = handles
+        return handles
+
+    def keys_and_values(self) -> tuple[Handle, Handle]:
+        """The handles of the last update again, for models whose later layers attend to this layer's tokens.
+
+        Only a cache that `lends` remembers them: they hold the fp16 tokens of that step until the next one.
+        """
+        if self._lent is None:
+            raise ValueError("this cache has nothing to lend: it was not updated in this step, or does not lend")
+        return self._lent
 
     def _start(self, keys: mx.array, values: mx.array) -> None:
         batch, heads, _, k_dim = keys.shape
@@ -176,7 +191,7 @@ class OpenTQCache(_BaseCache):
 
     def trim(self, n: int) -> int:
         """Drop the newest n tokens, exactly, wherever they lie; returns how many were dropped."""
-        before = self.extent
+        before, self._lent = self.extent, None
         self.extent = before.trim(n)
         if self.dense_k is not None and self.dense_v is not None:
             keep = self.extent.sink + self.extent.tail
@@ -199,6 +214,7 @@ class OpenTQCache(_BaseCache):
             str(self.spec),
             f"{self.k_layout.name} {self.v_layout.name}",
             self.window,
+            int(self.lends),
             extent.base,
             extent.sink,
             extent.packed,
@@ -210,10 +226,10 @@ class OpenTQCache(_BaseCache):
 
     @state.setter
     def state(self, value) -> None:
-        spec, layout_names, window, base, sink, packed, packed_k, packed_v, dense_k, dense_v = value
+        spec, layout_names, window, lends, base, sink, packed, packed_k, packed_v, dense_k, dense_v = value
         if not hasattr(self, "spec"):  # from_state makes the object without __init__
             self.__init__(spec)  # type: ignore[misc]
-        self.spec, self.window = KVSpec.parse(spec), window
+        self.spec, self.window, self.lends = KVSpec.parse(spec), window, bool(lends)
         self._reset()
         if dense_k is None:
             return

@@ -55,6 +55,15 @@ class Handle:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"compressed keys and values have no {name!r}: they can be attended but not read as arrays, so this model "
+            "can't be used with a compressed cache"
+        )
+
+    def __deepcopy__(self, memo: dict) -> Handle:
+        return self
+
     def astype(self, dtype: mx.Dtype) -> Handle:
         """The same tokens, said to be of another dtype: attention computes in the query's (stablelm asks for this)."""
         return Handle(self.step, self.shape, dtype)

@@ -1,0 +1,29 @@
+"""Every architecture of mlx-lm: compressed caches hold what native ones hold, and the page says what is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from .architectures import LEFT_OUT, NAMES
+from .models_page import PAGE, page, verdict
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architecture(name):
+    found = verdict(name)
+    assert found.fidelity < 1e-3, "with nothing quantised, the logits must be those of native fp16 caches"
+    assert found.window is None or found.window < 1e-3, "a compressed window must see what mlx-lm's window sees"
+    assert all(calls >= 1 and calls == int(calls) for calls in found.calls), "a planned layer was not entered"
+    assert found.batch in ("equal", "equal lengths only, as in mlx-lm", "not in mlx-lm", "-")
+    assert found.resumed and found.trimmed is not False
+    assert found.compressed or found.native, "a layer that is native has a reason"
+
+
+def test_the_page_is_what_was_found(capsys):
+    words = Counter(verdict(name).word for name in NAMES)
+    with capsys.disabled():
+        print(f"\n{len(NAMES)} architectures: {dict(words)}; {len(LEFT_OUT)} left out")
+    assert words["compressed"] >= 85
+    assert PAGE.read_text() == page(), "docs/models.md is stale: run `python -m tests.models_page`"
