@@ -23,7 +23,7 @@ METAL_FUNC void otq_decode(
   for (int i = thread_index; i < TK * (D / 4); i += threads) {
     int t = i / (D / 4), d0 = i % (D / 4) * 4;
     int at = min(from + t, limit - 1);
-    at = at >= gap.x && at < gap.y ? gap.y : at;
+    at = at >= gap.x && at < gap.y ? min(gap.y, limit - 1) : at;
     float4 x = otq_four<BITS, D>(rows + at * W, d0);
     if (BITS != 16) {
       float2 sz = float2(scales[at * G + d0 / GROUP]);
@@ -255,7 +255,7 @@ METAL_FUNC void otq_decode(
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (!FINAL && lane % 4 == 0 && row < n_rows) {
+  if (lane % 4 == 0 && row < n_rows) {
     stat[2 * ((q_row + row) * splits + split)] = top;
     stat[2 * ((q_row + row) * splits + split) + 1] = sum;
   }

@@ -100,12 +100,12 @@ METAL_FUNC void otq_scores(
 // acc += p * v for every KP-th of n keys from `first` on; this lane's four dims begin at d0.
 template <int BITS, int D, int VB, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
-    const device uint* rows, int2 gap, int n, int first, int d0, const threadgroup float* p, thread OtqAcc<R>& acc) {
+    const device uint* rows, int3 gap, int n, int first, int d0, const threadgroup float* p, thread OtqAcc<R>& acc) {
   constexpr int W = otq_words<BITS, D>();
 #pragma clang loop unroll_count(8)
   for (int x = first; x < n; x += KP) {
     // Columns in the gap between sinks and tail were never written; their p is 0, and 0 times a NaN is not.
-    int at = GAP && x >= gap.x && x < gap.y ? gap.y : x;
+    int at = GAP && x >= gap.x && x < gap.y ? min(gap.y, gap.z) : x;
     float4 v = otq_four<BITS, D>(rows + at * W, d0);
     if (BITS == 16 && VB != 16) {
       v *= float4(1.0f, float(1u << otq_field<VB>()), float(1u << (2 * otq_field<VB>())), float(1u << (3 * otq_field<VB>())));
@@ -342,14 +342,14 @@ METAL_FUNC void otq_values(
         }
         if (dense) {
           if (busy) {
-            int2 gap = int2(sink - from, tail_start - from);
+            int3 gap = int3(sink, tail_start, Td - 1) - from;
             otq_values<16, DV, VB, R, KP, GV * R, true>(
                 dv_head + from * (DV / 2), gap, n, half_of, d0, pv + my_group * R, acc);
           }
         } else {
           if (busy) {
             otq_values<VB, DV, VB, R, KP, GV * R, false>(
-                v_head + from * VW, int2(0), n, half_of, d0, pv + my_group * R, acc);
+                v_head + from * VW, int3(0), n, half_of, d0, pv + my_group * R, acc);
           }
           if (VB != 16) {
 #pragma clang loop unroll(full)

@@ -8,10 +8,10 @@
   const int row = threadgroup_position_in_grid.x;
   const int lane = thread_index_in_simdgroup;
   const int splits = meta[0], L = meta[1], heads = meta[2];
-  const device float* st = stat + size_t(row) * splits * 2;
+  const size_t first = size_t(row) * splits;  // a small stat is in constant memory, so no pointer to it is made
   float top = OTQ_LOWEST;
   for (int s = lane; s < splits; s += 32) {
-    top = max(top, st[2 * s]);
+    top = max(top, stat[2 * (first + s)]);
   }
   top = simd_max(top);
   float sink = OTQ_MASKED;
@@ -22,9 +22,9 @@
   if (simdgroup_index_in_threadgroup == 0) {
     float total = 0;
     for (int s = lane; s < splits; s += 32) {
-      float w = fast::exp2(st[2 * s] - top);
+      float w = fast::exp2(stat[2 * (first + s)] - top);
       weight[s] = w;
-      total += w * st[2 * s + 1];
+      total += w * stat[2 * (first + s) + 1];
     }
     total = simd_sum(total);
     if (SINK) {
@@ -35,11 +35,10 @@
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const device float* p = partial + size_t(row) * splits * DV;
   for (int d = thread_position_in_threadgroup.x; d < DV; d += 128) {
     float x = 0;
     for (int s = 0; s < splits; s++) {
-      x += weight[s] * p[s * DV + d];
+      x += weight[s] * partial[(first + s) * DV + d];
     }
     out[size_t(row) * DV + d] = T(x * total_shared[0]);
   }
