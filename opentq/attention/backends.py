@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..codecs.base import Codec
-from ..kernels import build, cpu
+from ..kernels import blas, build, cpu
 from ..kernels.layout import CANONICAL, Layout
 from .args import AttnArgs
 
@@ -88,4 +88,6 @@ def findings() -> list[Finding]:
         found = Finding("kernels", "slow", f"portable path only: {status.error}", "install g++ or clang++, or set CXX")
     else:
         found = Finding("kernels", "ok", f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}")
-    return [found]
+    product = blas.status()
+    slow = product.kind == "reference"
+    return [found, Finding("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]

@@ -1,4 +1,4 @@
-"""`opentq demo`: a small trained model reads a real document of about 8,000 tokens and answers a question about it, twice.
+"""`opentq demo`: a small trained model reads a real document of about 8,000 tokens and answers a question, twice.
 
 Once with mlx-lm's own cache, once with a compressed one. The table says what each cost and how far they agree.
 """
@@ -38,7 +38,7 @@ def demo(
     spec = KVSpec.parse(kv)
     outcome = compare(model or str(find_model()), spec)
     table = Table(title=f"{outcome['document']} · {outcome['prompt_tokens']} tokens · {outcome['question']}")
-    for column in ("KV cache", "answer", "KV held", "vs fp16", "peak memory", "prefill tok/s", "decode tok/s"):
+    for column in ("KV cache", "answer", "KV held", "of fp16", "peak", "prefill t/s", "decode t/s"):
         table.add_column(column, justify="left" if column in ("KV cache", "answer") else "right", no_wrap=True)
     for row in outcome["rows"]:
         table.add_row(
@@ -109,11 +109,22 @@ def build_prompt(tokenizer: Any) -> tuple[list[int], str]:
         text = source.read_text()
     except OSError as error:
         raise UserError(f"the demo's document {source} can't be read: {error.strerror}") from error
-    text = tokenizer.decode(tokenizer.encode(text)[:DOCUMENT_TOKENS])
+    text = head(tokenizer, text, DOCUMENT_TOKENS)
     cut = text.index("\n", int(len(text) * DEPTH))
     question = f"What is the secret code of {NAME}?"
     planted = f"{text[:cut]}\n# The secret code of {NAME} is {CODE}.\n{text[cut:]}"
     return encode_prompt(tokenizer, f"{planted}\n{question}"), question
+
+
+def head(tokenizer: Any, text: str, tokens: int) -> str:
+    """The lines from the start of `text` that take at most `tokens` tokens."""
+    kept: list[str] = []
+    for line in text.splitlines(keepends=True):
+        tokens -= len(tokenizer.encode(line, add_special_tokens=False))
+        if tokens < 0:
+            break
+        kept.append(line)
+    return "".join(kept)
 
 
 def _run(model: Any, tokenizer: Any, tokens: list[int]) -> tuple[Result, list[int]]:
