@@ -20,23 +20,6 @@ constexpr int ROW_BLOCK = 128;
 constexpr int TASKS_PER_THREAD = 6;
 constexpr int64_t MIN_BLOCKS = 4;  // per task: below this a cut costs more than it gains
 
-enum Dtype : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
-
-struct Call {
-  int64_t batch, kv_heads, gqa, length, columns;  // length = query rows per head, columns = dense columns
-  const void* q;                                  // [B, Hq, L, Dk], strides in elements, channels contiguous
-  int64_t q_batch_stride, q_head_stride, q_row_stride;
-  int32_t dtype, causal;
-  Packed k, v;
-  Dense dense_k, dense_v;
-  const int32_t* lens;  // [B][packed, sink, tail_start]
-  const float* sinks;   // [Hq] or null
-  void* out;            // [B, Hq, L, Dv], contiguous, dtype of q
-  float scale, softcap;
-  int64_t window;
-  int32_t threads, pad;
-};
-
 struct Task {
   int64_t batch, head, row, rows, first, last;  // packed blocks [first, last)
   int group, part;                              // which row block, which of its ranges
@@ -229,8 +212,7 @@ class Attention {
 
 }  // namespace otq
 
-// 0: done. 1: out of memory.
-extern "C" __attribute__((visibility("default"))) int opentq_attend_affine(const otq::Call* call) {
+EXPORT int opentq_attend_affine(const otq::Call* call) {
   try {
     otq::Attention(*call).run();
     return 0;
@@ -239,5 +221,5 @@ extern "C" __attribute__((visibility("default"))) int opentq_attend_affine(const
   }
 }
 
-extern "C" __attribute__((visibility("default"))) const char* opentq_isa() { return OPENTQ_ISA; }
-extern "C" __attribute__((visibility("default"))) int64_t opentq_call_bytes() { return sizeof(otq::Call); }
+EXPORT const char* opentq_isa() { return OPENTQ_ISA; }
+EXPORT int64_t opentq_call_bytes() { return sizeof(otq::Call); }

@@ -19,8 +19,7 @@
 //   2 bits   vector i/4, bits 2*(i%4)
 //   3 bits   low two bits as the 2-bit tile (4 vectors), then the high bit in vector 4 + i/8, bit i%8
 #pragma once
-#include <algorithm>
-
+#include "abi.h"
 #include "simd.h"
 
 namespace otq {
@@ -28,20 +27,6 @@ namespace otq {
 constexpr int BLOCK = 64;                // tokens
 constexpr int PARTS = 16 / W;            // vectors per 16 lanes
 constexpr int TOKEN_VECTORS = BLOCK / W; // float vectors per 64 tokens
-
-// Packed keys or values of one call. Strides are in bytes, so that over-allocated and sliced buffers are read in place.
-struct Packed {
-  const uint8_t* data;
-  int64_t batch_stride, head_stride, block_stride;
-  int32_t bits, group, dim, pad;
-  int groups() const { return (dim + group - 1) / group; }
-  int tiles() const { return dim / 16; }
-  int64_t code_bytes() const { return int64_t(8) * bits * dim; }
-  int64_t block_bytes() const { return code_bytes() + 256 * groups(); }
-  // Tiles [first, last) of group g; the last group may be short.
-  int first_tile(int g) const { return g * group / 16; }
-  int last_tile(int g) const { return std::min((g + 1) * group, dim) / 16; }
-};
 
 // Part `part` (4*W bytes) of field i of a tile, one code per byte. i is a constant once loops are unrolled.
 template <int BITS> INLINE I field(const uint8_t* tile, int i, int part) {

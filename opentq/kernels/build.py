@@ -127,13 +127,17 @@ def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> 
 
 
 def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = ()) -> None:
-    """Compile `sources` (files of this folder; in parallel) and link them to `target` in one atomic step."""
+    """Compile `sources` in parallel and link them to `target`, which appears in one step.
+
+    A source is a file of this folder, with its own definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4".
+    """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
 
         def one(source: str) -> str:
-            out = str(Path(work) / (source.replace("/", "_") + ".o"))
+            file, *defines = source.split()
+            out = str(Path(work) / f"{sources.index(source)}.o")
             for native in NATIVE:
-                error = _run([*compiler.command, *FLAGS, native, *extra, "-c", str(HERE / source), "-o", out])
+                error = _run([*compiler.command, *FLAGS, native, *extra, *defines, "-c", str(HERE / file), "-o", out])
                 if error is None:
                     return out
                 if native not in error:
@@ -178,7 +182,7 @@ def _key(compiler: Compiler, sources: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in (*compiler.command, compiler.identity, *FLAGS, cpu_identity(), *sources):
         digest.update(part.encode() + b"\0")
-    for file in sorted({HERE / s for s in sources} | set(HERE.glob("*.h"))):
+    for file in sorted({HERE / s.split()[0] for s in sources} | set(HERE.glob("*.h"))):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:20]
 

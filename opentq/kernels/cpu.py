@@ -22,12 +22,12 @@ from . import build
 
 log = logging.getLogger("opentq")
 
-SOURCES = ("attend_affine.cpp", "pack_affine.cpp")
+SOURCES = ("attend_affine.cpp", "pack_affine.cpp", *(f"products.cpp -DOPENTQ_BITS={bits}" for bits in (2, 3, 4, 8)))
 DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 
 
 class Packed(ctypes.Structure):
-    """`struct Packed` of blocks.h: strides in bytes."""
+    """`struct Packed` of abi.h: strides in bytes."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -42,13 +42,13 @@ class Packed(ctypes.Structure):
 
 
 class Dense(ctypes.Structure):
-    """`struct Dense` of dense.h: strides in elements."""
+    """`struct Dense` of abi.h: strides in elements."""
 
     _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("token_stride", c_int64)]
 
 
 class Call(ctypes.Structure):
-    """`struct Call` of attend_affine.cpp."""
+    """`struct Call` of abi.h."""
 
     _fields_ = [
         ("batch", c_int64),
@@ -78,13 +78,13 @@ class Call(ctypes.Structure):
 
 
 class Format(ctypes.Structure):
-    """`struct Format` of pack_affine.cpp."""
+    """`struct Format` of abi.h."""
 
     _fields_ = [("bits", c_int32), ("group", c_int32), ("dim", c_int32), ("is_values", c_int32)]
 
 
 class Grid(ctypes.Structure):
-    """`struct Grid` of pack_affine.cpp."""
+    """`struct Grid` of abi.h."""
 
     _fields_ = [
         ("batch", c_int64),

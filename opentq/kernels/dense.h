@@ -8,12 +8,6 @@
 
 namespace otq {
 
-// fp16 [B, H, Td, D]; strides in elements, channels contiguous.
-struct Dense {
-  const uint16_t* data;
-  int64_t batch_stride, head_stride, token_stride;
-};
-
 constexpr int VECTORS = W == 16 ? 4 : W == 8 ? 2 : 4;  // vectors per row in the register block
 
 // out[r][0 .. NV*W) (+)= sum_k a[r][k] * b[k][0 .. NV*W)

@@ -12,21 +12,6 @@
 
 namespace otq {
 
-enum Dtype : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
-
-struct Format {
-  int32_t bits, group, dim, is_values;
-  int groups() const { return (dim + group - 1) / group; }
-  int64_t code_bytes() const { return int64_t(8) * bits * dim; }
-  int64_t block_bytes() const { return code_bytes() + 256 * groups(); }
-  int words() const { return bits == 3 ? dim / 16 + (dim + 31) / 32 : dim * bits / 32; }
-};
-
-struct Grid {  // blocks [batch, heads, blocks], and where the other side's tensor lies (strides in elements)
-  int64_t batch, heads, blocks, batch_stride, head_stride, token_stride;
-  int32_t dtype, threads;
-};
-
 // One block, unpacked.
 struct Codes {
   explicit Codes(const Format& f) : code(size_t(64) * f.dim), scale(size_t(64) * f.groups()), zero(scale.size()) {}
@@ -207,10 +192,7 @@ template <class Body> static int for_blocks(const Grid& n, Body body) {
 
 }  // namespace otq
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace otq;
-
-// Each returns 0, or 1 when memory ran out. `blocks` is [B, H, n, block_bytes]; contiguous where it is written.
 
 EXPORT int opentq_pack_affine(const Format* f, const Grid* n, const void* x, uint8_t* blocks) {
   return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
@@ -225,7 +207,6 @@ EXPORT int opentq_pack_affine(const Format* f, const Grid* n, const void* x, uin
   });
 }
 
-// codes uint32 [B, H, 64 n, words], contiguous; scales fp16 [B, H, 64 n, 2 G], contiguous.
 EXPORT int opentq_store_affine(const Format* f, const Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks) {
   return for_blocks(*n, [&](int64_t i, int64_t, int64_t, int64_t) {
     Codes c(*f);
@@ -235,7 +216,6 @@ EXPORT int opentq_store_affine(const Format* f, const Grid* n, const uint8_t* co
   });
 }
 
-// Strides of Grid are those of `blocks`, in bytes; the outputs are contiguous.
 EXPORT int opentq_load_affine(const Format* f, const Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* scales) {
   return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
     Codes c(*f);

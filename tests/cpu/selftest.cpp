@@ -1,0 +1,173 @@
+// The CPU kernels without Python: conformance shapes against a scalar double-precision twin, for sanitizers and emulators.
+//
+// Every buffer is a heap block of its exact size, and packed and dense data start at odd addresses, so a read past an end
+// or an aligned load of unaligned memory is caught. Exit status: the number of shapes that failed (at most 100).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "abi.h"
+
+using namespace otq;
+
+static uint64_t seed = 88172645463325252ull;
+static double uniform() {
+  seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+  return double(seed >> 11) / 9007199254740992.0;
+}
+static float normal() { return float(std::sqrt(-2 * std::log(uniform() + 1e-300)) * std::cos(6.283185307179586 * uniform())); }
+
+static double half(uint16_t h) {
+  const int e = h >> 10 & 31, m = h & 1023;
+  const double x = e == 0 ? std::ldexp(m, -24) : e == 31 ? INFINITY : std::ldexp(1024 + m, e - 25);
+  return h & 0x8000 ? -x : x;
+}
+static uint16_t to_half(double x) {  // nearest, for |x| in the normal range
+  const int e = std::max(-14, std::ilogb(std::fabs(x) + 1e-30));
+  const long m = std::lrint(std::fabs(x) * std::ldexp(1.0, 10 - e));
+  return uint16_t((x < 0 ? 0x8000 : 0) | (m < 1024 ? m : ((e + 15) << 10) + (m - 1024)));
+}
+
+// A heap block whose contents start one byte (or one element) after an aligned address.
+template <class T> struct Odd {
+  explicit Odd(size_t n) : p(static_cast<char*>(std::malloc(n * sizeof(T) + sizeof(T)))) {}
+  ~Odd() { std::free(p); }
+  T* get() const { return reinterpret_cast<T*>(p + sizeof(T)); }
+  char* p;
+};
+
+struct Shape {
+  int kb, vb, group, dk, dv, gqa, length, packed, sink, tail;
+  bool causal;
+  int window, batch, threads;
+  float softcap;
+  bool sinks;
+};
+
+// Floats -> blocks, and the decoded values as doubles. Checks that load and store are inverse and that codes are nearest.
+static bool pack(const Format& f, const std::vector<float>& x, int rows, int tokens, uint8_t* blocks, std::vector<double>& decoded) {
+  const Grid grid{1, rows, tokens / 64, int64_t(rows) * tokens * f.dim, int64_t(tokens) * f.dim, f.dim, FLOAT32, 2};
+  if (opentq_pack_affine(&f, &grid, x.data(), blocks)) return false;
+  const size_t n = size_t(rows) * tokens, bytes = size_t(rows) * (tokens / 64) * f.block_bytes();
+  std::vector<uint32_t> codes(n * f.words());
+  std::vector<uint16_t> scales(n * 2 * f.groups());
+  const Grid back{1, rows, tokens / 64, 0, tokens / 64 * f.block_bytes(), f.block_bytes(), FLOAT32, 2};
+  if (opentq_load_affine(&f, &back, blocks, reinterpret_cast<uint8_t*>(codes.data()), scales.data())) return false;
+  std::vector<uint8_t> again(bytes);
+  if (opentq_store_affine(&f, &grid, reinterpret_cast<uint8_t*>(codes.data()), scales.data(), again.data())) return false;
+  bool good = bytes == 0 || std::memcmp(again.data(), blocks, bytes) == 0;
+  if (!good) std::printf("store(load(x)) != x\n");
+  decoded.resize(n * f.dim);
+  for (size_t t = 0; t < n; t++)
+    for (int d = 0; d < f.dim; d++) {
+      const uint32_t* w = codes.data() + t * f.words();
+      const int b = f.bits == 3 ? 2 : f.bits;
+      uint32_t code = w[d * b / 32] >> (d * b % 32) & ((1u << b) - 1);
+      if (f.bits == 3) code |= (w[f.dim / 16 + d / 32] >> (d % 32) & 1) << 2;
+      const double scale = half(scales[t * 2 * f.groups() + 2 * (d / f.group)]), zero = half(scales[t * 2 * f.groups() + 2 * (d / f.group) + 1]);
+      decoded[t * f.dim + d] = code * scale + zero;
+      if (std::fabs(decoded[t * f.dim + d] - x[t * f.dim + d]) > 0.505 * scale + 4e-3 * std::fabs(zero)) good = false;
+    }
+  return good;
+}
+
+static bool run(const Shape& s) {
+  const int heads = 2, slots = (s.packed + 63) / 64 * 64, columns = s.sink + s.tail + s.length;
+  const int rows = s.batch * heads, q_heads = heads * s.gqa;
+  std::vector<float> k(size_t(rows) * slots * s.dk), v(size_t(rows) * slots * s.dv), q(size_t(s.batch) * q_heads * s.length * s.dk);
+  for (auto* a : {&k, &v, &q})
+    for (auto& x : *a) x = normal();
+  const Format kf{s.kb, s.group, s.dk, 0}, vf{s.vb, s.group, s.dv, 1};
+  Odd<uint8_t> kp(size_t(rows) * slots / 64 * kf.block_bytes()), vp(size_t(rows) * slots / 64 * vf.block_bytes());
+  std::vector<double> kd, vd;
+  if (!pack(kf, k, rows, slots, kp.get(), kd) || !pack(vf, v, rows, slots, vp.get(), vd)) return false;
+  Odd<uint16_t> dense_k(size_t(rows) * columns * s.dk), dense_v(size_t(rows) * columns * s.dv);
+  for (size_t i = 0; i < size_t(rows) * columns * s.dk; i++) dense_k.get()[i] = to_half(normal());
+  for (size_t i = 0; i < size_t(rows) * columns * s.dv; i++) dense_v.get()[i] = to_half(normal());
+  std::vector<float> sinks(q_heads, 0.5f), out(size_t(s.batch) * q_heads * s.length * s.dv), second(out.size());
+  std::vector<int32_t> lens;
+  for (int b = 0; b < s.batch; b++) {  // ragged: later sequences are shorter, and skip columns before their tail
+    lens.push_back(std::max(0, s.packed - 37 * b)), lens.push_back(s.sink), lens.push_back(s.sink + std::min(s.tail, 3 * b));
+  }
+  Call c{};
+  c.batch = s.batch, c.kv_heads = heads, c.gqa = s.gqa, c.length = s.length, c.columns = columns;
+  c.q = q.data(), c.q_row_stride = s.dk, c.q_head_stride = s.length * s.dk, c.q_batch_stride = q_heads * c.q_head_stride;
+  c.causal = s.causal, c.window = s.window, c.softcap = s.softcap, c.scale = float(1 / std::sqrt(s.dk)), c.threads = s.threads;
+  c.k = {kp.get(), heads * (slots / 64) * kf.block_bytes(), slots / 64 * kf.block_bytes(), kf.block_bytes(), s.kb, s.group, s.dk, 0};
+  c.v = {vp.get(), heads * (slots / 64) * vf.block_bytes(), slots / 64 * vf.block_bytes(), vf.block_bytes(), s.vb, s.group, s.dv, 0};
+  c.dense_k = {dense_k.get(), int64_t(heads) * columns * s.dk, int64_t(columns) * s.dk, s.dk};
+  c.dense_v = {dense_v.get(), int64_t(heads) * columns * s.dv, int64_t(columns) * s.dv, s.dv};
+  c.lens = lens.data(), c.sinks = s.sinks ? sinks.data() : nullptr, c.out = out.data();
+  if (opentq_attend_affine(&c)) return false;
+  c.out = second.data();
+  if (opentq_attend_affine(&c) || std::memcmp(out.data(), second.data(), 4 * out.size())) {
+    std::printf("two runs differ\n");
+    return false;
+  }
+  double worst = 0, largest = 0;
+  for (int b = 0; b < s.batch; b++)
+    for (int h = 0; h < q_heads; h++)
+      for (int i = 0; i < s.length; i++) {
+        const int packed = lens[3 * b], sink = lens[3 * b + 1], start = lens[3 * b + 2], row = b * heads + h / s.gqa;
+        const int total = sink + packed + columns - start, at = total - s.length + i;
+        const float* query = &q[(size_t(b * q_heads + h) * s.length + i) * s.dk];
+        std::vector<double> score(total, -INFINITY), o(s.dv, 0);
+        double top = s.sinks ? 0.5 : -INFINITY, sum = 0;
+        for (int t = 0; t < total; t++) {
+          if ((s.causal && t > at) || (s.window && t <= at - s.window)) continue;
+          const bool dense = t < sink || t >= sink + packed;
+          const size_t column = size_t(row) * columns + (t < sink ? t : start + t - sink - packed), slot = size_t(row) * slots + (t - sink);
+          double dot = 0;
+          for (int d = 0; d < s.dk; d++) dot += query[d] * (dense ? half(dense_k.get()[column * s.dk + d]) : kd[slot * s.dk + d]);
+          score[t] = dot * c.scale;
+          if (s.softcap != 0) score[t] = s.softcap * std::tanh(score[t] / s.softcap);
+          top = std::max(top, score[t]);
+        }
+        if (s.sinks) sum = std::exp(0.5 - top);
+        for (int t = 0; t < total; t++) {
+          if (score[t] == -INFINITY) continue;
+          const double p = std::exp(score[t] - top);
+          const bool dense = t < sink || t >= sink + packed;
+          const size_t column = size_t(row) * columns + (t < sink ? t : start + t - sink - packed), slot = size_t(row) * slots + (t - sink);
+          sum += p;
+          for (int d = 0; d < s.dv; d++) o[d] += p * (dense ? half(dense_v.get()[column * s.dv + d]) : vd[slot * s.dv + d]);
+        }
+        for (int d = 0; d < s.dv; d++) {
+          const double want = sum > 0 ? o[d] / sum : 0, got = out[(size_t(b * q_heads + h) * s.length + i) * s.dv + d];
+          worst = std::max(worst, std::isfinite(got) ? std::fabs(got - want) : 1e9), largest = std::max(largest, std::fabs(want));
+        }
+      }
+  if (worst <= 5e-4 * largest) return true;
+  std::printf("error %.2e of %.2e\n", worst, largest);
+  return false;
+}
+
+int main() {
+  std::vector<Shape> shapes;
+  for (int kb : {2, 3, 4, 8})
+    for (int vb : {2, 3, 4, 8}) shapes.push_back({kb, vb, 32, 32, 48, 3, 1, 100, 0, 5, true, 0, 1, 2, 0, false});
+  for (int dim : {16, 64, 80, 112, 192})
+    for (int group : {32, 64, 128}) shapes.push_back({4, 3, group, dim, dim, 2, 1, 70, 2, 3, true, 0, 1, 1, 0, false});
+  for (int gqa : {1, 2, 4, 5, 7, 8, 16}) shapes.push_back({4, 4, 32, 64, 64, gqa, 2, 130, 0, 9, true, 0, 1, 2, 0, false});
+  shapes.push_back({4, 2, 64, 512, 256, 2, 1, 64, 0, 0, true, 0, 1, 2, 0, false});
+  shapes.push_back({4, 4, 32, 32, 32, 4, 1, 0, 0, 0, true, 0, 1, 2, 0, false});       // nothing packed
+  shapes.push_back({4, 4, 32, 32, 32, 4, 1, 3000, 4, 60, true, 0, 1, 3, 0, false});   // split and merged
+  shapes.push_back({4, 8, 32, 32, 32, 4, 1, 300, 4, 60, true, 100, 1, 3, 0, false});  // window
+  shapes.push_back({4, 4, 32, 32, 32, 1, 5, 300, 2, 0, true, 3, 1, 1, 0, false});     // window inside the query block
+  shapes.push_back({3, 4, 32, 32, 32, 2, 40, 200, 4, 70, true, 0, 1, 3, 0, false});   // prefill
+  shapes.push_back({4, 2, 32, 32, 32, 2, 90, 200, 4, 10, true, 64, 1, 3, 0, false});  // prefill in a window
+  shapes.push_back({4, 4, 32, 32, 32, 2, 20, 65, 0, 0, false, 0, 1, 2, 0, false});    // not causal
+  shapes.push_back({4, 4, 32, 32, 32, 2, 3, 150, 2, 30, true, 0, 3, 2, 0, false});    // ragged
+  shapes.push_back({4, 4, 32, 32, 32, 2, 2, 150, 2, 30, true, 0, 1, 2, 3.f, true});   // softcap, sinks
+  int failed = 0;
+  for (const Shape& s : shapes) {
+    if (run(s)) continue;
+    failed++;
+    std::printf("FAILED k%d v%d g%d D %d %d gqa %d L %d packed %d sink %d tail %d causal %d window %d batch %d softcap %g sinks %d\n", s.kb, s.vb,
+                s.group, s.dk, s.dv, s.gqa, s.length, s.packed, s.sink, s.tail, s.causal, s.window, s.batch, double(s.softcap), s.sinks);
+  }
+  std::printf("%s: %zu shapes, %d failed\n", opentq_isa(), shapes.size(), failed);
+  return std::min(failed, 100);
+}
