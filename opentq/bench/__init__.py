@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured is a record first, and a table or plot afterwards."""

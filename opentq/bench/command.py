@@ -1,0 +1,64 @@
+"""`opentq bench kernel | model | long | report`: llama-bench's grammar with KV formats as the axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from ..memory.command import parse_count, split_list
+
+bench = typer.Typer(help="Measure attention kernels and whole models; every row is a record.", no_args_is_help=True)
+
+Output = Annotated[str, typer.Option("--output", "-o", help="Standard output: md, csv, json or jsonl.")]
+Results = Annotated[Path | None, typer.Option("--results", help="Append the records to this JSONL file.")]
+KV = Annotated[str, typer.Option("--kv", help="KV specs, comma-separated; f16 in `model` is mlx-lm's own cache.")]
+
+
+@bench.command()
+def kernel(
+    shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dim.")] = "64,8,128",
+    ctx: Annotated[str, typer.Option("--ctx", help="Contexts, such as 1k,8k,32k,128k.")] = "1k,8k,32k",
+    kv: KV = "f16,int4,k8v4",
+    against: Annotated[str, typer.Option(help="Rivals: mlx, mlx-lm, llama.cpp, ort.")] = "",
+    windows: Annotated[int, typer.Option(min=2, help="Timed windows per arm.")] = 7,
+    warm: Annotated[float, typer.Option(min=0, help="Seconds of warm-up per arm.")] = 1.0,
+    window: Annotated[float, typer.Option(min=0, help="Least seconds per window.")] = 0.25,
+    seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = 0,
+    output: Output = "md",
+    results: Results = None,
+) -> None:
+    """One layer's attention of one query token: time, bandwidth, error against float64, memory."""
+    from . import kernel as kernels
+
+    sizes = _numbers(shape, "--shape")
+    contexts = [parse_count(c) for c in ctx.split(",")]
+    rivals = [a for a in against.split(",") if a]
+    _emit(kernels.bench(sizes, contexts, split_list(kv), rivals, windows, warm, window, seed), output, results)
+
+
+def _emit(records: Iterable[dict[str, Any]], output: str, results: Path | None) -> None:
+    """Store each record as it comes, and print the table at the end."""
+    from . import run, table
+
+    if output not in table.FORMATS:
+        raise UserError(f"output format {output!r} is not known: use {', '.join(table.FORMATS)}")
+    found = []
+    for record in records:
+        found.append(record)
+        if results:
+            run.append(results, [record])
+        if output == "jsonl":
+            typer.echo(table.render([record], "jsonl"))
+    if output != "jsonl":
+        typer.echo(table.render(found, output))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} must be whole numbers separated by commas") from error

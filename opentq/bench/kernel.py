@@ -1,0 +1,205 @@
+"""`opentq bench kernel`: one layer's attention call of one query token, on this machine, for every KV format and rival.
+
+All arms attend to the same random keys and values. Ours go through `OpenTQCache`, so that what is timed is what serves
+a model. Two errors are given, both relative to float64: `error` against attention over the very bytes an arm stores
+(its arithmetic), `error_with_codec` against attention over the vectors before they were encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..caches.single import OpenTQCache
+from ..errors import UserError
+from ..kernels import cpu
+from ..spec import KVSpec
+from . import run
+from .rivals import find
+
+FILL = 4096
+"""Tokens written to a cache at a time."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer: query heads, KV heads, head dim, context; float32 inputs `q [Hq, D]`, `k` and `v` `[Hkv, N, D]`."""
+
+    q_heads: int
+    kv_heads: int
+    dim: int
+    context: int
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+    @classmethod
+    def random(cls, shape: Sequence[int], context: int, seed: int = 0) -> Problem:
+        """Standard normal vectors, rounded to fp16 as a model would hand them over."""
+        q_heads, kv_heads, dim = shape
+        rng = np.random.default_rng(seed)
+
+        def draw(*size: int) -> np.ndarray:
+            return rng.standard_normal(size, np.float32).astype(np.float16).astype(np.float32)
+
+        k, v = draw(kv_heads, context, dim), draw(kv_heads, context, dim)
+        return cls(q_heads, kv_heads, dim, context, draw(q_heads, dim), k, v)
+
+
+class Arm(Protocol):
+    """One engine with one KV format on one problem."""
+
+    engine: str
+    kv: str
+    served_by: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that one call reads."""
+
+    @property
+    def scratch(self) -> int | None:
+        """Bytes one call needs besides, where they can be known."""
+
+    def call(self) -> Any:
+        """Attend and wait: an array of Hq * D numbers."""
+
+    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is stored, decoded: float32 `k`, `v` `[Hkv, N, D]` in the problem's basis."""
+
+
+class Ours:
+    """Our cache and whatever attention dispatch chooses."""
+
+    engine = "opentq"
+
+    def __init__(self, spec: str, problem: Problem):
+        self.kv = str(KVSpec.parse(spec))
+        self.problem = problem
+        self.cache = OpenTQCache(spec)
+        for start in range(0, problem.context, FILL):
+            # The last token enters alone, as in a decode step.
+            for a, b in _steps(start, min(start + FILL, problem.context), problem.context):
+                k, v = (mx.array(x[None, :, a:b]).astype(mx.float16) for x in (problem.k, problem.v))
+                self.step = self.cache.update_and_fetch(k, v)[0].step
+                mx.eval(self.cache.state)
+        self.q = mx.array(problem.q[None, :, None]).astype(mx.float16)
+        mx.eval(self.q)
+        self.scratch: int | None = None
+        self.scratch = _scratch(self.call)
+        self.served_by = self.cache.stats.served_by
+
+    @property
+    def nbytes(self) -> int:
+        packed, dense = self.step.lens[0][0], self.step.dense_k.shape[2]
+        spec, p = self.cache.spec, self.problem
+        per_token = spec.bits_per_value(p.dim) * 2 * p.dim / 8
+        return round(p.kv_heads * (packed * per_token + dense * 4 * p.dim))
+
+    def call(self) -> mx.array:
+        out = self.step.attend(self.q, scale=self.problem.scale)
+        mx.eval(out)
+        return out
+
+    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+        packed, sink, tail = self.step.lens[0]
+        out = []
+        for side, dense in ((self.step.k, self.step.dense_k), (self.step.v, self.step.dense_v)):
+            middle = [side.decode(a, b, mx.float32) for a, b in _pieces(packed)]
+            ends = [d.astype(mx.float32) for d in (dense[:, :, :sink], dense[:, :, tail:])]
+            parts = [p for p in (ends[0], *middle, ends[1]) if p.size]
+            out.append(np.concatenate([np.array(side.codec.unrotate(p))[0] for p in parts], axis=1))
+        return out[0], out[1]
+
+
+def _steps(start: int, stop: int, context: int) -> list[tuple[int, int]]:
+    return [(start, stop)] if stop < context or stop - start < 2 else [(start, stop - 1), (stop - 1, stop)]
+
+
+def _pieces(tokens: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, tokens, FILL):
+        yield start, min(start + FILL, tokens)
+
+
+def _scratch(call: Callable[[], Any]) -> int:
+    """MLX memory that a call needs beyond what is there before it."""
+    call()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    call()
+    return mx.get_peak_memory() - before
+
+
+def bench(
+    shape: Sequence[int],
+    contexts: Sequence[int],
+    kv: Sequence[str],
+    against: Sequence[str] = (),
+    windows: int = run.WINDOWS,
+    warm: float = run.WARM_SECONDS,
+    window: float = run.WINDOW_SECONDS,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Records for every context and arm. Raises UserError for a bad shape or a rival that is not installed."""
+    if len(shape) != 3 or min(shape) < 1 or shape[0] % shape[1]:
+        raise UserError(
+            f"--shape {','.join(map(str, shape))}: give query heads, KV heads and head dim such as 64,8,128; "
+            "query heads must be a multiple of KV heads"
+        )
+    specs = [str(KVSpec.parse(s)) for s in kv]
+    rivals = [find(name) for name in against]
+    bandwidth = run.read_bandwidth()
+    for context in contexts:
+        problem = Problem.random(shape, context, seed)
+        arms: list[Arm] = [Ours(spec, problem) for spec in specs]
+        for rival in rivals:
+            arms += rival(problem, cpu.threads())
+        timings = run.interleave([arm.call for arm in arms], windows, warm, window)
+        exact = attend_float64(problem.q, problem.k, problem.v, problem.scale)
+        for arm, timing in zip(arms, timings):
+            out = np.asarray(arm.call(), np.float64).reshape(problem.q_heads, problem.dim)
+            own = attend_float64(problem.q, *arm.stored(), problem.scale)
+            yield run.record(
+                "kernel",
+                shape=list(shape),
+                context=context,
+                engine=arm.engine,
+                kv=arm.kv,
+                ms=timing.median * 1e3,
+                ms_sd=timing.sd * 1e3,
+                windows_ms=[t * 1e3 for t in timing.windows],
+                bytes=arm.nbytes,
+                gb_per_s=arm.nbytes / timing.median / 1e9,
+                bandwidth_share=arm.nbytes / timing.median / bandwidth,
+                read_bandwidth=bandwidth,
+                error=relative(out, own),
+                error_with_codec=relative(out, exact),
+                scratch_bytes=arm.scratch,
+                served_by=arm.served_by,
+            )
+
+
+def attend_float64(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    """float64 attention of `q [Hq, D]` over `k`, `v` `[Hkv, N, D]`: `[Hq, D]`, one KV head at a time."""
+    group = q.shape[0] // k.shape[0]
+    out = []
+    for head in range(k.shape[0]):
+        rows = q[head * group : (head + 1) * group].astype(np.float64)
+        scores = rows @ k[head].astype(np.float64).T * scale
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out.append(weights @ v[head].astype(np.float64) / weights.sum(-1, keepdims=True))
+    return np.concatenate(out)
+
+
+def relative(out: np.ndarray, exact: np.ndarray) -> float:
+    """Frobenius norm of the error over that of the exact result."""
+    return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))

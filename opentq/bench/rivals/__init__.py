@@ -1,0 +1,23 @@
+"""Other engines on the same problem. One that is not installed is an error that says how to install it, never a gap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    from ..kernel import Arm, Problem
+
+MODULES = {"mlx": "mlx_sdpa", "mlx-lm": "mlx_lm_quantized", "llama.cpp": "llama_cpp", "ort": "ort"}
+
+
+def find(name: str) -> Callable[[Problem, int], list[Arm]]:
+    """The function `(problem, threads) -> arms` of a rival. Raises UserError for an unknown or missing one."""
+    if name not in MODULES:
+        raise UserError(f"--against {name!r} is not known: use {', '.join(MODULES)}")
+    module = import_module(f".{MODULES[name]}", __name__)
+    module.require()
+    return module.arms

@@ -1,0 +1,59 @@
+"""mlx-lm's attention over its quantised cache (`--kv-bits`), called with its own function on its own format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..kernel import Problem
+
+GROUP = 64
+"""mlx-lm's default `--kv-group-size`."""
+
+
+def require() -> None:
+    """mlx-lm is always there."""
+
+
+def arms(problem: Problem, threads: int) -> list[Quantized]:
+    """8 and 4 bits."""
+    return [Quantized(problem, 8), Quantized(problem, 4)]
+
+
+class Quantized:
+    engine = "mlx-lm"
+    served_by = "quantized_scaled_dot_product_attention"
+
+    def __init__(self, problem: Problem, bits: int):
+        from ..kernel import _scratch
+
+        self.kv, self.bits, self.scale = f"kv-bits {bits}", bits, problem.scale
+        # The CPU's quantised products are for float32 models; on a GPU the model is in half precision.
+        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+        self.q = mx.array(problem.q[None, :, None]).astype(dtype)
+        self.k, self.v = (
+            mx.quantize(mx.array(x[None]).astype(dtype), group_size=GROUP, bits=bits) for x in (problem.k, problem.v)
+        )
+        mx.eval(self.q, self.k, self.v)
+        self.scratch = _scratch(self.call)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.k, *self.v))
+
+    def call(self) -> mx.array:
+        from mlx_lm.models.base import quantized_scaled_dot_product_attention
+
+        queries = mx.array(self.q)  # the function scales them in place
+        out = quantized_scaled_dot_product_attention(
+            queries, self.k, self.v, scale=self.scale, mask=None, group_size=GROUP, bits=self.bits
+        )
+        mx.eval(out)
+        return out
+
+    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+        k, v = (mx.dequantize(*x, group_size=GROUP, bits=self.bits).astype(mx.float32) for x in (self.k, self.v))
+        return np.array(k[0]), np.array(v[0])

@@ -1,0 +1,116 @@
+"""Tables from records: llama-bench's Markdown, CSV, JSON and JSONL; the columns are chosen by the kind of record."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UserError
+
+FORMATS = ("md", "csv", "json", "jsonl")
+Record = dict[str, Any]
+
+
+def render(records: Sequence[Record], form: str) -> str:
+    """Records as text in one of `FORMATS`."""
+    if form == "json":
+        return json.dumps(list(records), indent=1)
+    if form == "jsonl":
+        return "\n".join(json.dumps(r) for r in records)
+    if form == "csv":
+        return _csv(records)
+    if form == "md":
+        return "\n\n".join(markdown([r for r in records if r["kind"] == kind]) for kind in _kinds(records))
+    raise UserError(f"output format {form!r} is not known: use {', '.join(FORMATS)}")
+
+
+def _kinds(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(r["kind"] for r in records))
+
+
+def _csv(records: Sequence[Record]) -> str:
+    flat = [{k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in r.items()} for r in records]
+    names = list(dict.fromkeys(k for r in flat for k in r))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue().rstrip("\n")
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """One Markdown table for records of one kind."""
+    head, row = {"kernel": (KERNEL, _kernel), "model": (MODEL, _model), "long": (LONG, _long)}[records[0]["kind"]]
+    aligned = ["---" if column in LEFT else "---:" for column in head]
+    lines = [head, aligned, *(row(r) for r in records)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+LEFT = ("engine", "kv", "model", "backend", "fill", "served by", "test", "arm", "needle", "note")
+KERNEL = [
+    "engine",
+    "kv",
+    "context",
+    "ms",
+    "GB/s",
+    "of bandwidth",
+    "error",
+    "with codec",
+    "MB",
+    "scratch MB",
+    "served by",
+]
+MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB", "vs f16", "fill"]
+LONG = ["arm", "context", "prefill t/s", "decode t/s", "KV GB", "peak GB", "needle", "note"]
+
+
+def _kernel(r: Record) -> list[str]:
+    return [
+        r["engine"],
+        r["kv"],
+        f"{r['context']:,}",
+        f"{r['ms']:.3f} ± {r['ms_sd']:.3f}",
+        f"{r['gb_per_s']:.1f}",
+        f"{100 * r['bandwidth_share']:.0f} %",
+        f"{r['error']:.1e}",
+        f"{r['error_with_codec']:.1e}",
+        f"{r['bytes'] / 1e6:.1f}",
+        "" if r["scratch_bytes"] is None else f"{r['scratch_bytes'] / 1e6:.1f}",
+        r["served_by"],
+    ]
+
+
+def _model(r: Record) -> list[str]:
+    test = r["test"] + (f" @ d{r['depth']}" if r["depth"] else "")
+    speed = r["note"] if r["tokens_per_s"] is None else f"{r['tokens_per_s']:.2f} ± {r['tokens_per_s_sd']:.2f}"
+    return [
+        r["model"],
+        f"{r['weight_bytes'] / 1e9:.2f}",
+        r["backend"],
+        r["kv"],
+        test,
+        speed,
+        "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}",
+        "" if r["kv_bytes"] is None else f"{r['kv_bytes'] / 1e9:.3f}",
+        "" if r["vs_f16"] is None else f"{r['vs_f16']:.2f}x",
+        r["fill"],
+    ]
+
+
+def _long(r: Record) -> list[str]:
+    def number(key: str, scale: float = 1.0, digits: int = 1) -> str:
+        return "" if r[key] is None else f"{r[key] / scale:.{digits}f}"
+
+    return [
+        r["arm"],
+        f"{r['context']:,}",
+        number("prefill_per_s"),
+        number("decode_per_s"),
+        number("kv_bytes", 1e9, 3),
+        number("peak_bytes", 1e9, 2),
+        {True: "found", False: "missed", None: ""}[r["needle"]],
+        r["note"],
+    ]
