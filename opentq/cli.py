@@ -6,10 +6,15 @@ import sys
 
 import typer
 
+from .bench.command import bench
+from .caches.command import app as cache
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .errors import UserError
+from .evaluate.command import app as evaluate
+from .memory.command import plan
+from .server.command import serve
 
 app = typer.Typer(
     name="opentq",
@@ -20,8 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (generate, demo, doctor):
+for command in (generate, serve, plan, demo, doctor):
     app.command()(command)
+for group, name in ((bench, "bench"), (evaluate, "eval"), (cache, "cache")):
+    app.add_typer(group, name=name)
 
 
 @app.callback()
