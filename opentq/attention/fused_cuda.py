@@ -1,9 +1,9 @@
 """Fused attention on NVIDIA GPUs: packed keys and values are read once, where they lie.
 
-Decode and short blocks (and everything the second way can't take) go through `decode_affine.cu`: one launch, whatever the
-head dims, widths, windows, sinks and lengths. A prompt chunk of many rows is bound by arithmetic, and there the vendor's
-fp16 kernel is the best there is: a few KV heads of this one layer are laid out in fp16, attended, and dropped before the
-next ones, so that at most `SCRATCH` bytes (or one head, if that is more) are ever unpacked.
+Decode and short blocks (and everything the second way can't take) go through `decode_affine.cu`: one launch, whatever
+the head dims, widths, windows, sinks and lengths. A prompt chunk of many rows is bound by arithmetic, and there the
+vendor's fp16 kernel is the best there is: a few KV heads of this one layer are laid out in fp16, attended, and dropped
+before the next ones, so that at most `SCRATCH` bytes (or one head, if that is more) are ever unpacked.
 """
 
 from __future__ import annotations
@@ -69,23 +69,28 @@ def decode(args: AttnArgs) -> mx.array:
     blocks = geometry.grid(batch, args.kv_heads, rows, splits)
     scratch = (blocks[1] * blocks[2], splits, geometry.row_tile, args.v.head_dim + 2) if splits > 1 else (1,)
     out, _ = cuda.compiled(source)(
-        inputs=[
-            args.q,
-            args.k.arrays[0] if args.k.arrays else cuda.no_records(),
-            args.v.arrays[0] if args.v.arrays else cuda.no_records(),
-            args.dense_k,
-            args.dense_v,
-            args.lens_array(),
-            cuda.params_array(args.scale, args.softcap, args.window, args.causal),
-            cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
-            cuda.tickets(blocks[1] * blocks[2]),
-        ],
+        inputs=inputs(args, cuda.tickets(blocks[1] * blocks[2])),
         output_shapes=[(batch, q_heads, length, args.v.head_dim), scratch],
         output_dtypes=[args.q.dtype, mx.float32],
         grid=(blocks[0] * source.threads, blocks[1], blocks[2]),
         threadgroup=(source.threads, 1, 1),
     )
     return out
+
+
+def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
+    """The kernel's inputs in its order."""
+    return [
+        args.q,
+        args.k.arrays[0] if args.k.arrays else cuda.no_records(),
+        args.v.arrays[0] if args.v.arrays else cuda.no_records(),
+        args.dense_k,
+        args.dense_v,
+        args.lens_array(),
+        cuda.params_array(args.scale, args.softcap, args.window, args.causal),
+        cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
+        tickets,
+    ]
 
 
 def prefill(args: AttnArgs) -> mx.array:

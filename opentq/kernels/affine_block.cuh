@@ -1,25 +1,26 @@
 // The storage layout "mma64" of affine codes: canonical bits, permuted so that a lane's words are its mma fragments.
 //
 // Tokens are stored in blocks of 64, a block in two records of 32 tokens, a record in two strips of 16. A strip is cut
-// along the head dimension into tiles of 16 x 16 values, each exactly one A operand of mma.m16n8k16 (fragments: warp.cuh):
-// rows are keys and columns dims where the side is K (scores = K q), rows are dims and columns keys where it is V
-// (out = V^T p). Lane 4g+t owns 8 values of a tile, e = 0..7, in register e/2, half e%2 of the fragment:
+// along the head dimension into tiles of 16 x 16 values, each exactly one A operand of mma.m16n8k16 (fragments:
+// warp.cuh): rows are keys and columns dims where the side is K (scores = K q), rows are dims and columns keys where it
+// is V (out = V^T p). Lane 4g+t owns 8 values of a tile, e = 0..7, in register e/2, half e%2 of the fragment:
 //   K: key = g + 8 (e/2 % 2),          dim = 2t + e%2 + 8 (e/4)
 //   V: dim = g + 8 (e/2 % 2),          key = 2t + e%2 + 8 (e/4)
 // With tile i = strip * D/16 + dim/16 and register r = e/2, the value's field starts at
 //   8 bits: word 2i + r/2 of the lane, bit 8 (r%2) + 16 (e%2)
 //   4 bits: word i,                    bit 4 r     + 16 (e%2)
 //   2 bits: word i/2,                  bit 8 (i%2) + 2 r + 16 (e%2)
-//   3 bits: its low two bits as above; its high bit in word i/4 of a second plane, bit 4 (i%4) + r/2 + 2 (r%2) + 16 (e%2)
-// The words of a plane lie as [word/4][lane][word%4], so that one 16-byte load per lane fetches four and a warp reads 512
-// bytes without a bank conflict; a remainder of n words lies as [lane][n].
+//   3 bits: its low two bits as above; its high bit in a second plane,
+//           word i/4,                  bit 4 (i%4) + r/2 + 2 (r%2) + 16 (e%2)
+// The words of a plane lie as [word/4][lane][word%4], so that one 16-byte load per lane fetches four and a warp reads
+// 512 bytes without a bank conflict; a remainder of n words lies as [lane][n].
 // After the codes come the scales and then the zeros of the record, fp16:
 //   K: [32 keys][G]                    V: [G][32 keys], key at 8 t + 4 strip + 2 (key/8 % 2) + key%2, t = key%8 / 2
 // A record has exactly the bytes of 32 canonical tokens: 32 (W + G) words.
 //
 // A field is used where it lies: `word & mask` is a pair of fp16 denormals, value = field * 2^-24, exact, with no
-// conversion at all. A field one step to the left (odd registers) is LIFT times larger. Odd registers are rows 8..15, so
-// the factor is one per output row and is taken back in fp32.
+// conversion at all. A field one step to the left (odd registers) is LIFT times larger. Odd registers are rows 8..15,
+// so the factor is one per output row and is taken back in fp32.
 
 #include "warp.cuh"
 
@@ -41,7 +42,7 @@ struct Affine {
   static_assert(D % 16 == 0, "head dims are multiples of 16");
 };
 
-constexpr float UNIT = 16777216.f;  // 2^24: one over the value of field 1 as an fp16 denormal
+[[maybe_unused]] constexpr float UNIT = 16777216.f;  // 2^24: one over the value of field 1 as an fp16 denormal
 
 // The four words that hold word `index` of this lane; `count` words per lane in the plane. A quad is loaded once.
 template <int COUNT>
@@ -88,7 +89,8 @@ struct Fragments {
       a[0] = w & 0x00030003u, a[1] = w & 0x000c000cu;
       a[2] = x & 0x00030003u, a[3] = x & 0x000c000cu;
       if constexpr (F::BITS == 3) {
-        // Field bit 2 of even registers belongs at bit 2, of odd ones at bit 4; they lie at 4 (i%4) + r/2 and two above.
+        // Field bit 2 of even registers belongs at bit 2, of odd ones at bit 4; they lie at 4 (i%4) + r/2 and two
+        // above.
         const u32 h = high.word(record + 32 * F::LOW, lane, i / 4, first || i % 16 == 0);
         const int at = 4 * (i % 4);
         const u32 h0 = at >= 2 ? h >> (at - 2) : h << (2 - at), h1 = at >= 1 ? h >> (at - 1) : h << (1 - at);

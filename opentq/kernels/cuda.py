@@ -22,7 +22,7 @@ import mlx.core as mx
 from .cuda_layout import BLOCK, RECORD, MmaLayout
 
 HERE = Path(__file__).parent
-FILES = ("warp.cuh", "affine_block.cuh", "decode_affine.cu", "pack_affine.cu", "unpack_affine.cu")
+FILES = ("warp.cuh", "affine_block.cuh", "decode_warp.cuh", "decode_affine.cu", "pack_affine.cu", "unpack_affine.cu")
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
@@ -31,9 +31,13 @@ MAX_SPLITS = 160
 CTYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 
 
-@functools.cache
 def available() -> bool:
-    """MLX runs on an NVIDIA GPU here, of compute capability 9.0 or later (bulk copies, mbarriers)."""
+    """MLX's default device is an NVIDIA GPU of compute capability 9.0 or later (bulk copies, mbarriers)."""
+    return mx.default_device() == mx.gpu and _hopper()
+
+
+@functools.cache
+def _hopper() -> bool:
     return bool(mx.cuda.is_available()) and _device_attribute(75) >= 9  # major compute capability
 
 
@@ -72,6 +76,22 @@ class KernelSource:
     body: str
     threads: int
     shared: int
+    resident: int = 1  # blocks per multiprocessor that registers must leave room for
+
+    @property
+    def header(self) -> str:
+        """The sources, and the launch bounds.
+
+        MLX writes the kernel's signature itself and has no place for launch bounds, so `__global__` carries them until
+        the body restores it.
+        """
+        bounds = f"__attribute__((global)) __launch_bounds__({self.threads}, {self.resident})"
+        redefine = ['#pragma push_macro("__global__")', "#undef __global__", f"#define __global__ {bounds}"]
+        return text(self.file) + "\n".join(redefine) + "\n"
+
+    @property
+    def full_body(self) -> str:
+        return '\n#pragma pop_macro("__global__")\n' + self.body
 
     def build(self):
         """The `mx.fast.cuda_kernel` object; raises where MLX has no CUDA back end."""
@@ -79,8 +99,8 @@ class KernelSource:
             name=self.name,
             input_names=[n for n, _ in self.inputs],
             output_names=[n for n, _ in self.outputs],
-            source=self.body,
-            header=text(self.file),
+            source=self.full_body,
+            header=self.header,
             shared_memory=self.shared,
         )
 
@@ -97,7 +117,7 @@ class KernelSource:
         """What MLX would generate, for nvcc."""
         shape = "struct Shape { int d[8]; __device__ int operator[](int i) const { return d[i]; } };"
         signature = f'extern "C" __global__ void {self.name}({", ".join(self.parameters())})'
-        return f"{shape}\n{text(self.file)}{signature} {{\n{self.body}\n}}\n"
+        return f"{shape}\n{self.header}{signature} {{\n{self.full_body}\n}}\n"
 
     def emulated(self) -> str:
         """For the host's C++ compiler and `tests/cuda/emulate.hpp`: `run(grid, pointers, shapes)`."""
@@ -129,14 +149,14 @@ class Geometry:
 
     @classmethod
     def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int) -> Geometry:
+        """Eight warps and two stages unless shared memory says otherwise: measured best, `dev/kernels/README.md`."""
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
         stage = 4 * (k.record_words + v.record_words)
-        # Two blocks per multiprocessor where the ring allows it, and about 40 KB in flight in each.
-        warps = 4
-        while warps > 1 and 2 * warps * stage > SHARED_LIMIT * 3 // 4:
+        warps = 8
+        while warps > 1 and 2 * warps * stage > 200 * 1024:
             warps //= 2
-        stages = max(2, min(8, 48 * 1024 // (warps * stage)))
+        stages = max(2, min(4, 80 * 1024 // (warps * stage)))
         return cls(k, v, dtype, tiles, warps, stages)
 
     @property
@@ -149,22 +169,28 @@ class Geometry:
         rows, parts = self.row_tile, 2 if self.dtype == "float" else 1
         ring = self.warps * self.stages * 4 * (self.k.record_words + self.v.record_words)
         whole = self.warps * rows * (self.v.head_dim + 4) * 4
-        area = max(ring, whole if whole <= 48 * 1024 else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
+        area = max(ring, whole if whole <= max(ring, 49152) else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
         query = self.k.head_dim // 16 * self.tiles * parts * 256
         sums = self.tiles * (2 if self.k.groups > 8 else 1) * 256
         small = rows * 8 + 2 * self.warps * rows * 4 + 16
         return area + query + sums + self.warps * self.stages * 8 + small
 
-    def blocks_per_multiprocessor(self) -> int:
-        return max(1, min(SHARED_LIMIT // (self.shared + 1024), 12 // self.warps))
+    @property
+    def resident(self) -> int:
+        """Blocks per multiprocessor: two where registers (one row tile, D up to 128) and shared memory allow."""
+        small = self.tiles == 1 and max(self.k.head_dim, self.v.head_dim) <= 128 and self.dtype != "float"
+        return 2 if small and 2 * (self.shared + 1024) <= SHARED_LIMIT else 1
 
     def splits(self, tiles: int, records: int, strips: int, multiprocessors: int) -> int:
-        """How many blocks share the keys of one row tile, `tiles` = row tiles of all heads and sequences.
+        """How many blocks share the keys of one row tile; `tiles` = row tiles of all heads and sequences.
 
-        As many as fill the machine once, but no more than give every warp two records.
+        One block per multiprocessor, if that leaves few of them idle, else as many as are resident at once. But a block
+        should have four records of 32 tokens or eight dense strips of 16: below that a merge costs more than it saves.
         """
-        fill = max(1, multiprocessors * self.blocks_per_multiprocessor() // tiles)
-        work = -(-records // (2 * self.warps)) if records > 2 * strips else -(-(records + strips) // (2 * self.warps))
+        fill = multiprocessors // tiles
+        if fill * tiles < 0.75 * multiprocessors:
+            fill = self.resident * multiprocessors // tiles
+        work = max(-(-records // 4), -(-strips // 8))
         return max(1, min(fill, work, MAX_SPLITS))
 
     def source(self) -> KernelSource:
@@ -194,6 +220,7 @@ class Geometry:
             body=body,
             threads=32 * self.warps,
             shared=self.shared,
+            resident=self.resident,
         )
 
     def grid(self, batch: int, kv_heads: int, rows: int, splits: int) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 // Affine encoding straight into the storage layout of affine_block.cuh, one launch, one read and one write.
 //
-// Input y [B, H, T, D], rotated, T a multiple of 64; output records [B, H, T/64, 2 RECORD]. A block makes one record of 32
-// tokens. It stages the vectors in shared memory as fp32 (rows padded by one word, so that neither rows nor columns meet
-// in a bank), finds scale and zero of every (token, group), and then every thread builds whole words of the layout from
-// their fields. Values, rounding and order are those of `codecs/affine.py`, so the bits are the same:
+// Input y [B, H, T, D], rotated, T a multiple of 64; output records [B, H, T/64, 2 RECORD]. A block makes one record of
+// 32 tokens. It stages the vectors in shared memory as fp32 (rows padded by one word, so that neither rows nor columns
+// meet in a bank), finds scale and zero of every (token, group), and then every thread builds whole words of the layout
+// from their fields. Values, rounding and order are those of `codecs/affine.py`, so the bits are the same:
 //   scale = fp16((max - min) / top), zero = fp16(min), code = rint((x - zero) / scale) clipped to 0 .. top;
 //   a group whose scale rounds to 0 stores zero = fp16((min + max) / 2) and codes 0.
 // Bytes moved: T * D * sizeof(T) read, the record written.

@@ -1,14 +1,14 @@
 // One sequence's keys or values of a few KV heads as one plain matrix in logical order, for prefill.
 //
-// A prompt chunk is thousands of rows: its attention is bound by arithmetic, not by bytes, and the vendor's fp16 kernel is
-// the best there is. So a few KV heads at a time are laid out as it wants them, [heads, tokens, D], attended, and thrown
-// away; what exists at any time is a bounded piece of one layer.
+// A prompt chunk is thousands of rows: its attention is bound by arithmetic, not by bytes, and the vendor's fp16 kernel
+// is the best there is. So a few KV heads at a time are laid out as it wants them, [heads, tokens, D], attended, and
+// thrown away; what exists at any time is a bounded piece of one layer.
 //
-// A block of 4 warps; warp i of the grid takes record i (32 tokens) of the packed region, then groups of 32 dense columns.
-// Codes come as mma fragments (affine_block.cuh); x = fp16(code * scale + zero), in fp32 until the one rounding. In K a
-// fragment register holds two neighbouring dims of a key; in V two keys of a dim, turned by one 8 x 8 transpose.
-// Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D] half, where int
-// [8] = (sequence, first head, packed, sink, tail_start). Output: y [heads, tokens, D] T.
+// A block of 4 warps; warp i of the grid takes record i (32 tokens) of the packed region, then groups of 32 dense
+// columns. Codes come as mma fragments (affine_block.cuh); x = code * scale + zero in fp32, rounded once to T, half or
+// bfloat16. In K a fragment register holds two neighbouring dims of a key; in V two keys of a dim, turned by one 8 x 8
+// transpose. Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D]
+// half, where int [8] = (sequence, first head, packed, sink, tail_start). Output: y [heads, tokens, D] T.
 // Bytes moved: the records read, tokens * D * sizeof(T) written.
 #include "affine_block.cuh"
 
@@ -45,12 +45,12 @@ __device__ __forceinline__ void unpack(const u32* records, const __half* dense, 
           const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
           x = fmaf(x, half_bits(scales[at]), half_bits(zeros[at]));
           z = fmaf(z, half_bits(scales[at + 1]), half_bits(zeros[at + 1]));
-          const u32 turned = transpose8x8(pack_half2(x, z));
-          x = low_half(turned), z = high_half(turned);
           token = 16 * strip + g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
         }
+        u32 pair = pack_pair(y, x, z);
+        if constexpr (!KEYS) pair = transpose8x8(pair);
         token += 32 * unit;
-        if (token < packed) assign2(y + (size_t)(sink + token) * F::D + dim, x, z);
+        if (token < packed) *reinterpret_cast<u32*>(y + (size_t)(sink + token) * F::D + dim) = pair;
       }
     }
     return;

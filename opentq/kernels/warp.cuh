@@ -22,13 +22,14 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 __device__ __forceinline__ void assign(float& y, float x) { y = x; }
 __device__ __forceinline__ void assign(__half& y, float x) { y = __float2half_rn(x); }
 __device__ __forceinline__ void assign(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
-// Two neighbours at once; y is aligned for the pair.
-__device__ __forceinline__ void assign2(float* y, float a, float b) { *reinterpret_cast<float2*>(y) = make_float2(a, b); }
-__device__ __forceinline__ void assign2(__half* y, float a, float b) {
-  *reinterpret_cast<__half2*>(y) = __floats2half2_rn(a, b);
+// Two 16-bit numbers of type T as one register.
+__device__ __forceinline__ u32 pack_pair(const __half*, float a, float b) {
+  __half2 h = __floats2half2_rn(a, b);
+  return *reinterpret_cast<u32*>(&h);
 }
-__device__ __forceinline__ void assign2(__nv_bfloat16* y, float a, float b) {
-  *reinterpret_cast<__nv_bfloat162*>(y) = __floats2bfloat162_rn(a, b);
+__device__ __forceinline__ u32 pack_pair(const __nv_bfloat16*, float a, float b) {
+  __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<u32*>(&h);
 }
 
 // Two floats, rounded, as one register of two halves; and back.
@@ -74,8 +75,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return opentq_shared;
 }
 
-// Bulk copies global -> shared: one lane asks for `bytes` (a multiple of 16, both ends 16-byte aligned), the copy engine
-// moves them, and the barrier flips its phase when all bytes announced to it have arrived. No register is held meanwhile.
+// Bulk copies global -> shared: one lane asks for `bytes` (a multiple of 16, both ends 16-byte aligned), the copy
+// engine moves them, and the barrier flips its phase when all bytes announced to it have arrived. No register is held
+// meanwhile.
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void barrier_init(u64* bar) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)) : "memory");
@@ -103,8 +105,9 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 
 // After ordinary writes to shared memory that a later bulk copy overwrites.
 __device__ __forceinline__ void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Between blocks: what a block wrote before one of its threads arrives (behind a block barrier) is seen by the block that
-// arrives last. The increment wraps to zero at the last arrival: the ticket is ready for its next use, nobody resets it.
+// Between blocks: what a block wrote before one of its threads arrives (behind a block barrier) is seen by the block
+// that arrives last. The increment wraps to zero at the last arrival: the ticket is ready for its next use, nobody
+// resets it.
 __device__ __forceinline__ bool arrive_last(u32* ticket, u32 count) {
   u32 before;
   asm volatile("fence.acq_rel.gpu;\natom.relaxed.gpu.global.inc.u32 %0, [%1], %2;\nfence.acq_rel.gpu;"

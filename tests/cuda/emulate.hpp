@@ -1,9 +1,9 @@
 // A warp emulator: stands in for opentq/kernels/warp.cuh, so that CUDA kernels run on a machine without a GPU.
 //
 // Every CUDA thread of a block is a fiber. Warp-wide operations (mma, shuffles, votes, transposes) gather one operand
-// from each lane, compute all 32 results when the last lane arrives, and let the lanes go on; barriers do the same for a
-// block. Blocks run one after the other. Fragment layouts are written out here from the PTX manual, independently of the
-// kernels. Slow (microseconds per warp operation) and meant for small shapes.
+// from each lane, compute all 32 results when the last lane arrives, and let the lanes go on; barriers do the same for
+// a block. Blocks run one after the other. Fragment layouts are written out here from the PTX manual, independently of
+// the kernels. Slow (microseconds per warp operation) and meant for small shapes.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -26,6 +26,7 @@ struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { int x = 1, y = 1, z = 1; };
 struct __half { _Float16 v; };
@@ -155,7 +156,13 @@ inline void assign(__nv_bfloat16& y, float x) {
   y.v = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
 }
 template <class T>
-inline void assign2(T* y, float a, float b) { assign(y[0], a), assign(y[1], b); }
+inline u32 pack_pair(const T*, float a, float b) {
+  T y[2];
+  assign(y[0], a), assign(y[1], b);
+  u32 w;
+  std::memcpy(&w, y, 4);
+  return w;
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -226,7 +233,8 @@ inline void sync_warp() {
 }
 inline void sync_block() { emulate::meet(emulate::block_meeting, emulate::block_threads, [] {}); }
 inline unsigned char* shared_memory() {
-  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(emulate::shared.data()) + 127) & ~uintptr_t(127));
+  const auto at = reinterpret_cast<uintptr_t>(emulate::shared.data());
+  return reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t(127));
 }
 
 // A bulk copy is done at once; a barrier counts the bytes that it waits for and its completed phases.
@@ -251,7 +259,7 @@ inline bool arrive_last(u32* ticket, u32 count) {
   *ticket = *ticket == count - 1 ? 0 : *ticket + 1;
   return *ticket == 0;
 }
-inline void acquire() {}
+inline void fence_bulk() {}
 inline float4 load_global(const float4* p) { return *p; }
 inline float2 load_global(const float2* p) { return *p; }
 

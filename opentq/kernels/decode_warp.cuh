@@ -1,0 +1,368 @@
+// One warp's attention over its share of the keys: records of packed tokens, and strips of dense columns.
+//
+// Arithmetic, for one record of 32 tokens and one tile of 8 query rows. Scores: S^T = K q^T, with the 16 x 16 code
+// tiles of `affine_block.cuh` as the A operand and the 8 rows as columns of B. Codes enter the tensor core raw, as fp16
+// denormals; per group of dims
+//   S[key, row] += scale[key, group] * sum_d code[key, d] q[row, d]       (fp32)
+// and the zeros come in through one more mma, zero[key, group] x sum_{d in group} q[row, d], whose B operand is split
+// in a high and a low half to keep 22 bits. The C fragment of S^T becomes the B operand of the second product by two 8
+// x 8 transposes. Output: O^T = V^T P^T with raw codes as A again; the scales multiply P (one fp16 multiply per key
+// pair and group), the zeros are one mma into `oz`. Powers of two that the code fields carry (UNIT, LIFT) are taken
+// back in fp32. Queries are scaled by a power of two into [1, 2) per row, so that bf16 and fp32 ranges fit fp16
+// exactly. fp32 queries, and the probabilities that go with them, are split in two halves each (PARTS = 2): 22 bits
+// instead of 11.
+#include "affine_block.cuh"
+
+namespace opentq {
+
+struct Shape4 {  // what the host knows: blocks allocated for k and v, dense columns, heads, rows
+  int k_blocks, v_blocks, columns, q_heads, length, kv_heads;
+};
+
+__device__ __forceinline__ float bits_to_float(int x) { return __int_as_float(x); }
+__device__ __forceinline__ void add(float4& y, float w, const float4& x) {
+  y.x += w * x.x, y.y += w * x.y, y.z += w * x.z, y.w += w * x.w;
+}
+template <class T>
+__device__ __forceinline__ void put(T* y, const float4& x, float f) {
+  assign(y[0], x.x * f), assign(y[1], x.y * f), assign(y[2], x.z * f), assign(y[3], x.w * f);
+}
+
+template <class T, class KF, class VF, int NT, int NW, int ST>
+struct Plan {
+  static constexpr int ROWS = 8 * NT;
+  static constexpr int PARTS = sizeof(T) == 4 ? 2 : 1;
+  static constexpr int STAGE = KF::BYTES + VF::BYTES;
+  static constexpr int RING = NW * ST * STAGE;
+  static constexpr bool WHOLE = NW * ROWS * (VF::D + 4) * 4 <= (RING > 49152 ? RING : 49152);  // outputs fit at once
+  static constexpr int CHUNK = WHOLE || VF::TILES < 4 ? VF::TILES : 4;          // output tiles merged at a time
+  static constexpr int MERGE_ROW = CHUNK * 16 + 4;                              // floats; +4: no bank conflict
+  static constexpr int MERGE = NW * ROWS * MERGE_ROW * 4;
+  static constexpr int AREA = RING > MERGE ? RING : MERGE;
+  static constexpr int QUERY = KF::TILES * NT * PARTS * 64 * 4;                 // B fragments of q
+  static constexpr int ZERO_PARTS = KF::GROUPS > 8 ? 2 : 1;
+  static constexpr int SUMS = NT * ZERO_PARTS * 64 * 4;                         // B fragments of group sums of q
+  static constexpr int BARS = NW * ST * 8;
+  static constexpr int SMALL = ROWS * 8 + 2 * NW * ROWS * 4 + 16;               // factors, positions, maxima, sums
+  static constexpr int BYTES = AREA + QUERY + SUMS + BARS + SMALL;
+};
+
+// Running softmax of one warp: rows 2t, 2t+1 of every row tile, equal in the 8 lanes that share t; l is a lane's own
+// part.
+template <int NT, int TILES>
+struct Running {
+  float m[NT][2], l[NT][2];
+  float o[TILES][NT][4];  // O^T: dims g, g+8 of a tile x rows 2t, 2t+1
+  float oz[NT][4];        // zeros' share, groups g, g+8
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = 0.f;
+      oz[n][0] = oz[n][1] = oz[n][2] = oz[n][3] = 0.f;
+#pragma unroll
+      for (int j = 0; j < TILES; ++j) o[j][n][0] = o[j][n][1] = o[j][n][2] = o[j][n][3] = 0.f;
+    }
+  }
+
+  // Scores (log2 units, -infinity where masked) of STRIPS strips -> probabilities; rescales what was summed before.
+  template <int STRIPS>
+  __device__ __forceinline__ void softmax(float (&x)[STRIPS][NT][4]) {
+    float top[NT][2];
+    bool grown = false;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[n][r] = fmaxf(x[0][n][r], x[0][n][r + 2]);
+#pragma unroll
+        for (int s = 1; s < STRIPS; ++s) top[n][r] = fmaxf(top[n][r], fmaxf(x[s][n][r], x[s][n][r + 2]));
+        grown |= top[n][r] > m[n][r];
+      }
+    if (any_lane(grown)) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float y = fmaxf(m[n][r], top[n][r]);
+          y = fmaxf(y, shuffle_xor(y, 4)), y = fmaxf(y, shuffle_xor(y, 8)), y = fmaxf(y, shuffle_xor(y, 16));
+          const float f = exp2_fast(m[n][r] - y);
+          m[n][r] = y, l[n][r] *= f, oz[n][r] *= f, oz[n][r + 2] *= f;
+#pragma unroll
+          for (int j = 0; j < TILES; ++j) o[j][n][r] *= f, o[j][n][r + 2] *= f;
+        }
+    }
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[s][n][i] = exp2_fast(x[s][n][i] - m[n][i & 1]);
+          l[n][i & 1] += x[s][n][i];
+        }
+  }
+
+  __device__ __forceinline__ void scale_output(float even_rows, float odd_rows) {
+#pragma unroll
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+        o[j][n][0] *= even_rows, o[j][n][1] *= even_rows, o[j][n][2] *= odd_rows, o[j][n][3] *= odd_rows;
+  }
+};
+
+// Probabilities of one strip (C fragment, keys x rows) as the B operand (keys x rows) of the output product.
+template <int PARTS>
+__device__ __forceinline__ void probabilities(u32 (&b)[PARTS][2], const float (&p)[4]) {
+  const u32 lo = pack_half2(p[0], p[1]), hi = pack_half2(p[2], p[3]);
+  b[0][0] = transpose8x8(lo), b[0][1] = transpose8x8(hi);
+  if constexpr (PARTS == 2) {
+    b[1][0] = transpose8x8(pack_half2(p[0] - low_half(lo), p[1] - high_half(lo)));
+    b[1][1] = transpose8x8(pack_half2(p[2] - low_half(hi), p[3] - high_half(hi)));
+  }
+}
+
+// Probabilities times the V scales of a key pair, in as many parts as they came.
+template <int PARTS>
+__device__ __forceinline__ void weigh(u32 (&w)[PARTS], u32 high, u32 low, u32 scale) {
+  if constexpr (PARTS == 1) {
+    w[0] = mul_half2(high, scale);
+  } else {
+    const float x = (low_half(high) + low_half(low)) * low_half(scale);
+    const float y = (high_half(high) + high_half(low)) * high_half(scale);
+    w[0] = pack_half2(x, y);
+    w[1] = pack_half2(x - low_half(w[0]), y - high_half(w[0]));
+  }
+}
+
+template <class T, class KF, class VF, int NT, int NW, int ST>
+struct Decode {
+  using P = Plan<T, KF, VF, NT, NW, ST>;
+  static constexpr int ROWS = P::ROWS, PARTS = P::PARTS, RS = KF::TILES * NT * PARTS <= 16 ? 1 : 0;
+
+  int lane, warp, g, t;
+  const u32 *query, *sums;                // shared
+  const float* factor;                    // shared: score of a row in log2 units = factor * sum q' k
+  const int* position;                    // shared: logical position of each row
+  u32 held[RS ? KF::TILES : 1][NT][PARTS][2];  // q in registers where it is small
+  float softcap, f[NT][2];
+  int window, causal, packed, sink;
+  Running<NT, VF::TILES> run;
+
+  __device__ __forceinline__ void load_query(u32 (&b)[2], int j, int n, int part) const {
+    if constexpr (RS) {
+      b[0] = held[j][n][part][0], b[1] = held[j][n][part][1];
+    } else {
+      const uint2 v = reinterpret_cast<const uint2*>(query)[((j * NT + n) * PARTS + part) * 32 + lane];
+      b[0] = v.x, b[1] = v.y;
+    }
+  }
+
+  // Raw products -> scores in log2 units. `even`, `odd`: what the products of rows g and g+8 still lack.
+  template <int STRIPS>
+  __device__ __forceinline__ void to_scores(float (&x)[STRIPS][NT][4], float even, float odd) const {
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[s][n][i] *= f[n][i & 1] * (i < 2 ? even : odd);
+    if (softcap > 0.f) {
+#pragma unroll
+      for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[s][n][i] = softcap * tanhf(x[s][n][i] / softcap);
+    }
+  }
+
+  // Hide one key (0: row g of the fragment, 1: row g+8) at logical position `pos` from the rows that don't see it.
+  __device__ __forceinline__ void mask(float (&x)[NT][4], int key, int pos, bool exists) const {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = position[8 * n + 2 * t + r];
+        const bool seen = exists && (!causal || pos <= row) && (!window || pos > row - window);
+        if (!seen) x[n][2 * key + r] = bits_to_float(0xff800000);
+      }
+  }
+
+  // The V scales and zeros of tokens that do not exist may be anything, NaN included: make them zeros, in place.
+  __device__ __forceinline__ void blank(u32* v, int first) const {
+    u16* numbers = reinterpret_cast<u16*>(v + VF::SCALES);
+    const int at = 8 * (lane % 8 / 2) + 4 * (lane / 16) + 2 * (lane / 8 % 2) + lane % 2;
+    if (first + lane >= packed)
+      for (int i = 0; i < 2 * VF::GROUPS; ++i) numbers[32 * i + at] = 0;
+    fence_bulk();
+    sync_warp();
+  }
+
+  // One record of 32 tokens. Straight-line code but for the rare masks: two strips at a time keep the tensor cores
+  // busy.
+  __device__ __forceinline__ void record(const u32* k, const u32* v, int first, bool masked) {
+    float x[2][NT][4];
+    const u16* k_scales = reinterpret_cast<const u16*>(k + KF::SCALES) + g * KF::GROUPS;
+    const u16* k_zeros = reinterpret_cast<const u16*>(k + KF::ZEROS) + g * KF::GROUPS;
+    constexpr int EIGHT = 8 * KF::GROUPS;  // eight keys on
+    u32 a[4];
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      a[0] = key_zeros<KF::GROUPS>(k_zeros + 2 * s * EIGHT, 2 * t);
+      a[1] = key_zeros<KF::GROUPS>(k_zeros + (2 * s + 1) * EIGHT, 2 * t);
+      // Up to 8 groups: the lower half of the contraction meets the sums' high parts, the upper half their low parts.
+      a[2] = P::ZERO_PARTS == 1 ? a[0] : key_zeros<KF::GROUPS>(k_zeros + 2 * s * EIGHT, 2 * t + 8);
+      a[3] = P::ZERO_PARTS == 1 ? a[1] : key_zeros<KF::GROUPS>(k_zeros + (2 * s + 1) * EIGHT, 2 * t + 8);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        x[s][n][0] = x[s][n][1] = x[s][n][2] = x[s][n][3] = 0.f;
+#pragma unroll
+        for (int z = 0; z < P::ZERO_PARTS; ++z) {
+          const uint2 b = reinterpret_cast<const uint2*>(sums)[(n * P::ZERO_PARTS + z) * 32 + lane];
+          mma(x[s][n], a, b.x, b.y);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[s][n][i] *= (i < 2 ? 1.f : KF::LIFT) / UNIT;
+      }
+    }
+    float scale[2][2][KF::GROUPS];  // strip, key g or g+8
+#pragma unroll
+    for (int s = 0; s < 4; ++s) key_scales<KF::GROUPS>(scale[s / 2][s % 2], k_scales + s * EIGHT);
+    Fragments<KF> upper;
+    Fragments<KF, KF::TILES> lower;
+#pragma unroll
+    for (int group = 0; group < KF::GROUPS; ++group) {
+      float c[2][NT][4];
+#pragma unroll
+      for (int i = 0; i < 8 * NT; ++i) c[i / (4 * NT)][i / 4 % NT][i % 4] = 0.f;
+#pragma unroll
+      for (int j = group * KF::GROUP / 16; j < KF::TILES && j < (group + 1) * KF::GROUP / 16; ++j) {
+        u32 b[4];
+        upper.tile(a, k, lane, j);
+        lower.tile(b, k, lane, KF::TILES + j);
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int part = 0; part < PARTS; ++part) {
+            u32 w[2];
+            load_query(w, j, n, part);
+            mma(c[0][n], a, w[0], w[1]);
+            mma(c[1][n], b, w[0], w[1]);
+          }
+      }
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[s][n][i] += scale[s][i / 2][group] * c[s][n][i];
+    }
+    to_scores(x, UNIT, UNIT / KF::LIFT);
+    if (masked)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = first + 8 * i + g;
+        mask(x[i / 2], i % 2, sink + token, token < packed);
+      }
+    run.softmax(x);
+
+    const u16* v_scales = reinterpret_cast<const u16*>(v + VF::SCALES) + 8 * t;
+    const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS) + 8 * t;
+    Fragments<VF> values;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      u32 b[NT][PARTS][2];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) probabilities<PARTS>(b[n], x[s][n]);
+      a[0] = a[1] = a[2] = a[3] = 0u;
+#pragma unroll
+      for (int half = 0; half < (VF::GROUPS > 8 ? 2 : 1); ++half)
+        if (g + 8 * half < VF::GROUPS) {
+          const uint2 z = *reinterpret_cast<const uint2*>(v_zeros + (g + 8 * half) * 32 + 4 * s);
+          a[half] = z.x, a[2 + half] = z.y;
+        }
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) mma(run.oz[n], a, b[n][part][0], b[n][part][1]);
+#pragma unroll
+      for (int group = 0; group < VF::GROUPS; ++group) {
+        const uint2 scales = *reinterpret_cast<const uint2*>(v_scales + group * 32 + 4 * s);
+        u32 w[NT][2][PARTS];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          weigh<PARTS>(w[n][0], b[n][0][0], b[n][PARTS - 1][0], scales.x);
+          weigh<PARTS>(w[n][1], b[n][0][1], b[n][PARTS - 1][1], scales.y);
+        }
+#pragma unroll
+        for (int j = group * VF::GROUP / 16; j < VF::TILES && j < (group + 1) * VF::GROUP / 16; ++j) {
+          values.tile(a, v, lane, s * VF::TILES + j);
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) mma(run.o[j][n], a, w[n][0][part], w[n][1][part]);
+        }
+      }
+    }
+  }
+
+  // 16 dense columns from `first`; those in [sink, tail_start) and from `columns` on do not exist.
+  __device__ __forceinline__ void dense(const __half* k, const __half* v, int first, int tail_start, int columns) {
+    const int column[2] = {first + g, first + g + 8};
+    bool exists[2];
+    const u32 *k_row[2], *v_row[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      exists[i] = column[i] < sink || (column[i] >= tail_start && column[i] < columns);
+      const int safe = exists[i] ? column[i] : columns - 1;
+      k_row[i] = reinterpret_cast<const u32*>(k + (size_t)safe * KF::D) + t;
+      v_row[i] = reinterpret_cast<const u32*>(v + (size_t)safe * VF::D) + t;
+    }
+    // All values are asked for before the first key is used, where registers allow it: one wait instead of two.
+    constexpr int AHEAD = VF::TILES * NT <= 8 ? VF::TILES : 1;
+    u32 ahead[AHEAD][4];
+    auto value = [&](int j, int i) {  // i: dims + 8 (i % 2), keys + 8 (i / 2)
+      const u32 w = v_row[i / 2][8 * j + 4 * (i % 2)];
+      return exists[i / 2] ? w : 0u;
+    };
+#pragma unroll
+    for (int i = 0; i < 4 * AHEAD; ++i) ahead[i / 4][i % 4] = value(i / 4, i % 4);
+    float x[1][NT][4];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) x[0][n][0] = x[0][n][1] = x[0][n][2] = x[0][n][3] = 0.f;
+#pragma unroll
+    for (int j = 0; j < KF::TILES; ++j) {
+      const u32 a[4] = {k_row[0][8 * j], k_row[1][8 * j], k_row[0][8 * j + 4], k_row[1][8 * j + 4]};
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+          u32 w[2];
+          load_query(w, j, n, part);
+          mma(x[0][n], a, w[0], w[1]);
+        }
+    }
+    to_scores(x, 1.f, 1.f);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      mask(x[0], i, column[i] < sink ? column[i] : sink + packed + column[i] - tail_start, exists[i]);
+    run.softmax(x);
+    u32 b[NT][PARTS][2];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) probabilities<PARTS>(b[n], x[0][n]);
+#pragma unroll
+    for (int j = 0; j < VF::TILES; ++j) {
+      u32 a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = transpose8x8(j < AHEAD ? ahead[j % AHEAD][i] : value(j, i));
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) mma(run.o[j][n], a, b[n][part][0], b[n][part][1]);
+    }
+  }
+};
+
+}  // namespace opentq

@@ -1,0 +1,304 @@
+"""The CUDA kernels without a GPU: run by a warp emulator, compiled by nvcc where there is one, held to their record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from opentq.attention import backends, dispatch, fused_cuda
+from opentq.attention.args import AttnArgs, PackedKV
+from opentq.caches.single import OpenTQCache
+from opentq.codecs import packing
+from opentq.codecs.affine import Affine
+from opentq.kernels import cuda, cuda_layout
+from opentq.kernels.cuda_layout import BLOCK, MmaLayout
+
+from .cuda import emulator
+from .matrix import Shape
+from .oracle import args_of, fill, judge, queries, vectors
+
+RECORDS = Path(__file__).parent.parent / "results" / "cuda.jsonl"
+
+
+# ---- the record
+
+
+def test_the_newest_gpu_record_is_of_these_kernels():
+    rows = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    summaries = [row for row in rows if row["what"] == "summary"]
+    newest = summaries[-1]
+    assert newest["kernels"] == cuda.source_hash(), "the CUDA sources changed: run dev/gpu_check.py on a GPU machine"
+    assert newest["failed"] == 0 and newest["passed"] > 0
+
+
+# ---- storage layout
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dim, group", [(64, 32), (80, 32), (112, 64), (128, 128), (64, 128)])
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_the_layout_is_a_permutation_of_the_canonical_bits(side, bits, dim, group):
+    layout, codec = MmaLayout(side, bits, group, dim), Affine(bits, group)
+    packed = codec.encode(mx.random.normal((2, 3, 128, dim)))
+    stored = layout.store(packed)
+    assert stored[0].shape == (2, 3, 2, 2 * layout.record_words)
+    assert stored[0].nbytes == sum(a.nbytes for a in packed)
+    for mine, theirs in zip(layout.load(stored), packed):
+        assert mx.array_equal(mine, theirs)
+
+
+def test_a_code_lies_where_the_contract_says():
+    """affine_block.cuh, 4 bits: word `tile` of lane 4g+t, bit 4r + 16 (e%2); K rows are keys, V rows are dims."""
+    key, dim = 16 + 8 + 5, 16 * 3 + 8 + 2 * 2 + 1  # strip 1, row 13; tile 3, column 13
+    for side in "kv":
+        row, column = (13, 13) if side == "k" else (dim % 16, key % 16)
+        values = np.zeros((1, 1, 64, 64), np.uint32)
+        values[0, 0, key, dim] = 9
+        packed = (packing.pack(mx.array(values), 4), mx.zeros((1, 1, 64, 4), mx.float16))
+        words = np.array(MmaLayout(side, 4, 32, 64).store(packed)[0]).reshape(-1)
+        lane, register = 4 * (row % 8) + column % 8 // 2, row // 8 + 2 * (column // 8)
+        word = 4 + dim // 16  # tiles of strip 1 follow the four of strip 0
+        at = word // 4 * 128 + lane * 4 + word % 4
+        assert np.flatnonzero(words).tolist() == [at]
+        assert words[at] == 9 << (4 * register + 16 * (column % 2))
+
+
+def test_layout_names_are_read_back_and_others_are_refused():
+    layout = MmaLayout("v", 3, 64, 112)
+    assert cuda_layout.layout_named(layout.name) == layout
+    assert backends.layout_named(layout.name) == layout
+    assert cuda_layout.layout_named("canonical") is None
+    assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) is None
+    assert cuda_layout.layouts(Affine(4), Affine(8), (128, 64)) == (
+        MmaLayout("k", 4, 32, 128),
+        MmaLayout("v", 8, 32, 64),
+    )
+
+
+# ---- launch geometry
+
+
+def geometry(k=(4, 32), v=(4, 32), dims=(128, 128), dtype="__half", rows=8) -> cuda.Geometry:
+    return cuda.Geometry.choose(MmaLayout("k", *k, dims[0]), MmaLayout("v", *v, dims[1]), dtype, rows)
+
+
+def test_every_shape_has_a_geometry_that_fits():
+    for dim in (64, 80, 96, 112, 128, 192, 256, 512):
+        for bits in (2, 3, 4, 8):
+            for rows in (1, 8, 9, 16, 64, 1024):
+                for dtype in ("__half", "float"):
+                    g = geometry((bits, 32), (8, 32), (dim, dim), dtype, rows)
+                    assert g.shared <= cuda.SHARED_LIMIT
+                    assert g.stages >= 2 and g.warps in (1, 2, 4, 8)
+                    # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
+                    assert dim // 16 * g.tiles * 4 <= 128
+                    assert g.resident * (g.shared + 1024) <= cuda.SHARED_LIMIT
+
+
+def test_the_headline_shape_gets_what_was_measured_best():
+    g = geometry()
+    assert (g.tiles, g.warps, g.stages, g.resident) == (1, 8, 2, 2)
+    assert g.splits(8, 131072 // 32, 4, 132) == 16
+    assert g.grid(1, 8, 8, 16) == (16, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "tiles, records, strips, splits", [(8, 2, 4, 1), (8, 32, 4, 8), (256, 4096, 4, 1), (70, 999, 1, 3)]
+)
+def test_splits(tiles, records, strips, splits):
+    assert geometry().splits(tiles, records, strips, 132) == splits
+
+
+def test_splits_never_fill_more_than_the_machine_or_drop_below_one():
+    for tiles in (1, 3, 8, 100, 132, 500):
+        for records in (0, 1, 100, 10**6):
+            g = geometry()
+            n = g.splits(tiles, records, 1, 132)
+            assert 1 <= n <= cuda.MAX_SPLITS
+            assert n == 1 or n * tiles <= 132 * g.resident
+
+
+# ---- the source
+
+
+def test_the_generated_signature_is_what_mlx_would_write():
+    source = geometry().source()
+    assert source.name == "opentq_decode_half_mma64_k4_g32_d128_mma64_v4_g32_d128_1_8_2"
+    assert source.parameters() == [
+        "const __half* q",
+        "const Shape q_shape",
+        "const unsigned* k",
+        "const Shape k_shape",
+        "const unsigned* v",
+        "const Shape v_shape",
+        "const __half* dense_k",
+        "const Shape dense_k_shape",
+        "const __half* dense_v",
+        "const int* lens",
+        "const int* params",
+        "const float* sinks",
+        "const unsigned* tickets",
+        "__half* out",
+        "float* scratch",
+    ]
+    instance = "opentq::decode<__half, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
+    assert f"{instance}{source.shared}>(" in source.body
+    unit = source.translation_unit()
+    assert "//" not in unit and '#include "' not in unit
+    assert unit.count("push_macro") == unit.count("pop_macro") == 1 and "__launch_bounds__(256, 2)" in unit
+
+
+def test_the_source_hash_covers_every_kernel_file():
+    folder = Path(cuda.__file__).parent
+    assert {p.name for p in folder.glob("*.cu*") if p.suffix in (".cu", ".cuh")} == set(cuda.FILES)
+    assert len(cuda.source_hash()) == 12
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_nvcc_compiles_the_kernels_without_warnings(tmp_path):
+    sources = [
+        geometry().source(),
+        geometry((8, 64), (3, 32), (80, 112), "__nv_bfloat16", 20).source(),
+        cuda.pack_source(MmaLayout("v", 3, 64, 80), "__half"),
+        cuda.unpack_source(MmaLayout("k", 4, 32, 128), "__nv_bfloat16"),
+    ]
+    for source in sources:
+        (tmp_path / "k.cu").write_text(source.translation_unit())
+        target = "-gencode=arch=compute_90a,code=sm_90a"
+        command = ["nvcc", target, "-std=c++17", "-Xptxas", "-v", "-cubin", "k.cu", "-o", "k.cubin"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+
+
+# ---- kernels under the emulator
+
+
+@pytest.mark.parametrize(
+    "side, bits, group, dim, dtype",
+    [
+        ("k", 4, 32, 128, mx.float16),
+        ("v", 3, 64, 80, mx.bfloat16),
+        ("v", 8, 128, 64, mx.float32),
+        ("k", 2, 32, 96, mx.float16),
+    ],
+)
+def test_pack_is_bit_for_bit_the_codec(side, bits, group, dim, dtype):
+    layout, codec = MmaLayout(side, bits, group, dim), Affine(bits, group)
+    y = mx.random.normal((1, 2, 128, dim)) * 3
+    y[0, 0, 5], y[0, 0, 6] = 1.5, 0  # constant groups
+    y[0, 1, 7] = y[0, 1, 7] * 1e-7
+    y = y.astype(dtype)
+    (want,) = layout.store(codec.encode(y))
+    (got,), _ = emulator.run(cuda.pack_source(layout, cuda.CTYPES[dtype]), (8, 1, 1), [y], [(want.shape, mx.uint32)])
+    assert mx.array_equal(got, want)
+
+
+@pytest.mark.parametrize("side, bits, dtype", [("k", 4, mx.float16), ("v", 3, mx.bfloat16)])
+def test_unpack_is_the_codecs_decode_in_logical_order(side, bits, dtype):
+    layout, codec, dim = MmaLayout(side, bits, 32, 80), Affine(bits, 32), 80
+    packed, sink, tail_start, columns = 100, 3, 5, 30
+    canonical = codec.encode(mx.random.normal((2, 3, 128, dim)))
+    (records,) = layout.store(canonical)
+    dense = mx.random.normal((2, 3, columns, dim)).astype(mx.float16)
+    tokens = packed + sink + columns - tail_start
+    where = mx.array([1, 1, packed, sink, tail_start, tokens, 0, 0], dtype=mx.int32)
+    shape = (1, 2, tokens, dim)
+    source = cuda.unpack_source(layout, cuda.CTYPES[dtype])
+    (got,), _ = emulator.run(source, (2, 2, 1), [records, dense, where], [(shape, dtype)])
+    middle = codec.decode(canonical, mx.float32, dim)[1:2, 1:, :packed]
+    parts = [dense[1:2, 1:, :sink].astype(mx.float32), middle, dense[1:2, 1:, tail_start:].astype(mx.float32)]
+    assert mx.array_equal(got, mx.concatenate(parts, axis=2).astype(dtype))
+
+
+def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
+    """`fused_cuda.decode` with the emulator in place of the launch; checks that the tickets are zero again."""
+    rows = args.gqa * args.q.shape[2]
+    g = cuda.Geometry.choose(args.k.layout, args.v.layout, cuda.CTYPES[args.q.dtype], rows)
+    blocks = g.grid(args.q.shape[0], args.kv_heads, rows, splits)
+    inputs = fused_cuda.inputs(args, mx.zeros((blocks[1] * blocks[2],), mx.uint32))
+    scratch = (blocks[1] * blocks[2], splits, g.row_tile, args.v.head_dim + 2)
+    out_shape = (*args.q.shape[:3], args.v.head_dim)
+    outputs, left = emulator.run(g.source(), blocks, inputs, [(out_shape, args.q.dtype), (scratch, mx.float32)])
+    assert not left[-1].any(), "tickets must be zero after a launch"
+    return outputs[0]
+
+
+def packed_args(k: Affine, v: Affine, dims, heads, length, lens, columns, dtype=mx.float16, **options) -> AttnArgs:
+    """Random args in the mma layout. What lies beyond a sequence's packed tokens is NaN."""
+    batch, kv_heads, gqa = len(lens), *heads
+    capacity = -(-max(n for n, _, _ in lens) // BLOCK) * BLOCK or BLOCK
+    sides = []
+    for side, codec, dim in (("k", k, dims[0]), ("v", v, dims[1])):
+        layout = MmaLayout(side, codec.bits, codec.group, dim)
+        codes, scales = codec.encode(mx.random.normal((batch, kv_heads, capacity, dim)) + 0.3)
+        exists = mx.arange(capacity).reshape(1, 1, -1, 1) < mx.array([n for n, _, _ in lens]).reshape(-1, 1, 1, 1)
+        scales = mx.where(exists, scales, mx.array(float("nan"), mx.float16))
+        sides.append(PackedKV(codec, layout, layout.store((codes, scales)), dim))
+    dense = [mx.random.normal((batch, kv_heads, columns, dim)).astype(mx.float16) for dim in dims]
+    q = mx.random.normal((batch, kv_heads * gqa, length, dims[0])).astype(dtype)
+    return AttnArgs(q, *sides, *dense, tuple(lens), scale=dims[0] ** -0.5, causal=True, **options)
+
+
+INT4 = Affine(4)
+CASES = {
+    "headline shape": (1, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 0, 0)], 20)),
+    "many splits": (7, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 4, 4)], 50, sinks=mx.ones((8,)))),
+    "ragged batch": (
+        2,
+        lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(100, 4, 9), (37, 4, 4), (0, 0, 30)], 40),
+    ),
+    "window": (2, lambda: packed_args(INT4, INT4, (128, 128), (1, 4), 2, [(200, 2, 2)], 20, window=60, softcap=20.0)),
+    "k3v2, odd dims": (2, lambda: packed_args(Affine(3), Affine(2, 64), (80, 112), (1, 3), 2, [(111, 0, 0)], 9)),
+    "k8v3, bf16": (2, lambda: packed_args(Affine(8, 64), Affine(3), (96, 64), (1, 5), 3, [(70, 0, 0)], 9, mx.bfloat16)),
+    "fp32 queries": (2, lambda: packed_args(INT4, Affine(8), (64, 64), (2, 2), 1, [(70, 0, 0)], 9, mx.float32)),
+    "D 512": (1, lambda: packed_args(INT4, INT4, (512, 512), (1, 8), 1, [(70, 0, 0)], 9)),
+    "a chunk of rows": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(90, 3, 3)], 60, window=37)),
+    "nothing packed": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(0, 0, 0)], 60)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode_kernel(name):
+    mx.random.seed(len(name))
+    splits, make = CASES[name]
+    args = make()
+    judge_finite_part(args, emulated_attend(args, splits))
+
+
+def judge_finite_part(args: AttnArgs, out: mx.array) -> None:
+    """The rule, after the NaN beyond the packed tokens is cleared for the sake of the judge."""
+    clean = []
+    for kv in (args.k, args.v):
+        codes, scales = kv.layout.load(kv.arrays)
+        scales = mx.where(mx.isnan(scales), 0, scales)
+        clean.append(PackedKV(kv.codec, kv.layout, kv.layout.store((codes, scales)), kv.head_dim))
+    values = {name: getattr(args, name) for name in AttnArgs.__dataclass_fields__}
+    judge(AttnArgs(**{**values, "k": clean[0], "v": clean[1]}), out)
+
+
+def test_decode_over_a_real_cache_after_a_trim(monkeypatch):
+    """The cache writes, trims inside a block and grows in this layout, and the kernel reads what it left."""
+    layouts = (MmaLayout("k", 4, 32, 64), MmaLayout("v", 4, 32, 64))
+    monkeypatch.setattr(dispatch, "layouts", lambda k, v, dims: layouts)
+    shape = Shape(q_heads=4, kv_heads=2)
+    k, v = vectors(shape, 320)
+    cache = OpenTQCache("int4:sink=4")
+    fill(cache, k[:, :, :300], v[:, :, :300], [300])
+    cache.trim(77)
+    handles = fill(cache, k[:, :, 223:305], v[:, :, 223:305], [80, 2])
+    args = args_of(handles, queries(shape, 2, dtype=mx.float16), causal=True)
+    assert args.k.layout == layouts[0] and args.max_packed % BLOCK == 0
+    judge(args, emulated_attend(args, 2))
+
+
+def test_who_is_not_served():
+    args = packed_args(INT4, INT4, (64, 64), (1, 2), 1, [(0, 0, 0)], 4)
+    assert fused_cuda.attend(args) is None, "no GPU here"
+    assert not fused_cuda.prefers_prefill(args)
