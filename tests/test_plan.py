@@ -103,10 +103,10 @@ TINY = {
 def built(name: str):
     """(skeleton, real model with random weights)."""
     config = TINY[name]
-    model_class, args_class, _ = skeleton._classes(config)
+    model_class, args_class, _ = skeleton.classes(config)
     mx.random.seed(0)
     model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
-    skeleton._tie(model)
+    skeleton.tie(model)
     mx.eval(model.parameters())
     return skeleton.build(config, name, float_bytes=4), model
 

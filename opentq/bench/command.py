@@ -40,6 +40,48 @@ def kernel(
     _emit(kernels.bench(sizes, contexts, split_list(kv), rivals, windows, warm, window, seed), output, results)
 
 
+@bench.command()
+def model(
+    model: Annotated[str, typer.Argument(help="Model folder, or a shape such as llama-3.1-8b.")],
+    prompts: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt lengths; 0 skips.")] = "512",
+    generates: Annotated[str, typer.Option("-n", "--n-gen", help="Generation lengths; 0 skips.")] = "128",
+    depths: Annotated[str, typer.Option("-d", "--n-depth", help="Depths, such as 0,8k,32k.")] = "0",
+    kv: KV = "f16,int4",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Timed repetitions.")] = 5,
+    fill: Annotated[str, typer.Option(help="How caches get to a depth: prefill, or random vectors.")] = "",
+    weights: Annotated[str, typer.Option(help="random-4bit or random-f16; for shapes.")] = "",
+    layers: Annotated[int, typer.Option(min=0, help="With random weights: only so many layers; 0 is all.")] = 0,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per prefill chunk.")] = 2048,
+    memory_limit: Annotated[str, typer.Option(help="Stop an arm that needs more, such as 64GB.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    output: Output = "md",
+    results: Results = None,
+) -> None:
+    """A whole model: tokens per second of prompt and generation at depth, memory, ratio to f16."""
+    from ..memory.device import parse_memory
+    from . import model as models
+    from .build import build
+
+    built = build(model, weights, layers, seed)
+    limit = parse_memory(memory_limit) if memory_limit else 0
+    records = models.bench(
+        built,
+        split_list(kv),
+        _counts(depths),
+        [n for n in _counts(prompts) if n],
+        [n for n in _counts(generates) if n],
+        repetitions,
+        fill or ("prefill" if built.tokenizer else "random"),
+        prefill_step_size,
+        limit,
+    )
+    _emit(records, output, results)
+
+
+def _counts(text: str) -> list[int]:
+    return [0 if part.strip() == "0" else parse_count(part) for part in text.split(",")]
+
+
 def _emit(records: Iterable[dict[str, Any]], output: str, results: Path | None) -> None:
     """Store each record as it comes, and print the table at the end."""
     from . import run, table

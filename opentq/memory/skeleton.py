@@ -58,12 +58,12 @@ class Skeleton:
     @cached_property
     def modules(self) -> list[tuple[str, Any]]:
         """Modules without children, with their paths."""
-        return _flat(self.model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
+        return flat(self.model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
 
     @cached_property
     def arrays(self) -> list[tuple[str, mx.array]]:
         """Parameters with their paths."""
-        return _flat(self.model.parameters())
+        return flat(self.model.parameters())
 
     @cached_property
     def widths(self) -> tuple[int, int, int]:
@@ -100,7 +100,7 @@ class Skeleton:
         counted: set[str] = set()
         predicate = getattr(self.model, "quant_predicate", None)
         for path, module in self.modules:
-            own = _flat(module.parameters())
+            own = flat(module.parameters())
             counted.update(f"{path}.{k}" for k, _ in own)
             choice: Any = bits < 16 and hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
             if choice and predicate is not None:
@@ -144,7 +144,7 @@ def shaped(plan: LayerPlan, cache: Any) -> LayerPlan:
 
 def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
     """The skeleton of a config in floats of 2 or 4 bytes. Raises ConfigError naming the wrong field or model type."""
-    model_class, args_class, notes = _classes(config)
+    model_class, args_class, notes = classes(config)
     try:
         model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError) as error:
@@ -152,7 +152,7 @@ def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
             f"the config of {name!r} can't be used: {error} (model type {config.get('model_type')!r}); "
             "give the model's whole config.json"
         ) from error
-    _tie(model)
+    tie(model)
     # Broadcast zeros: should a model evaluate something while it is traced, it costs nothing.
     zero = mx.array(0, mx.bfloat16 if float_bytes == 2 else mx.float32)
     model.update(tree_map(lambda p: mx.broadcast_to(zero, p.shape), model.parameters()))
@@ -161,11 +161,11 @@ def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
     return Skeleton(name, config, model, caches, notes)
 
 
-def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
+def flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
     return cast("list[tuple[str, Any]]", tree_flatten(tree, **options))
 
 
-def _tie(model: Any) -> None:
+def tie(model: Any) -> None:
     """Gemma 3 learns only from its weights that the output layer is the embedding: without weights, tell it."""
     text = getattr(model, "language_model", model)
     if text.model_type == "gemma3_text" and "lm_head" in text:
@@ -181,7 +181,7 @@ def _caches(model: Any) -> list[Any]:
     return [KVCache() for _ in model.layers]
 
 
-def _classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
+def classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
     """mlx-lm's classes for a config; an unknown model type is read as a Llama, and a note says so."""
     kind = config.get("model_type")
     if not isinstance(kind, str):

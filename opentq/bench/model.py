@@ -1,0 +1,231 @@
+"""`opentq bench model`: prompt and generation speed at depth, in llama-bench's words (`pp512 @ d8192`, `tg128`).
+
+For each depth every KV format gets caches filled to that depth, and the formats take turns, repetition by repetition.
+`f16` is mlx-lm's own cache, the yardstick. Caches are filled by a real prefill, or with random vectors that are
+written through the caches themselves, which is the same memory and the same speed; each row says which.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .. import hooks
+from ..errors import UserError
+from ..memory.device import GIB
+from ..policy import members
+from ..spec import KVSpec
+from . import run
+from .build import Built
+
+FILL = 2048
+FILLS = ("prefill", "random")
+YARDSTICK = "f16"
+
+
+class OverLimit(Exception):
+    """An arm needs more memory than `--memory-limit`."""
+
+
+class Arm:
+    """One KV format at one depth: its caches, and what was measured on them."""
+
+    def __init__(self, built: Built, kv: str, step: int, limit: int):
+        self.built, self.kv, self.step, self.limit = built, kv, step, limit
+        self.caches = make_caches(built.model, kv)
+        self.depth = 0
+        self.peak = 0
+        self.note = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.nbytes for c in self.caches if not c.empty())
+
+    def fill(self, depth: int, how: str) -> None:
+        """Bring the caches to `depth` tokens."""
+        if how == "prefill" or depth < 2:
+            prefill(self.built.model, self.caches, self._tokens(depth), self.step, self._check)
+        else:
+            # One real token first: it makes every cache and its recurrent state the right shape.
+            prefill(self.built.model, self.caches, self._tokens(1), self.step, self._check)
+            fill_random(self.caches, depth - 1, self._check)
+        self.depth = depth
+
+    def prompt(self, count: int, others: int) -> float:
+        """Seconds to process `count` more tokens, the output layer for the last one included."""
+        return self._timed(lambda caches: self._prompt(caches, count), others)
+
+    def generate(self, count: int, others: int) -> float:
+        """Seconds to generate `count` tokens, as `mlx_lm.generate` does."""
+        return self._timed(lambda caches: self._generate(caches, count), others)
+
+    def _timed(self, work: Callable[[list[Any]], None], others: int) -> float:
+        """Run on the caches and put them back as they were; `others` are the bytes of other arms' caches."""
+        trims = all(c.is_trimmable() for c in self.caches)
+        caches = self.caches if trims else copy.deepcopy(self.caches)
+        before = [c.offset for c in caches] if trims else []
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        work(caches)
+        seconds = time.perf_counter() - start
+        self.peak = max(self.peak, mx.get_peak_memory() - others - (0 if trims else self.nbytes))
+        for cache, offset in zip(caches, before):
+            cache.trim(cache.offset - offset)
+        self._check(others)
+        return seconds
+
+    def _prompt(self, caches: list[Any], count: int) -> None:
+        tokens = self._tokens(count)
+        if count > 1:
+            prefill(self.built.model, caches, tokens[:, :-1], self.step)
+        mx.eval(self.built.model(tokens[:, -1:], cache=caches))
+
+    def _generate(self, caches: list[Any], count: int) -> None:
+        from mlx_lm.generate import generate_step
+
+        for _ in generate_step(self._tokens(1)[0], self.built.model, max_tokens=count, prompt_cache=caches):
+            pass
+
+    def _tokens(self, count: int) -> mx.array:
+        """The same synthetic tokens for every arm: `[1, count]`."""
+        return (mx.arange(count) * 7919 % self.built.vocabulary)[None]
+
+    def _check(self, others: int = 0) -> None:
+        used = mx.get_active_memory() - others
+        if self.limit and max(used, self.peak) > self.limit:
+            raise OverLimit(f"needs {max(used, self.peak) / GIB:.1f} GiB, the limit is {self.limit / GIB:.1f}")
+
+
+def make_caches(model: Any, kv: str) -> list[Any]:
+    """Fresh caches of one format: mlx-lm's own for `f16`, ours for any other spec."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if kv == YARDSTICK:
+        return make_prompt_cache(model)
+    hooks.compress(model, KVSpec.parse(kv))
+    caches = make_prompt_cache(model)
+    hooks.uninstall(model)  # caches carry their attention with them
+    return caches
+
+
+def prefill(
+    model: Any, caches: list[Any], tokens: mx.array, step: int, check: Callable[[], None] = lambda: None
+) -> None:
+    """Process tokens `[1, T]` in chunks, evaluating the caches only, as mlx-lm does."""
+    for start in range(0, tokens.shape[1], step):
+        model(tokens[:, start : start + step], cache=caches)
+        mx.eval([c.state for c in caches])
+        check()
+        mx.clear_cache()
+
+
+def fill_random(caches: list[Any], count: int, check: Callable[[], None]) -> None:
+    """Write `count` random tokens to every cache that grows; keys have outlier channels and offsets, as real ones do."""
+    pool: dict[tuple, tuple[mx.array, mx.array]] = {}
+    for cache in (part for c in caches for part in members(c)):
+        shape = _shape(cache)
+        if shape is None:
+            continue  # recurrent state: its size does not depend on the depth
+        heads, key_dim, value_dim, dtype = shape
+        if shape not in pool:
+            channels = mx.exp(0.5 * mx.random.normal((heads, 1, key_dim)))
+            channels = mx.where(mx.arange(key_dim) % 32 == 5, 8 * channels, channels)
+            keys = (mx.random.normal((1, heads, FILL, key_dim)) + 0.3) * channels
+            values = mx.random.normal((1, heads, FILL, value_dim))
+            pool[shape] = keys.astype(dtype), values.astype(dtype)
+            mx.eval(pool[shape])
+        keys, values = pool[shape]
+        for start in range(0, count, FILL):
+            n = min(FILL, count - start)
+            cache.update_and_fetch(keys[:, :, :n], values[:, :, :n])
+            mx.eval(cache.state)
+        check()
+
+
+def _shape(cache: Any) -> tuple[int, int, int, mx.Dtype] | None:
+    """(KV heads, key dim, value dim, dtype) of a cache that has seen a token; None for recurrent state."""
+    if hasattr(cache, "dims"):
+        return cache.dense_k.shape[1], *cache.dims, mx.float16
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        return None
+    return keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
+
+
+def bench(
+    built: Built,
+    kv: Sequence[str],
+    depths: Sequence[int] = (0,),
+    prompts: Sequence[int] = (512,),
+    generates: Sequence[int] = (128,),
+    repetitions: int = 5,
+    fill: str = "prefill",
+    step: int = 2048,
+    limit: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """One record per test, depth and KV format."""
+    specs = [str(KVSpec.parse(s)) for s in kv]
+    if fill not in FILLS:
+        raise UserError(f"--fill {fill!r} is not known: use {' or '.join(FILLS)}")
+    if limit:
+        mx.set_memory_limit(limit)
+    tests = [("pp", n) for n in prompts] + [("tg", n) for n in generates]
+    for depth in depths:
+        arms = [Arm(built, spec, step, limit) for spec in specs]
+        for arm in arms:
+            _try(arm, arm.fill, depth, fill)
+        for kind, count in tests:
+            samples: dict[str, list[float]] = {arm.kv: [] for arm in arms}
+            for turn in range(repetitions + 1):  # the first one warms up
+                for arm in arms if turn % 2 else reversed(arms):
+                    if arm.note:
+                        continue
+                    others = sum(a.nbytes for a in arms if a is not arm)
+                    work = arm.prompt if kind == "pp" else arm.generate
+                    seconds = _try(arm, work, count, others)
+                    if turn and seconds is not None:
+                        samples[arm.kv].append(count / seconds)
+            base = samples.get(YARDSTICK) or []
+            for arm in arms:
+                yield _record(built, arm, f"{kind}{count}", depth, fill if depth else "", samples[arm.kv], base)
+
+
+def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> Any:
+    """Run; when memory is over the limit, the arm is out, its caches are dropped, and its rows say why."""
+    try:
+        return work(*args)
+    except OverLimit as error:
+        arm.note = str(error)
+        arm.caches = []
+        mx.clear_cache()
+        return None
+
+
+def _record(
+    built: Built, arm: Arm, test: str, depth: int, fill: str, samples: list[float], base: list[float]
+) -> dict[str, Any]:
+    timing = run.Timing(tuple(samples)) if samples else None
+    served = {c.stats.served_by for c in arm.caches if hasattr(c, "stats")}
+    return run.record(
+        "model",
+        model=built.name,
+        weight_bytes=built.weight_bytes,
+        kv=arm.kv,
+        test=test,
+        depth=depth,
+        fill=fill,
+        tokens_per_s=timing.mean if timing else None,
+        tokens_per_s_sd=timing.sd if timing else None,
+        samples=samples,
+        peak_bytes=arm.peak if timing else None,
+        kv_bytes=arm.nbytes if timing else None,
+        vs_f16=timing.mean / run.Timing(tuple(base)).mean if timing and base else None,
+        served_by=", ".join(sorted(served - {""})) or "mlx-lm",
+        note=arm.note,
+    )
