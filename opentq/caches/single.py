@@ -37,6 +37,12 @@ class OpenTQCache(_BaseCache):
         window: 0, or how many tokens a query sees, itself included: older ones are forgotten block by block.
     """
 
+    STATE = (
+        *("spec", "layouts", "window", "lends", "base", "sink", "packed"),
+        *("packed_k", "packed_v", "dense_k", "dense_v"),
+    )
+    """What the entries of `state` are."""
+
     def __init__(self, spec: KVSpec | str = "int4", stats: LayerStats | None = None, window: int = 0):
         self.spec = KVSpec.parse(spec)
         self.stats = stats or LayerStats()
