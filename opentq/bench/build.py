@@ -67,7 +67,7 @@ def random_model(config: dict[str, Any], weights: str, seed: int = 0) -> Any:
 
     def draw(path: str, old: mx.array) -> mx.array:
         if old.dtype == mx.uint32:
-            new = mx.random.bits(old.shape)
+            new = mx.random.randint(-(2**31), 2**31 - 1, old.shape).view(mx.uint32)
         elif path.endswith("scales"):
             new = mx.full(old.shape, 0.01, floats)
         elif path.endswith("biases"):

@@ -126,7 +126,7 @@ def prefill(
 
 
 def fill_random(caches: list[Any], count: int, check: Callable[[], None]) -> None:
-    """Write `count` random tokens to every cache that grows; keys have outlier channels and offsets, as real ones do."""
+    """Write `count` random tokens to every cache that grows; keys get outlier channels and offsets, like real ones."""
     pool: dict[tuple, tuple[mx.array, mx.array]] = {}
     for cache in (part for c in caches for part in members(c)):
         shape = _shape(cache)
