@@ -1,0 +1,162 @@
+"""How far a compressed cache moves a model's predictions: KL divergence, top-1 agreement and perplexity, at depths.
+
+Reference and contender read the same text. At each depth a window of tokens is teacher-forced in small steps, and each
+prediction is compared with the one that the model makes from its own cache after the very same steps. The whole text
+passes through the compressed cache, so the error is that of use: hidden states, and the keys made from them, are
+those of a model that has attended to compressed tokens from the start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import UserError
+from . import metrics
+from .contenders import NATIVE, Contender, enter
+from .corpus import Corpus
+from .forward import Tick, forced, nothing, prefill
+from .records import Record, Records
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How fidelity is measured.
+
+    Attributes:
+        depths: tokens of context before each window.
+        window: tokens scored at each depth, a multiple of `step`.
+        step: tokens per teacher-forced step; within a step tokens see each other in fp16.
+        sequences: texts, read as one batch.
+        prefill: tokens per step of the text between windows.
+        seed: which texts.
+    """
+
+    depths: tuple[int, ...] = (512, 2048, 4096)
+    window: int = 128
+    step: int = 16
+    sequences: int = 4
+    prefill: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 1:
+            raise UserError(f"--depths must be ascending numbers of tokens above 0, not {list(self.depths)}")
+        if min(self.window, self.step, self.sequences, self.prefill) < 1 or self.window % self.step:
+            raise UserError(f"--window {self.window} must be a positive multiple of --step {self.step}")
+        for before, after in zip(self.depths, self.depths[1:]):
+            if before + self.window > after:
+                raise UserError(f"windows overlap: depth {before} plus --window {self.window} passes depth {after}")
+
+    @property
+    def length(self) -> int:
+        """Tokens per text: the last window and the token that its last prediction is of."""
+        return self.depths[-1] + self.window + 1
+
+
+@dataclass
+class _Reading:
+    """One pass over the texts: log probabilities `[B, window, V]` per depth and the bytes that the cache held there."""
+
+    log_probs: list[mx.array]
+    cache_bytes: list[int]
+
+
+def run(
+    model: Any,
+    model_id: Record,
+    tokenizer: Any,
+    corpus: Corpus,
+    names: Sequence[str],
+    protocol: Protocol,
+    records: Records,
+    tick: Tick = nothing,
+) -> list[Record]:
+    """Measure each contender at each depth; returns their records in order, old ones where the file has them."""
+    settings = {
+        "kind": "fidelity",
+        "model": model_id,
+        "text": {"name": corpus.name, "digest": corpus.digest},
+        "protocol": asdict(protocol) | {"depths": list(protocol.depths)},
+    }
+    missing = [n for n in names if any(not records.find(_key(settings, n, d)) for d in protocol.depths)]
+    if missing:
+        rows = corpus.tokens(tokenizer, protocol.sequences, protocol.length, protocol.seed)
+        tokens = mx.array(rows)
+        reference = _read(model, enter(NATIVE, model), tokens, protocol, tick)
+        for name in missing:
+            start = time.perf_counter()
+            contender = enter(name, model)
+            # The first reading is both sides of the native row.
+            reading = reference if name == NATIVE else _read(model, contender, tokens, protocol, tick)
+            seconds = time.perf_counter() - start
+            for i, depth in enumerate(protocol.depths):
+                key = _key(settings, name, depth)
+                if records.find(key) is None:
+                    targets = tokens[:, depth + 1 : depth + protocol.window + 1]
+                    result = compare(reference.log_probs[i], reading.log_probs[i], targets, protocol.step)
+                    records.add(
+                        key,
+                        {
+                            "bits": round(contender.bits, 4),
+                            **result,
+                            "cache_bytes": reading.cache_bytes[i],
+                            "native_bytes": reference.cache_bytes[i],
+                            "seconds": round(seconds, 2),
+                        },
+                    )
+    found = [records.find(_key(settings, n, d)) for n in names for d in protocol.depths]
+    return [r for r in found if r is not None]
+
+
+def _key(settings: Record, name: str, depth: int) -> Record:
+    return {**settings, "spec": name, "depth": depth}
+
+
+def _read(model: Any, contender: Contender, tokens: mx.array, protocol: Protocol, tick: Tick) -> _Reading:
+    caches = contender.caches()
+    reading = _Reading([], [])
+    position = 0
+    for depth in protocol.depths:
+        prefill(model, tokens[:, position:depth], caches, protocol.prefill, tick)
+        window = tokens[:, depth : depth + protocol.window]
+        parts = [metrics.log_probs(y) for _, y in forced(model, window, caches, protocol.step, tick)]
+        whole = mx.concatenate(parts, axis=1)
+        mx.eval(whole)
+        reading.log_probs.append(whole)
+        reading.cache_bytes.append(sum(c.nbytes for c in caches))
+        position = depth + protocol.window
+    return reading
+
+
+def compare(reference: mx.array, other: mx.array, targets: mx.array, block: int) -> Record:
+    """Statistics of two predictions `[B, T, V]` (log probabilities) of `targets` `[B, T]`, each with its interval.
+
+    KL in nats; `ppl_ratio` is the contender's perplexity over the reference's; `top1` the share of equal argmaxes.
+    """
+    distance = np.array(metrics.kl(reference, other), dtype=np.float64)
+    agree = np.array(mx.argmax(reference, -1) == mx.argmax(other, -1), dtype=np.float64)
+    seen = np.array(mx.take_along_axis(reference, targets[..., None], axis=-1)[..., 0], dtype=np.float64)
+    got = np.array(mx.take_along_axis(other, targets[..., None], axis=-1)[..., 0], dtype=np.float64)
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return x.mean(-1)
+
+    def ratio(x: np.ndarray) -> np.ndarray:
+        return np.exp((x[..., 0] - x[..., 1]).mean(-1))
+
+    return {
+        "tokens": int(distance.size),
+        "kl_mean": metrics.bootstrap(distance, mean, block),
+        "kl_median": metrics.bootstrap(distance, lambda x: np.median(x, axis=-1), block),
+        "kl_p99": metrics.bootstrap(distance, lambda x: np.percentile(x, 99, axis=-1), block),
+        "top1": metrics.bootstrap(agree, mean, block),
+        "ppl": float(np.exp(-got.mean())),
+        "ppl_native": float(np.exp(-seen.mean())),
+        "ppl_ratio": metrics.bootstrap(np.stack([seen, got], axis=-1), ratio, block),
+    }
