@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -36,6 +37,10 @@ def gpu(monkeypatch):
     before = len(launch.launches)
     yield
     metal.kernel.cache_clear()
+    no_trouble_since(before)
+
+
+def no_trouble_since(before: int) -> None:
     for name, report in launch.launches[before:]:
         if name.startswith("opentq"):
             assert report.allocas == [], f"{name}: an array that did not become registers"
@@ -288,6 +293,18 @@ def test_decode_shapes(shape, tune, monkeypatch):
     oracle.judge(step("int4", shape, 130, 1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
+@pytest.mark.parametrize("spec", ["int2", "int3", "int4", "int8", "k8v4:g64", "k4v2:g128", "f16"])
+@pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
+def test_every_shape_and_spec(shape, spec, tune, monkeypatch):
+    monkeypatch.setattr(metal, "tuning", lambda: tune)
+    for tokens, length, dtype in ((203, 1, mx.float16), (150, 5, mx.bfloat16), (140, 1, mx.float32)):
+        oracle.judge(step(spec, shape, tokens, length, dtype, causal=length > 1))
+    if tune is LANES:
+        oracle.judge(step(spec, shape, 150, 19, causal=True, window=70))
+
+
 @pytest.mark.parametrize("dim", [256, 512])
 def test_decode_of_large_heads(dim):
     oracle.judge(step("int4", Shape(q_heads=2, kv_heads=1, key_dim=dim, value_dim=dim), 140, 1))
@@ -337,8 +354,6 @@ def test_prefill_options(monkeypatch):
 
 def test_one_call_over_ragged_sequences():
     """Batches by `lens`: packed lengths, sinks and tails differ from sequence to sequence."""
-    from dataclasses import replace
-
     shape = Shape(batch=3)
     args = step("int4:sink=4:recent=70", shape, 230, 2, causal=True)
     packed, _, _ = args.lens[0]
@@ -351,8 +366,6 @@ def test_one_call_over_ragged_sequences():
 
 
 def test_a_row_that_sees_nothing_is_zero():
-    from dataclasses import replace
-
     args = step("int4", Shape(), 100, 1)
     empty = replace(args, lens=((0, 0, args.dense_k.shape[2]),))
     out, _ = dispatch.attend(empty)
@@ -492,7 +505,9 @@ def exercise(name: str) -> None:
         test_pack_is_the_codec_bit_for_bit(4, 80, 32)
         return
     long = 20 if name == "matrix" else 1
-    oracle.judge(step("int4:sink=4", Shape(batch=2), 220, long, causal=long > 1))
+    args = step("int4:sink=4", Shape(batch=2), 220, long, causal=long > 1)
+    (packed, sink, start), (_, columns) = args.lens[0], (0, args.dense_k.shape[2])
+    oracle.judge(replace(args, lens=((packed, sink, start), (packed - 30, sink - 1, columns - long))))
     if name == "decode_lanes":
         oracle.judge(step("int4", Shape(q_heads=2, kv_heads=1, key_dim=192, value_dim=192), 220, 1))
     if name == "matrix":
@@ -512,6 +527,9 @@ def test_a_mutant_does_not_survive(name, what, mutation, monkeypatch):
         assert mutation[0] in text
         return text.replace(*mutation)
 
+    before = len(launch.launches)
     metal.kernel(name).change = change
     with pytest.raises((launch.KernelError, AssertionError)):
         exercise(name)
+        no_trouble_since(before)
+    del launch.launches[before:]

@@ -11,33 +11,73 @@
 // FINAL: one split, so the output is divided, joined by the sinks, and written as OT; else OT is float and the merge kernel
 // does that. Arrays, lens, meta and real as in decode_lanes.metal. Grid: (32 * NSG, splits, KV heads * row tiles).
 
-// A tile of TK tokens from token `from`, decoded into `tile` ([TK][D + 8]) by `threads` threads. Tokens from `limit` on, and
+// Codes of eight consecutive values from d0 (a multiple of 8), and of halves their bits.
+template <int BITS, int D>
+METAL_FUNC void otq_eight(const device uint* row, int d0, thread uint* c) {
+  if (BITS == 8) {
+    uint2 w = ((const device uint2*)row)[d0 / 8];
+#pragma clang loop unroll(full)
+    for (int j = 0; j < 4; j++) {
+      c[j] = (w.x >> (8 * j)) & 255u;
+      c[j + 4] = (w.y >> (8 * j)) & 255u;
+    }
+  } else if (BITS == 4) {
+    uint w = row[d0 / 8];
+#pragma clang loop unroll(full)
+    for (int j = 0; j < 8; j++) {
+      c[j] = (w >> (4 * j)) & 15u;
+    }
+  } else {
+    uint w = ((const device ushort*)row)[d0 / 8];
+    uint h = BITS == 3 ? uint(((const device uchar*)(row + D / 16))[d0 / 8]) : 0u;
+#pragma clang loop unroll(full)
+    for (int j = 0; j < 8; j++) {
+      c[j] = (w >> (2 * j)) & 3u;
+      if (BITS == 3) {
+        c[j] |= ((h >> j) & 1u) << 2;
+      }
+    }
+  }
+}
+
+// A tile of TK tokens from token `from`, decoded into `tile` ([TK][D + 8]) by WORKERS threads. Tokens from `limit` on, and
 // dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0.
-template <typename TT, int BITS, int D, int GROUP, int TK>
+template <typename TT, int BITS, int D, int GROUP, int TK, int WORKERS>
 METAL_FUNC void otq_decode(
-    const device uint* rows, const device half2* scales, int from, int limit, int2 gap, threadgroup TT* tile, int thread_index,
-    int threads) {
-  constexpr int W = otq_words<BITS, D>();
-  constexpr int G = (D + GROUP - 1) / GROUP;
-  constexpr int F = otq_field<BITS>();
-  for (int i = thread_index; i < TK * (D / 4); i += threads) {
-    int t = i / (D / 4), d0 = i % (D / 4) * 4;
+    const device uint* rows, const device half2* scales, int from, int limit, int2 gap, threadgroup TT* tile, int worker) {
+  constexpr int W = otq_words<BITS, D>(), G = (D + GROUP - 1) / GROUP, C = D / 8;
+  constexpr bool EVEN = WORKERS % C == 0;  // then a thread keeps its dims
+  int t = worker / C, d0 = worker % C * 8;
+  for (int i = worker; i < TK * C; i += WORKERS) {
+    if (!EVEN) {
+      t = i / C;
+      d0 = i % C * 8;
+    }
     int at = min(from + t, limit - 1);
     at = at >= gap.x && at < gap.y ? min(gap.y, limit - 1) : at;
-    float4 x = otq_four<BITS, D>(rows + at * W, d0);
-    if (BITS != 16) {
-      float2 sz = float2(scales[at * G + d0 / GROUP]);
-      x = float4(
-          fma(x.x, sz.x, sz.y),
-          fma(x.y, sz.x * (1.0f / float(1u << F)), sz.y),
-          fma(x.z, sz.x * (1.0f / float(1u << (2 * F))), sz.y),
-          fma(x.w, sz.x * (1.0f / float(1u << (3 * F))), sz.y));
+    vec<TT, 4> low, high;
+    if (BITS == 16) {
+      uint4 w = ((const device uint4*)(rows + at * W))[d0 / 8];
+      low = vec<TT, 4>(half4(as_type<half2>(w.x), as_type<half2>(w.y)));
+      high = vec<TT, 4>(half4(as_type<half2>(w.z), as_type<half2>(w.w)));
+    } else {
+      uint c[8];
+      otq_eight<BITS, D>(rows + at * W, d0, c);
+      half2 sz = scales[at * G + d0 / GROUP];
+      TT s = TT(sz.x), z = TT(sz.y);
+      low.x = fma(TT(c[0]), s, z);
+      low.y = fma(TT(c[1]), s, z);
+      low.z = fma(TT(c[2]), s, z);
+      low.w = fma(TT(c[3]), s, z);
+      high.x = fma(TT(c[4]), s, z);
+      high.y = fma(TT(c[5]), s, z);
+      high.z = fma(TT(c[6]), s, z);
+      high.w = fma(TT(c[7]), s, z);
     }
-    threadgroup TT* to = tile + t * (D + 8) + d0;
-    to[0] = TT(x.x);
-    to[1] = TT(x.y);
-    to[2] = TT(x.z);
-    to[3] = TT(x.w);
+    threadgroup vec<TT, 4>* to = (threadgroup vec<TT, 4>*)(tile + t * (D + 8) + d0);
+    to[0] = low;
+    to[1] = high;
+    t += WORKERS / C;
   }
 }
 // ---- body
@@ -46,7 +86,7 @@ METAL_FUNC void otq_decode(
   constexpr int DMAX = DK > DV ? DK : DV;
   constexpr int COLS = TK / 4;  // score columns of a lane
 
-  threadgroup TT tile_shared[(OWN ? NSG : 1) * TK * (DMAX + 8)];
+  threadgroup float4 tile_shared[(OWN ? NSG : 1) * TK * (DMAX + 8) * sizeof(TT) / 16];
   threadgroup float s_shared[NSG * 8 * TK];
   threadgroup TT p_shared[NSG * 8 * TK];
   threadgroup float diagonal_shared[NSG * 64];
@@ -66,7 +106,7 @@ METAL_FUNC void otq_decode(
   const int splits = threadgroups_per_grid.y * (OWN ? NSG : 1);
   const int split = OWN ? int(threadgroup_position_in_grid.y) * NSG + sg : int(threadgroup_position_in_grid.y);
 
-  threadgroup TT* tile = tile_shared + (OWN ? sg * TK * (DMAX + 8) : 0);
+  threadgroup TT* tile = (threadgroup TT*)tile_shared + (OWN ? sg * TK * (DMAX + 8) : 0);
   threadgroup float* ss = s_shared + sg * 8 * TK;
   threadgroup TT* ps = p_shared + sg * 8 * TK;
   threadgroup float* dg = diagonal_shared + sg * 64;
@@ -127,9 +167,9 @@ METAL_FUNC void otq_decode(
     const int2 gap = int2(sink, tail_start);
 
     if (dense) {
-      otq_decode<TT, 16, DK, DK, TK>(dk_head, ks_head, from, limit, gap, tile, worker, WORKERS);
+      otq_decode<TT, 16, DK, DK, TK, WORKERS>(dk_head, ks_head, from, limit, gap, tile, worker);
     } else {
-      otq_decode<TT, KB, DK, KG, TK>(k_head, ks_head, from, limit, int2(0), tile, worker, WORKERS);
+      otq_decode<TT, KB, DK, KG, TK, WORKERS>(k_head, ks_head, from, limit, int2(0), tile, worker);
     }
     if (OWN) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -191,16 +231,13 @@ METAL_FUNC void otq_decode(
         simdgroup_multiply(acc[d], diagonal, acc[d]);
       }
     }
-    // All have read the keys; the values take their place.
-    if (OWN) {
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-    } else {
+    if (!OWN) {  // all have read the keys, and the values take their place; one simdgroup's own order is kept above
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (dense) {
-      otq_decode<TT, 16, DV, DV, TK>(dv_head, vs_head, from, limit, gap, tile, worker, WORKERS);
+      otq_decode<TT, 16, DV, DV, TK, WORKERS>(dv_head, vs_head, from, limit, gap, tile, worker);
     } else {
-      otq_decode<TT, VB, DV, VG, TK>(v_head, vs_head, from, limit, int2(0), tile, worker, WORKERS);
+      otq_decode<TT, VB, DV, VG, TK, WORKERS>(v_head, vs_head, from, limit, int2(0), tile, worker);
     }
     if (OWN) {
       simdgroup_barrier(mem_flags::mem_threadgroup);

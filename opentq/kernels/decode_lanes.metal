@@ -102,16 +102,18 @@ template <int BITS, int D, int VB, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
     const device uint* rows, int3 gap, int n, int first, int d0, const threadgroup float* p, thread OtqAcc<R>& acc) {
   constexpr int W = otq_words<BITS, D>();
+  const device uint* row = rows + first * W;
+  p += first * STRIDE;
 #pragma clang loop unroll_count(8)
   for (int x = first; x < n; x += KP) {
     // Columns in the gap between sinks and tail were never written; their p is 0, and 0 times a NaN is not.
     int at = GAP && x >= gap.x && x < gap.y ? min(gap.y, gap.z) : x;
-    float4 v = otq_four<BITS, D>(rows + at * W, d0);
+    float4 v = otq_four<BITS, D>(GAP ? rows + at * W : row, d0);
     if (BITS == 16 && VB != 16) {
       v *= float4(1.0f, float(1u << otq_field<VB>()), float(1u << (2 * otq_field<VB>())), float(1u << (3 * otq_field<VB>())));
     }
     float w[R];
-    otq_rows<R>(p + x * STRIDE, w);
+    otq_rows<R>(p, w);
 #pragma clang loop unroll(full)
     for (int r = 0; r < R; r++) {
       acc.x[r][0] += w[r] * v.x;
@@ -119,8 +121,33 @@ METAL_FUNC void otq_values(
       acc.x[r][2] += w[r] * v.z;
       acc.x[r][3] += w[r] * v.w;
     }
+    row += KP * W;
+    p += KP * STRIDE;
   }
 }
+
+// sum += p * zero over n keys, for this lane's (row, group) pairs.
+template <int R, int GV, int PAIRS>
+struct OtqZeros {
+  float sum[PAIRS];
+
+  METAL_FUNC void add(const threadgroup float* p, const threadgroup float* zero, int n, int pair, int step) {
+#pragma clang loop unroll(full)
+    for (int i = 0; i < PAIRS; i++) {
+      int c = pair + step * i;
+      if (c < R * GV) {
+        const threadgroup float* pp = p + c % R;
+        const threadgroup float* zp = zero + c / R;
+#pragma clang loop unroll_count(8)
+        for (int x = 0; x < n; x++) {
+          sum[i] += *pp * *zp;
+          pp += R;
+          zp += GV;
+        }
+      }
+    }
+  }
+};
 // ---- body
   constexpr int KW = otq_words<KB, DK>(), VW = otq_words<VB, DV>();
   constexpr int GK = (DK + KG - 1) / KG, GV = (DV + VG - 1) / VG;
@@ -196,10 +223,12 @@ METAL_FUNC void otq_values(
   const int d0 = member * DIMS + 4 * (lane % (32 / KP));
   const bool busy = lane % (32 / KP) < LANES;
   const int half_of = KP == 2 ? lane / 16 : 0;
+  const int pair = lane + 32 * member;  // this lane's first (row, group) pair
   const int my_group = min(d0, DV - 4) / VG;
 
   OtqAcc<R> acc;
-  float top[R], sum[R], zero[PAIRS];
+  OtqZeros<R, GV, PAIRS> zero;
+  float top[R], sum[R];
 #pragma clang loop unroll(full)
   for (int r = 0; r < R; r++) {
     top[r] = OTQ_LOWEST;
@@ -207,7 +236,7 @@ METAL_FUNC void otq_values(
   }
 #pragma clang loop unroll(full)
   for (int i = 0; i < PAIRS; i++) {
-    zero[i] = 0;
+    zero.sum[i] = 0;
   }
 
   for (int tile = tile0; tile < tile1; tile++) {
@@ -230,36 +259,34 @@ METAL_FUNC void otq_values(
       otq_scores<KB, DK, KG, R, KPL, KB>(keys, qs, qsum_shared);
     }
 
+    if (CAP) {
+#pragma clang loop unroll(full)
+      for (int k = 0; k < KPL; k++) {
+#pragma clang loop unroll(full)
+        for (int r = 0; r < R; r++) {
+          keys.s[k][r] = precise::tanh(keys.s[k][r] / real[1]) * (real[1] * OTQ_LOG2E);
+        }
+      }
+    }
+    if (WIN || dense || base + TILE > limit) {  // else all keys of the tile are there for all rows
+#pragma clang loop unroll(full)
+      for (int k = 0; k < KPL; k++) {
+        bool there = key[k] < limit && (!dense || key[k] < sink || key[k] >= tail_start);
+        int position = dense ? otq_position(key[k], packed, sink, tail_start) : sink + key[k];
+#pragma clang loop unroll(full)
+        for (int r = 0; r < R; r++) {
+          int at = q_position + (row0 + r) % L;
+          bool seen = there && (!causal || position <= at) && (!WIN || position > at - window);
+          keys.s[k][r] = seen ? keys.s[k][r] : OTQ_MASKED;
+        }
+      }
+    }
     float fresh[R];
 #pragma clang loop unroll(full)
     for (int r = 0; r < R; r++) {
       fresh[r] = top[r];
-    }
 #pragma clang loop unroll(full)
-    for (int k = 0; k < KPL; k++) {
-      bool there = key[k] < limit && (!dense || key[k] < sink || key[k] >= tail_start);
-      int position = dense ? otq_position(key[k], packed, sink, tail_start) : sink + key[k];
-#pragma clang loop unroll(full)
-      for (int r = 0; r < R; r++) {
-        if (CAP) {
-          keys.s[k][r] = precise::tanh(keys.s[k][r] / real[1]) * (real[1] * OTQ_LOG2E);
-        }
-      }
-      if (!there) {
-#pragma clang loop unroll(full)
-        for (int r = 0; r < R; r++) {
-          keys.s[k][r] = OTQ_MASKED;
-        }
-      } else if (WIN || (dense && causal)) {
-#pragma clang loop unroll(full)
-        for (int r = 0; r < R; r++) {
-          int at = q_position + (row0 + r) % L;
-          bool seen = (!causal || position <= at) && (!WIN || position > at - window);
-          keys.s[k][r] = seen ? keys.s[k][r] : OTQ_MASKED;
-        }
-      }
-#pragma clang loop unroll(full)
-      for (int r = 0; r < R; r++) {
+      for (int k = 0; k < KPL; k++) {
         fresh[r] = max(fresh[r], keys.s[k][r]);
       }
     }
@@ -300,8 +327,8 @@ METAL_FUNC void otq_values(
       simdgroup_barrier(mem_flags::mem_threadgroup);
 #pragma clang loop unroll(full)
       for (int i = 0; i < PAIRS; i++) {
-        int c = lane + 32 * (member + DS * i);
-        zero[i] *= c < R * GV ? ts[(DS + member) * R + c % R] : 0.0f;
+        int c = pair + 32 * DS * i;
+        zero.sum[i] *= c < R * GV ? ts[(DS + member) * R + c % R] : 0.0f;
       }
     }
 #pragma clang loop unroll(full)
@@ -347,20 +374,21 @@ METAL_FUNC void otq_values(
                 dv_head + from * (DV / 2), gap, n, half_of, d0, pv + my_group * R, acc);
           }
         } else {
-          if (busy) {
-            otq_values<VB, DV, VB, R, KP, GV * R, false>(
-                v_head + from * VW, int3(0), n, half_of, d0, pv + my_group * R, acc);
-          }
-          if (VB != 16) {
-#pragma clang loop unroll(full)
-            for (int i = 0; i < PAIRS; i++) {
-              int c = lane + 32 * (member + DS * i);
-              if (c < R * GV) {
-#pragma clang loop unroll_count(8)
-                for (int x = 0; x < n; x++) {
-                  zero[i] += ps[x * R + c % R] * zs[x * GV + c / R];
-                }
-              }
+          if (n == SPAN) {  // the usual case, with a length known to the compiler
+            if (busy) {
+              otq_values<VB, DV, VB, R, KP, GV * R, false>(
+                  v_head + from * VW, int3(0), SPAN, half_of, d0, pv + my_group * R, acc);
+            }
+            if (VB != 16) {
+              zero.add(ps, zs, SPAN, pair, 32 * DS);
+            }
+          } else {
+            if (busy) {
+              otq_values<VB, DV, VB, R, KP, GV * R, false>(
+                  v_head + from * VW, int3(0), n, half_of, d0, pv + my_group * R, acc);
+            }
+            if (VB != 16) {
+              zero.add(ps, zs, n, pair, 32 * DS);
             }
           }
         }
@@ -376,9 +404,9 @@ METAL_FUNC void otq_values(
   // The team's partial result.
 #pragma clang loop unroll(full)
   for (int i = 0; i < PAIRS; i++) {
-    int c = lane + 32 * (member + DS * i);
+    int c = pair + 32 * DS * i;
     if (c < R * GV) {
-      az[c] = zero[i];
+      az[c] = zero.sum[i];
     }
   }
 #pragma clang loop unroll(full)

@@ -39,7 +39,7 @@ METAL_FUNC uint otq_word(const threadgroup float* x, const threadgroup float2* s
     for (int d = lane; d < D; d += 32) {
       x[d] = clamp(float(y[size_t(token) * D + d]), -65504.0f, 65504.0f);
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+    // Groups begin at multiples of 32, so that in this loop a lane reads what it wrote.
     for (int g = 0; g < G; g++) {
       float low = 65504.0f, high = -65504.0f;
       for (int d = g * GROUP + lane; d < min(D, g * GROUP + GROUP); d += 32) {

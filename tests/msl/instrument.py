@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-KINDS = ("fma", "fmul", "fadd", "fdiv", "fminmax", "convert", "logic", "int", "compare", "special", "resize", "wide")
-"""Kinds of arithmetic: `wide` is 64-bit integer work, which is address arithmetic; `resize` is free on a GPU."""
+KINDS = ("fma", "fmul", "fadd", "fdiv", "fminmax", "convert", "logic", "int", "compare", "special", "resize", "wide", "memory")
+"""Kinds of operations: `wide` is 64-bit integer work, which is address arithmetic; `resize` is free on a GPU; `memory` is
+loads and stores of device, constant and threadgroup memory, whatever their size."""
 
 SPACES = {"1": "device", "2": "constant", "3": "threadgroup"}
 
@@ -83,6 +84,7 @@ def instrument(ir: str) -> Module:
         if access := _ACCESS.match(line):
             call = _check(line[access.end() :], access[1], site)
             if call:
+                module.blocks[-1][KINDS.index("memory")] += 1
                 out.append(call)
                 site += 1
         elif _MEMCPY.search(line):

@@ -64,8 +64,8 @@ class Report:
     )
 
     def arithmetic(self) -> int:
-        """All operations on data: everything but free resizing and 64-bit address arithmetic."""
-        return sum(n for kind, n in self.ops.items() if kind not in ("resize", "wide"))
+        """All operations on data: everything but memory, free resizing and 64-bit address arithmetic."""
+        return sum(n for kind, n in self.ops.items() if kind not in ("resize", "wide", "memory"))
 
 
 launches: list[tuple[str, Report]] = []
@@ -100,7 +100,7 @@ def run(
         raise KernelError(error.value.decode())
     rows = [list(per_buffer[i : 5 * count : 5]) for i in range(5)]
     report = Report(Counter(), *rows, allocas=library.allocas)
-    executed = np.array(library.counters[:], dtype=np.int64) @ np.array(library.blocks or [[0] * 12], dtype=np.int64)
+    executed = np.array(library.counters[:], dtype=np.int64) @ np.array(library.blocks or [[0] * len(instrument.KINDS)], dtype=np.int64)
     report.ops.update({kind: int(n) for kind, n in zip(instrument.KINDS, executed, strict=True) if n})
     names = ("threads", "threadgroups", "barriers", "simd_barriers", "reductions", "shuffles", "matrix_multiplies")
     for i, name in enumerate((*names, "threadgroup_read", "threadgroup_written", "threadgroup_memory")):

@@ -36,6 +36,7 @@ ulong msl_vote(bool value) MSL_CONVERGENT;
 void msl_barrier(int flags) MSL_CONVERGENT;
 void msl_simd_barrier(int flags) MSL_CONVERGENT;
 msl_pair msl_mma(float a0, float a1, float b0, float b1, float c0, float c1) MSL_CONVERGENT;
+msl_pair msl_mma_half(half a0, half a1, half b0, half b1, float c0, float c1) MSL_CONVERGENT;
 void msl_declare(const volatile void* data, ulong bytes, const char* name);
 ulong msl_attribute(int which, int axis) MSL_PURE;
 uint msl_matrix_lane() MSL_PURE;
@@ -193,7 +194,7 @@ METAL_FUNC half fmin(half a, half b) { return __builtin_fminf16(a, b); }
 METAL_FUNC half max(half a, half b) { return fmax(a, b); }
 METAL_FUNC half min(half a, half b) { return fmin(a, b); }
 METAL_FUNC half abs(half a) { return __builtin_fabsf16(a); }
-METAL_FUNC half fma(half a, half b, half c) { return half(double(a) * double(b) + double(c)); }
+METAL_FUNC half fma(half a, half b, half c) { return __builtin_fmaf16(a, b, c); }
 
 #define MSL_DEFINE1(f) \
   METAL_FUNC float f(float x) { return msl_##f(x); } \
@@ -331,7 +332,11 @@ template <typename D, typename A, typename B, typename C>
 METAL_FUNC void simdgroup_multiply_accumulate(
     thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
     simdgroup_matrix<C, 8, 8> c) {
-  msl_pair r = msl_mma(float(a.e[0]), float(a.e[1]), float(b.e[0]), float(b.e[1]), float(c.e[0]), float(c.e[1]));
+  msl_pair r;
+  if constexpr (is_same_v<A, half> && is_same_v<B, half>)
+    r = msl_mma_half(a.e[0], a.e[1], b.e[0], b.e[1], float(c.e[0]), float(c.e[1]));
+  else
+    r = msl_mma(float(a.e[0]), float(a.e[1]), float(b.e[0]), float(b.e[1]), float(c.e[0]), float(c.e[1]));
   d.e[0] = D(r.x);
   d.e[1] = D(r.y);
 }

@@ -490,12 +490,17 @@ API u64 msl_vote(bool value) {
   return l.out;
 }
 struct msl_pair { float x, y; };
-API msl_pair msl_mma(float a0, float a1, float b0, float b1, float c0, float c1) {
+static msl_pair multiply(const float (&m)[6], const void* site) {
   Lane& l = lanes[current];
-  float m[6] = {a0, a1, b0, b1, c0, c1};
   memcpy(l.m, m, sizeof m);
-  collective(MMA, SITE);
+  collective(MMA, site);
   return {l.m[0], l.m[1]};
+}
+API msl_pair msl_mma(float a0, float a1, float b0, float b1, float c0, float c1) {
+  return multiply({a0, a1, b0, b1, c0, c1}, SITE);
+}
+API msl_pair msl_mma_half(_Float16 a0, _Float16 a1, _Float16 b0, _Float16 b1, float c0, float c1) {
+  return multiply({float(a0), float(a1), float(b0), float(b1), c0, c1}, SITE);
 }
 API void msl_simd_barrier(int flags) {
   lanes[current].op = flags;
