@@ -21,13 +21,14 @@ PER_LAYER = ("layer_types", "mlp_only_layers")
 
 @dataclass(frozen=True)
 class Built:
-    """A model, its name for tables, its tokenizer (None with random weights) and the bytes of its weights."""
+    """A model, its name for tables, its tokenizer (None with random weights), the bytes of its weights, and sizes."""
 
     model: Any
     name: str
     tokenizer: Any
     weight_bytes: int
     vocabulary: int
+    context_limit: int
 
 
 def build(model: str, weights: str = "", layers: int = 0, seed: int = 0) -> Built:
@@ -41,11 +42,11 @@ def build(model: str, weights: str = "", layers: int = 0, seed: int = 0) -> Buil
         from ..model import load
 
         loaded, tokenizer = load(model)
-        return Built(loaded, origin.name, tokenizer, _bytes(loaded), _vocabulary(origin.config))
+        return Built(loaded, origin.name, tokenizer, _bytes(loaded), *_sizes(origin.config))
     config = _cut(origin.config, layers)
     made = random_model(config, weights or "random-4bit", seed)
     name = f"{origin.name} ({config['num_hidden_layers']} layers, {weights or 'random-4bit'})"
-    return Built(made, name, None, _bytes(made), _vocabulary(config))
+    return Built(made, name, None, _bytes(made), *_sizes(config))
 
 
 def random_model(config: dict[str, Any], weights: str, seed: int = 0) -> Any:
@@ -102,5 +103,7 @@ def _bytes(model: Any) -> int:
     return sum(p.nbytes for _, p in skeleton.flat(model.parameters()))
 
 
-def _vocabulary(config: dict[str, Any]) -> int:
-    return int({**config, **(config.get("text_config") or {})}["vocab_size"])
+def _sizes(config: dict[str, Any]) -> tuple[int, int]:
+    """(vocabulary, tokens the model was made for; 0 when it does not say)."""
+    text = {**config, **(config.get("text_config") or {})}
+    return int(text["vocab_size"]), int(text.get("max_position_embeddings") or 0)

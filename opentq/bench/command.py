@@ -78,6 +78,48 @@ def model(
     _emit(records, output, results)
 
 
+@bench.command("long")
+def long_context(
+    model: Annotated[str, typer.Argument(help="Model folder, or a shape such as llama-3.1-8b.")],
+    arms: Annotated[str, typer.Option(help="native, mlx4 (mlx-lm --kv-bits 4), any KV spec.")] = "native,mlx4,int4",
+    start: Annotated[str, typer.Option(help="First context; it doubles.")] = "1k",
+    stop: Annotated[str, typer.Option(help="Last context; default: the model's limit.")] = "",
+    memory_limit: Annotated[str, typer.Option(help="End an arm that needs more, such as 64GB.")] = "",
+    max_seconds: Annotated[float, typer.Option(min=1, help="End an arm whose row takes longer.")] = 600.0,
+    weights: Annotated[str, typer.Option(help="random-4bit or random-f16; for shapes.")] = "",
+    layers: Annotated[int, typer.Option(min=0, help="With random weights: only so many layers; 0 is all.")] = 0,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per prefill chunk.")] = 2048,
+    output: Output = "md",
+    results: Results = None,
+) -> None:
+    """Double the context until memory, time or the model's limit ends it: speed, peak, and a needle at each length."""
+    from ..memory.device import parse_memory
+    from . import long
+    from .build import build
+
+    built = build(model, weights, layers)
+    limits = long.Limits(parse_memory(memory_limit) if memory_limit else 0, max_seconds, built.context_limit)
+    last = parse_count(stop) if stop else built.context_limit or 1 << 20
+    _emit(long.bench(built, split_list(arms), parse_count(start), last, limits, prefill_step_size), output, results)
+
+
+@bench.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="JSONL files of records.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    export: Annotated[Path | None, typer.Option(help="Write every chart as PNG and SVG into this folder.")] = None,
+) -> None:
+    """One self-contained page from records: tables, charts, and the records behind each."""
+    from . import report as reports
+    from . import run
+
+    records = run.read(files)
+    output.write_text(reports.page(records))
+    typer.echo(f"{output}: {len(records)} records")
+    if export:
+        typer.echo("\n".join(str(path) for path in reports.export(records, export)))
+
+
 def _counts(text: str) -> list[int]:
     return [0 if part.strip() == "0" else parse_count(part) for part in text.split(",")]
 

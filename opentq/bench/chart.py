@@ -1,0 +1,120 @@
+"""Charts from records: what to draw, apart from how (`svg.py` for pages, `plot.py` for PNG and SVG files)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: a label and its points, by rising x."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over one pair of axes. `limit` is a dashed horizontal line with its label."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    log_x: bool = True
+    log_y: bool = False
+    limit: tuple[float, str] | None = None
+
+
+def charts(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
+    """Every chart that the records are enough for, with the records behind it."""
+    return [*_kernel(records), *_model(records), *_long(records), *_quality(records)]
+
+
+def _series(rows: Sequence[Record], label: Any, x: Any, y: Any) -> tuple[Series, ...]:
+    """Lines by label; a later record of the same point replaces an earlier one."""
+    lines: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if y(row) is not None:
+            lines.setdefault(label(row), {})[x(row)] = y(row)
+    return tuple(Series(name, tuple(sorted(points.items()))) for name, points in lines.items())
+
+
+def _groups(records: Sequence[Record], kind: str, key: Any) -> dict[Any, list[Record]]:
+    found: dict[Any, list[Record]] = {}
+    for record in records:
+        if record.get("kind") == kind:
+            found.setdefault(key(record), []).append(record)
+    return found
+
+
+def _kernel(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
+    out = []
+    for (shape, device), rows in _groups(records, "kernel", lambda r: (tuple(r["shape"]), r["device"])).items():
+        title = f"Attention of one layer, {shape[0]} query and {shape[1]} KV heads, D={shape[2]}, on {device}"
+        lines = _series(rows, lambda r: f"{r['engine']} {r['kv']}", lambda r: r["context"], lambda r: r["ms"])
+        name = f"kernel-{'-'.join(map(str, shape))}"
+        out.append((Chart(name, title, "context, tokens", "milliseconds per call", lines, log_y=True), rows))
+    return out
+
+
+def _model(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
+    out = []
+    for (model, device), rows in _groups(records, "model", lambda r: (r["model"], r["device"])).items():
+        name = "".join(c if c.isalnum() else "-" for c in model)
+        for test in dict.fromkeys(r["test"] for r in rows):
+            own = [r for r in rows if r["test"] == test]
+            title = f"{model}, {test}, on {device}"
+            for key, label, unit in (("tokens_per_s", "tokens per second", 1.0), ("peak_bytes", "peak, GB", 1e9)):
+                lines = _series(
+                    own,
+                    lambda r: r["kv"],
+                    lambda r: max(r["depth"], 1),
+                    lambda r, key=key, unit=unit: None if r[key] is None else r[key] / unit,
+                )
+                out.append((Chart(f"{name}-{test}-{key}", title, "depth, tokens", label, lines), own))
+    return out
+
+
+def _long(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
+    out = []
+    for (model, device), rows in _groups(records, "long", lambda r: (r["model"], r["device"])).items():
+        name = "long-" + "".join(c if c.isalnum() else "-" for c in model)
+        for key, label, unit, log in (
+            ("decode_per_s", "decode, tokens per second", 1.0, True),
+            ("prefill_per_s", "prefill, tokens per second", 1.0, True),
+            ("peak_bytes", "peak memory, GB", 1e9, False),
+        ):
+            lines = _series(
+                rows,
+                lambda r: r["arm"],
+                lambda r: r["context"],
+                lambda r, key=key, unit=unit: None if r[key] is None else r[key] / unit,
+            )
+            out.append(
+                (Chart(f"{name}-{key}", f"{model} on {device}", "context, tokens", label, lines, log_y=log), rows)
+            )
+    return out
+
+
+def _quality(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
+    """Mean KL against bits per value, from `opentq eval fidelity`'s records; one line per depth."""
+    rows = [r for r in records if (r.get("settings") or {}).get("kind") == "fidelity"]
+    out = []
+    for model in dict.fromkeys(r["settings"]["model"]["name"] for r in rows):
+        own = [r for r in rows if r["settings"]["model"]["name"] == model and r["settings"]["spec"] != "native"]
+        lines = _series(
+            own,
+            lambda r: f"{r['settings']['depth']:,} tokens",
+            lambda r: r["bits"],
+            lambda r: r["kl_mean"][0] or None,
+        )
+        title = f"Quality of {model}"
+        chart = Chart(f"quality-{model}", title, "bits per value", "mean KL to fp16, nats", lines, False, True)
+        out.append((chart, own))
+    return out

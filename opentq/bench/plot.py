@@ -1,0 +1,39 @@
+"""Charts as PNG and SVG files, by matplotlib (extra `plot`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from .chart import Chart
+from .svg import Axis, _short
+
+
+def save(chart: Chart, path: Path) -> Path:
+    """Draw `chart` into `path`. Raises UserError without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UserError("image files need matplotlib: pip install 'opentq[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for series in chart.series:
+        axes.plot(*zip(*series.points), marker="o", markersize=4, label=series.label)
+    if chart.limit:
+        axes.axhline(chart.limit[0], linestyle="--", color="tab:red", linewidth=1, label=chart.limit[1])
+    if chart.log_x:
+        axes.set_xscale("log", base=2)
+        ticks = Axis([x for s in chart.series for x, _ in s.points], (0, 1), True).ticks(powers_of_two=True)
+        axes.set_xticks(ticks, [_short(t) for t in ticks])
+    axes.set_yscale("log" if chart.log_y else "linear")
+    if not chart.log_y:
+        axes.set_ylim(0)
+    axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

@@ -1,0 +1,96 @@
+"""`opentq bench report`: records in, one page out. Tables, charts with their records, light and dark, no script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import svg, table
+from .chart import Chart, charts
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1a1c1f; --soft: #667; --rule: #dde1e6;
+  --c0: #0b66c3; --c1: #c8501e; --c2: #18794e; --c3: #8a3ffc; --c4: #b0870b; --c5: #c2255c; --c6: #0c8599; --c7: #555; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171a; --text: #e6e8eb; --soft: #9aa3ad; --rule: #30363d;
+  --c0: #5aa9f5; --c1: #f5925e; --c2: #56c98a; --c3: #b995ff;
+  --c4: #e2bd4c; --c5: #f783ac; --c6: #5cc9da; --c7: #aaa; } }
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 70rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } p { color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem; text-align: right; white-space: nowrap; }
+.text { text-align: left; }
+figure { margin: 1.5rem 0; max-width: 44rem; } figcaption { font-weight: 600; }
+svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+.tick { text-anchor: middle; } .side { text-anchor: end; } svg .key { fill: var(--text); }
+.grid { stroke: var(--rule); stroke-width: 1; } .limit { stroke: var(--c5); stroke-dasharray: 6 4; }
+.line { fill: none !important; stroke-width: 2; }
+details { font-size: 13px; color: var(--soft); } pre { overflow-x: auto; font-size: 11px; }
+""" + "".join(f".c{i} {{ fill: var(--c{i}); stroke: var(--c{i}); }}\n" for i in range(svg.COLOURS))
+
+
+def page(records: Sequence[dict[str, Any]], title: str = "opentq benchmarks") -> str:
+    """One self-contained HTML page. Raises UserError when there is nothing in the records that it knows."""
+    drawn = charts(records)
+    kinds = [k for k in ("kernel", "model", "long") if any(r.get("kind") == k for r in records)]
+    if not drawn and not kinds:
+        raise UserError("these files hold no benchmark or fidelity records; make some with opentq bench --results FILE")
+    parts = [f"<h1>{escape(title)}</h1>", _where(records)]
+    parts += [_figure(chart, behind) for chart, behind in drawn]
+    for kind in kinds:
+        rows = [r for r in records if r.get("kind") == kind]
+        parts.append(f"<h2>{kind}: every row</h2>{_table(table.markdown(rows))}")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _where(records: Sequence[dict[str, Any]]) -> str:
+    """Devices, versions and commands, each once."""
+    lines = []
+    for key, label in (("device", "Measured on"), ("date", "Between"), ("commit", "Commit"), ("command", "Commands")):
+        found = sorted({str(r[key]) for r in records if r.get(key)})
+        if key == "date" and found:
+            found = [found[0], found[-1]] if found[0] != found[-1] else found[:1]
+        if found:
+            lines.append(f"{label}: " + "; ".join(map(escape, found)))
+    versions = {name: v for r in records for name, v in (r.get("versions") or {}).items()}
+    lines.append(", ".join(f"{name} {v}" for name, v in sorted(versions.items())))
+    return "<p>" + "<br>".join(lines) + "</p>"
+
+
+def _figure(chart: Chart, behind: list[dict[str, Any]]) -> str:
+    lines = "\n".join(escape(json.dumps(r)) for r in behind)
+    return (
+        f"<figure id={escape(json.dumps(chart.name))}><figcaption>{escape(chart.title)}</figcaption>{svg.draw(chart)}"
+        f"<details><summary>{len(behind)} records</summary><pre>{lines}</pre></details></figure>"
+    )
+
+
+def _table(markdown: str) -> str:
+    """A Markdown table as HTML."""
+    head, marks, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+    classes = ["" if mark.endswith(":") else ' class="text"' for mark in marks]
+
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}{c}>{escape(x)}</{tag}>" for x, c in zip(cells, classes)) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows)
+    return f'<div class="wide"><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table></div>'
+
+
+def export(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Every chart as PNG and SVG files (needs the extra `plot`); returns what was written."""
+    from .plot import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        save(chart, folder / f"{chart.name}{ending}") for chart, _ in charts(records) for ending in (".png", ".svg")
+    ]
