@@ -3,8 +3,8 @@
 Serves affine codecs stored in the CPU's blocked layout, any GQA ratio, window, sinks, softcap and ragged lengths; says
 "not me" for masks given as arrays. Inputs are evaluated here, because the kernel reads their memory.
 
-Numerical class: fp16. Queries and probabilities go through the integer products as 15-bit integers (per group of channels
-and per group and block), everything else is fp32, so the error is that of naive attention in fp16, or below.
+Numerical class: fp16. Queries and probabilities go through the integer products as 15-bit integers (one step per query,
+one per group and block of values), everything else is fp32: the error is that of naive attention in fp16, or less.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ ERRORS = {1: "can't be loaded", 2: "has no cblas_sgemm", 3: "computed a wrong pr
 
 @dataclass(frozen=True)
 class Blas:
-    """What serves MLX's float32 matrix products: `kind` is "openblas", "reference" or "mlx" (its own), with the reason."""
+    """What serves MLX's float32 matrix products: `kind` is "openblas", "reference" or "mlx", its own; and why."""
 
     kind: str
     detail: str
@@ -91,6 +91,6 @@ def _libraries() -> list[tuple[Path, str, bool]]:
         for path in sorted(folder.glob("numpy.libs/libscipy_openblas*.so*")):
             wide = "64_" in path.name
             found.append((path, "scipy_cblas_sgemm64_" if wide else "scipy_cblas_sgemm", wide))
-    for folder in ("/usr/lib", "/usr/lib64", "/usr/local/lib", f"/usr/lib/{os.uname().machine}-linux-gnu"):
-        found += [(Path(folder) / name, "cblas_sgemm", False) for name in SYSTEM if (Path(folder) / name).exists()]
+    for place in ("/usr/lib", "/usr/lib64", "/usr/local/lib", f"/usr/lib/{os.uname().machine}-linux-gnu"):
+        found += [(Path(place) / name, "cblas_sgemm", False) for name in SYSTEM if (Path(place) / name).exists()]
     return found

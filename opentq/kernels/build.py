@@ -1,7 +1,7 @@
 """The third dialect: C++ kernels, compiled on first use for exactly this machine and kept in the user's cache folder.
 
-A library is named by everything it depends on (sources, headers, flags, compiler version, CPU), so nothing stale is ever
-loaded and several machines can share one home. It is written under a private name and moved into place, so several
+A library is named by everything it depends on (sources, headers, flags, compiler, CPU), so nothing stale is ever loaded
+and several machines can share one home. It is written under a private name and moved into place, so several
 processes can build at once; the folder must belong to the user alone, because what lies there is executed. A machine
 without a compiler is served by the portable path, and `opentq doctor` says so.
 """
@@ -156,7 +156,7 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
 
 @functools.cache
 def cache_folder() -> Path:
-    """Where libraries are kept: private to the user. A home that can't be written gives a temporary folder, and says so."""
+    """Where libraries are kept, private to the user; a temporary folder, and a word of it, where none can be written."""
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:

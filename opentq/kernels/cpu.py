@@ -100,7 +100,7 @@ class Grid(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Status:
-    """What `opentq doctor` says about the CPU kernels: the instruction set they were compiled for, or why there are none."""
+    """What `opentq doctor` says about the CPU kernels: the instructions they use, or why there are none."""
 
     isa: str = ""
     compiler: str = ""

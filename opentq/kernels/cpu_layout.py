@@ -172,7 +172,7 @@ def load_numpy(layout: CpuBlocks, blocks: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _merge(fields: np.ndarray, width: int) -> np.ndarray:
-    """`[..., 16, 64]` codes of `width` bits -> `[..., 16 * width / 8, 64]`: field i in slot i % per of vector i / per."""
+    """`[..., 16, 64]` codes -> `[..., 16 * width / 8, 64]`: field i goes into slot i % per of vector i / per."""
     per = 8 // width
     slots = fields.reshape(*fields.shape[:-2], 16 // per, per, 64)
     shifts = (np.arange(per, dtype=np.uint8) * width)[:, None]

@@ -8,6 +8,9 @@
 #include <cstring>
 #include <vector>
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "abi.h"
 
 using namespace otq;
@@ -144,8 +147,11 @@ static bool run(const Shape& s) {
   return false;
 }
 
-int main() {
-  std::vector<Shape> shapes;
+int main(int argc, char** argv) {
+  const bool forks = !(argc > 1 && std::strcmp(argv[1], "--no-fork") == 0);  // qemu-user can't fork a process with threads
+
+  const Shape split{4, 4, 32, 32, 32, 4, 1, 3000, 4, 60, true, 0, 1, 3, 0, false};  // cut into ranges and merged
+  std::vector<Shape> shapes{split};
   for (int kb : {2, 3, 4, 8})
     for (int vb : {2, 3, 4, 8}) shapes.push_back({kb, vb, 32, 32, 48, 3, 1, 100, 0, 5, true, 0, 1, 2, 0, false});
   for (int dim : {16, 64, 80, 112, 192})
@@ -153,7 +159,6 @@ int main() {
   for (int gqa : {1, 2, 4, 5, 7, 8, 16}) shapes.push_back({4, 4, 32, 64, 64, gqa, 2, 130, 0, 9, true, 0, 1, 2, 0, false});
   shapes.push_back({4, 2, 64, 512, 256, 2, 1, 64, 0, 0, true, 0, 1, 2, 0, false});
   shapes.push_back({4, 4, 32, 32, 32, 4, 1, 0, 0, 0, true, 0, 1, 2, 0, false});       // nothing packed
-  shapes.push_back({4, 4, 32, 32, 32, 4, 1, 3000, 4, 60, true, 0, 1, 3, 0, false});   // split and merged
   shapes.push_back({4, 8, 32, 32, 32, 4, 1, 300, 4, 60, true, 100, 1, 3, 0, false});  // window
   shapes.push_back({4, 4, 32, 32, 32, 1, 5, 300, 2, 0, true, 3, 1, 1, 0, false});     // window inside the query block
   shapes.push_back({3, 4, 32, 32, 32, 2, 40, 200, 4, 70, true, 0, 1, 3, 0, false});   // prefill
@@ -168,6 +173,12 @@ int main() {
     std::printf("FAILED k%d v%d g%d D %d %d gqa %d L %d packed %d sink %d tail %d causal %d window %d batch %d softcap %g sinks %d\n", s.kb, s.vb,
                 s.group, s.dk, s.dv, s.gqa, s.length, s.packed, s.sink, s.tail, s.causal, s.window, s.batch, double(s.softcap), s.sinks);
   }
+  // The thread pool's workers don't survive a fork: the child must start new ones instead of waiting for them.
+  const pid_t child = forks ? fork() : 0;
+  int status = 0;
+  if (forks && child == 0) _exit(run(split) ? 0 : 1);
+  if (forks) waitpid(child, &status, 0);
+  if (status != 0) failed++, std::printf("FAILED in a forked child\n");
   std::printf("%s: %zu shapes, %d failed\n", opentq_isa(), shapes.size(), failed);
   return std::min(failed, 100);
 }

@@ -1,0 +1,232 @@
+"""The C++ dialect: finding a compiler, building once, sharing safely, failing clearly; and the fast float32 product."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from opentq.kernels import blas, build
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX compilers")
+
+ANSWER = '#include "n.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return N + EXTRA; }\n'
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A source folder and a cache folder of our own, and a compiler that counts its runs."""
+    try:
+        real = build.find_compiler().command[0]
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "a.cpp").write_text(ANSWER)
+    (source / "n.h").write_text("#define N 40\n")
+    wrapper = program(tmp_path / "cxx", f'echo run >> {tmp_path}/runs\nexec {real} "$@"')
+    monkeypatch.setattr(build, "HERE", source)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    build.cache_folder.cache_clear()
+
+
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def runs(home: Path) -> int:
+    return len((home / "runs").read_text().split()) if (home / "runs").exists() else 0
+
+
+def answer(extra: int = 2) -> int:
+    return build.load("t", [f"a.cpp -DEXTRA={extra}"]).answer()
+
+
+def test_builds_once_and_for_every_reason_again(home):
+    assert answer() == 42 and runs(home) == 2  # compile and link
+    assert answer() == 42 and runs(home) == 2
+    assert answer(3) == 43 and runs(home) == 4, "another definition"
+    (home / "src" / "n.h").write_text("#define N 50\n")
+    assert answer() == 52 and runs(home) == 6, "another header"
+    program(home / "cxx", (home / "cxx").read_text().split("\n", 1)[1] + "\n# another version")
+    forget()
+    assert answer() == 52 and runs(home) == 8, "another compiler"
+
+
+def test_what_is_kept_is_private_and_whole(home):
+    answer()
+    folder = build.cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    files = sorted(folder.iterdir())
+    assert [f.suffix for f in files] == [".lock", ".so"], "nothing half-made is left"
+    assert files[1].stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_open_to_others_is_closed(home):
+    folder = home / "cache" / "opentq" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert build.cache_folder() == folder and folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_library_cut_short_is_built_again(home):
+    key = build._key(build.find_compiler(), ["a.cpp -DEXTRA=2"])
+    (build.cache_folder() / f"t-{key}.so").write_bytes(b"\x7fELF cut short")
+    assert answer() == 42 and runs(home) == 2
+
+
+def test_a_cache_that_cannot_be_written_gives_a_temporary_one(home, monkeypatch, caplog):
+    (home / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
+    with caplog.at_level("WARNING", "opentq"):
+        assert answer() == 42
+    assert "can't be kept" in caplog.text
+    assert build.cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_processes_that_build_at_once_share_one_build(home):
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from opentq.kernels import build
+        build.HERE = Path(sys.argv[1])
+        assert build.load("t", ["a.cpp -DEXTRA=2"]).answer() == 42
+    """)
+    command = [sys.executable, "-c", script, str(home / "src")]
+    env = {**os.environ, "OPENTQ_BLAS": "off"}  # which would be built, too
+    jobs = [subprocess.Popen(command, cwd=Path(build.__file__).parents[2], env=env) for _ in range(4)]
+    assert [job.wait(120) for job in jobs] == [0] * 4
+    assert runs(home) == 2
+
+
+def test_a_failing_compiler_is_reported_in_its_own_words(home, monkeypatch):
+    monkeypatch.setenv("CXX", str(program(home / "broken", "echo 'internal error 7' >&2; exit 1")))
+    forget()
+    with pytest.raises(build.BuildError, match="internal error 7"):
+        answer()
+
+
+def test_compiler_choice(home, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    forget()
+    with pytest.raises(build.BuildError, match=r"no-such-compiler.*correct or unset"):
+        build.find_compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(home))
+    forget()
+    with pytest.raises(build.BuildError, match=r"install g\+\+"):
+        build.find_compiler()
+    program(home / "clang++", "echo clang 99")
+    forget()
+    assert build.find_compiler().version() == "clang 99"
+    monkeypatch.setenv("CXX", f"{home}/clang++ -flag")
+    forget()
+    assert build.find_compiler().command == (f"{home}/clang++", "-flag")
+
+
+def python(script: str, **env: str) -> str:
+    """Run a script in a fresh interpreter, from the project's folder; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+        cwd=Path(build.__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+ATTEND = """
+    import mlx.core as mx
+    mx.set_default_device(mx.cpu)
+    from opentq.attention import fused_cpu
+    from opentq.codecs.affine import Affine
+    from opentq.kernels import cpu
+    from opentq.kernels.cpu_layout import CpuBlocks
+    codec, layout = Affine(4, 32), CpuBlocks("k", 4, 32, 64)
+    packed = codec.encode(mx.random.normal((1, 1, 64, 64), key=mx.random.key(0)))
+    loaded = layout.load(layout.store(packed))
+    assert all(mx.array_equal(a, b).item() for a, b in zip(loaded, packed))
+    print(cpu.available(), cpu.status().error[:22], fused_cpu.layouts(codec, codec, (64, 64))[0].name)
+"""
+
+
+def test_without_a_compiler_the_portable_path_serves(tmp_path):
+    out = python(ATTEND, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert out == "False CXX='no-such-compiler' canonical"
+
+
+# ---- the float32 product
+
+PRODUCT = """
+    from opentq.kernels import blas
+    found = blas.prepare()
+    import mlx.core as mx, numpy as np
+    mx.set_default_device(mx.cpu)
+    a, b = (np.random.default_rng(i).standard_normal((65, 65)).astype(np.float32) for i in (0, 1))
+    for x, y in ((a, b), (a.T, b), (a, b.T)):
+        assert np.allclose(np.array(mx.array(x) @ mx.array(y)), x @ y, atol=1e-4)
+    assert blas.status() == found
+    print(found.kind, found.detail)
+"""
+
+reference_blas = pytest.mark.skipif(not blas._reference_blas(), reason="this MLX doesn't bring a reference BLAS")
+
+
+@reference_blas
+def test_a_fast_product_is_found_and_right():
+    kind, detail = python(PRODUCT, OPENTQ_BLAS="").split(" ", 1)
+    try:
+        build.find_compiler()
+    except build.BuildError:
+        assert kind == "reference"
+    else:
+        assert kind == "openblas" and "openblas" in detail
+
+
+@reference_blas
+@pytest.mark.parametrize(
+    "env,said",
+    [
+        ({"OPENTQ_BLAS": "off"}, "OPENTQ_BLAS=off"),
+        ({"OPENTQ_BLAS": "/no/such/library.so"}, "can't be loaded"),
+        ({"OPENTQ_BLAS": "libc.so.6"}, "has no cblas_sgemm"),
+        ({"CXX": "no-such-compiler", "OPENTQ_BLAS": ""}, "no-such-compiler"),
+    ],
+    ids=str,
+)
+def test_without_it_the_reference_serves_and_is_reported(env, said):
+    out = python(PRODUCT, **env)
+    assert out.startswith("reference") and said in out
+
+
+@reference_blas
+def test_mlx_imported_first_is_reported():
+    out = python("import mlx.core\nfrom opentq.kernels import blas\nprint(blas.prepare())")
+    assert "import opentq first" in out
+
+
+def test_the_decision_is_made_once_and_never_raises():
+    assert blas.prepare() is blas.prepare()
+    assert isinstance(blas.status(), blas.Blas)
+
+
+def test_shared_libraries_load_through_ctypes(home):
+    assert isinstance(build.load("t", ["a.cpp -DEXTRA=0"]), ctypes.CDLL)

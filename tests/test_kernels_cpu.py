@@ -1,0 +1,461 @@
+"""The compiled CPU kernels: layout bit for bit, attention against the fp32 judge, bad input, threads, other machines.
+
+The rule for attention is the house's: the error against fp32 attention over the decoded cache is at most twice that of
+naive attention in the same numerical class, which is fp16 here (the queries are fp32).
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from opentq.attention import fused_cpu, reference
+from opentq.attention.args import AttnArgs, PackedKV
+from opentq.codecs.affine import Affine
+from opentq.kernels import build, cpu
+from opentq.kernels.cpu_layout import CpuBlocks, load_numpy, store_numpy
+
+pytestmark = pytest.mark.skipif(
+    build.active_dialect() != "cpu" or not cpu.available(), reason="no CPU kernels here: another device, or no compiler"
+)
+
+BITS = (2, 3, 4, 8)
+
+
+def blocks(kind: str, codec: Affine, dim: int) -> CpuBlocks:
+    return CpuBlocks(kind, codec.bits, codec.group, dim)
+
+
+def call(
+    *,
+    seed=0,
+    batch=1,
+    kv_heads=2,
+    gqa=4,
+    length=1,
+    dims=(64, 64),
+    packed=200,
+    sink=0,
+    tail=20,
+    bits=(4, 4),
+    groups=(32, 32),
+    causal=True,
+    window=0,
+    softcap=0.0,
+    sinks=False,
+    ragged=False,
+    spread=1.0,
+    spare=0,
+    dtype=mx.float32,
+) -> AttnArgs:
+    """A random call; `spare` packed blocks and the invalid part of the last one hold NaN scales."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return mx.array(rng.standard_normal(shape, dtype=np.float32))
+
+    slots = -(-packed // 64) * 64
+    sides = []
+    for kind, dim, b, group in zip("kv", dims, bits, groups):
+        codec = Affine(b, group)
+        layout = blocks(kind, codec, dim)
+        # Tokens of very different size make the block's value scales wild.
+        size = mx.array(np.exp(rng.normal(0, np.log(spread) + 1e-9, (batch, kv_heads, slots, 1))).astype(np.float32))
+        stored = np.array(layout.encode(codec, (normal(batch, kv_heads, slots, dim) * size).astype(mx.float16))[0])
+        stored = np.concatenate([stored, np.full((batch, kv_heads, spare, layout.block_bytes), 0x7E, np.uint8)], axis=2)
+        if packed % 64:
+            params = stored[:, :, slots // 64 - 1, layout.code_bytes :]
+            params.view(np.uint16).reshape(batch, kv_heads, -1, 64)[..., packed % 64 :] = 0x7E00
+        sides.append(PackedKV(codec, layout, (mx.array(stored),), dim))
+    columns = sink + tail + length
+    lens = tuple((max(0, packed - 33 * b * ragged), sink, sink + min(tail, 5 * b) * ragged) for b in range(batch))
+    return AttnArgs(
+        normal(batch, kv_heads * gqa, length, dims[0]).astype(dtype),
+        *sides,
+        normal(batch, kv_heads, columns, dims[0]).astype(mx.float16),
+        normal(batch, kv_heads, columns, dims[1]).astype(mx.float16),
+        lens,
+        dims[0] ** -0.5,
+        causal,
+        window,
+        None,
+        normal(kv_heads * gqa) if sinks else None,
+        softcap,
+    )
+
+
+def naive_fp16(args: AttnArgs) -> mx.array:
+    """What an fp16 model without a compressed cache computes: every product and the softmax in fp16."""
+    half = replace(args, q=args.q.astype(mx.float16))
+    rows = []
+    for b in range(args.q.shape[0]):
+        packed, sink, start = args.lens[b]
+
+        def logical(kv, dense, b=b, packed=packed, sink=sink, start=start):
+            middle = kv.decode(0, packed, mx.float16)[b : b + 1] if packed else dense[b : b + 1, :, :0]
+            whole = mx.concatenate([dense[b : b + 1, :, :sink], middle, dense[b : b + 1, :, start:]], axis=2)
+            return mx.repeat(whole, args.gqa, axis=1)
+
+        scores = (half.q[b : b + 1] * args.scale) @ logical(args.k, args.dense_k).swapaxes(-1, -2)
+        if args.softcap:
+            scores = mx.tanh(scores / args.softcap) * args.softcap
+        scores = mx.where(reference.visible(args, b), scores, mx.array(-mx.inf, mx.float16))
+        if args.sinks is not None:
+            extra = mx.broadcast_to(args.sinks.astype(mx.float16).reshape(1, -1, 1, 1), (*scores.shape[:3], 1))
+            weights = mx.softmax(mx.concatenate([scores, extra], axis=-1), axis=-1)[..., :-1]
+        else:
+            weights = mx.softmax(scores, axis=-1)
+        rows.append(weights @ logical(args.v, args.dense_v))
+    return mx.concatenate(rows)
+
+
+def check(args: AttnArgs) -> None:
+    out = fused_cpu.attend(args)
+    assert out is not None and out.dtype == args.q.dtype
+    judge = np.array(reference.attend(args))
+    error = np.abs(np.array(out.astype(mx.float32)) - judge).max()
+    naive = np.abs(np.array(naive_fp16(args).astype(mx.float32)) - judge).max()
+    tiny = 1e-6 * np.abs(judge).max() + 1e-7  # naive may be exact: one key with all the weight
+    assert error <= 2 * naive + tiny, f"error {error:.2e}, naive fp16 {naive:.2e}"
+
+
+# ---- layout
+
+
+@pytest.mark.parametrize("kind", ["k", "v"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim,group", [(16, 32), (64, 128), (80, 32), (112, 64), (128, 32), (192, 128)])
+def test_layout_moves_canonical_bits_exactly(kind, bits, dim, group):
+    codec = Affine(bits, group)
+    layout = blocks(kind, codec, dim)
+    packed = codec.encode(mx.random.normal((2, 3, 128, dim), key=mx.random.key(1)))
+    (stored,) = layout.store(packed)
+    assert stored.shape == (2, 3, 2, layout.block_bytes) and CpuBlocks.named(layout.name) == layout
+    canonical_bits = 64 * (bits * dim + 32 * layout.groups)
+    assert layout.block_bytes * 8 == canonical_bits, "no padding"
+    assert np.array_equal(np.array(stored), store_numpy(layout, *map(np.array, packed)))
+    for loaded in (layout.load((stored,)), load_numpy(layout, np.array(stored))):
+        for a, b in zip(loaded, packed):
+            assert np.array_equal(np.array(a), np.array(b))
+    part = layout.load((stored[:, 1:, 1:],))  # a strided view
+    assert np.array_equal(np.array(part[0]), np.array(packed[0][:, 1:, 64:]))
+
+
+def same_codes(layout: CpuBlocks, codec: Affine, y: mx.array) -> None:
+    """encode == store(codec.encode), except that a zero may be -0 for +0."""
+    got, want = layout.load(layout.encode(codec, y)), codec.encode(y)
+    assert np.array_equal(np.array(got[0]), np.array(want[0]))
+    assert np.array_equal(np.array(got[1]), np.array(want[1]))  # as floats: -0 == +0
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_encode_makes_the_codecs_bits(bits, dtype):
+    codec = Affine(bits, 64)
+    y = (mx.random.normal((2, 2, 128, 80), key=mx.random.key(2)) * 3).astype(dtype)
+    same_codes(blocks("k", codec, 80), codec, y)
+    wide = mx.random.normal((2, 256, 4, 80), key=mx.random.key(3)).astype(dtype)
+    same_codes(blocks("v", codec, 80), codec, wide.swapaxes(1, 2)[:, 1:3, 64:192])  # strided, unaligned
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_encode_of_extreme_vectors(bits):
+    codec = Affine(bits, 32)
+    rows = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    rows[0], rows[1], rows[2] = 0, 7.25, -0.0
+    rows[3, 5], rows[4, 6], rows[5] = np.inf, -np.inf, 1e9
+    rows[6] *= 1e-7
+    rows[7] *= 1e-12
+    rows[8, ::2], rows[8, 1::2] = 65504, -65504
+    rows[9, 40:] = rows[9, 40]
+    same_codes(blocks("v", codec, 64), codec, mx.array(rows.reshape(1, 1, 64, 64)))
+
+
+def test_encode_of_nan_ends():
+    layout, codec = blocks("k", Affine(4, 32), 64), Affine(4, 32)
+    (stored,) = layout.encode(codec, mx.full((1, 1, 64, 64), mx.nan))
+    assert stored.shape == (1, 1, 1, layout.block_bytes)
+
+
+def test_layout_refuses_what_it_cannot_hold():
+    layout = blocks("k", Affine(4, 32), 64)
+    with pytest.raises(ValueError, match="64 tokens"):
+        layout.encode(Affine(4, 32), mx.zeros((1, 1, 65, 64)))
+    with pytest.raises(ValueError, match="can't hold"):
+        layout.encode(Affine(3, 32), mx.zeros((1, 1, 64, 64)))
+    with pytest.raises(ValueError, match="channels"):
+        layout.encode(Affine(4, 32), mx.zeros((1, 1, 64, 128)))
+    with pytest.raises(ValueError, match="bytes"):
+        layout.load((mx.zeros((1, 1, 1, 7), mx.uint8),))
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("k_bits", BITS)
+@pytest.mark.parametrize("v_bits", BITS)
+def test_every_pair_of_widths(k_bits, v_bits):
+    check(call(bits=(k_bits, v_bits), groups=(32, 64), packed=130))
+
+
+@pytest.mark.parametrize("gqa", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("length", [1, 3])
+def test_gqa(gqa, length):
+    check(call(gqa=gqa, length=length, packed=130))
+
+
+@pytest.mark.parametrize("dims", [(d, d) for d in (64, 80, 96, 112, 128, 192, 256, 512)] + [(192, 128)])
+@pytest.mark.parametrize("group", [32, 128])
+def test_head_dims(dims, group):
+    check(call(dims=dims, groups=(group, group), packed=70, tail=5, kv_heads=1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"packed": 0, "tail": 0},
+        {"packed": 64, "tail": 0},
+        {"packed": 1, "tail": 0},
+        {"packed": 5000, "spare": 3},
+        {"sink": 4, "tail": 70},
+        {"sink": 4, "window": 100},
+        {"window": 10},
+        {"packed": 500, "window": 3, "length": 8, "tail": 0},
+        {"length": 16, "packed": 300},
+        {"length": 100, "packed": 300, "sink": 4},
+        {"length": 150, "packed": 300, "window": 90, "gqa": 2},
+        {"length": 40, "packed": 0, "tail": 0},
+        {"length": 5, "causal": False},
+        {"softcap": 3.0, "spread": 2.0},
+        {"sinks": True, "length": 3},
+        {"batch": 3, "ragged": True, "sink": 2},
+        {"batch": 2, "ragged": True, "length": 30, "window": 64},
+        {"spread": 8.0},
+        {"spread": 8.0, "packed": 1000, "length": 20},
+        {"dtype": mx.float16},
+        {"dtype": mx.bfloat16, "length": 20},
+    ],
+    ids=str,
+)
+def test_regions_and_masks(case):
+    args = call(**case)
+    if args.q.dtype == mx.bfloat16:  # its output rounding is coarser than all of fp16's errors
+        out, judge = np.array(fused_cpu.attend(args).astype(mx.float32)), np.array(reference.attend(args))
+        assert np.abs(out - judge).max() <= 2**-8 * np.abs(judge).max()
+    else:
+        check(args)
+
+
+def test_long_context_error_against_float64():
+    """The published figure's setting, shortened: near-uniform attention; at most 4e-3 is asked for."""
+    args = call(kv_heads=1, gqa=8, dims=(128, 128), packed=16384, tail=0)
+    k, v = (np.array(side.decode(0, 16384, mx.float32), np.float64)[0, 0] for side in (args.k, args.v))
+    k = np.concatenate([k, np.array(args.dense_k, np.float64)[0, 0]])
+    v = np.concatenate([v, np.array(args.dense_v, np.float64)[0, 0]])
+    scores = np.array(args.q, np.float64)[0, :, 0] @ k.T * args.scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = weights @ v / weights.sum(-1, keepdims=True)
+    got = np.array(fused_cpu.attend(args))[0, :, 0]
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 3e-4
+
+
+def test_sliced_and_unaligned_buffers():
+    args = call(batch=2, kv_heads=3, gqa=2, length=2)
+    want = np.array(fused_cpu.attend(args))
+
+    def odd(x):  # the same values, as a view into a larger buffer at an odd offset
+        pad = mx.zeros((*x.shape[:2], x.shape[2] + 3, x.shape[3]), x.dtype)
+        pad[:, :, 1 : 1 + x.shape[2]] = x
+        return pad[:, :, 1 : 1 + x.shape[2]]
+
+    views = {
+        "q": args.q.swapaxes(1, 2).reshape(2, 2, -1).reshape(2, 2, 6, 64).swapaxes(1, 2),
+        "dense_k": odd(args.dense_k),
+        "dense_v": odd(args.dense_v),
+        "k": replace(args.k, arrays=(odd(args.k.arrays[0]),)),
+        "v": replace(args.v, arrays=(odd(args.v.arrays[0]),)),
+    }
+    assert np.array_equal(np.array(fused_cpu.attend(replace(args, **views))), want)
+
+
+def test_a_key_without_a_score_gets_no_weight():
+    args = call(tail=3)
+    dense_k = np.array(args.dense_k)
+    dense_k[:, :, 1] = np.nan
+    got = np.array(fused_cpu.attend(replace(args, dense_k=mx.array(dense_k))))
+    assert np.isfinite(got).all()
+    dense_k[:, :, :] = -np.inf
+    args = replace(call(packed=0, tail=0), dense_k=mx.array(dense_k)[:, :, :1])
+    assert np.array_equal(np.array(fused_cpu.attend(args)), np.zeros(args.q.shape)), "a row that sees nothing is zeros"
+
+
+def test_infinite_values_and_queries_end():
+    args = call(length=3)
+    for name in ("q", "dense_k", "dense_v"):
+        for bad in (np.inf, np.nan):
+            x = np.array(getattr(args, name))
+            x[..., 3] = bad
+            assert fused_cpu.attend(replace(args, **{name: mx.array(x)})).shape == args.q.shape
+
+
+def test_what_is_not_for_these_kernels():
+    args = call()
+    assert fused_cpu.attend(replace(args, mask=mx.ones((1, 221), mx.bool_))) is None
+    assert fused_cpu.attend(replace(args, dense_k=args.dense_k.astype(mx.float32))) is None
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    args = call(packed=128)
+    for lens in [(129, 0, 0), (-1, 0, 0), (10, 5, 4), (10, 0, 99)]:
+        with pytest.raises(ValueError, match="fit"):
+            fused_cpu.attend(replace(args, lens=(lens,)))
+
+
+# ---- threads
+
+
+def test_results_repeat_bit_by_bit(monkeypatch):
+    args = call(packed=3000, length=2)
+    outs = {}
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("OPENTQ_THREADS", threads)
+        runs = [np.array(fused_cpu.attend(args)) for _ in range(5)]
+        assert all(np.array_equal(r, runs[0]) for r in runs)
+        outs[threads] = runs[0]
+    assert np.allclose(outs["1"], outs["3"], atol=1e-5)
+
+
+def test_callers_on_many_threads_do_not_disturb_each_other():
+    args = call(packed=2000)
+    mx.eval(args.q, args.dense_k, args.dense_v, args.k.arrays, args.v.arrays)
+    want = np.array(fused_cpu.attend(args))
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: fused_cpu.attend(args), range(16)))
+    assert all(np.array_equal(np.array(o), want) for o in outs)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_threads_setting_is_checked(monkeypatch, value):
+    monkeypatch.setenv("OPENTQ_THREADS", value)
+    with pytest.raises(ValueError, match="OPENTQ_THREADS"):
+        cpu.threads()
+
+
+def test_default_threads_are_physical_cores(monkeypatch):
+    monkeypatch.delenv("OPENTQ_THREADS", raising=False)
+    assert 1 <= cpu.threads() == cpu.physical_cores() <= (cpu.os.cpu_count() or 1)
+
+
+# ---- any call
+
+CALLS = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**32 - 1),
+        "batch": st.integers(1, 2),
+        "kv_heads": st.integers(1, 2),
+        "gqa": st.sampled_from([1, 2, 3, 4, 7, 8]),
+        "length": st.sampled_from([1, 1, 2, 5, 16, 17, 40]),
+        "dims": st.tuples(*[st.sampled_from([16, 32, 48, 64, 80, 128])] * 2),
+        "packed": st.integers(0, 400),
+        "sink": st.integers(0, 4),
+        "tail": st.integers(0, 70),
+        "bits": st.tuples(*[st.sampled_from(BITS)] * 2),
+        "groups": st.tuples(*[st.sampled_from([32, 64, 128])] * 2),
+        "causal": st.booleans(),
+        "window": st.sampled_from([0, 0, 1, 30, 64, 200]),
+        "softcap": st.sampled_from([0.0, 0.0, 5.0]),
+        "sinks": st.booleans(),
+        "ragged": st.booleans(),
+        "spread": st.sampled_from([1.0, 1.5, 6.0]),
+        "spare": st.integers(0, 1),
+    }
+)
+ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+
+
+@settings(max_examples=200, derandomize=True, **ANY)
+@given(CALLS)
+def test_any_call(case):
+    check(call(**case))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=10_000, **ANY)
+@given(CALLS)
+def test_ten_thousand_calls(case):
+    check(call(**case))
+
+
+# ---- other machines: the kernels without Python, against a scalar twin, for sanitizers and emulators
+
+SELFTEST = Path(__file__).parent / "cpu" / "selftest.cpp"
+
+
+def build_selftest(folder: Path, compiler: str, *flags: str) -> Path:
+    """Compile the kernels and tests/cpu/selftest.cpp, each file apart, and link them."""
+    command = [compiler, "-std=c++17", "-pthread", "-w", f"-I{build.HERE}", *flags]
+    jobs = [[str(build.HERE / source.split()[0]), *source.split()[1:]] for source in cpu.SOURCES] + [[str(SELFTEST)]]
+
+    def one(job: tuple[int, list[str]]) -> str:
+        out = str(folder / f"{job[0]}.o")
+        subprocess.run([*command, "-c", *job[1], "-o", out], check=True)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(one, enumerate(jobs)))
+    program = folder / "selftest"
+    subprocess.run([*command, *objects, "-o", str(program)], check=True)
+    return program
+
+
+def run_selftest(command: list[str], isa: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.startswith(isa) and done.stdout.rstrip().endswith("0 failed")
+
+
+@pytest.mark.timeout(600)
+def test_sanitizers_find_nothing(tmp_path):
+    compiler = build.find_compiler().command[0]
+    flags = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run_selftest([str(build_selftest(tmp_path, compiler, *flags))], cpu.status().isa)
+
+
+@pytest.mark.timeout(600)
+def test_portable_vectors(tmp_path):
+    program = build_selftest(
+        tmp_path, build.find_compiler().command[0], "-O1", "-DOPENTQ_PORTABLE", "-DOPENTQ_NO_AVX512"
+    )
+    run_selftest([str(program)], "portable")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is x86")
+def test_avx2(tmp_path):
+    program = build_selftest(tmp_path, build.find_compiler().command[0], "-O1", "-march=haswell")
+    if "avx2" not in build.cpu_identity():
+        pytest.skip("compiled, but this CPU has no AVX2 to run it")
+    run_selftest([str(program)], "avx2")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("isa,march", [("neon-dotprod", "armv8.2-a+dotprod"), ("neon-i8mm", "armv8.6-a")])
+def test_neon(tmp_path, isa, march):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None:
+        pytest.skip("no aarch64 cross-compiler: install g++-aarch64-linux-gnu")
+    program = build_selftest(tmp_path, compiler, "-O1", "-static", f"-march={march}")
+    if emulator is None:
+        pytest.skip("compiled, but there is no qemu-aarch64 to run it: install qemu-user")
+    run_selftest([emulator, str(program), "--no-fork"], isa)
