@@ -476,9 +476,8 @@ def test_schema_without_its_extra(server, monkeypatch):
 
 
 def test_tools(server):
-    body = {
-        "model": "tiny", "messages": HI, "tools": [TOOL], "tool_choice": "required", "max_tokens": 150, "temperature": 1, "seed": 3,
-    }  # fmt: skip
+    choice = {"tools": [TOOL], "tool_choice": "required"}
+    body = {"model": "tiny", "messages": HI, "max_tokens": 150, "temperature": 1, "seed": 3, **choice}
     whole = server.openai.chat.completions.create(**body).choices[0]
     call = whole.message.tool_calls[0]
     assert whole.finish_reason == "tool_calls" and whole.message.content is None and call.function.name == "look_up"
@@ -855,3 +854,30 @@ def test_drain_lets_answers_end_and_cancels_the_rest(folder):
         assert "shutting_down" in endless.until("error")
     server.thread.join(10)
     assert not server.thread.is_alive()
+
+
+# ---- prefixes on disk
+
+
+def test_prefixes_survive_a_restart_whole(folder, tmp_path):
+    ask = {"max_tokens": 30}
+    with serving(folder, prompt_cache_dir=tmp_path) as server:
+        fresh = content(server.chat(LONG[:900], **ask))
+        content(server.chat(LONG[:900] + "more of it", **ask))
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 1, "the longer prefix stands for the shorter one"
+    with serving(folder, prompt_cache_dir=tmp_path) as server:
+        again = server.chat(LONG[:900], **ask)
+        assert content(again) == fresh and again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 896
+    # A file that was damaged is dropped, and the prompt is read again.
+    data = bytearray(files[0].read_bytes())
+    data[-100] ^= 1
+    files[0].write_bytes(data)
+    with serving(folder, prompt_cache_dir=tmp_path) as server:
+        again = server.chat(LONG[:900], **ask)
+        assert content(again) == fresh and again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    # Prefixes of another spec are others; a budget of nothing keeps nothing.
+    with serving(folder, prompt_cache_dir=tmp_path, kv="int8", prompt_cache_dir_bytes=0) as server:
+        again = server.chat(LONG[:900], **ask)
+        assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1

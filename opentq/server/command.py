@@ -43,6 +43,7 @@ def serve(
         str | None, typer.Option(help="Memory for remembered prompts, e.g. 4GB; 0 for none.")
     ] = None,
     prompt_cache_dir: Annotated[Path | None, typer.Option(help="Keep remembered prompts in this folder, too.")] = None,
+    prompt_cache_dir_bytes: Annotated[str, typer.Option(help="Disk for remembered prompts.")] = "20GB",
     decode_concurrency: Annotated[int, typer.Option(help="Most requests that run at once.")] = 64,
     queue: Annotated[int, typer.Option(help="Most requests that wait for memory; further ones get a 503.")] = 64,
     prefill_step_size: Annotated[
@@ -81,6 +82,10 @@ def serve(
     if not (model or model_option):
         raise UserError("no model given: opentq serve FOLDER, or org/name")
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    if log_level == "info":  # of uvicorn and the rest of opentq, only warnings
+        for name in ("uvicorn", "opentq", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
     from ..memory.device import parse_memory
     from ..spec import spec_from_flags
@@ -105,6 +110,7 @@ def serve(
         memory=size(memory),
         prompt_cache_bytes=size(prompt_cache_bytes),
         prompt_cache_dir=prompt_cache_dir,
+        prompt_cache_dir_bytes=size(prompt_cache_dir_bytes) or 0,
         concurrency=decode_concurrency,
         queue=queue,
         prefill_step=prefill_step_size,

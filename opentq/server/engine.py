@@ -36,7 +36,7 @@ log = logging.getLogger("opentq.serve")
 
 Event = Progress | Step | Done | ApiError
 STALL = 3.0
-PIECES = (64, 128, 256, 512, 1024, 2048)
+PIECES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass(eq=False)
@@ -132,12 +132,21 @@ class Engine:
     def run(self) -> None:
         """Work until closed. An error of the model's ends this call; `recover` says what to do then."""
         while not self._closed:
-            self._read_inbox(block=not (self.reading or self.shelves))
+            idle = not (self.reading or self.shelves)
+            if idle and self.store.shelf and self.store.shelf.waiting and self._inbox.empty():
+                self.store.shelf.write_one()
+                continue
+            self._read_inbox(block=idle)
             self._turn += 1
             for key in sorted(self.shelves):
                 self._decode(key)
             if self.reading:
                 self._read_piece(self._next_reader())
+
+    def finish(self) -> None:
+        """After `close`: write what waits for the disk."""
+        while self.store.shelf and self.store.shelf.waiting:
+            self.store.shelf.write_one()
 
     def recover(self, error: BaseException) -> None:
         """After `run` failed: end the job at work, or all running answers if it was theirs, with an error each."""
@@ -177,7 +186,7 @@ class Engine:
         job.read = job.cached = hit.tokens
         if not exact_trim(job.caches):
             # Such caches are remembered only at points chosen beforehand: the end, and where known prompts part.
-            job.snapshots = {len(job.names) * self.step, hit.shared} - {0}
+            job.snapshots = {len(job.names) * self.store.step, hit.shared} - {0}
         self.reading.append(job)
         self.at_work = None
 
@@ -197,7 +206,8 @@ class Engine:
             self.timing.note("piece", time.perf_counter() - tic)
             job.read = end
             if end in job.snapshots:
-                self.store.remember(job.names[: end // self.step], copy.deepcopy(job.caches or []))
+                names = job.names[: end // self.store.step]
+                self.store.remember(names, job.tokens, copy.deepcopy(job.caches or []))
             job.post(job, Progress(end, len(job.tokens)))
         if job.read == len(job.tokens) - 1:
             self._join(job)
@@ -232,8 +242,8 @@ class Engine:
             self.shelves[key] = (batch, [job])
         if exact_trim(single):
             for c in single:
-                c.trim(job.read - len(job.names) * self.step)
-            self.store.remember(job.names, single)
+                c.trim(job.read - len(job.names) * self.store.step)
+            self.store.remember(job.names, job.tokens, single)
 
     def _decode(self, key: int) -> None:
         """The next token of every answer on a shelf."""

@@ -14,15 +14,18 @@ import mlx.core as mx
 import uvicorn
 
 from .. import hooks
+from ..caches.disk import fingerprint
 from ..errors import UserError
+from ..kernels.layout import FLUSH
 from ..memory.device import GIB
-from ..model import load
+from ..model import load, make_cache
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine, choose_step
 from .prefix import PrefixStore
 from .pricing import Prices, appraise
 from .service import Service, Settings
+from .shelf import DiskShelf, Identity, model_folder, settled_step
 
 log = logging.getLogger("opentq.serve")
 
@@ -50,6 +53,7 @@ class Options:
     memory: int | None = None
     prompt_cache_bytes: int | None = None
     prompt_cache_dir: Path | None = None
+    prompt_cache_dir_bytes: int = 20 << 30
     concurrency: int = 64
     queue: int = 64
     prefill_step: int | None = None
@@ -68,8 +72,9 @@ def check(options: Options) -> None:
             f"--host {options.host} can be reached from other machines: set --api-key (or OPENTQ_API_KEY), "
             "or say --insecure"
         )
-    if options.prefill_step is not None and (options.prefill_step < 64 or options.prefill_step % 64):
-        raise UserError(f"--prefill-step-size {options.prefill_step} must be a multiple of 64")
+    step = options.prefill_step
+    if step is not None and (step < 1 or (FLUSH % step and step % FLUSH)):
+        raise UserError(f"--prefill-step-size {step} must be 16, 32 or a multiple of 64, the tokens packed together")
 
 
 def make_service(options: Options) -> tuple[Service, Prices]:
@@ -86,7 +91,15 @@ def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Price
     model, tokenizer = load(
         options.model, kv=options.kv, tokenizer_config={"trust_remote_code": options.trust_remote_code or None}
     )
-    step = options.prefill_step or choose_step(model, PIECE_LIMIT)
+    if options.prompt_cache_dir:
+        record = hooks.installed(model)
+        identity = Identity(
+            options.model, fingerprint(model_folder(options.model)), str(record.spec) if record else "off"
+        )
+        folder = identity.folder(options.prompt_cache_dir)
+        step = settled_step(folder, lambda: choose_step(model, PIECE_LIMIT), options.prefill_step)
+    else:
+        step = options.prefill_step or choose_step(model, PIECE_LIMIT)
     context = model_context(model)
     if options.max_context and context and options.max_context > context:
         log.warning(
@@ -105,7 +118,11 @@ def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Price
         log.warning("the context is %d tokens, not the model's %d: more does not fit in memory", longest, wanted)
     cache_bytes = prices.budget if options.prompt_cache_bytes is None else options.prompt_cache_bytes
     mx.set_cache_limit(max(64 << 20, min(prices.weights, 1 << 30)))
-    store = PrefixStore(step, min(cache_bytes, prices.budget))
+    store = PrefixStore(max(step, FLUSH), min(cache_bytes, prices.budget))
+    if options.prompt_cache_dir:
+        pieces = folder / f"pieces-{step}"
+        pieces.mkdir(mode=0o700, exist_ok=True)
+        store.shelf = DiskShelf(pieces, identity, store.step, options.prompt_cache_dir_bytes, lambda: make_cache(model))
     engine = Engine(model, tokenizer, store, step)
     vocab = int(model(mx.array([[0]])).shape[-1])
     settings = Settings(

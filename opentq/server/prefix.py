@@ -1,8 +1,9 @@
 """What was read is remembered: packed prefixes of prompts, found by content, kept within a byte budget.
 
-A prompt is always read in the same pieces of `step` tokens, whatever else is going on. So what a cache holds after a
-whole number of pieces is a function of those tokens alone, and an answer on a remembered prefix equals a fresh one.
-Only whole pieces are remembered. A piece is named by the hash of all tokens up to its end; disk uses the same names.
+A prompt is always read in the same pieces, whatever else is going on. So what a cache holds after a whole number of
+pieces is a function of those tokens alone, and an answer on a remembered prefix equals a fresh one. Whole blocks of
+`step` tokens are remembered, a piece or several (and at least the 64 that are packed together). A block is named by the
+hash of all tokens up to its end; disk uses the same names.
 
 A cache that can be trimmed serves all shorter prefixes of itself. One that can't (a sliding window, recurrent state)
 serves only its full length, so such models also keep a snapshot where two prompts were seen to part.
@@ -27,18 +28,25 @@ class Shelf(Protocol):
     """A second, slower store, on disk."""
 
     def find(self, names: Sequence[str]) -> int:
-        """How many pieces of a prompt it can give back."""
+        """How many blocks of a prompt it can give back."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is to be written."""
+
+    def write_one(self) -> None:
+        """Write the oldest of it."""
 
     def load(self, names: Sequence[str]) -> list[Any] | None:
         """The caches of a prefix that `find` found; None when its file turns out damaged."""
 
-    def save(self, names: Sequence[str], caches: list[Any]) -> None:
+    def save(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
         """Keep a prefix."""
 
 
 @dataclass(eq=False)
 class Entry:
-    """One remembered prefix: the names of its pieces, and its caches."""
+    """One remembered prefix: the names of its blocks, and its caches."""
 
     names: tuple[str, ...]
     caches: list[Any]
@@ -70,7 +78,7 @@ class PrefixStore:
         return len(self._entries)
 
     def names(self, tokens: Sequence[int]) -> list[str]:
-        """The names of the whole pieces of a prompt. The last token is never remembered: it makes the first answer."""
+        """The names of the whole blocks of a prompt. The last token is never remembered: it makes the first answer."""
         ids = np.asarray(tokens, dtype="<u4")
         digest = hashlib.blake2b(f"{self.step}:".encode(), digest_size=20)
         found = []
@@ -120,10 +128,10 @@ class PrefixStore:
             self._by_name.setdefault(name, []).append(entry)
         self.shrink(self.max_bytes)
 
-    def remember(self, names: Sequence[str], caches: list[Any]) -> None:
-        """`insert`, and on the disk too."""
+    def remember(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
+        """`insert`, and on the disk too: caches that hold the blocks `names` of the prompt `tokens`."""
         if self.shelf and names:
-            self.shelf.save(names, caches)
+            self.shelf.save(names, tokens[: len(names) * self.step], caches)
         self.insert(names, caches)
 
     def shrink(self, nbytes: int) -> None:

@@ -130,8 +130,10 @@ class Service:
             self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
-        """Stop the engine; its thread ends after the step it is in."""
+        """Stop the engine after the step it is in, and let it write what waits for the disk."""
         self.engine.close()
+        self._pool.submit(self.engine.finish)
+        self._pool.shutdown(wait=True)
 
     # ---- requests
 
