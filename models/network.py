@@ -158,6 +158,18 @@ class Layer(nn.Module):
         return x + F.dropout(r, self.dropout, self.training)
 
 
+def plant_outliers(bias: Tensor, head_dim: int) -> None:
+    """Start a key bias where Qwen2's ends: two slowly rotating channel pairs per head lie 15 to 30 from zero.
+
+    A nearly constant offset of all keys cancels in the softmax, so that training has little reason to remove it.
+    """
+    half = head_dim // 2
+    for head in bias.view(-1, head_dim):
+        for channel in torch.randperm(half // 6)[:2] + half - half // 6:
+            for c in (channel, channel + half):
+                head[c] = (15 + 15 * torch.rand(())) * (1 if torch.rand(()) < 0.5 else -1)
+
+
 class Network(nn.Module):
     """Token ids `[B, T]` to final hidden states `[B, T, hidden]`; `logits` maps those through the tied embedding."""
 
@@ -174,6 +186,8 @@ class Network(nn.Module):
                 nn.init.normal_(p, std=(0.04 if "embed" in name else 0.03) * (deep if last else 1.0))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+                if name.endswith("k_proj.bias"):
+                    plant_outliers(p.data, config.head_dim)
 
     def angles(self, length: int, theta: float) -> tuple[Tensor, Tensor]:
         device, d = self.embed_tokens.weight.device, self.config.head_dim
