@@ -2,8 +2,8 @@
 
     python dev/load_test.py --model models/tiny-llama --seconds 300
 
-Three parts. `soak`: clients with ragged prompts, a part of whom disconnect, for some minutes; every finished answer must
-be the text that the same request got alone, and memory and sequences must be back afterwards. `throughput`: one
+Three parts. `soak`: clients with ragged prompts, a part of whom disconnect, for some minutes; every finished answer
+must be the text that the same request got alone, and memory and sequences must be back afterwards. `throughput`: one
 stream against eight, at 4K of context; `--against-mlx-lm` runs mlx-lm's own server the same way. `stall`: time between
 tokens of a running stream while a long prompt comes in. Prints a table; appends one JSON record per part to `--output`.
 """
@@ -22,13 +22,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 
-WORDS = (
-    "river harbour engine garden window letter captain teacher bridge market winter summer village code name".split()
-)
+WORDS = ("river", "harbour", "engine", "garden", "window", "letter", "captain", "teacher", "bridge", "market", "winter")
 
 
 class Server:
@@ -205,7 +204,7 @@ async def stall(server: Server, args: argparse.Namespace) -> dict:
         done = other[1] if len(other) > 1 else time.monotonic()
         _, _, times = await running
     times = times[1:]
-    gaps = [(b, b - a) for a, b in zip(times, times[1:])]
+    gaps = [(b, b - a) for a, b in pairwise(times)]
     idle = [g for t, g in gaps if t < begun or t > done + 0.2]
     busy = [g for t, g in gaps if begun + 0.05 < t < done]
     return {

@@ -23,7 +23,7 @@ from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine, choose_step
 from .prefix import PrefixStore
-from .pricing import Prices, appraise
+from .pricing import Prices, appraise, model_context
 from .service import Service, Settings
 from .shelf import DiskShelf, Identity, model_folder, settled_step
 
@@ -122,7 +122,10 @@ def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Price
     if options.prompt_cache_dir:
         pieces = folder / f"pieces-{step}"
         pieces.mkdir(mode=0o700, exist_ok=True)
-        store.shelf = DiskShelf(pieces, identity, store.step, options.prompt_cache_dir_bytes, lambda: make_cache(model))
+        pending = prices.budget // 8  # held until they are written; taken from what requests may hold
+        admission.budget -= pending
+        disk_bytes = options.prompt_cache_dir_bytes
+        store.shelf = DiskShelf(pieces, identity, store.step, disk_bytes, pending, lambda: make_cache(model))
     engine = Engine(model, tokenizer, store, step)
     vocab = int(model(mx.array([[0]])).shape[-1])
     settings = Settings(
@@ -142,14 +145,6 @@ def default_names(model: str) -> tuple[str, ...]:
     """The names that requests may give: the model's own, and the path or repository as it was given."""
     short = Path(model).name
     return (short,) if short == model else (short, model)
-
-
-def model_context(model: Any) -> int:
-    """Tokens that the model was made for; 0 when its arguments don't say."""
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None)
-    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
-    return int(found or getattr(args, "max_position_embeddings", None) or 0)
 
 
 def access(options: Options) -> Access:

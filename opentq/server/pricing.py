@@ -87,3 +87,11 @@ def measure_reading(model: Any, step: int) -> int:
     model(mx.zeros((1, step), dtype=mx.int32), cache=caches)
     mx.eval([c.state for c in caches])
     return max(0, mx.get_peak_memory() - before)
+
+
+def model_context(model: Any) -> int:
+    """Tokens that the model was made for; 0 when its arguments don't say."""
+    args = getattr(model, "args", None)
+    text = getattr(args, "text_config", None)
+    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
+    return int(found or getattr(args, "max_position_embeddings", None) or 0)

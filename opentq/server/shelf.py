@@ -1,7 +1,7 @@
 """Remembered prefixes on disk: they survive a restart, and a `kill -9` in the middle of a write.
 
-Each prefix is one file of `caches/disk.py` (canonical bytes, checksum, atomic rename), named by the hash of its tokens, and
-beside it a small index of its blocks' names, written last. Models, specs and piece sizes have folders of their own.
+Each prefix is one file of `caches/disk.py` (canonical bytes, checksum, atomic rename), named by the hash of its tokens,
+and beside it a small index of its blocks' names, written last. Models, specs and piece sizes have folders of their own.
 Writing waits until nobody is being served, because it is the engine's thread that does it; what is still unwritten
 when the server stops is written then.
 """
@@ -55,15 +55,25 @@ class Book:
 class DiskShelf:
     """The prefixes of one model in one folder, least recently used first out."""
 
-    def __init__(self, folder: Path, identity: Identity, step: int, max_bytes: int, fresh: Callable[[], list[Any]]):
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        step: int,
+        max_bytes: int,
+        max_pending: int,
+        fresh: Callable[[], list[Any]],
+    ):
         self.folder = folder
         self.identity = identity
         self.step = step
         self.max_bytes = max_bytes
+        self.max_pending = max_pending
         self.fresh = fresh
         self.books: dict[str, Book] = {}
         self._by_name: dict[str, list[Book]] = {}
         self._pending: list[tuple[tuple[str, ...], tuple[int, ...], list[Any]]] = []
+        self._sweep()
         for index in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
             self._read_index(index)
 
@@ -100,6 +110,8 @@ class DiskShelf:
         key = tuple(names)
         self._pending = [p for p in self._pending if not (key[: len(p[0])] == p[0] and exact_trim(caches))]
         self._pending.append((key, tuple(tokens), caches))
+        while sum(c.nbytes for _, _, waiting in self._pending for c in waiting) > self.max_pending:
+            self._pending.pop(0)
 
     @property
     def waiting(self) -> bool:
@@ -140,6 +152,13 @@ class DiskShelf:
         if book.names and self._path(book).exists():
             self._add(book)
 
+    def _sweep(self) -> None:
+        """Remove what processes that are no more left half written."""
+        for path in self.folder.glob(".*.tmp*"):
+            pid = path.name.partition(".tmp")[0].rpartition(".")[2]
+            if pid.isdigit() and not _alive(int(pid)):
+                path.unlink(missing_ok=True)
+
     def _add(self, book: Book) -> None:
         self.books[book.names[-1]] = book
         for name in book.names:
@@ -179,6 +198,16 @@ def model_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, local_files_only=True))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,0 +1,53 @@
+"""The `opentq chat` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face repository.")] = "",
+    model_option: Annotated[str, typer.Option("--model", help="The same, as an option.")] = "",
+    kv: Annotated[
+        str | None, typer.Option(help="KV spec: f16, int8, int4, k8v4, ...; 'off' leaves mlx-lm's cache.")
+    ] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
+    kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
+    system_prompt: Annotated[str, typer.Option(help="System message.")] = "",
+    max_context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Most tokens of one answer; 0: all that fit.")
+    ] = 0,
+    temp: Annotated[float, typer.Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")
+    ] = False,
+) -> None:
+    """Chat with a model in the terminal, on a compressed cache."""
+    from pathlib import Path
+
+    from .chat import Conversation, Settings
+    from .chat_console import Console, use_history
+    from .model import load
+    from .server.pricing import model_context
+    from .spec import spec_from_flags
+
+    if bool(model) == bool(model_option):
+        raise UserError("give the model once: opentq chat FOLDER, or org/name")
+    path = model or model_option
+    spec = None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size)
+    lm, tokenizer = load(path, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})
+    context = max_context or model_context(lm) or 32768
+    settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
+    if sys.stdin.isatty():
+        use_history()
+    Console(Conversation(lm, tokenizer, context, system_prompt, settings), Path(path).name).run()
