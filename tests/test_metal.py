@@ -16,7 +16,7 @@ from opentq.kernels import metal
 
 from . import oracle
 from .matrix import Shape
-from .msl import compiler, launch, mlx_sources, native
+from .msl import compiler, cost, launch, mlx_sources, native
 
 pytestmark = pytest.mark.skipif(launch.available() is not None, reason=launch.available() or "")
 
@@ -271,6 +271,19 @@ def test_the_compiled_text_is_the_one_mlx_generates(batch, space):
     assert mlx_sources.preamble().index("typedef half float16_t") < len(mlx_sources.preamble())
 
 
+def test_every_pointer_names_its_address_space():
+    """In MSL a pointer without an address space is an error, but for Clang it is a pointer to thread memory."""
+    spaces = ("device", "constant", "threadgroup", "thread")
+    seen = 0
+    for path in metal.HERE.glob("*.metal"):
+        for line in path.read_text().splitlines():
+            code = line.split("//")[0]
+            for match in re.finditer(r"((?:\b\w+ )*)\b[A-Za-z]\w*(?:<[^<>]*>)?[*&](?![*&=])(?= ?\w|\))", code):
+                seen += 1
+                assert any(word in match[1].split() for word in spaces), f"{path.name}: {line.strip()}"
+    assert seen > 50
+
+
 # ---- conformance
 
 SHAPES = [
@@ -440,6 +453,22 @@ def test_every_packed_byte_is_read_once(gqa, monkeypatch):
     assert 0.95 <= bytes_ratio <= 1.05
     if gqa == 8:
         assert beyond <= 6.0
+
+
+def test_fewer_bytes_and_operations_than_mlx_fp16_attention():
+    """GQA 8, against the kernel MLX itself would use there, counted in the same emulator."""
+    theirs, mine = cost.mlx_fp16(8, 128), cost.ours("int4", 8, 128, "lanes")
+    assert theirs.unique / mine.unique == pytest.approx(3.2)
+    assert theirs.fetched / mine.fetched > 6
+    assert mine.operations < theirs.operations
+
+
+def test_the_cost_model_says_that_it_is_one(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cost", "--shape", "16,2,64", "--ctx", "4k", "--kv", "int8"])
+    monkeypatch.setattr(cost, "TOKENS", (256, 512))
+    cost.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("MODEL, not a measurement") and "M1 Max" in printed and "opentq int8, matrix" in printed
 
 
 def test_no_reduction_per_key_and_head(monkeypatch):

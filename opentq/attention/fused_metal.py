@@ -152,7 +152,8 @@ def _cache_inputs(args: AttnArgs) -> list[mx.array]:
             arrays += [_nothing(mx.uint32), _nothing(mx.float16)]
     capacity = args.k.arrays[0].shape[2] if args.k.arrays else 0
     meta = (args.q.shape[2], args.gqa, args.kv_heads, args.dense_k.shape[2], capacity, args.window, int(args.causal))
-    return [*arrays, args.dense_k, args.dense_v, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap))]
+    dense = [mx.contiguous(args.dense_k), mx.contiguous(args.dense_v)]  # as they are, unless a caller sliced them
+    return [*arrays, *dense, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap))]
 
 
 def _sinks(args: AttnArgs) -> mx.array:

@@ -26,7 +26,6 @@ FLAGS = [
     "-std=c++17",
     "-O2",
     "-g0",
-    "-march=x86-64-v3",
     "-fPIC",
     "-ffreestanding",
     "-fno-builtin",
@@ -76,7 +75,8 @@ def _clang(*arguments: str) -> None:
         raise RuntimeError(
             f"the Metal emulator needs clang++ {OLDEST} or newer: apt-get install clang-19, or pip install ziglang"
         )
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    cpu = "-mcpu=x86_64_v3" if "ziglang" in command else "-march=x86-64-v3"
+    done = subprocess.run([*command, cpu, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(done.stderr.strip()[-6000:] or f"{command} failed with status {done.returncode}")
 
@@ -101,7 +101,7 @@ def runtime() -> ctypes.CDLL:
     target = CACHE / f"runtime-{_key(source.read_text())}.so"
     if not target.exists():
         with _replacing(target) as out:
-            flags = ["-std=c++17", "-O2", "-g0", "-march=x86-64-v3", "-fPIC", "-shared", "-fno-sanitize=all", "-w"]
+            flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-fno-sanitize=all", "-w"]
             _clang(*flags, str(source), "-o", out)
     return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
 
@@ -167,5 +167,5 @@ def build(text: str, instance: str, constants: tuple[tuple[str, int], ...] = ())
         with tempfile.TemporaryDirectory() as folder, _replacing(shared) as out:
             path = Path(folder) / "kernel.ll"
             path.write_text(module.text)
-            _clang("-O1", "-g0", "-march=x86-64-v3", "-fPIC", "-shared", "-nostdlib", "-w", str(path), "-o", out)
+            _clang("-O1", "-g0", "-fPIC", "-shared", "-nostdlib", "-w", str(path), "-o", out)
     return Library(shared, module.blocks, module.allocas, slots)

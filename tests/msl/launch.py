@@ -114,6 +114,12 @@ def to_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=True, order="C")
 
 
+def row_contiguous(x: mx.array) -> bool:
+    """Whether the elements lie in memory in order, without gaps (a view may begin anywhere)."""
+    mx.eval(x)
+    return memoryview(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x).c_contiguous
+
+
 def from_numpy(x: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(x).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(x)
 
@@ -199,6 +205,8 @@ class MetalKernel:
         outputs: dict[int, np.ndarray] = {}
         names, slot = self.creation["input_names"], 0
         for name, x in zip(names, inputs, strict=True):
+            if not self.creation.get("ensure_row_contiguous", True) and not row_contiguous(x):
+                raise KernelError(f"input '{name}' {tuple(x.shape)} is strided, and the kernel was promised row-contiguous arrays")
             buffers[slot] = to_numpy(x)
             slot += 1
             for suffix, value in (("shape", x.shape), ("strides", _strides(x)), ("ndim", [x.ndim])):

@@ -1,0 +1,183 @@
+"""A cost model of decode on Apple GPUs, from counts. A model, never a measurement.
+
+Each kernel runs in the emulator at two lengths for one KV head; the difference gives what one more token costs (bytes
+fetched, operations, threadgroup traffic), and that is scaled to the context and the KV heads asked for. A device then
+bounds the time from below: bytes over its memory bandwidth, operations over what its lanes can issue, whichever is more.
+Nothing here knows about latency, occupancy, spills, caches or threadgroup-memory bandwidth.
+
+    python -m tests.msl.cost --shape 64,8,128 --ctx 128k --kv int4
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from opentq.attention import backends, dispatch, fused_metal
+from opentq.caches.single import OpenTQCache
+from opentq.kernels import metal
+
+from .. import oracle
+from ..matrix import Shape
+from . import launch, native
+
+TOKENS = (2048, 4096)
+SPECIAL = 4
+"""Lane cycles of exp2 and its like: a quarter of the rate."""
+REDUCTION = 10
+"""Lane operations of a reduction over a simdgroup: five exchanges and five operations."""
+MATRIX = 16
+"""Multiply-adds of a lane in one 8x8x8 product: up to the M4 it runs on the ordinary lanes."""
+PUBLISHED_MS = 9.9
+"""Open-TQ-Metal's int4 attention at 128K on an M1 Max, as published by its authors (scope of the measurement unstated)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Nominal numbers: GB/s, GPU cores of 128 lanes, clock in GHz."""
+
+    name: str
+    bandwidth: float
+    cores: int
+    clock: float
+
+    @property
+    def lane_operations(self) -> float:
+        return self.cores * 128 * self.clock * 1e9
+
+
+DEVICES = [
+    Device("M1 Max", 400, 32, 1.296),
+    Device("M4 Max", 546, 40, 1.58),
+    Device("M5 Max", 614, 40, 1.62),  # clock assumed
+]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one more token costs one KV head."""
+
+    name: str
+    unique: float
+    fetched: float
+    operations: float
+    issue: float
+    memory_instructions: float
+    threadgroup_bytes: float
+
+    def scaled(self, tokens: int, heads: int) -> tuple[float, float, float]:
+        """(unique bytes, fetched bytes, lane issue slots) of a call."""
+        n = tokens * heads
+        return self.unique * n, self.fetched * n, self.issue * n
+
+
+def difference(name: str, short: launch.Report, long: launch.Report, buffers: slice, tokens: int) -> Cost:
+    def per_token(get) -> float:
+        return (get(long) - get(short)) / tokens
+
+    def issue(r: launch.Report) -> float:
+        collectives = 32 * (REDUCTION * r.reductions + r.shuffles + MATRIX * r.matrix_multiplies)
+        return r.arithmetic() + (SPECIAL - 1) * r.ops["special"] + collectives
+
+    def operations(r: launch.Report) -> float:
+        return r.arithmetic() + 32 * MATRIX * r.matrix_multiplies
+
+    return Cost(
+        name,
+        per_token(lambda r: sum(r.unique_bytes[buffers])),
+        per_token(lambda r: sum(r.fetched_bytes[buffers])),
+        per_token(operations),
+        per_token(issue),
+        per_token(lambda r: r.ops["memory"]),
+        per_token(lambda r: r.threadgroup_read + r.threadgroup_written),
+    )
+
+
+@contextmanager
+def emulated(variant: str):
+    """opentq's Metal kernels in the emulator, one threadgroup per KV head."""
+    backend = backends.Backend("metal", fused_metal.attend, fused_metal.layouts)
+    changes = [
+        (metal, "make", launch.metal_kernel),
+        (metal, "tuning", lambda: metal.Tuning(variant=variant, simdgroups=4)),
+        (metal, "cores", lambda: 1),
+        (backends, "active", lambda: backend),
+    ]
+    saved = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    metal.kernel.cache_clear()
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+        metal.kernel.cache_clear()
+
+
+def ours(spec: str, gqa: int, dim: int, variant: str) -> Cost:
+    """opentq's decode over a cache of `spec`, by counts."""
+    shape = Shape(q_heads=gqa, kv_heads=1, key_dim=dim, value_dim=dim)
+    found = []
+    with emulated(variant):
+        for tokens in TOKENS:
+            cache = OpenTQCache(spec)
+            handles = oracle.fill(cache, *oracle.vectors(shape, tokens + 1), [tokens, 1])
+            before = len(launch.launches)
+            dispatch.attend(oracle.args_of(handles, oracle.queries(shape, 1, dtype=mx.float16)))
+            found.append(launch.launches[before][1])
+    return difference(f"opentq {spec}, {variant}", *found, slice(1, 5), TOKENS[1] - TOKENS[0])
+
+
+def mlx_fp16(gqa: int, dim: int) -> Cost:
+    """MLX's own two-pass attention over fp16 K/V: the kernel that MLX chooses for this GQA ratio and head dim."""
+    variant = gqa == 8 and dim in (64, 128)
+    rng = np.random.default_rng(0)
+    found = []
+    for tokens in TOKENS:
+        q, k, v = (rng.standard_normal((1, n, t, dim)).astype(np.float16) for n, t in ((gqa, 1), (1, tokens), (1, tokens)))
+        found.append(native.sdpa_2pass(q, k, v, dim**-0.5, 32, variant)[1])
+    name = "MLX fp16 sdpa_vector_2pass" + ("_gqa" if variant else "")
+    return difference(name, *found, slice(1, 3), TOKENS[1] - TOKENS[0])
+
+
+def table(costs: list[Cost], tokens: int, heads: int, dim: int) -> str:
+    head = f"{'':34}{'unique MB':>11}{'fetched MB':>12}{'ops/elt':>9}{'mem/elt':>9}{'tg B/elt':>10}"
+    lines = [head + "".join(f"{d.name + ' ms':>20}" for d in DEVICES)]
+    for cost in costs:
+        unique, fetched, issue = cost.scaled(tokens, heads)
+        line = f"{cost.name:34}{unique / 1e6:11.1f}{fetched / 1e6:12.1f}{cost.operations / dim:9.1f}"
+        line += f"{cost.memory_instructions / dim:9.2f}{cost.threadgroup_bytes / dim:10.1f}"
+        for d in DEVICES:
+            memory, lanes = unique / d.bandwidth / 1e6, issue / d.lane_operations * 1e3
+            line += f"{max(memory, lanes):9.2f} ({memory:.2f}|{lanes:.2f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.msl.cost", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", default="64,8,128", help="query heads, KV heads, head dim")
+    parser.add_argument("--ctx", default="128k", help="tokens, e.g. 32k")
+    parser.add_argument("--kv", default="int4", help="spec of the cache")
+    options = parser.parse_args()
+    q_heads, kv_heads, dim = (int(x) for x in options.shape.split(","))
+    tokens = int(options.ctx.lower().rstrip("k")) * (1024 if options.ctx.lower().endswith("k") else 1)
+    gqa = q_heads // kv_heads
+    reason = launch.available()
+    if reason:
+        raise SystemExit(reason)
+    costs = [mlx_fp16(gqa, dim), *(ours(options.kv, gqa, dim, v) for v in ("lanes", "matrix"))]
+    print(f"MODEL, not a measurement: one decode step of one layer, {q_heads} query heads, {kv_heads} KV heads, D {dim}, {tokens} tokens.")
+    print("Counts are from the emulator. Times are lower bounds: the larger of (memory | lanes) at nominal device numbers.")
+    print("ops, mem, tg: arithmetic operations, memory instructions, threadgroup bytes per KV element (one K and one V value).\n")
+    print(table(costs, tokens, kv_heads, dim))
+    print(f"\nOpen-TQ-Metal int4, published by its authors for 128K on an M1 Max: {PUBLISHED_MS} ms")
+
+
+if __name__ == "__main__":
+    main()
