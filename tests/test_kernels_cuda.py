@@ -30,11 +30,15 @@ RECORDS = Path(__file__).parent.parent / "results" / "cuda.jsonl"
 
 
 def test_the_newest_gpu_record_is_of_these_kernels():
+    """Every dtype that is served passed on a GPU with exactly these sources."""
     rows = [json.loads(line) for line in RECORDS.read_text().splitlines()]
-    summaries = [row for row in rows if row["what"] == "summary"]
-    newest = summaries[-1]
-    assert newest["kernels"] == cuda.source_hash(), "the CUDA sources changed: run dev/gpu_check.py on a GPU machine"
-    assert newest["failed"] == 0 and newest["passed"] > 0
+    checks = [row for row in rows if row["what"] == "conformance" and row["kernels"] == cuda.source_hash()]
+    assert checks and rows[-1]["kernels"] == cuda.source_hash(), (
+        "the CUDA sources changed: run dev/gpu_check.py on a GPU machine"
+    )
+    served = [row for row in checks if getattr(mx, row["dtype"]) in fused_cuda.SERVED]
+    assert {row["dtype"] for row in served} == {"float16", "bfloat16"}
+    assert sum(row["failed"] for row in served) == 0 and sum(row["cases"] for row in served) >= 100
 
 
 # ---- storage layout

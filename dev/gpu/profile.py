@@ -25,7 +25,7 @@ def sanitize(log, command: list[str]) -> None:
         return
     jobs = {}
     for tool in TOOLS:
-        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=opentq"]
+        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=opentq"]
         jobs[tool] = subprocess.Popen(
             [*watch, *command, "--driver", "small"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -149,7 +149,7 @@ class Geometry:
 
     @classmethod
     def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int) -> Geometry:
-        """Eight warps and two stages unless shared memory says otherwise: measured best, `dev/kernels/README.md`."""
+        """Eight warps and two stages unless shared memory says otherwise: measured best, `dev/kernels/cuda.md`."""
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
         stage = 4 * (k.record_words + v.record_words)
