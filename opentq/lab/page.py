@@ -22,8 +22,8 @@ def markdown(study: Study, results: Path) -> str:
     counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     parts = [
         f"# Study: {study.name}",
-        f"{len(trials)} trials ({counts}; {refused} could not be run), {seconds / 60:.0f} minutes of work on {'; '.join(devices) or 'no machine yet'}. "
-        f"Made by `opentq lab report {study.path}` from `{results.name}`.",
+        f"{len(trials)} trials ({counts}; {refused} could not be run), {seconds / 60:.0f} minutes of work on "
+        f"{'; '.join(devices) or 'no machine yet'}. Made by `opentq lab report {study.path}` from `{results.name}`.",
         "## Verdicts",
         "| expected | verdict | claim? | measured |\n| --- | --- | --- | --- |\n" + "\n".join(_row(f) for f in found),
         "A verdict is *supported* or *refuted* when the 95 % interval of the paired difference leaves out zero, else "

@@ -94,7 +94,11 @@ def _pairs(h: dict[str, Any], trials: Sequence[dict[str, Any]]) -> list[tuple[di
         rows = [t for t in trials if h["metric"] in t["result"] and matches(t["settings"], every)]
         return {json.dumps({k: v for k, v in t["settings"].items() if k not in told}, sort_keys=True): t for t in rows}
 
-    left, right = side(h["a"]), side(h["b"])
+    left = side(h["a"])
+    if h["than"] is not None:
+        bar = {"result": {h["metric"]: h["than"]}, "key": f"the number {h['than']:g}"}
+        return [(t, bar) for t in left.values()]
+    right = side(h["b"])
     return [(left[k], right[k]) for k in left if k in right]
 
 
@@ -105,7 +109,7 @@ def matches(settings: Settings, wanted: Settings) -> bool:
 
 def _test(h: dict[str, Any], where: Settings, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Insight:
     sides = np.array([[p["result"][h["metric"]] for p in pair] for pair in pairs], float).reshape(-1, 2)
-    evidence = tuple(t["key"] for pair in pairs for t in pair)
+    evidence = tuple(dict.fromkeys(t["key"] for pair in pairs for t in pair))
     if not len(sides):
         return Insight(h["id"], where, 0.0, 0.0, 0.0, 0, 0.0, 0.0, OPEN, ())
     differences = sides[:, 0] - h["factor"] * sides[:, 1]

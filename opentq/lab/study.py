@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ RELATIONS = ("<", ">")
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A comparison stated before the run: `metric` of trials `a` is `<` or `>` `factor` times that of trials `b`.
+    """A comparison stated before the run: `metric` of trials `a` is `<` or `>` `factor` times that of `b`.
 
     Attributes:
         id: short name.
         says: the expectation in words.
         metric: a number that trials report.
         a, b: settings that tell the two sides; all other settings are paired.
+        than: a number to compare with, in place of a side b.
         where: settings that both sides share.
         relation: `<` or `>`.
         factor: margin; 1 is none.
@@ -41,9 +42,10 @@ class Hypothesis:
     id: str
     says: str
     metric: str
-    a: Settings
-    b: Settings
     where: Settings
+    a: Settings = field(default_factory=dict)
+    b: Settings = field(default_factory=dict)
+    than: float | None = None
     relation: str = "<"
     factor: float = 1.0
     replicate: str = "seed"
@@ -118,6 +120,8 @@ def _hypothesis(table: Settings, path: Path) -> Hypothesis:
         raise UserError(f"{path}, hypothesis {name!r}: {str(error).rpartition('__init__() ')[2]}") from error
     if found.relation not in RELATIONS:
         raise UserError(f"{path}, hypothesis {name!r}: relation {found.relation!r} must be one of {RELATIONS}")
+    if (found.than is None) == (not found.b):
+        raise UserError(f"{path}, hypothesis {name!r}: give either settings b or a number than")
     return found
 
 
