@@ -21,11 +21,14 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
 from . import seams
+from .caches.batch import BatchOpenTQCache
+from .caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from .caches.single import OpenTQCache
 from .caches.step import Handle, LayerStats
 from .policy import LayerPlan, decide, members
 from .spec import KVSpec
 
+CLASSES = (OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache)
 EXPECTED = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
 
 
@@ -61,9 +64,10 @@ def compress(model: Any, spec: KVSpec | str = "int4", self_test: bool = True) ->
         uninstall(model)
     original = model.__dict__.get("make_cache")
     own = model.make_cache if hasattr(model, "make_cache") else lambda: [mlx_cache.KVCache() for _ in model.layers]
-    plans = decide(own(), spec, seams.native_reason(model), seams.window_reason(model))
+    traits = seams.traits(model)
+    plans = decide(own(), spec, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
-    record = Installation(spec, plans, stats, original, own, seams.lends(model))
+    record = Installation(spec, plans, stats, original, own, traits.lends)
     install_shim()
     seams.enter(model)
     model.make_cache = lambda: make_caches(record)
@@ -104,7 +108,8 @@ def make_caches(record: Installation) -> list[Any]:
     for plan in record.plans:
         if plan.spec is None:
             continue
-        ours = OpenTQCache(plan.spec, record.stats[plan.index, plan.part], plan.window)
+        kind = OpenTQLatentCache if plan.latent else OpenTQCache
+        ours = kind(plan.spec, record.stats[plan.index, plan.part], plan.window)
         ours.lends = record.lends
         slot = caches[plan.index]
         if isinstance(slot, mlx_cache.CacheList):
@@ -179,7 +184,8 @@ def install_shim() -> None:
     base.__dict__.update(_opentq_handle=Handle, _opentq_attend=_attend, _opentq_original=original)
     function.__code__ = _shim.__code__
     # load_prompt_cache looks classes up by name in mlx-lm's own module.
-    setattr(mlx_cache, OpenTQCache.__name__, OpenTQCache)
+    for cls in CLASSES:
+        setattr(mlx_cache, cls.__name__, cls)
 
 
 def remove_shim() -> None:
@@ -188,7 +194,8 @@ def remove_shim() -> None:
         base.scaled_dot_product_attention.__code__ = base.__dict__.pop("_opentq_original").__code__
         for name in ("_opentq_handle", "_opentq_attend"):
             base.__dict__.pop(name)
-        delattr(mlx_cache, OpenTQCache.__name__)
+        for cls in CLASSES:
+            delattr(mlx_cache, cls.__name__)
 
 
 def shim_installed() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_lm.models import cache as mlx_cache
 
+from .caches.latent import latent_spec
 from .errors import UserError
 from .spec import KVSpec
 
@@ -36,6 +37,7 @@ class LayerPlan:
         bound: tokens that a native cache holds at most; 0 when it grows with the context.
         constant: bytes that a native layer holds whatever the context (recurrent state).
         window: tokens that a query of a compressed sliding-window layer sees; 0 when it sees all.
+        latent: the cache holds latents (MLA): the key is the latent, the value its rotary part.
     """
 
     index: int
@@ -49,6 +51,7 @@ class LayerPlan:
     bound: int = 0
     constant: int = 0
     window: int = 0
+    latent: bool = False
 
     @property
     def compressed(self) -> bool:
@@ -68,28 +71,50 @@ class LayerPlan:
         return self.kv_heads * bits / 8
 
 
-def decide(caches: Sequence[Any], spec: KVSpec, arrays: str = "", windows: str = "") -> list[LayerPlan]:
+@dataclass(frozen=True)
+class Traits:
+    """What is special about a model's attention (`seams.traits`).
+
+    Attributes:
+        arrays: why it reads its growing caches as arrays; "" when it doesn't.
+        windows: why its sliding windows can't be compressed; "" when they can.
+        latent: its growing caches hold a latent and a rotary part (MLA), not keys and values.
+        lends: layers attend to keys and values that another layer's cache has taken.
+    """
+
+    arrays: str = ""
+    windows: str = ""
+    latent: bool = False
+    lends: bool = False
+
+
+PLAIN = Traits()
+
+
+def decide(caches: Sequence[Any], spec: KVSpec, traits: Traits = PLAIN) -> list[LayerPlan]:
     """One plan per cache (and per member of a CacheList). Raises NothingCompressed.
 
     Args:
         caches: what the model's own factory makes.
-        arrays: why this model reads its unbounded caches as arrays (`seams.native_reason`); "" when it doesn't.
-        windows: why its sliding windows can't be compressed (`seams.window_reason`); "" when they can.
+        traits: what is special about the model (`seams.traits`).
     """
     slots = [(i, part, c) for i, cache in enumerate(caches) for part, c in enumerate(members(cache))]
-    compressible = [slot for slot in slots if not native_reason(slot[2], spec, arrays, windows)]
+    compressible = [slot for slot in slots if not native_reason(slot[2], spec, traits)]
     order = {(i, part): n for n, (i, part, _) in enumerate(compressible)}
     plans = []
     for i, part, cache in slots:
         kind = type(cache).__name__
-        reason = native_reason(cache, spec, arrays, windows)
+        reason = native_reason(cache, spec, traits)
         if reason:
             plans.append(LayerPlan(i, kind, None, reason, part, bound=native_bound(cache)))
         else:
             own = spec.for_layer(order[i, part], len(compressible))
             window = native_bound(cache)
-            # A window forgets its first tokens, so it can't keep them as a sink.
-            plans.append(LayerPlan(i, kind, replace(own, sink=0) if window else own, "", part, window=window))
+            if window:
+                own = replace(own, sink=0)  # a window forgets its first tokens
+            elif traits.latent:
+                own = latent_spec(own)
+            plans.append(LayerPlan(i, kind, own, "", part, window=window, latent=traits.latent and not window))
     if not compressible:
         kinds = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
         raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); use it without --kv")
@@ -106,16 +131,16 @@ def native_bound(cache: Any) -> int:
     return getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
 
 
-def native_reason(cache: Any, spec: KVSpec | None = None, arrays: str = "", windows: str = "") -> str:
+def native_reason(cache: Any, spec: KVSpec | None = None, traits: Traits = PLAIN) -> str:
     """Why a cache stays as it is; "" when it can be compressed."""
     if type(cache) is mlx_cache.KVCache:
-        return arrays
+        return traits.arrays
     if isinstance(cache, mlx_cache.RotatingKVCache):
         if cache.keep:
             return f"sliding window that keeps its first {cache.keep} tokens, bounded at {cache.max_size}"
         if spec is None or spec.window != "compress":
             return f"sliding window, bounded at {cache.max_size} tokens"
-        return windows and f"sliding window, bounded at {cache.max_size} tokens; {windows}"
+        return traits.windows and f"sliding window, bounded at {cache.max_size} tokens; {traits.windows}"
     if isinstance(cache, mlx_cache.ArraysCache):
         return "recurrent state, constant size"
     if isinstance(cache, mlx_cache.ChunkedKVCache):

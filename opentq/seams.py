@@ -15,24 +15,13 @@ from typing import Any
 import mlx.core as mx
 
 from .caches.single import OpenTQCache
+from .policy import Traits
 
 PACKAGE = "mlx_lm.models."
 
 SPARSE = "sparse attention: single tokens are picked out of the cache as arrays"
-LATENT = "latent attention (MLA): the cache is a small latent already, read as an array"
 
-NATIVE = {
-    "deepseek_v32.DeepseekV32Attention": SPARSE,
-    "minimax_m3_vl.Attention": SPARSE,
-    "deepseek_v3.DeepseekV3Attention": LATENT,
-    "glm4_moe_lite.Glm4MoeLiteAttention": LATENT,
-    "kimi_linear.KimiMLAAttention": LATENT,
-    "kimi_k3.KimiK3MLAAttention": LATENT,
-    "bailing_hybrid.MultiLatentAttention": LATENT,
-    "bailing_moe_v3.BailingMLA": LATENT,
-    "longcat_flash.LongcatFlashMLA": LATENT,
-    "mistral4.Mistral4Attention": LATENT,
-}
+NATIVE = {"deepseek_v32.DeepseekV32Attention": SPARSE, "minimax_m3_vl.Attention": SPARSE}
 """Attention classes whose caches stay as they are. Layers share masks, so one keeps all KVCaches of a model native."""
 
 WIDE_MASKS = {"plamo3.Attention": "its mask is one token wider than its cache"}
@@ -41,30 +30,39 @@ WIDE_MASKS = {"plamo3.Attention": "its mask is one token wider than its cache"}
 LENDERS = ("afm7.KVReuseAttention", "gemma3n.Gemma3nAttention")
 """Classes that ask a cache for its keys and values again, in the step that filled it."""
 
+LATENT = (
+    "bailing_hybrid.MultiLatentAttention",
+    "bailing_moe_v3.BailingMLA",
+    "deepseek_v3.DeepseekV3Attention",
+    "glm4_moe_lite.Glm4MoeLiteAttention",
+    "kimi_k3.KimiK3MLAAttention",
+    "kimi_linear.KimiMLAAttention",
+    "longcat_flash.LongcatFlashMLA",
+    "mistral4.Mistral4Attention",
+)
+"""Attention classes that cache a latent and a rotary part (MLA) in place of keys and values."""
 
-def native_reason(model: Any) -> str:
-    """Why this model's unbounded caches must stay native; "" when they need not."""
-    for name, module in _attention_classes(model):
-        if name in NATIVE and getattr(module, "is_sparse_attn", True):
-            return NATIVE[name]
-    return ""
 
-
-def window_reason(model: Any) -> str:
-    """Why this model's sliding windows must stay native; "" when they need not."""
-    return next((WIDE_MASKS[name] for name, _ in _attention_classes(model) if name in WIDE_MASKS), "")
-
-
-def lends(model: Any) -> bool:
-    """Whether layers of this model attend to keys and values that another layer's cache has taken."""
-    return any(name in LENDERS for name, _ in _attention_classes(model))
+def traits(model: Any) -> Traits:
+    """What is special about this model's attention."""
+    classes = dict(_attention_classes(model))
+    arrays = [
+        reason for name, reason in NATIVE.items() if getattr(classes.get(name), "is_sparse_attn", name in classes)
+    ]
+    return Traits(
+        arrays=next(iter(arrays), ""),
+        windows=next((reason for name, reason in WIDE_MASKS.items() if name in classes), ""),
+        latent=any(name in classes for name in LATENT),
+        lends=any(name in classes for name in LENDERS),
+    )
 
 
 def enter(model: Any) -> None:
     """Give the attention classes of this model that need it a `__call__` that knows compressed caches."""
     for name, module in _attention_classes(model):
-        if name in OWN:
-            _patch(type(module), OWN[name])
+        serve = _latent if name in LATENT else OWN.get(name)
+        if serve:
+            _patch(type(module), serve)
 
 
 def leave() -> None:
@@ -148,6 +146,36 @@ def _plamo2(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
     k = mx.fast.rms_norm(k, weight=None, eps=1e-6) * layer.k_weight[:, None]
     keys, _ = cache.update_and_fetch(layer.rope(k, offset=offset), _heads(v, layer.v_num_heads))
     return layer.o_proj(_flat(keys.step.attend(layer.rope(q, offset=offset), scale=layer.scale, mask=mask)))
+
+
+def _latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
+    """Queries are taken into the latent's space, the output back; keys are `[latent | rotary]`, values the latent."""
+    *scales, _mask, cache = rest
+    if getattr(layer, "q_lora_rank", None) is None:
+        q = layer.q_proj(x)
+    else:
+        q = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x)))
+    q = _heads(q, getattr(layer, "num_heads", 0) or layer.num_attention_heads)
+    latent, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
+    latent, rotary = layer.kv_a_layernorm(latent)[:, None], rotary[:, None]
+    if getattr(layer, "mla_scale_q_lora", None) is not None:
+        q = q * layer.mla_scale_q_lora
+    if getattr(layer, "mla_scale_kv_lora", None) is not None:
+        latent = latent * layer.mla_scale_kv_lora
+    q_plain, q_rotary = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
+    if hasattr(layer, "rope"):
+        offset = cache.offset
+        q_rotary, rotary = layer.rope(q_rotary, offset), layer.rope(rotary, offset)
+    for scale in scales:
+        q_plain, q_rotary = q_plain * scale, q_rotary * scale
+    keys, _ = cache.update_and_fetch(latent, rotary)
+    q = mx.concatenate([layer.embed_q(q_plain), q_rotary], axis=-1)
+    out = layer.unembed_out(keys.step.attend(q, scale=layer.scale, mask=_causal(x.shape[1])))
+    if hasattr(layer, "g_proj"):
+        gate = mx.sigmoid(layer.g_proj(x).astype(mx.float32)).astype(out.dtype)
+        # One gate per head, or one per channel.
+        out = out * gate.reshape(*x.shape[:2], out.shape[1], -1).swapaxes(1, 2)
+    return (layer.dense if hasattr(layer, "dense") else layer.o_proj)(_flat(out))
 
 
 OWN: dict[str, Callable[..., mx.array]] = {

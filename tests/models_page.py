@@ -166,7 +166,7 @@ def verdict(name: str) -> Verdict:
 def decide_all(model: Any, caches: list[Any]) -> list[tuple[str, str]]:
     """(cache class, why it is native) for a model of which nothing is compressed."""
     spec = KVSpec.parse("int4")
-    return [(type(c).__name__, native_reason(c, spec, seams.native_reason(model))) for m in caches for c in members(m)]
+    return [(type(c).__name__, native_reason(c, spec, seams.traits(model))) for m in caches for c in members(m)]
 
 
 def _counted(reasons: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
         "sinks": "sinks=" in source,
         "softcap": hasattr(getattr(model, "args", None), "attn_logit_softcapping"),
         "shared KV": any(word in source for word in ("kv_shared", "kv_reuse", "previous_kvs", "loop_window")),
-        "latent": seams.native_reason(model) == seams.LATENT,
+        "latent": seams.traits(model).latent,
         "sharded": hasattr(model, "shard"),
         "pipelined": hasattr(getattr(model, "model", None), "pipeline"),
     }
@@ -293,6 +293,7 @@ def _seams() -> list[str]:
     """What is done for models that don't go through mlx-lm's attention function."""
     lines = ["## Models with a seam of their own", ""]
     lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(seams.OWN.items())]
+    lines += [f"* `{name}`: {inspect.getdoc(seams._latent)}" for name in seams.LATENT]
     lines += [f"* `{name}`: its cache lends the keys and values of the step to it" for name in seams.LENDERS]
     return lines
 

@@ -132,28 +132,9 @@ def test_padding_that_spans_prompt_chunks(spec):
     check(batch, truth)
 
 
-def test_left_padding_is_dropped_too():
-    batch = OpenTQCache.merge([OpenTQCache("int4") for _ in range(2)])
-    batch.prepare(left_padding=[0, 90])
-    assert batch.offset.tolist() == [0, -90]
-    data = [vectors(SMALL, 150, i) for i in range(2)]
-    k, v = (mx.concatenate(side) for side in zip(*data))
-    q = queries(Shape(batch=2), 40)
-    handles = None
-    for start in (0, 70, 110):
-        stop = {0: 70, 70: 110, 110: 150}[start]
-        handles = batch.update_and_fetch(k[:, :, start:stop], v[:, :, start:stop])
-    truth = [OpenTQCache("int4") for _ in range(2)]
-    fill(truth[0], *data[0], [70, 40, 40])
-    fill(truth[1], *(x[:, :, 90:] for x in data[1]), [20, 40])
-    check(batch, truth)
-    judge(args_of(handles, q, causal=True))
-    with pytest.raises(ValueError, match="empty"):
-        batch.prepare(left_padding=[1, 0])
-
-
-def test_masks_of_padded_native_batches_fit():
+def test_masks_of_padded_native_batches_fit(monkeypatch):
     """An array mask made for left-padded columns means the same keys as our own lengths."""
+    monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
     batch = merged("int4", LENGTHS)
     k, v = (mx.concatenate(side) for side in zip(*(vectors(SMALL, 3, 50 + i) for i in range(len(LENGTHS)))))
     longest = batch.size()
@@ -188,6 +169,8 @@ def test_what_does_not_fit_is_refused():
         OpenTQCache.merge([double])
     with pytest.raises(ValueError, match="needs the prompts' lengths"):
         merged("int4", [3, 4]).prepare(right_padding=[1, 0])
+    with pytest.raises(ValueError, match="pad them on the right"):
+        merged("int4", [3, 4]).prepare(left_padding=[1, 0])
     with pytest.raises(ValueError, match="2 sequences was given 1"):
         merged("int4", [3, 4]).update_and_fetch(*vectors(SMALL, 1))
 

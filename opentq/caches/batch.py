@@ -30,9 +30,11 @@ Columns = Sequence[Sequence[int]]
 class BatchOpenTQCache(OpenTQCache):
     """mlx-lm's batch cache protocol over packed keys and values: `count` sequences of any lengths."""
 
+    Single: type[OpenTQCache] = OpenTQCache
+    """What a sequence becomes when it is taken out."""
+
     def __init__(self, spec: KVSpec | str, count: int, stats: LayerStats | None = None, window: int = 0):
         self.extents = [Extent()] * count
-        self.left = [0] * count  # columns of left padding still to come
         self.todo: list[int] | None = None  # real tokens still to come while prompts are padded on the right
         super().__init__(spec, stats, window)
 
@@ -41,7 +43,7 @@ class BatchOpenTQCache(OpenTQCache):
     @property
     def offset(self) -> mx.array:
         """Position of every sequence's next token, int32 `[B]`, for RoPE."""
-        return _int_array(tuple(e.offset - left for e, left in zip(self.extents, self.left)))
+        return _int_array(tuple(e.offset for e in self.extents))
 
     @property
     def left_padding(self) -> mx.array:
@@ -66,11 +68,9 @@ class BatchOpenTQCache(OpenTQCache):
         return "causal" if N > 1 else None
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
-        """Say how the next tokens are padded: on the left (empty cache only), or on the right until `finalize`."""
-        if left_padding is not None:
-            if self.dense_k is not None:
-                raise ValueError("left padding can only be added to an empty batch cache")
-            self.left = [a + b for a, b in zip(self.left, _ints(left_padding))]
+        """Say how the next tokens, until `finalize`, are padded on the right: `lengths` of them are real."""
+        if left_padding is not None and any(_ints(left_padding)):
+            raise ValueError("prompts padded on the left can't be used with a compressed cache: pad them on the right")
         if right_padding is not None and max(_ints(right_padding), default=0) > 0:
             if lengths is None:
                 raise ValueError("right padding needs the prompts' lengths: prepare(lengths=..., right_padding=...)")
@@ -82,7 +82,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def _lengths(self, batch: int) -> tuple[Lengths, ...]:
         columns = self.dense_k.shape[2]  # type: ignore[union-attr]
-        return tuple((e.packed, e.sink, columns - e.tail + left) for e, left in zip(self.extents, self.left))
+        return tuple((e.packed, e.sink, columns - e.tail) for e in self.extents)
 
     # ---- writing
 
@@ -93,12 +93,10 @@ class BatchOpenTQCache(OpenTQCache):
 
     def _absorb(self, dense_k: mx.array, dense_v: mx.array, count: int) -> bool:
         old = dense_k.shape[2] - count
-        skip = [min(left, count) for left in self.left]
-        real = [count - s for s in skip] if self.todo is None else [min(t, count) for t in self.todo]
+        real = [count] * len(self.extents) if self.todo is None else [min(t, count) for t in self.todo]
         before = self.extents
         grown = [e.append(n, self.limits) for e, n in zip(before, real)]
         self.extents = [after for after, _ in grown]
-        self.left = [left - s for left, s in zip(self.left, skip)]
         if self.todo is not None:
             self.todo = [t - n for t, n in zip(self.todo, real)]
         moves = [move for _, move in grown]
@@ -106,7 +104,7 @@ class BatchOpenTQCache(OpenTQCache):
             self.dense_k, self.dense_v = dense_k, dense_v
             return False
         # Columns of every lane's tail, new tokens included: [first, end).
-        first = [old - e.tail + s for e, s in zip(before, skip)]
+        first = [old - e.tail for e in before]
         work = [
             (e.packed, move.forget, at + move.to_sink + move.skip, move.flush)
             for e, move, at in zip(before, moves, first)
@@ -159,17 +157,15 @@ class BatchOpenTQCache(OpenTQCache):
             if c.dense_k is not None and c.dense_k.shape[0] != 1:
                 raise ValueError(f"merge takes caches of one sequence each, one has {c.dense_k.shape[0]}")
         batch._join([([c.extent], c) for c in caches])
-        batch.left = [0] * len(caches)
         return batch
 
     def extend(self, other: BatchOpenTQCache) -> None:
         """Take the sequences of `other` in; allocates the new batch and nothing else."""
         self._check_same(other)
         self._join([(self.extents, self), (other.extents, other)])
-        self.left = self.left + other.left
 
-    def _check_same(self, other: object) -> None:
-        if not isinstance(other, OpenTQCache):
+    def _check_same(self, other: OpenTQCache) -> None:
+        if type(other) not in (type(self), self.Single):
             raise ValueError(
                 f"a compressed cache and a {type(other).__name__} can't share a batch: make all of them with the "
                 "same model, after opentq.compress"
@@ -183,6 +179,7 @@ class BatchOpenTQCache(OpenTQCache):
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
             self.k_layout, self.v_layout, self.dims = like.k_layout, like.v_layout, like.dims
+            self.latent, self.k_codec, self.v_codec = like.latent, like.k_codec, like.v_codec
             pairs = []
             for side in ("packed_k", "packed_v"):
                 block = getattr(like, side).block
@@ -202,7 +199,6 @@ class BatchOpenTQCache(OpenTQCache):
         """Keep the given sequences, in the given order; none at all is allowed."""
         keep, self._lent = _ints(batch_indices), None
         self.extents = [self.extents[i] for i in keep]
-        self.left = [self.left[i] for i in keep]
         if self.todo is not None:
             self.todo = [self.todo[i] for i in keep]
         if self.dense_k is None or self.dense_v is None:
@@ -219,13 +215,14 @@ class BatchOpenTQCache(OpenTQCache):
 
     def extract(self, idx: int) -> OpenTQCache:
         """Sequence `idx` as a single cache of its own."""
-        cache = OpenTQCache(self.spec, self.stats, self.window)
-        cache.lends = self.lends
+        cache = self.Single(self.spec, self.stats, self.window)
+        cache.lends, cache.latent = self.lends, self.latent
         if self.dense_k is None or self.dense_v is None:
             return cache
         extent = self.extents[idx]
         lane = slice(idx, idx + 1)
         cache.extent, cache.dims = extent, self.dims
+        cache.k_codec, cache.v_codec = self.k_codec, self.v_codec
         cache.k_layout, cache.v_layout = self.k_layout, self.v_layout
         cache.packed_k, cache.packed_v = (
             Buffer(
@@ -251,9 +248,9 @@ class BatchOpenTQCache(OpenTQCache):
     @property
     def state(self):
         """Arrays and scalars that mlx-lm evaluates and saves."""
-        lengths = [[e.base, e.sink, e.packed, e.tail, left] for e, left in zip(self.extents, self.left)]
+        lengths = [[e.base, e.sink, e.packed, e.tail] for e in self.extents]
         layouts = f"{self.k_layout.name} {self.v_layout.name}"
-        head = [str(self.spec), layouts, self.window, int(self.lends), lengths]
+        head = [str(self.spec), layouts, self.window, int(self.lends), self.latent, lengths]
         if self.dense_k is None:
             return [*head, [], [], None, None]
         used = max((e.packed for e in self.extents), default=0)
@@ -262,13 +259,13 @@ class BatchOpenTQCache(OpenTQCache):
 
     @state.setter
     def state(self, value) -> None:
-        spec, layouts, window, lends, lengths, packed_k, packed_v, dense_k, dense_v = value
+        spec, layouts, window, lends, latent, lengths, packed_k, packed_v, dense_k, dense_v = value
         if not hasattr(self, "spec"):
             self.__init__(spec, 0)  # type: ignore[misc]
-        self.spec, self.window, self.lends, self.todo = KVSpec.parse(spec), window, bool(lends), None
+        self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
+        self.todo = None
         self._reset()
-        self.extents = [Extent(*numbers[:4]) for numbers in lengths]
-        self.left = [numbers[4] for numbers in lengths]
+        self.extents = [Extent(*numbers) for numbers in lengths]
         if dense_k is None:
             return
         self.dense_k, self.dense_v = dense_k, dense_v

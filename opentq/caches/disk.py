@@ -22,6 +22,7 @@ from mlx_lm.models import cache as mlx_cache
 
 from ..errors import UserError
 from ..policy import members
+from .latent import OpenTQLatentCache
 from .single import OpenTQCache
 
 FORMAT = "opentq-prompt-cache"
@@ -230,7 +231,8 @@ def restore(cache: Any, state: Any) -> None:
 
 def _class(name: str) -> Any:
     """A cache class by name: ours, or mlx-lm's."""
-    return OpenTQCache if name == OpenTQCache.__name__ else getattr(mlx_cache, name)
+    ours = {cls.__name__: cls for cls in (OpenTQCache, OpenTQLatentCache)}
+    return ours.get(name) or getattr(mlx_cache, name)
 
 
 def _to_array(leaf: Any) -> tuple[mx.array, str]:

@@ -38,7 +38,7 @@ class OpenTQCache(_BaseCache):
     """
 
     STATE = (
-        *("spec", "layouts", "window", "lends", "base", "sink", "packed"),
+        *("spec", "layouts", "window", "lends", "latent", "base", "sink", "packed"),
         *("packed_k", "packed_v", "dense_k", "dense_v"),
     )
     """What the entries of `state` are."""
@@ -48,10 +48,11 @@ class OpenTQCache(_BaseCache):
         self.stats = stats or LayerStats()
         self.window = window
         self.lends = False
+        self.latent = 0  # channels of a latent that is key and value at once (latent.py)
         self._reset()
 
     def _reset(self) -> None:
-        self.k_codec, self.v_codec = self.spec.codecs()
+        self.k_codec, self.v_codec = self._codecs()
         self.k_layout: Layout = CANONICAL
         self.v_layout: Layout = CANONICAL
         self.packed_k, self.packed_v = Buffer(1), Buffer(1)
@@ -60,6 +61,9 @@ class OpenTQCache(_BaseCache):
         self.dense_v: mx.array | None = None
         self.dims = (0, 0)
         self._lent: tuple[Handle, Handle] | None = None
+
+    def _codecs(self) -> tuple[Codec, Codec]:
+        return self.spec.codecs()
 
     @property
     def limits(self) -> Limits:
@@ -91,7 +95,15 @@ class OpenTQCache(_BaseCache):
         # Tokens are written behind the ones that this step sees, so it can share the new arrays, unless rows moved;
         # holding the old ones would make every write a copy.
         packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
-        step = Step(
+        step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
+        shape = (*keys.shape[:2], self.size())
+        handles = Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
+        if self.lends:
+            self._lent = handles
+        return handles
+
+    def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
+        return Step(
             PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0]),
             PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1]),
             dense_k,
@@ -100,11 +112,6 @@ class OpenTQCache(_BaseCache):
             self.window,
             self.stats,
         )
-        shape = (*keys.shape[:2], self.size())
-        handles = Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
-        if self.lends:
-            self._lent = handles
-        return handles
 
     def keys_and_values(self) -> tuple[Handle, Handle]:
         """The handles of the last update again, for models whose later layers attend to this layer's tokens.
@@ -221,6 +228,7 @@ class OpenTQCache(_BaseCache):
             f"{self.k_layout.name} {self.v_layout.name}",
             self.window,
             int(self.lends),
+            self.latent,
             extent.base,
             extent.sink,
             extent.packed,
@@ -232,10 +240,10 @@ class OpenTQCache(_BaseCache):
 
     @state.setter
     def state(self, value) -> None:
-        spec, layout_names, window, lends, base, sink, packed, packed_k, packed_v, dense_k, dense_v = value
+        spec, layout_names, window, lends, latent, base, sink, packed, packed_k, packed_v, dense_k, dense_v = value
         if not hasattr(self, "spec"):  # from_state makes the object without __init__
             self.__init__(spec)  # type: ignore[misc]
-        self.spec, self.window, self.lends = KVSpec.parse(spec), window, bool(lends)
+        self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
         self._reset()
         if dense_k is None:
             return

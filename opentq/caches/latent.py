@@ -1,0 +1,116 @@
+"""Latent attention (MLA): one small vector per token that is key and value at once, stored once.
+
+DeepSeek's models and their relatives keep, for all heads together, a latent of a few hundred channels and a rotary
+part. Attention in its absorbed form reads it as keys `[latent | rotary]` and as values `[latent]`, with one KV head and
+all query heads sharing it. So the packed latent serves both sides, and only the rotary part is extra; each part has
+its own rotation and scales, because their magnitudes have nothing to do with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from ..attention.args import Lengths, PackedKV
+from ..codecs import REGISTRY, Codec, Packed, Raw
+from ..spec import KVSpec
+from .batch import BatchOpenTQCache
+from .single import OpenTQCache
+from .step import Handle, Step
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """`[latent | rotary]`, each part by `inner`: the packed arrays of the first are those of the second's left."""
+
+    inner: Codec
+    latent: int
+
+    def __str__(self) -> str:
+        return f"latent{self.latent}/{self.inner}"
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError when a part can't be served."""
+        self.inner.check(self.latent)
+        self.inner.check(head_dim - self.latent)
+
+    def bits_per_value(self, head_dim: int) -> float:
+        rotary = head_dim - self.latent
+        bits = self.inner.bits_per_value(self.latent) * self.latent + self.inner.bits_per_value(rotary) * rotary
+        return bits / head_dim
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return mx.concatenate([self.inner.rotate(part) for part in self._split(x)], axis=-1)
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        return mx.concatenate([self.inner.unrotate(part) for part in self._split(y)], axis=-1)
+
+    def encode(self, y: mx.array) -> Packed:
+        """Rotated `[B, 1, T, latent + rotary]` -> the arrays of the latent, then those of the rotary part."""
+        latent, rotary = self._split(y)
+        return self.inner.encode(latent) + self.inner.encode(rotary)
+
+    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
+        """The inverse of `encode`."""
+        half = len(packed) // 2
+        latent = self.inner.decode(packed[:half], dtype, self.latent)
+        return mx.concatenate([latent, self.inner.decode(packed[half:], dtype, head_dim - self.latent)], axis=-1)
+
+    def _split(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        return x[..., : self.latent], x[..., self.latent :]
+
+
+class _Latent(OpenTQCache):
+    """What the single and the batch cache of latents have in common: keys only, and values that are a part of them."""
+
+    def update_and_fetch(self, latent: mx.array, rotary: mx.array) -> tuple[Handle, Handle]:
+        """Append `[B, 1, L, latent]` and `[B, 1, L, rotary]`; attend to the handle with `[q_latent | q_rotary]`."""
+        if self.latent != latent.shape[3]:
+            self.latent = latent.shape[3]
+            self.k_codec, self.v_codec = self._codecs()
+        return super().update_and_fetch(mx.concatenate([latent, rotary], axis=-1), latent[..., :0])
+
+    def _codecs(self) -> tuple[Codec, Codec]:
+        return LatentCodec(self.spec.codecs()[0], self.latent), Raw()
+
+    def _choose_layouts(self) -> None:
+        super()._choose_layouts()
+        self.stats.shape = (1, self.latent, self.dims[0] - self.latent)
+
+    def _step(self, dense_k, dense_v, packed_k, packed_v, lens: tuple[Lengths, ...]) -> Step:
+        assert isinstance(self.k_codec, LatentCodec)
+        return Step(
+            PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0]),
+            PackedKV(self.k_codec.inner, self.k_layout, packed_k[: len(packed_k) // 2], self.latent),
+            dense_k,
+            dense_k[..., : self.latent],
+            lens,
+            self.window,
+            self.stats,
+        )
+
+
+class OpenTQLatentCache(_Latent):
+    """mlx-lm's cache protocol over packed latents. One per layer."""
+
+    @classmethod
+    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
+        return BatchOpenTQLatentCache.merge(caches)
+
+
+class BatchOpenTQLatentCache(_Latent, BatchOpenTQCache):
+    """The same for many sequences."""
+
+    Single = OpenTQLatentCache
+
+
+def latent_spec(spec: KVSpec) -> KVSpec:
+    """The spec of a cache of latents: key and value are one vector, so one codec serves both, the one with more bits,
+    or that of the values where the keys' is made for keys only.
+    """
+    key, value = spec.codecs()
+    keys_only = bool(REGISTRY[spec.keys].partner)
+    name = spec.values if keys_only or value.bits_per_value(512) > key.bits_per_value(512) else spec.keys
+    return replace(spec, keys=name, values=name)
