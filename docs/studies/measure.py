@@ -1,9 +1,9 @@
 """The measurements behind the studies, appended to results/*.jsonl; what is there already is not measured again.
 
-    OPENTQ_KERNELS=tiled python docs/studies/measure.py codecs --models models/tiny-llama,models/tiny-gemma
+    python docs/studies/measure.py codecs --models models/tiny-llama,models/tiny-gemma
 
-Models run in float32 and attention takes the portable path, so that what differs between two rows is the codec and
-nothing else. `draw.py` makes the tables and plots.
+Models run in float32, and caches are simulated (`opentq/evaluate/simulate.py`): every row goes through the same
+attention function, so that what differs between two rows is the codec and nothing else. `draw.py` makes the pictures.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ from opentq.spec import KVSpec
 ROOT = Path(__file__).parents[2]
 
 # Every method at every size; both roads to 4.5 and to 3.25 bits; protections. Ordered by what matters most.
-CODECS = """native f16 mlx4 q4_0 int4 tq4 tq3 mlx8 int4:norot int4:g64 k8v4:g64 int8:g64 int3:g64 tq2 polar4 qjl tq3p
-tq3p:sketch=orth tq4p:sketch=orth k8tq4 k8tq3 k8tq2 tq4/tq3 tq3/tq4 tq4:ub tq3:ub tq3:nc tq2:ub tq4:haar tq3.5 tq2.5
-tq4:sink=4:recent=64 tq3:sink=4:recent=64 tq4:sink=4 tq3:sink=4 tq3:skip=first1 tq3:skip=last1 tq3:first2=k8tq3
-tq3:first1=int8 int4:g64:sink=4:recent=64 int4:first2=qjl qjl/int2 qjl2/int4 qjl4/int4 qjl6/int4
-qjl4/int4:sketch=gauss int2 tq1 int4:out=2 tq3:out=2 tq4p tq2p int4:g64:norot q4_0:norot int3 int4:g128
-tq4:sink=4:recent=192 tq4/tq3:sink=4:recent=64""".split()  # noqa: SIM905
+CODECS = """native mlx4 q4_0 int4 tq4 tq3 int4:norot int4:g64 k8v4:g64 int3:g64 tq2 polar4 qjl tq3p int2 k8tq3 mlx8 int8:g64
+tq3p:sketch=orth tq4/tq3 tq3:nc tq3:ub tq2.5 tq3.5 tq3:sink=4:recent=64 tq4:sink=4:recent=64 int4:first2=qjl qjl2/int4
+qjl6/int4 tq3:skip=first1 tq3:skip=last1 tq3:out=2 int4:out=2 k8tq2 tq4p:sketch=orth tq4:ub tq1 tq4:haar
+qjl4/int4:sketch=gauss qjl/int2 int3 tq3/tq4 q4_0:norot int4:g64:norot f16""".split()  # noqa: SIM905
 
-NEEDLES = """native mlx4 tq3 int4 tq4 int4:g64 q4_0 int3:g64 tq2 tq3:sink=4:recent=64 k8tq2 polar4 qjl tq3p
-tq3p:sketch=orth int2 tq2.5 tq3:ub int4:first2=qjl k8v4:g64 tq4/tq3""".split()  # noqa: SIM905
+NEEDLES = "native mlx4 tq3 int4 tq4 int3:g64 tq2 q4_0 polar4 qjl k8v4:g64 int2 tq3p k8tq2".split()  # noqa: SIM905
 
 PROBED = "int8 int4 tq4 tq3 tq2 tq1 int4:norot int2 polar4 tq3p qjl2/int4 qjl6/int4 k8tq2 tq4/tq1".split()  # noqa: SIM905
 
@@ -52,25 +49,22 @@ def load(folder: str):
 
 def codecs(args: argparse.Namespace) -> None:
     """Fidelity of every spec at three depths."""
-    protocol = fidelity.Protocol(args.depths, window=128, step=16, sequences=args.sequences)
+    protocol = fidelity.Protocol(args.depths, window=128, step=16, sequences=args.sequences, simulate=True)
     records = Records(args.results / "fidelity.jsonl")
     for folder in args.models:
         model, tokenizer = load(folder)
-        for name in args.specs or CODECS:
-            start = time.perf_counter()
-            found = fidelity.run(
-                model, model_name(folder), tokenizer, corpus.load(args.text), [name], protocol, records
-            )
-            numbers = " ".join(f"{r['kl_mean'][0]:.2e}/{100 * r['top1'][0]:.1f}" for r in found)
-            print(
-                f"{folder} {name:<28} {found[0]['bits']:.3f} bits {numbers} {time.perf_counter() - start:.1f} s",
-                flush=True,
-            )
+        start = time.perf_counter()
+        names = args.specs or CODECS
+        found = fidelity.run(model, model_name(folder), tokenizer, corpus.load(args.text), names, protocol, records)
+        for name, group in show.grouped(found).items():
+            numbers = " ".join(f"{r['kl_mean'][0]:.2e}/{100 * r['top1'][0]:.1f}" for r in group)
+            print(f"{folder} {name:<28} {group[0]['bits']:.3f} bits {numbers}")
+        print(f"codecs {folder} {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def needles(args: argparse.Namespace) -> None:
     """Needles among eight distractors at two lengths."""
-    grid = needle.Grid(args.lengths, trials=args.trials, distractors=8, batch=args.batch)
+    grid = needle.Grid(args.lengths, trials=args.trials, distractors=args.distractors, batch=args.batch, simulate=True)
     records = Records(args.results / "needle.jsonl")
     for folder in args.models:
         model, tokenizer = load(folder)
@@ -129,7 +123,7 @@ def random_stack(count: int, sharp: float):
 def scale(args: argparse.Namespace) -> None:
     """Attention scale against query gain at fixed logits, and logit spread at fixed scale."""
     records = Records(args.results / "scale.jsonl")
-    protocol = fidelity.Protocol((2048,), window=128, step=16, sequences=args.sequences)
+    protocol = fidelity.Protocol((2048,), window=128, step=16, sequences=args.sequences, simulate=True)
     view = layers.View(context=2048, window=32, sequences=2)
     for folder in args.models:
         model, tokenizer = load(folder)
@@ -188,18 +182,20 @@ def main() -> None:
     parser.add_argument("--models", default="models/tiny-llama,models/tiny-gemma")
     parser.add_argument("--specs", default="")
     parser.add_argument("--text", type=Path, help="a folder to read instead of Python's standard library")
-    parser.add_argument("--depths", default="1024,4096,8192")
-    parser.add_argument("--lengths", default="2048,8192")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--depths", default="1024,4096")
+    parser.add_argument("--lengths", default="1024,4096")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--distractors", type=int, default=8)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args()
     args.models = [m for m in args.models.split(",") if m]
     args.specs = [s for s in args.specs.split(",") if s]
     args.depths, args.lengths = (tuple(map(int, x.split(","))) for x in (args.depths, args.lengths))
     if mx.default_device() == mx.Device(mx.gpu):
-        tiled.SCRATCH = 2 << 30  # larger tiles, fewer launches; the numbers are the same
+        mx.set_cache_limit(4 << 30)
+        tiled.SCRATCH = 512 << 20  # larger tiles, fewer launches; the numbers are the same
     tasks[args.task](args)
 
 

@@ -27,6 +27,9 @@ Specs = Annotated[
 Text = Annotated[Path | None, typer.Option("--text", help="Text file or folder to read instead of Python's library.")]
 Output = Annotated[str, typer.Option("--output", "-o", help="text, md or json.")]
 Keep = Annotated[Path | None, typer.Option("--records", help="JSONL file to append to and to resume from.")]
+Simulate = Annotated[
+    bool, typer.Option("--simulate", help="Keep decoded values in fp16: the same errors, fast without fused kernels.")
+]
 Seed = Annotated[int, typer.Option(help="Which texts.")]
 Prefill = Annotated[int, typer.Option("--prefill-step-size", help="Tokens per prefill step.")]
 
@@ -41,6 +44,7 @@ def fidelity(
     sequences: Annotated[int, typer.Option(help="Texts, read as one batch.")] = 4,
     prefill_step_size: Prefill = 512,
     seed: Seed = 0,
+    simulate: Simulate = False,
     text: Text = None,
     output: Output = "text",
     records: Keep = None,
@@ -49,7 +53,7 @@ def fidelity(
     from . import fidelity as task
     from . import show
 
-    protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed)
+    protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
     work = _prepare(model, kv, text, output, records)
     passes = len(work.names) + ("native" not in work.names)
     with progress("fidelity", passes * protocol.sequences * (protocol.length - 1)) as tick:
@@ -70,6 +74,7 @@ def needle(
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map to this PNG.")] = None,
     prefill_step_size: Prefill = 512,
     seed: Seed = 0,
+    simulate: Simulate = False,
     text: Text = None,
     output: Output = "text",
     records: Keep = None,
@@ -82,7 +87,9 @@ def needle(
     if plot is not None:
         pyplot()  # a missing matplotlib is reported now, not after the work
     whole, parts = _numbers(lengths, "--lengths"), _fractions(depths)
-    grid = task.Grid(whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch)
+    grid = task.Grid(
+        whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
+    )
     work = _prepare(model, kv, text, output, records)
     with progress("needle", len(work.names) * sum(whole) * len(parts) * trials) as tick:
         found = task.run(*work.model, work.corpus, work.names, grid, work.records, tick)

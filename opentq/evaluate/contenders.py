@@ -19,8 +19,10 @@ from mlx_lm.models import cache as mlx_cache
 from .. import hooks
 from ..codecs import Affine, Codec, packing
 from ..codecs.base import FP16_MAX, Packed
+from ..errors import UserError
 from ..policy import native_reason
 from ..spec import KVSpec
+from .simulate import SimulatedCache
 
 NATIVE = "native"
 """The model's own cache: the reference of every comparison."""
@@ -42,25 +44,45 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class _Q4(Affine):
-    """llama.cpp's q4_0 as scale and zero: the extreme of a block of 32 becomes -8, `x = (code - 8) * scale`."""
+class _Q4:
+    """llama.cpp's q4_0 as scale and zero: the extreme of a block of 32 becomes -8, `x = (code - 8) * scale`.
+
+    Not an `Affine`, whose fused kernels would choose scales and codes in their own way.
+    """
+
+    rotated: bool = True
 
     def __str__(self) -> str:
         return "q4_0" + ("" if self.rotated else ":norot")
 
+    @property
+    def grid(self) -> Affine:
+        return Affine(4, 32, self.rotated)
+
+    def check(self, head_dim: int) -> None:
+        self.grid.check(head_dim)
+
     def bits_per_value(self, head_dim: int) -> float:
-        return 4 + 16 * self.groups(head_dim) / head_dim  # the zero follows from the scale and is not stored there
+        return 4 + 16 * self.grid.groups(head_dim) / head_dim  # the zero follows from the scale and is not stored
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return self.grid.rotate(x)
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        return self.grid.unrotate(y)
 
     def encode(self, y: mx.array) -> Packed:
-        self.check(y.shape[-1])
-        blocks = self._split(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX), edge=True)
+        if y.shape[-1] % 32:
+            raise ValueError(f"q4_0: head_dim {y.shape[-1]} is not a multiple of 32")
+        blocks = mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX).reshape(*y.shape[:-1], -1, 32)
         low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
-        extreme = mx.where(-low >= high, low, high)
-        scale = (extreme / -8).astype(mx.float16)
+        scale = (mx.where(-low >= high, low, high) / -8).astype(mx.float16)
         step = mx.where(scale == 0, 1.0, scale.astype(mx.float32))
-        codes = mx.clip(mx.floor(blocks / step + 8.5), 0, 15).reshape(*y.shape[:-1], -1)[..., : y.shape[-1]]
-        scales = mx.concatenate([scale, scale * -8], axis=-1).reshape(*y.shape[:-1], -1)
-        return packing.pack(codes, 4), scales
+        codes = mx.clip(mx.floor(blocks / step + 8.5), 0, 15).reshape(y.shape)
+        return packing.pack(codes, 4), mx.concatenate([scale, scale * -8], axis=-1).reshape(*y.shape[:-1], -1)
+
+    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
+        return self.grid.decode(packed, dtype, head_dim)
 
 
 @dataclass(frozen=True)
@@ -68,10 +90,50 @@ class _Q4Spec(KVSpec):
     """A spec for the cache of this package whose codec is q4_0; evaluation only."""
 
     def codecs(self) -> tuple[Codec, Codec]:
-        return _Q4(4, 32, self.rotate), _Q4(4, 32, self.rotate)
+        return _Q4(self.rotate), _Q4(self.rotate)
 
     def __str__(self) -> str:
         return "q4_0" if self.rotate else "q4_0:norot"
+
+
+@dataclass(frozen=True)
+class _Mlx:
+    """mlx-lm's quantisation as a codec, for simulation: `mx.quantize` of fp16 numbers, groups of 64, not rotated."""
+
+    bits: int = 4
+
+    def __str__(self) -> str:
+        return f"mlx{self.bits}"
+
+    def check(self, head_dim: int) -> None:
+        if head_dim % 64:
+            raise ValueError(f"mlx-lm's quantised cache: head_dim {head_dim} is not a multiple of 64")
+
+    def bits_per_value(self, head_dim: int) -> float:
+        return self.bits + 32 / 64
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return x
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        return y
+
+    def encode(self, y: mx.array) -> Packed:
+        return tuple(mx.quantize(y.astype(mx.float16), group_size=64, bits=self.bits))
+
+    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
+        codes, scales, biases = packed
+        return mx.dequantize(codes, scales, biases, group_size=64, bits=self.bits).astype(dtype)
+
+
+@dataclass(frozen=True)
+class _MlxSpec(KVSpec):
+    """A spec whose codec is mlx-lm's; simulation only."""
+
+    bits: int = 4
+
+    def codecs(self) -> tuple[Codec, Codec]:
+        return _Mlx(self.bits), _Mlx(self.bits)
 
 
 def check(name: str) -> str:
@@ -82,26 +144,55 @@ def check(name: str) -> str:
     return str(KVSpec.parse(name))
 
 
-def enter(name: str, model: Any) -> Contender:
-    """Make contender `name` ready for `model`, which keeps its own caches. Raises what `opentq.compress` raises."""
+def enter(name: str, model: Any, simulate: bool = False) -> Contender:
+    """Make contender `name` ready for `model`, which keeps its own caches.
+
+    With `simulate` every contender, the native one included, is a `SimulatedCache` where it can be: the same numbers
+    through the same attention function, at the same speed. Raises what `opentq.compress` raises.
+    """
     name = check(name)
     hooks.uninstall(model)
 
     def own() -> list[Any]:
         return mlx_cache.make_prompt_cache(model)
 
-    if name == NATIVE:
+    bits = _mlx(name)
+    if not simulate and name == NATIVE:
         return Contender(name, 16.0, own)
-    if bits := _mlx(name):
+    if not simulate and bits:
         return Contender(name, bits + 32 / 64, lambda: [_quantised(c, bits) for c in own()])
-    spec = _Q4Spec(rotate=name == "q4_0") if name.startswith("q4_0") else KVSpec.parse(name)
+    spec = _spec(name)
     hooks.compress(model, spec)
     record = hooks.installed(model)
     hooks.uninstall(model)
     assert record is not None
     plans = [p for p in record.plans if p.compressed]
     values = sum(p.kv_heads * (p.key_dim + p.value_dim) for p in plans)
-    return Contender(name, 8 * sum(p.bytes_per_token() for p in plans) / values, lambda: hooks.make_caches(record))
+    true_bits = 8 * sum(p.bytes_per_token() for p in plans) / values
+    if not simulate:
+        return Contender(name, true_bits, lambda: hooks.make_caches(record))
+    if any(p.part for p in record.plans):
+        raise UserError("layers that hold several caches can't be simulated; leave --simulate out for this model")
+    places = {p.index: p.spec for p in plans if p.spec is not None}
+
+    def simulated() -> list[Any]:
+        caches = own()
+        for i, cache in enumerate(caches):
+            if i in places:
+                caches[i] = SimulatedCache(places[i], eager=bool(bits))
+            elif type(cache) is mlx_cache.RotatingKVCache and not cache.keep:
+                caches[i] = SimulatedCache("f16", window=cache.max_size)
+        return caches
+
+    return Contender(name, true_bits, simulated)
+
+
+def _spec(name: str) -> KVSpec:
+    if name.startswith("q4_0"):
+        return _Q4Spec(rotate=name == "q4_0")
+    if bits := _mlx(name):
+        return _MlxSpec(bits=bits)
+    return KVSpec.parse("f16" if name == NATIVE else name)
 
 
 def _mlx(name: str) -> int:

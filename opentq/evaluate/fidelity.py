@@ -35,6 +35,7 @@ class Protocol:
         sequences: texts, read as one batch.
         prefill: tokens per step of the text between windows.
         seed: which texts.
+        simulate: see `contenders.enter`.
     """
 
     depths: tuple[int, ...] = (512, 2048, 4096)
@@ -43,6 +44,7 @@ class Protocol:
     sequences: int = 4
     prefill: int = 512
     seed: int = 0
+    simulate: bool = False
 
     def __post_init__(self) -> None:
         if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 1:
@@ -88,10 +90,10 @@ def run(
     if missing:
         rows = corpus.tokens(tokenizer, protocol.sequences, protocol.length, protocol.seed)
         tokens = mx.array(rows)
-        reference = _read(model, enter(NATIVE, model), tokens, protocol, tick)
+        reference = _read(model, enter(NATIVE, model, protocol.simulate), tokens, protocol, tick)
         for name in missing:
             start = time.perf_counter()
-            contender = enter(name, model)
+            contender = enter(name, model, protocol.simulate)
             # The first reading is both sides of the native row.
             reading = reference if name == NATIVE else _read(model, contender, tokens, protocol, tick)
             seconds = time.perf_counter() - start

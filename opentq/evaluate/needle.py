@@ -34,6 +34,7 @@ class Grid:
         answer: most tokens of an answer.
         prefill: tokens per step.
         batch: needles read together.
+        simulate: see `contenders.enter`.
     """
 
     lengths: tuple[int, ...] = (1024, 4096)
@@ -45,6 +46,7 @@ class Grid:
     prefill: int = 512
     seed: int = 0
     batch: int = 8
+    simulate: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,6 +78,7 @@ def run(
         "prefill": grid.prefill,
         "answer": grid.answer,
         "seed": grid.seed,
+        "simulate": grid.simulate,
     }
     found = []
     made: dict[tuple[int, float, int], Needle] = {}
@@ -85,7 +88,7 @@ def run(
             keys = {depth: {**settings, "spec": name, "length": length, "depth": depth} for depth in grid.depths}
             missing = [depth for depth, key in keys.items() if records.find(key) is None]
             if missing:
-                contender = contender or enter(name, model)
+                contender = contender or enter(name, model, grid.simulate)
                 asked = [(length, depth, trial) for depth in missing for trial in range(grid.trials)]
                 for key in asked:
                     made[key] = made.get(key) or make(tokenizer, corpus, grid, *key)

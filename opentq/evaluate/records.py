@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import UserError
 
 Record = dict[str, Any]
@@ -66,7 +67,7 @@ def _environment() -> Record:
 
     device = mx.default_device()
     name = mx.device_info().get("device_name") or platform.processor() or platform.machine()
-    versions = {n: importlib.metadata.version(n) for n in ("opentq", "mlx", "mlx-lm")}
+    versions = {"opentq": __version__, **{n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm")}}
     return {"device": f"{device.type.name}: {name}", "python": platform.python_version(), "versions": versions}
 
 
