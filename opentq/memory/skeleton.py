@@ -120,7 +120,7 @@ class Skeleton:
             slots = [(i, n, c) for i, cache in enumerate(self.caches) for n, c in enumerate(members(cache))]
             plans = [LayerPlan(i, type(c).__name__, None, "not compressed", n) for i, n, c in slots]
         else:
-            plans = decide(self.caches, spec, seams.native_reason(self.model))
+            plans = decide(self.caches, spec, seams.traits(self.model))
         return [shaped(p, members(self.caches[p.index])[p.part]) for p in plans]
 
 
