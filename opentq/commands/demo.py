@@ -17,10 +17,11 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..generation import Result
 
-DOCUMENT = "argparse.py"
+DOCUMENT = "statistics.py"  # kept from the small models in training
 DOCUMENT_TOKENS = 7900
 TEACHER_TOKENS = 256
 NAME, CODE, DEPTH = "Babilu", "48213", 0.35
+OTHERS = (("Tomige", "90317", 0.1), ("Kesora", "15562", 0.6), ("Rudani", "73048", 0.85))
 
 
 def demo(
@@ -81,7 +82,6 @@ def compare(path: str, spec: Any) -> dict[str, Any]:
     model, tokenizer = load(path)
     tokens, question = build_prompt(tokenizer)
     native, native_logits = _run(model, tokenizer, tokens)
-    # The tokens that follow in the document, teacher-forced, tell more than one short answer.
     hooks.compress(model, spec)
     ours, our_logits = _run(model, tokenizer, tokens)
     fp16 = ours.kv_fp16_bytes
@@ -110,10 +110,11 @@ def build_prompt(tokenizer: Any) -> tuple[list[int], str]:
     except OSError as error:
         raise UserError(f"the demo's document {source} can't be read: {error.strerror}") from error
     text = head(tokenizer, text, DOCUMENT_TOKENS)
-    cut = text.index("\n", int(len(text) * DEPTH))
+    for name, code, depth in sorted([(NAME, CODE, DEPTH), *OTHERS], key=lambda fact: -fact[2]):
+        cut = text.index("\n", int(len(text) * depth)) + 1
+        text = f"{text[:cut]}# The secret code of {name} is {code}.\n{text[cut:]}"
     question = f"What is the secret code of {NAME}?"
-    planted = f"{text[:cut]}\n# The secret code of {NAME} is {CODE}.\n{text[cut:]}"
-    return encode_prompt(tokenizer, f"{planted}\n{question}"), question
+    return encode_prompt(tokenizer, f"{text.rstrip()}\n\n{question}"), question
 
 
 def head(tokenizer: Any, text: str, tokens: int) -> str:
@@ -128,7 +129,7 @@ def head(tokenizer: Any, text: str, tokens: int) -> str:
 
 
 def _run(model: Any, tokenizer: Any, tokens: list[int]) -> tuple[Result, list[int]]:
-    """The answer, and the most likely next token at each of the following teacher-forced tokens."""
+    """The answer, and the most likely next token at each of the document's last, teacher-forced tokens."""
     import mlx.core as mx
 
     from ..generation import Request, run
@@ -136,11 +137,14 @@ def _run(model: Any, tokenizer: Any, tokens: list[int]) -> tuple[Result, list[in
 
     caches = make_cache(model)
     result = run(model, tokenizer, Request(tokens, max_tokens=16, prefill_step_size=512, caches=caches))
-    # The continuation is the document's own beginning, which the network has read once already.
-    follow = mx.array(tokens[:TEACHER_TOKENS])
+    # Back to where 256 tokens of the document are left, and on from there with the true tokens.
+    start = len(tokens) - 32 - TEACHER_TOKENS
+    for cache in caches:
+        cache.trim(cache.offset - start)
+    follow = mx.array(tokens[start : start + TEACHER_TOKENS])
     choices: list[int] = []
-    for start in range(0, TEACHER_TOKENS, 32):
-        logits = model(follow[None, start : start + 32], cache=caches)
+    for step in range(0, TEACHER_TOKENS, 32):
+        logits = model(follow[None, step : step + 32], cache=caches)
         choices += logits[0].argmax(-1).tolist()
     return result, choices
 
