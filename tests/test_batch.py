@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, LRUPromptCache, RotatingKVCache, make_prompt_cache
 
 from opentq.attention import dispatch
 from opentq.caches.batch import BatchOpenTQCache
@@ -17,6 +17,7 @@ from opentq.caches.extent import Extent, Limits
 from opentq.caches.single import OpenTQCache
 from opentq.hooks import compress
 
+from .architectures import build
 from .conftest import random_llama
 from .matrix import Shape
 from .oracle import args_of, fill, judge, queries, same_state, vectors
@@ -55,11 +56,11 @@ def step(batch: BatchOpenTQCache, truth: list[OpenTQCache], new: list[int], pad:
     handles = batch.update_and_fetch(*(mx.concatenate(side) for side in zip(*data)))
     batch.finalize()
     q = mx.concatenate([queries(SMALL, pad, seed=seed + i) for i in range(len(new))])
-    out, _ = dispatch.attend(args_of(handles, q, causal=True))
+    out, _ = dispatch.attend(args_of(handles, q, causal=True, window=batch.window))
     for i, (alone, n, (k, v)) in enumerate(zip(truth, new, data)):
         if n:
             mine = alone.update_and_fetch(k[:, :, :n], v[:, :, :n])
-            want, _ = dispatch.attend(args_of(mine, q[i : i + 1, :, :n], causal=True))
+            want, _ = dispatch.attend(args_of(mine, q[i : i + 1, :, :n], causal=True, window=batch.window))
             assert mx.allclose(out[i : i + 1, :, :n], want, rtol=1e-4, atol=2e-5).item(), f"attention of lane {i}"
 
 
@@ -143,7 +144,7 @@ def test_masks_of_padded_native_batches_fit(monkeypatch):
     assert mx.array_equal(native, ours).item()
     q = mx.concatenate([queries(SMALL, 3, seed=i) for i in range(len(LENGTHS))])
     handles = batch.update_and_fetch(k, v)
-    plain, _ = dispatch.attend(args_of(handles, q, causal=True))
+    plain, _ = dispatch.attend(args_of(handles, q, causal=True, window=batch.window))
     masked, _ = dispatch.attend(args_of(handles, q, mask=native))
     assert mx.allclose(plain, masked, atol=1e-5).item()
 
@@ -199,6 +200,64 @@ def test_state_round_trip():
     check(BatchOpenTQCache.from_state(batch.state), [single("int4:sink=4", n, i) for i, n in enumerate(LENGTHS)])
     empty = OpenTQCache.merge([OpenTQCache("int4")] * 3)
     assert BatchOpenTQCache.from_state(empty.state).offset.tolist() == [0, 0, 0]
+
+
+# ---- sliding windows
+
+
+@pytest.mark.parametrize("chunks", [[1], [7], [250, 1, 1, 64, 5], [40, 300, 1]])
+def test_a_window_sees_what_mlx_lms_window_sees(chunks):
+    """Packed blocks leave a window late, and are hidden from the moment they are out of it."""
+    size, total = 100, 450
+    ours, native = OpenTQCache("f16", window=size), RotatingKVCache(max_size=size)
+    k, v = (x.astype(mx.float16) for x in vectors(SMALL, total))
+    q = queries(SMALL, total).astype(mx.float32)
+    sizes, done, last = iter(chunks), 0, 1
+    while done < total:
+        last = next(sizes, last)
+        stop = min(done + last, total)
+        count = stop - done
+        masks = [c.make_mask(count, window_size=size) for c in (ours, native)]
+        new = [x[:, :, done:stop] for x in (k, v)]
+        handles, (keys, values) = ours.update_and_fetch(*new), native.update_and_fetch(*new)
+        rows = q[:, :, done:stop]
+        got = handles[0].step.attend(rows, scale=0.125, mask=masks[0])
+        keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+        want = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=0.125, mask=masks[1])
+        assert mx.allclose(got, want, atol=2e-3).item(), f"tokens {done} to {stop}"
+        done = stop
+        assert ours.is_trimmable() == (ours.extent.base == 0) and ours.offset == native.offset
+
+
+def test_a_window_is_bounded():
+    cache = single("int4", 5000, 0, window=128)
+    assert cache.size() <= 128 + 64 + 256 + 64
+    assert cache.nbytes <= 2 * single("int4", 512, 0).nbytes
+
+
+@pytest.mark.parametrize("spec", ["int4", "int3:g64:recent=33"])
+def test_windows_in_a_batch_equal_single_ones(spec):
+    rng = random.Random(spec)
+    lengths = [0, 130, 700, 64]
+    batch = merged(spec, lengths, window=100)
+    truth = [single(spec, n, seed, window=100) for seed, n in enumerate(lengths)]
+    for turn in range(10):
+        new = [1] * len(truth) if turn % 3 else [rng.choice([0, 1, 90, 400]) for _ in truth]
+        step(batch, truth, new, max(1, *new), turn)
+        if turn == 5:
+            batch.filter([0, 2, 3])
+            truth = [truth[0], truth[2], truth[3]]
+        check(batch, truth)
+
+
+def test_windowed_models_in_a_batch():
+    """A window of 16 and prompts far beyond it: every layer packed, tokens those of single runs."""
+    model = build("gemma3_text")
+    compress(model, "int4:window=compress")
+    prompts = [[(7 * i + i * i + n) % 97 + 1 for i in range(n)] for n in (1, 40, 130)]
+    got, caches = tokens_together(model, prompts, [12, 12, 12])
+    assert got == [tokens_alone(model, p, 12) for p in prompts]
+    assert all(type(c) is OpenTQCache for cache in caches for c in cache)
 
 
 # ---- through mlx-lm
