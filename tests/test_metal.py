@@ -1,4 +1,4 @@
-"""The Metal kernels, executed in the emulator: conformance, counts, and that a broken kernel would be noticed."""
+"""The Metal kernels, executed in the emulator: conformance with the judge, counts, and geometry."""
 
 from __future__ import annotations
 
@@ -9,249 +9,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from opentq.attention import backends, dispatch, fused_metal
-from opentq.caches.single import OpenTQCache
+from opentq.attention import dispatch, fused_metal
 from opentq.codecs import Affine
 from opentq.kernels import metal
 
 from . import oracle
 from .matrix import Shape
-from .msl import compiler, cost, launch, mlx_sources, native
+from .msl import cost, mlx_sources
+from .msl.harness import LANES, MATRIX, gpu, needs_emulator, reports, step, summary  # noqa: F401
 
-pytestmark = pytest.mark.skipif(launch.available() is not None, reason=launch.available() or "")
-
-LANES, MATRIX = metal.Tuning(), metal.Tuning(variant="matrix")
+pytestmark = needs_emulator
 SINKS = mx.array([0.3, 1.0, -2.0, 5.0, 0.0, 1.0])
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch):
-    """Metal kernels run in the emulator, as on the smallest GPU; afterwards, no launch may have left a trace of trouble."""
-    monkeypatch.setattr(metal, "make", launch.metal_kernel)
-    monkeypatch.setattr(metal, "tuning", lambda: LANES)
-    monkeypatch.setattr(metal, "cores", lambda: 2)
-    metal_backend = backends.Backend("metal", fused_metal.attend, fused_metal.layouts)
-    monkeypatch.setattr(backends, "active", lambda: metal_backend)
-    monkeypatch.setenv("OPENTQ_KERNELS", "native")
-    metal.kernel.cache_clear()
-    before = len(launch.launches)
-    yield
-    metal.kernel.cache_clear()
-    no_trouble_since(before)
-
-
-def no_trouble_since(before: int) -> None:
-    for name, report in launch.launches[before:]:
-        if name.startswith("opentq"):
-            assert report.allocas == [], f"{name}: an array that did not become registers"
-            assert report.threadgroup_memory <= metal.THREADGROUP_BYTES
-            assert not any(report.unwritten_bytes), f"{name}: output bytes that nobody wrote"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary(request):
-    yield
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        names = [name for name, _ in launch.launches]
-        counts = ", ".join(f"{names.count(n)} {n}" for n in sorted(set(names)))
-        reporter.write_line(f"\nMetal kernels executed in the emulator: {len(names)} ({counts})")
-
-
-def step(spec: str, shape: Shape, tokens: int, length: int, dtype: mx.Dtype = mx.float16, **options):
-    """The AttnArgs of a step of `length` tokens on a cache that then holds `tokens`."""
-    cache = OpenTQCache(spec)
-    handles = oracle.fill(cache, *oracle.vectors(shape, tokens), [n for n in (tokens - length, length) if n])
-    return oracle.args_of(handles, oracle.queries(shape, length, dtype=dtype), **options)
-
-
-def reports(kernel: str) -> list[launch.Report]:
-    return [report for name, report in launch.launches if name == f"opentq_{kernel}"]
-
-
-# ---- the emulator on kernels that are known to run on Apple GPUs
-
 RNG = np.random.default_rng(7)
-
-
-def halves(*shape: int) -> np.ndarray:
-    return (RNG.standard_normal(shape) * 0.5).astype(np.float16)
-
-
-def mlx_attention(q, k, v, scale, mask=None):
-    return np.array(
-        mx.fast.scaled_dot_product_attention(
-            *(mx.array(x.astype(np.float32)) for x in (q, k, v)), scale=scale, mask=mask
-        )
-    )
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("causal", [False, True])
-def test_mlx_sdpa_vector_agrees_with_mlx(dim, causal):
-    q, k, v = halves(2, 4, 3, dim), halves(2, 2, 70, dim), halves(2, 2, 70, dim)
-    out, _ = native.sdpa_vector(q, k, v, dim**-0.5, causal)
-    assert np.abs(out - mlx_attention(q, k, v, dim**-0.5, "causal" if causal else None)).max() < 1e-3
-
-
-@pytest.mark.parametrize("gqa_variant", [False, True])
-def test_mlx_two_pass_sdpa_agrees_with_mlx(gqa_variant):
-    q, k, v = halves(1, 16, 1, 64), halves(1, 2, 130, 64), halves(1, 2, 130, 64)
-    out, first, second = native.sdpa_2pass(q, k, v, 0.125, 32, gqa_variant)
-    assert np.abs(out - mlx_attention(q, k, v, 0.125)).max() < 1e-3
-    # What the source says of itself: every K/V byte 8 / HPT = 2 times, or once per query head.
-    assert first.fetched_bytes[1] == (2 if gqa_variant else 8) * k.nbytes == first.fetched_bytes[2]
-
-
-@pytest.mark.parametrize("looped", [False, True])
-def test_mlx_softmax_agrees_with_mlx(looped):
-    x = RNG.standard_normal((3, 200)).astype(np.float32)
-    assert np.abs(native.softmax(x, looped) - np.array(mx.softmax(mx.array(x), axis=-1))).max() < 1e-6
-
-
-@pytest.mark.parametrize("size", [64, 128, 512])
-def test_mlx_hadamard_agrees_with_mlx(size):
-    x = RNG.standard_normal((2, size)).astype(np.float32)
-    assert np.abs(native.hadamard(x, size**-0.5) - np.array(mx.hadamard_transform(mx.array(x)))).max() < 1e-5
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_mlx_quantized_matvec_agrees_with_mlx(bits):
-    w, scales, biases = mx.quantize(mx.array(halves(16, 512)), 64, bits)
-    x = halves(512)
-    wide = [a.astype(mx.float32) for a in (mx.array(x)[None], scales, biases)]
-    expected = np.array(mx.quantized_matmul(wide[0], w, wide[1], wide[2], True, 64, bits))[0]
-    out = native.qmv_fast(*map(np.array, (w, scales, biases)), x, 64, bits)
-    assert np.abs(out - expected).max() < 1e-2
-
-
-# ---- the emulator on kernels that are known to be wrong
-
-SETUP = "uint i = thread_position_in_threadgroup.x, n = thread_position_in_grid.x; threadgroup float buf[64];\n"
-STORE = "buf[i] = x[n];\n"
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-WRONG = {
-    "missing barrier": (SETUP + STORE + "out[n] = buf[63 - i];", "race in threadgroup memory|uninitialised"),
-    "barrier without memory": (
-        SETUP + STORE + "threadgroup_barrier(mem_flags::mem_none); out[n] = buf[63 - i];",
-        "race in threadgroup memory",
-    ),
-    "simdgroup barrier for a threadgroup": (
-        SETUP + STORE + "simdgroup_barrier(mem_flags::mem_threadgroup); out[n] = buf[63 - i];",
-        "race in threadgroup memory|uninitialised",
-    ),
-    "two writers": (SETUP + "buf[i / 2] = x[n];" + BARRIER + "out[n] = buf[i / 2];", "two threads write"),
-    "write over a read": (
-        SETUP + STORE + BARRIER + "float y = buf[63 - i]; buf[i] = y; out[n] = y;",
-        "write over what another thread reads|read of what another thread wrote",
-    ),
-    "uninitialised": (
-        SETUP + "if (i < 63) " + STORE + BARRIER + "out[n] = buf[i];",
-        "uninitialised threadgroup memory",
-    ),
-    "read out of bounds": (
-        "uint n = thread_position_in_grid.x; out[n] = x[n + 1];",
-        "out of bounds: read of 4 bytes at byte 512",
-    ),
-    "write out of bounds": ("uint n = thread_position_in_grid.x; out[n + 1] = x[n];", "out of bounds: write"),
-    "threadgroup out of bounds": (SETUP + "buf[i + 1] = x[n]; out[n] = 0;", "out of bounds"),
-    "misaligned": (
-        "uint n = thread_position_in_grid.x; float2 v = *(const device float2*)(x + min(n, 125u)); out[n] = v.x + v.y;",
-        "misaligned",
-    ),
-    "divergent sum": (
-        "uint n = thread_position_in_grid.x; out[n] = n % 2 ? simd_sum(x[n]) : 0.0f;",
-        "divergent simdgroup",
-    ),
-    "divergent barrier": (
-        SETUP + STORE + "if (i < 32) { " + BARRIER + "} out[n] = buf[i];",
-        "finished while others wait|another threadgroup_barrier",
-    ),
-    "too much threadgroup memory": (
-        "uint n = thread_position_in_grid.x; threadgroup float big[8200]; big[n % 64] = x[n]; out[n] = big[n % 64];",
-        "limit is 32768",
-    ),
-    "race in device memory": ("uint n = thread_position_in_grid.x; out[n / 2] = x[n];", "race in device memory"),
-    "reads an output before it is written": (
-        "uint n = thread_position_in_grid.x; out[n] += x[n];",
-        "before anything was written",
-    ),
-}
-FORBIDDEN = {
-    "device pointer as thread pointer": "thread float* p = x; out[0] = p[0];",
-    "threadgroup pointer as device pointer": "threadgroup float b[4]; device float* p = b; out[0] = p[0];",
-    "device pointer as threadgroup pointer": "threadgroup float* p = out; out[0] = p[0];",
-    "write through a const input": "x[0] = 1.0f; out[0] = 0;",
-}
-
-
-def tiny(body: str, threads: int = 64) -> mx.array:
-    kernel = launch.metal_kernel("tiny", input_names=["x"], output_names=["out"], source=body)
-    (out,) = kernel(
-        inputs=[mx.arange(128, dtype=mx.float32)],
-        grid=(128, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(128,)],
-        output_dtypes=[mx.float32],
-    )
-    return out
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_kernel_is_caught(case):
-    body, message = WRONG[case]
-    with pytest.raises(launch.KernelError, match=message):
-        tiny(body)
-
-
-@pytest.mark.parametrize("case", FORBIDDEN)
-def test_a_wrong_address_space_does_not_compile(case):
-    with pytest.raises(compiler.CompileError, match="error"):
-        tiny(FORBIDDEN[case])
-
-
-def test_a_right_kernel_passes_with_its_counts():
-    out = tiny(SETUP + STORE + BARRIER + "out[n] = buf[63 - i] * 2.0f;")
-    expected = np.arange(128, dtype=np.float32).reshape(2, 64)[:, ::-1].reshape(-1) * 2
-    assert np.array_equal(np.array(out), expected)
-    report = launch.launches[-1][1]
-    assert (report.threadgroups, report.barriers, report.ops["fmul"] + report.ops["fadd"]) == (2, 2, 128)
-    assert (report.unique_bytes[0], report.written_bytes[1], report.threadgroup_memory) == (512, 512, 256)
-
-
-def test_ragged_grids_have_smaller_last_threadgroups():
-    body = (
-        "uint n = thread_position_in_grid.x; out[n] = x[n] + threads_per_threadgroup.x + 100 * threadgroups_per_grid.x;"
-    )
-    out = np.array(tiny(body, threads=48)) - np.arange(128)
-    assert out.tolist() == [348] * 96 + [332] * 32
-
-
-def test_lanes_and_matrices_match_numpy():
-    """Shuffles, reductions and a matrix product against plain arithmetic."""
-    body = """
-      uint l = thread_index_in_simdgroup; float v = x[l];
-      threadgroup float a[64]; threadgroup float c[64];
-      a[l] = x[l]; a[l + 32] = x[l + 32];
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      simdgroup_float8x8 m, t, r = make_filled_simdgroup_matrix<float, 8, 8>(1.0f);
-      simdgroup_load(m, a, 8); simdgroup_load(t, a, 8, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(r, m, t, r);
-      simdgroup_store(r, c, 8);
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      out[l] = c[l]; out[l + 32] = c[l + 32];
-      out[64 + l] = simd_shuffle_xor(v, 5) + 1000 * simd_max(v) + simd_prefix_exclusive_sum(v);
-      out[96 + l] = simd_shuffle(v, 31 - l) + float(simd_sum(int(l)));
-    """
-    kernel = launch.metal_kernel("lanes", input_names=["x"], output_names=["out"], source=body)
-    x = mx.arange(128, dtype=mx.float32)
-    (out,) = kernel(
-        inputs=[x], grid=(32, 1, 1), threadgroup=(32, 1, 1), output_shapes=[(128,)], output_dtypes=[mx.float32]
-    )
-    m, v = np.arange(64.0).reshape(8, 8), np.arange(32)
-    assert np.array_equal(np.array(out)[:64], (m @ m.T + 1).reshape(-1))
-    assert np.array_equal(np.array(out)[64:96], (v ^ 5) + 31000 + np.cumsum(v) - v)
-    assert np.array_equal(np.array(out)[96:], v[::-1] + 496)
 
 
 # ---- our kernels are what MLX would compile
@@ -421,11 +190,50 @@ def test_a_model_decodes_through_the_kernels():
     assert reports("decode_lanes") and reports("matrix") and reports("pack")
 
 
+# ---- geometry
+
+
+def test_every_plan_fits_into_threadgroup_memory():
+    for dim in (64, 80, 96, 112, 128, 192, 256, 512):
+        for bits, group in ((2, 32), (3, 32), (4, 32), (4, 128), (8, 64), (16, dim)):
+            side = metal.Side(bits, min(group, dim), dim)
+            for rows in (1, 2, 3, 4, 7, 8, 16, 24, 256):
+                for tune in (LANES, metal.Tuning(teams=8, handover=32), metal.Tuning(keys=1, handover=8)):
+                    plan = metal.plan_decode(side, side, rows, 8, 131072, tune, 40)
+                    assert plan.threadgroup_bytes(side, side) <= metal.THREADGROUP_BYTES
+                    assert plan.rows * plan.row_tiles >= rows and plan.splits * plan.teams <= metal.MAX_SPLITS
+                for own in (False, True):
+                    for wide in (False, True):
+                        plan = metal.plan_matrix(side, side, rows, 8, 131072, own, wide, LANES, 40)
+                        assert plan.threadgroup_bytes(side, side, wide) <= metal.THREADGROUP_BYTES
+                        height = 8 if own else 8 * plan.simdgroups
+                        assert plan.row_tiles * height >= rows
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(q_heads=16, key_dim=128, value_dim=128)], ids=str)
+def test_planned_threadgroup_memory_is_what_the_kernel_declares(shape):
+    args = step("int4", shape, 130, 1)
+    oracle.judge(args)
+    k, v = fused_metal.side(args.k), fused_metal.side(args.v)
+    plan = metal.plan_decode(k, v, args.gqa, shape.kv_heads, 131, LANES, metal.cores())
+    declared = reports("decode_lanes")[-1].threadgroup_memory
+    assert abs(declared - plan.threadgroup_bytes(k, v)) < 7 * 16  # each of seven arrays is rounded up to 16 bytes
+
+
+@pytest.mark.parametrize(
+    "tune", [metal.Tuning(teams=2, keys=1, handover=8), metal.Tuning(teams=8, handover=32)], ids=str
+)
+def test_every_tuning_is_right(tune, monkeypatch):
+    """What `--tune` may try on a device."""
+    monkeypatch.setattr(metal, "tuning", lambda: tune)
+    oracle.judge(step("int4", Shape(), 203, 1))
+
+
 # ---- counts
 
 
 def per_element(spec: str, gqa: int, tune: metal.Tuning) -> tuple[float, float]:
-    """(arithmetic operations per KV element beyond the 2 * gqa multiply-adds, bytes fetched / unique packed bytes), D 128.
+    """(operations per KV element beyond the 2 * gqa multiply-adds, packed bytes fetched / packed bytes) at D 128.
 
     The difference of two lengths, so that what a launch costs once is not counted as a cost per token.
     """
@@ -490,75 +298,3 @@ def test_the_order_of_lanes_does_not_matter():
             metal.kernel(name).order = order
         outs.append([dispatch.attend(a)[0] for a in args])
     assert all(mx.array_equal(a, b).item() for a, b in zip(*outs))
-
-
-# ---- mutations: deleting any barrier or bending any stride must be noticed
-
-BARRIERS = re.compile(r"\b(?:threadgroup|simdgroup)_barrier\(mem_flags::mem_threadgroup\);")
-STRIDES = {
-    "decode_lanes": [
-        ("safe * KW", "safe * (KW + 1)"),
-        ("size_t(head) * capacity * VW", "size_t(head) * capacity * (VW - 1)"),
-        ("size_t(head) * capacity * GK", "size_t(head) * capacity * (GK + 1)"),
-        ("vs_head[min(key[k], limit - 1) * GV + g]", "vs_head[min(key[k], limit - 1) * GV]"),
-        ("q[q0 + r * DK + d]", "q[q0 + r * DK + (d ^ 1)]"),
-        ("size_t(head) * Td * (DK / 2)", "size_t(head) * Td * (DV / 4)"),
-        ("lens[3 * b + 2]", "lens[3 * b + 1]"),
-    ],
-    "matrix": [
-        ("rows + at * W", "rows + at * (W + 1)"),
-        ("scales[at * G + d0 / GROUP]", "scales[at * G]"),
-        ("tile + t * 8 * (DV + 8) + d * 8, DV + 8", "tile + t * 8 * (DV + 8) + d * 8, DV"),
-        ("size_t(head) * capacity * GV", "size_t(head) * capacity"),
-    ],
-    "merge": [("partial[(first + s) * DV + d]", "partial[(first + s) * DV + d / 2]"), ("(first + s) + 1]", "(first + s)]")],
-    "pack": [
-        ("codes[size_t(token) * W + w]", "codes[size_t(token) * W + (w ^ 1)]"),
-        ("* G + g) * 2 + 1]", "* G + g) * 2]"),
-    ],
-}
-
-
-def mutants() -> list[tuple[str, str, object]]:
-    found: list[tuple[str, str, object]] = []
-    for name in ("decode_lanes", "matrix", "merge", "pack"):
-        body = metal.source(metal.KERNELS[name].file)[1]
-        found += [(name, f"barrier {i}", i) for i in range(len(BARRIERS.findall(body)))]
-        found += [(name, f"{a} -> {b}", (a, b)) for a, b in STRIDES[name]]
-    return found
-
-
-def exercise(name: str) -> None:
-    """A few calls that between them reach every line of a kernel; raises when something is wrong."""
-    if name == "pack":
-        test_pack_is_the_codec_bit_for_bit(4, 80, 32)
-        return
-    long = 20 if name == "matrix" else 1
-    args = step("int4:sink=4", Shape(batch=2), 220, long, causal=long > 1)
-    (packed, sink, start), (_, columns) = args.lens[0], (0, args.dense_k.shape[2])
-    oracle.judge(replace(args, lens=((packed, sink, start), (packed - 30, sink - 1, columns - long))))
-    if name == "decode_lanes":
-        oracle.judge(step("int4", Shape(q_heads=2, kv_heads=1, key_dim=192, value_dim=192), 220, 1))
-    if name == "matrix":
-        metal.tuning = lambda: MATRIX
-        oracle.judge(step("int4", Shape(batch=2), 220, 1))
-
-
-@pytest.mark.parametrize("name, what, mutation", mutants(), ids=lambda v: v if isinstance(v, str) else "")
-def test_a_mutant_does_not_survive(name, what, mutation, monkeypatch):
-    monkeypatch.setattr(metal, "tuning", lambda: LANES)
-
-    def change(text: str) -> str:
-        start = text.index("[[kernel]]")
-        if isinstance(mutation, int):
-            at = list(BARRIERS.finditer(text, start))[mutation]
-            return text[: at.start()] + ";" + text[at.end() :]
-        assert mutation[0] in text
-        return text.replace(*mutation)
-
-    before = len(launch.launches)
-    metal.kernel(name).change = change
-    with pytest.raises((launch.KernelError, AssertionError)):
-        exercise(name)
-        no_trouble_since(before)
-    del launch.launches[before:]

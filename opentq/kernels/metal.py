@@ -130,7 +130,7 @@ class Side:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Launch geometry of the lane-layout decode for `rows` query rows per KV head and `heads` KV heads (all sequences)."""
+    """Launch geometry of the lane-layout decode: `rows` query rows a team, `members` simdgroups a team, and so on."""
 
     rows: int
     row_tiles: int
@@ -148,7 +148,10 @@ class DecodePlan:
 
 
 def plan_decode(k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuning, n_cores: int) -> DecodePlan:
-    """Choose rows per team, simdgroups, and the number of splits. `tokens` is the longest sequence, dense columns included."""
+    """Geometry for `rows` query rows per KV head and `heads` KV heads (all sequences).
+
+    `tokens` is the longest sequence, dense columns included.
+    """
     members = 1 if v.dim <= 128 else 2 if v.dim <= 256 else 4
     per_team = next((r for r in (1, 2, 4, 8) if r >= rows), 16 if max(k.dim, v.dim) <= 128 else 8)
     row_tiles = -(-rows // per_team)

@@ -1,7 +1,7 @@
 """From kernel text to a shared library: rewrite, Clang to optimised IR, instrument, link. Cached by content.
 
-Clang is needed, not g++: its `address_space` attribute is the one Apple's compiler uses, so a pointer in the wrong address
-space fails to compile here as it does there. Any Clang from 18 on will do, `clang++` or the one in the `ziglang` wheel.
+Clang is needed, not g++: its `address_space` attribute is the one Apple's compiler uses, so a pointer in the wrong
+address space fails to compile here as it does there. Any Clang from 18 on will do, `clang++` or the `ziglang` wheel's.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def _key(*parts: str) -> str:
 def runtime() -> ctypes.CDLL:
     """The run time, built once and loaded so that kernels find its symbols."""
     source = HERE / "runtime.cpp"
-    target = CACHE / f"runtime-{_key(source.read_text())}.so"
+    parts = [source.read_text(), *((HERE / name).read_text() for name in ("collectives.h", "memory.h"))]
+    target = CACHE / f"runtime-{_key(*parts)}.so"
     if not target.exists():
         with _replacing(target) as out:
             flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-fno-sanitize=all", "-w"]

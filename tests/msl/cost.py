@@ -2,7 +2,7 @@
 
 Each kernel runs in the emulator at two lengths for one KV head; the difference gives what one more token costs (bytes
 fetched, operations, threadgroup traffic), and that is scaled to the context and the KV heads asked for. A device then
-bounds the time from below: bytes over its memory bandwidth, operations over what its lanes can issue, whichever is more.
+bounds the time from below: bytes over its memory bandwidth, operations over what its lanes can issue, the larger one.
 Nothing here knows about latency, occupancy, spills, caches or threadgroup-memory bandwidth.
 
     python -m tests.msl.cost --shape 64,8,128 --ctx 128k --kv int4
@@ -33,7 +33,7 @@ REDUCTION = 10
 MATRIX = 16
 """Multiply-adds of a lane in one 8x8x8 product: up to the M4 it runs on the ordinary lanes."""
 PUBLISHED_MS = 9.9
-"""Open-TQ-Metal's int4 attention at 128K on an M1 Max, as published by its authors (scope of the measurement unstated)."""
+"""Open-TQ-Metal's int4 attention at 128K on an M1 Max, as its authors published it; they do not say what it spans."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,9 @@ def mlx_fp16(gqa: int, dim: int) -> Cost:
     rng = np.random.default_rng(0)
     found = []
     for tokens in TOKENS:
-        q, k, v = (rng.standard_normal((1, n, t, dim)).astype(np.float16) for n, t in ((gqa, 1), (1, tokens), (1, tokens)))
+        q, k, v = (
+            rng.standard_normal((1, n, t, dim)).astype(np.float16) for n, t in ((gqa, 1), (1, tokens), (1, tokens))
+        )
         found.append(native.sdpa_2pass(q, k, v, dim**-0.5, 32, variant)[1])
     name = "MLX fp16 sdpa_vector_2pass" + ("_gqa" if variant else "")
     return difference(name, *found, slice(1, 3), TOKENS[1] - TOKENS[0])
@@ -172,9 +174,10 @@ def main() -> None:
     if reason:
         raise SystemExit(reason)
     costs = [mlx_fp16(gqa, dim), *(ours(options.kv, gqa, dim, v) for v in ("lanes", "matrix"))]
-    print(f"MODEL, not a measurement: one decode step of one layer, {q_heads} query heads, {kv_heads} KV heads, D {dim}, {tokens} tokens.")
-    print("Counts are from the emulator. Times are lower bounds: the larger of (memory | lanes) at nominal device numbers.")
-    print("ops, mem, tg: arithmetic operations, memory instructions, threadgroup bytes per KV element (one K and one V value).\n")
+    what = f"{q_heads} query heads, {kv_heads} KV heads, D {dim}, {tokens} tokens"
+    print(f"MODEL, not a measurement: one decode step of one layer, {what}.")
+    print("Counts are from the emulator. Times are lower bounds, the larger of (memory | lanes), from nominal numbers.")
+    print("Per KV element (one K and one V value): operations, memory instructions, threadgroup bytes.\n")
     print(table(costs, tokens, kv_heads, dim))
     print(f"\nOpen-TQ-Metal int4, published by its authors for 128K on an M1 Max: {PUBLISHED_MS} ms")
 

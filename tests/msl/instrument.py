@@ -1,9 +1,9 @@
 """Counters and memory checks, put into LLVM IR as text, after the optimiser has run.
 
-Counting after optimisation is what makes the numbers mean something: Apple's compiler is the same LLVM, so hoisted address
-arithmetic, folded constants and removed loads are gone here as they are there. Every basic block gets a counter, and a
-static table says how many operations of each kind a block holds; every access to device, constant and threadgroup memory
-calls the run time first, with its size, alignment and a number for the instruction.
+Counting after optimisation is what makes the numbers mean something: Apple's compiler is the same LLVM, so hoisted
+address arithmetic, folded constants and removed loads are gone here too. Every basic block gets a counter,
+and a static table says how many operations of each kind a block holds; every access to device, constant and threadgroup
+memory calls the run time first, with its size, alignment and a number for the instruction.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-KINDS = ("fma", "fmul", "fadd", "fdiv", "fminmax", "convert", "logic", "int", "compare", "special", "resize", "wide", "memory")
-"""Kinds of operations: `wide` is 64-bit integer work, which is address arithmetic; `resize` is free on a GPU; `memory` is
-loads and stores of device, constant and threadgroup memory, whatever their size."""
+ARITHMETIC = ("fma", "fmul", "fadd", "fdiv", "fminmax", "convert", "logic", "int", "compare", "special")
+KINDS = (*ARITHMETIC, "resize", "wide", "memory")
+"""Kinds of operations. `wide` is 64-bit integer work, which is address arithmetic; `resize` is free on a GPU; `memory`
+is loads and stores of device, constant and threadgroup memory, whatever their size."""
 
 SPACES = {"1": "device", "2": "constant", "3": "threadgroup"}
 
@@ -165,10 +166,8 @@ def _check_memcpy(line: str, site: int) -> list[str]:
                 raise NotImplementedError(f"a copy of unknown length: {line.strip()}")
             verb = "write" if i == 0 else "read"
             pointer = _operand(line[match.end() :])
-            calls.append(
-                f"  call void @msl_{verb}_{SPACES[match[1]]}(ptr addrspace({match[1]}) {pointer}, i32 {size[1]}, i32 1, "
-                f"i32 {site + i})"
-            )
+            space = f"ptr addrspace({match[1]}) {pointer}"
+            calls.append(f"  call void @msl_{verb}_{SPACES[match[1]]}({space}, i32 {size[1]}, i32 1, i32 {site + i})")
     return calls
 
 

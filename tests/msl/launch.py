@@ -1,7 +1,7 @@
 """Running kernels: `run` launches a compiled one, `metal_kernel` stands in for `mx.fast.metal_kernel`.
 
-The stand-in asks MLX itself for the text: the real `mx.fast.metal_kernel` object is traced inside `mx.export_function` with
-`verbose=True`, which prints on any machine the very source that MLX would hand to Apple's compiler, signature included.
+The stand-in asks MLX itself for the text: the real `mx.fast.metal_kernel` object is traced inside `mx.export_function`
+with `verbose=True`, which prints on any machine the very source that MLX would hand to Apple's compiler.
 """
 
 from __future__ import annotations
@@ -50,23 +50,24 @@ class Report:
     threadgroup_memory: int = 0
     allocas: list[str] = field(default_factory=list)
 
-    TOTALS = (
-        "threads",
-        "threadgroups",
-        "barriers",
-        "simd_barriers",
-        "reductions",
-        "shuffles",
-        "matrix_multiplies",
-        "threadgroup_read",
-        "threadgroup_written",
-        "threadgroup_memory",
-    )
-
     def arithmetic(self) -> int:
-        """All operations on data: everything but memory, free resizing and 64-bit address arithmetic."""
-        return sum(n for kind, n in self.ops.items() if kind not in ("resize", "wide", "memory"))
+        """All operations on data: not memory, free resizing or 64-bit address arithmetic."""
+        return sum(self.ops[kind] for kind in instrument.ARITHMETIC)
 
+
+TOTALS = (
+    "threads",
+    "threadgroups",
+    "barriers",
+    "simd_barriers",
+    "reductions",
+    "shuffles",
+    "matrix_multiplies",
+    "threadgroup_read",
+    "threadgroup_written",
+    "threadgroup_memory",
+)
+"""Fields of `Report` in the order of runtime.cpp's `counts`."""
 
 launches: list[tuple[str, Report]] = []
 """Every launch of this process, in order: (kernel, report)."""
@@ -80,9 +81,10 @@ def run(
     threadgroup: Sequence[int],
     order: int = 0,
 ) -> Report:
-    """Launch over `grid` threads. `inputs` and `outputs` map buffer indices to contiguous arrays; outputs are filled in.
+    """Launch over `grid` threads; `inputs` and `outputs` map buffer indices to contiguous arrays.
 
-    `order` permutes who runs first (bit 0: simdgroups, bit 1: lanes); a correct kernel does not notice. Raises KernelError.
+    `order` permutes who runs first (bit 0: simdgroups, bit 1: lanes); a correct kernel does not notice.
+    Outputs are filled in. Raises KernelError.
     """
     count = max((*inputs, *outputs, *(s for s in library.slots if s >= 0))) + 1
     arrays = [outputs.get(i, inputs.get(i)) for i in range(count)]
@@ -100,11 +102,11 @@ def run(
         raise KernelError(error.value.decode())
     rows = [list(per_buffer[i : 5 * count : 5]) for i in range(5)]
     report = Report(Counter(), *rows, allocas=library.allocas)
-    executed = np.array(library.counters[:], dtype=np.int64) @ np.array(library.blocks or [[0] * len(instrument.KINDS)], dtype=np.int64)
+    per_block = np.array(library.blocks, dtype=np.int64).reshape(-1, len(instrument.KINDS))
+    executed = np.array(library.counters[: len(per_block)], dtype=np.int64) @ per_block
     report.ops.update({kind: int(n) for kind, n in zip(instrument.KINDS, executed, strict=True) if n})
-    names = ("threads", "threadgroups", "barriers", "simd_barriers", "reductions", "shuffles", "matrix_multiplies")
-    for i, name in enumerate((*names, "threadgroup_read", "threadgroup_written", "threadgroup_memory")):
-        setattr(report, name, totals[i])
+    for name, value in zip(TOTALS, totals):
+        setattr(report, name, value)
     return report
 
 
@@ -124,7 +126,13 @@ def from_numpy(x: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(x).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(x)
 
 
-_NUMPY = {mx.float16: np.float16, mx.bfloat16: np.uint16, mx.float32: np.float32, mx.uint32: np.uint32, mx.int32: np.int32}
+_NUMPY = {
+    mx.float16: np.float16,
+    mx.bfloat16: np.uint16,
+    mx.float32: np.float32,
+    mx.uint32: np.uint32,
+    mx.int32: np.int32,
+}
 
 
 @contextlib.contextmanager
@@ -157,7 +165,7 @@ def trace(call: Callable[..., Any], inputs: Sequence[mx.array]) -> str:
 class MetalKernel:
     """Takes the place of an `mx.fast.metal_kernel` object: the same call, executed in the emulator.
 
-    `texts` may hold a function that changes the generated text before it is compiled (mutation tests).
+    `change` may edit the generated text before it is compiled (mutation tests).
     """
 
     def __init__(self, name: str, change: Callable[[str], str] | None = None, **creation: Any) -> None:
@@ -190,11 +198,16 @@ class MetalKernel:
         verbose: bool = False,
         stream: Any = None,
     ) -> list[mx.array]:
+        if init_value is not None:
+            raise NotImplementedError("the emulator finds reads of unwritten outputs, and has no init_value")
         inputs = [mx.array(x) for x in inputs]
-        extra = {} if template is None else {"template": list(template)}
-        text = self.text(
-            inputs, output_shapes=output_shapes, output_dtypes=output_dtypes, grid=grid, threadgroup=threadgroup, **extra
-        )
+        call: dict[str, Any] = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
+        call |= {"grid": grid, "threadgroup": threadgroup}
+        if template is not None:
+            call["template"] = list(template)
+        text = self.text(inputs, **call)
+        if verbose:
+            print(text)
         if self.change is not None:
             text = self.change(text)
         instance = rewrite.instantiation(text) or next(reversed(rewrite.kernels(text)))
@@ -206,7 +219,7 @@ class MetalKernel:
         names, slot = self.creation["input_names"], 0
         for name, x in zip(names, inputs, strict=True):
             if not self.creation.get("ensure_row_contiguous", True) and not row_contiguous(x):
-                raise KernelError(f"input '{name}' {tuple(x.shape)} is strided, and the kernel was promised row-contiguous arrays")
+                raise KernelError(f"input '{name}' {x.shape} is strided; this kernel takes row-contiguous arrays")
             buffers[slot] = to_numpy(x)
             slot += 1
             for suffix, value in (("shape", x.shape), ("strides", _strides(x)), ("ndim", [x.ndim])):
@@ -215,8 +228,6 @@ class MetalKernel:
                     slot += 1
         for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
             outputs[slot] = np.full(tuple(shape), 0, dtype=_NUMPY[dtype])
-            if init_value is not None:
-                buffers[slot] = outputs[slot]
             slot += 1
         report = run(library, buffers, outputs, _three(grid), _three(threadgroup), self.order)
         launches.append((self.name, report))

@@ -1,4 +1,4 @@
-"""MLX's own Metal sources, out of the macOS wheel of `mlx-metal`: the preamble of every kernel, and kernels known to run.
+"""MLX's own Metal sources, from the macOS wheel of `mlx-metal`: every kernel's preamble, and kernels known to run.
 
 The wheel is fetched once with pip into the user's cache and never becomes part of this project.
 """

@@ -25,7 +25,9 @@ def _header(name: str) -> str:
 def _quantized() -> str:
     """quantized.h without its matrix-matrix kernels, which would pull in all of MLX's GEMM library."""
     text = mlx_sources.source("utils.h", "steel/utils.h", "quantized.h")
-    cuts = [text.rindex("template <", 0, text.index(f"void {name}(")) for name in ("qmm_t_impl", "adjust_matrix_offsets")]
+    cuts = [
+        text.rindex("template <", 0, text.index(f"void {name}(")) for name in ("qmm_t_impl", "adjust_matrix_offsets")
+    ]
     end = text.rindex("template <", 0, text.index("[[kernel]] void affine_qmv("))
     return text[: cuts[0]] + text[cuts[1] : end]
 
@@ -34,7 +36,9 @@ def _scalar(value, dtype) -> np.ndarray:
     return np.array([value], dtype=dtype)
 
 
-def sdpa_vector(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool = False) -> tuple[np.ndarray, Report]:
+def sdpa_vector(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool = False
+) -> tuple[np.ndarray, Report]:
     """One pass. `q [B, Hq, L, D]`, `k`, `v` `[B, Hkv, T, D]`, fp16 -> output and counts."""
     (batch, heads, length, dim), (kv_heads, tokens) = q.shape, k.shape[1:3]
     out = np.zeros_like(q)
@@ -44,7 +48,13 @@ def sdpa_vector(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causa
     inputs[10] = _scalar(scale, np.float32)
     constants = (("do_causal", int(causal)),)
     report = _launch(
-        _header("sdpa_vector.h"), f"sdpa_vector<half, {dim}>", inputs, {3: out}, (batch * heads, length, 1), (1024, 1, 1), constants
+        _header("sdpa_vector.h"),
+        f"sdpa_vector<half, {dim}>",
+        inputs,
+        {3: out},
+        (batch * heads, length, 1),
+        (1024, 1, 1),
+        constants,
     )
     return out, report
 
@@ -60,7 +70,11 @@ def sdpa_2pass(
     inputs = {0: q, 1: k, 2: v, 7: _scalar(tokens, np.int32), 12: _scalar(scale, np.float32)}
     for i, step in zip((8, 9, 10, 11), (tokens * dim, dim) * 2, strict=True):
         inputs[i] = _scalar(step, np.uint64)
-    instance = f"sdpa_vector_2pass_1_gqa<half, {dim}, {dim}, {ratio}, 4>" if gqa_variant else f"sdpa_vector_2pass_1<half, {dim}>"
+    instance = (
+        f"sdpa_vector_2pass_1_gqa<half, {dim}, {dim}, {ratio}, 4>"
+        if gqa_variant
+        else f"sdpa_vector_2pass_1<half, {dim}>"
+    )
     threadgroup = (32, ratio, 1 if gqa_variant else length)
     first = _launch(
         _header("sdpa_vector.h"),
@@ -99,7 +113,9 @@ def hadamard(x: np.ndarray, scale: float) -> np.ndarray:
     rows, size = x.shape
     out = np.zeros_like(x)
     inputs = {0: x, 2: _scalar(scale, np.float32)}
-    _launch(_header("hadamard.h"), f"hadamard_n<float, {size}, 16, 4>", inputs, {1: out}, (1, rows, 1), (size // 16, 1, 1))
+    _launch(
+        _header("hadamard.h"), f"hadamard_n<float, {size}, 16, 4>", inputs, {1: out}, (1, rows, 1), (size // 16, 1, 1)
+    )
     return out
 
 
@@ -109,5 +125,7 @@ def qmv_fast(w: np.ndarray, scales: np.ndarray, biases: np.ndarray, x: np.ndarra
     out = np.zeros(rows, np.float16)
     inputs = {0: w, 1: scales, 2: biases, 3: x, 5: _scalar(x.shape[0], np.int32), 6: _scalar(rows, np.int32)}
     inputs |= {i: np.zeros(1, np.int64 if i in (9, 12, 13, 14) else np.int32) for i in range(7, 15)}
-    _launch(_quantized(), f"affine_qmv_fast<half, {group}, {bits}, false>", inputs, {4: out}, (1, rows // 8, 1), (32, 2, 1))
+    _launch(
+        _quantized(), f"affine_qmv_fast<half, {group}, {bits}, false>", inputs, {4: out}, (1, rows // 8, 1), (32, 2, 1)
+    )
     return out

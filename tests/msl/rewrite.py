@@ -1,8 +1,9 @@
-"""MSL text to text that Clang's C++ front end takes: four mechanical rewrites, none of which touches an address space.
+"""MSL text to text that Clang's C++ front end takes: a few mechanical rewrites; none of them touches an address space.
 
 Clang knows address spaces, vectors and swizzles; what it lacks in plain C++ is (1) `float4(a, b)` constructors,
-(2) threadgroup arrays as automatic variables, (3) function constants and `host_name` instantiations, (4) member functions
-overloaded on the address space of `this`. Everything else of a kernel reaches the compiler as it was written.
+(2) threadgroup arrays as automatic variables, (3) function constants and `host_name` instantiations, (4) member
+functions overloaded on the address space of `this`, and array parameters in an address space. Everything else of a
+kernel reaches the compiler as it was written.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ ATTRIBUTES = (
 )
 """Thread attributes in the order of runtime.cpp's `msl_attribute`."""
 
-_COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/', re.S)
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _VECTOR = re.compile(r"(?<![\w.>])((?:metal::)?(?:float|half|u?int|u?short|u?char|u?long)[234])\s*\((?!\s*\*)")
 _VEC = re.compile(r"(?<![\w.])(?<!operator )(vec<\s*\w+\s*,\s*\d\s*>)\s*\(")
 _THREADGROUP = re.compile(r"(?<=[;{}])(\s*)threadgroup\s+([^;(){}=*&]*?)\b(\w+)((?:\s*\[[^;]*?\])*)\s*;")
 _FUNCTION_CONSTANT = re.compile(r"\bconstant\s+(\w+)\s+(\w+)\s*\[\[\s*function_constant\(\d+\)\s*\]\]\s*;")
-_HOST_NAME = re.compile(r'template\s*\[\[host_name\("([^"]+)"\)\]\]\s*\[\[kernel\]\]\s*decltype\((.*?)\)\s*\2\s*;', re.S)
-_ARRAY_PARAMETER = re.compile(r"\b((?:const\s+)?(?:constant|device|threadgroup)\s+(?:const\s+)?\w+)\s+(\w+)\[\d*\](?=\s*[,)])")
+_HOST_NAME = re.compile(
+    r'template\s*\[\[host_name\("([^"]+)"\)\]\]\s*\[\[kernel\]\]\s*decltype\((.*?)\)\s*\2\s*;', re.S
+)
+_ARRAY_PARAMETER = re.compile(
+    r"\b((?:const\s+)?(?:constant|device|threadgroup)\s+(?:const\s+)?\w+)\s+(\w+)\[\d*\](?=\s*[,)])"
+)
 _MEMBER = re.compile(r"\)\s*(?:const\s+)?(threadgroup|device|constant)\s*(?=[{:])")
 
 
@@ -68,7 +73,7 @@ def flatten(path: Path, root: Path, seen: set[Path] | None = None) -> str:
 
 
 def rewrite(text: str, constants: dict[str, int | bool] | None = None) -> str:
-    """The four rewrites. `constants` gives function constants their values (a missing one is 0)."""
+    """All the rewrites. `constants` gives function constants their values (a missing one is 0)."""
     text = strip_comments(text)
     text = re.sub(r"^\s*#include.*$", "", text, flags=re.M)
     text = _drop_members(text)
@@ -81,9 +86,7 @@ def rewrite(text: str, constants: dict[str, int | bool] | None = None) -> str:
     text = re.sub(r",?\s*function_constant\(\w+\)", "", text)
     text = _HOST_NAME.sub("", text)
     text = _ARRAY_PARAMETER.sub(r"\1* \2", text)
-    text = _THREADGROUP.sub(
-        r'\1static threadgroup \2\3\4; msl_declare((const void*)&\3, sizeof(\3), "\3");', text
-    )
+    text = _THREADGROUP.sub(r'\1static threadgroup \2\3\4; msl_declare((const void*)&\3, sizeof(\3), "\3");', text)
     text = _VECTOR.sub(r"msl_make<\1>(", text)
     text = re.sub(r"\b(-?\d+\.\d*(?:e-?\d+)?)h\b", r"half(\1f)", text)
     return _VEC.sub(r"msl_make<\1>(", text)
@@ -137,7 +140,7 @@ def kernels(text: str) -> dict[str, Kernel]:
 
 
 def instantiation(text: str) -> str | None:
-    """What MLX instantiates by host name, e.g. `custom_kernel_x<float16_t, 3>`, or None for a kernel without template."""
+    """What MLX instantiates by host name, e.g. `kernel_x<float16_t, 3>`, or None for a kernel without template."""
     match = _HOST_NAME.search(text)
     return match[2] if match else None
 

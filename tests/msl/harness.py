@@ -1,0 +1,63 @@
+"""Fixtures that put the emulator where MLX's Metal back end would be, and what every launch is held to."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from opentq.attention import backends, fused_metal
+from opentq.caches.single import OpenTQCache
+from opentq.kernels import metal
+
+from .. import oracle
+from ..matrix import Shape
+from . import launch
+
+needs_emulator = pytest.mark.skipif(launch.available() is not None, reason=launch.available() or "")
+
+LANES, MATRIX = metal.Tuning(), metal.Tuning(variant="matrix")
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """Metal kernels run in the emulator, as on a small GPU; afterwards no launch may have left a trace of trouble."""
+    monkeypatch.setattr(metal, "make", launch.metal_kernel)
+    monkeypatch.setattr(metal, "tuning", lambda: LANES)
+    monkeypatch.setattr(metal, "cores", lambda: 2)
+    metal_backend = backends.Backend("metal", fused_metal.attend, fused_metal.layouts)
+    monkeypatch.setattr(backends, "active", lambda: metal_backend)
+    monkeypatch.setenv("OPENTQ_KERNELS", "native")
+    metal.kernel.cache_clear()
+    before = len(launch.launches)
+    yield
+    metal.kernel.cache_clear()
+    no_trouble_since(before)
+
+
+def no_trouble_since(before: int) -> None:
+    for name, report in launch.launches[before:]:
+        if name.startswith("opentq"):
+            assert report.allocas == [], f"{name}: an array that did not become registers"
+            assert report.threadgroup_memory <= metal.THREADGROUP_BYTES
+            assert not any(report.unwritten_bytes), f"{name}: output bytes that nobody wrote"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def summary(request):
+    yield
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:
+        names = [name for name, _ in launch.launches]
+        counts = ", ".join(f"{names.count(n)} {n}" for n in sorted(set(names)))
+        reporter.write_line(f"\nMetal kernels executed in the emulator: {len(names)} ({counts})")
+
+
+def step(spec: str, shape: Shape, tokens: int, length: int, dtype: mx.Dtype = mx.float16, **options):
+    """The AttnArgs of a step of `length` tokens on a cache that then holds `tokens`."""
+    cache = OpenTQCache(spec)
+    handles = oracle.fill(cache, *oracle.vectors(shape, tokens), [n for n in (tokens - length, length) if n])
+    return oracle.args_of(handles, oracle.queries(shape, length, dtype=dtype), **options)
+
+
+def reports(kernel: str) -> list[launch.Report]:
+    return [report for name, report in launch.launches if name == f"opentq_{kernel}"]
