@@ -67,6 +67,10 @@ class KVSpec:
         """Read a spec. Raises SpecError naming the part that is wrong."""
         if isinstance(text, KVSpec):
             return text
+        if "|" in text or text.strip().endswith(".toml"):
+            from .recipe import Recipe
+
+            return Recipe.read(text)
         head, *options = text.strip().lower().split(":")
         keys, values = _names(head, text)
         spec = cls(keys, values)

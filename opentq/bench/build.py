@@ -42,11 +42,11 @@ def build(model: str, weights: str = "", layers: int = 0, seed: int = 0) -> Buil
         from ..model import load
 
         loaded, tokenizer = load(model)
-        return Built(loaded, origin.name, tokenizer, _bytes(loaded), *_sizes(origin.config))
+        return Built(loaded, origin.name, tokenizer, weight_bytes(loaded), *_sizes(origin.config))
     config = _cut(origin.config, layers)
     made = random_model(config, weights or "random-4bit", seed)
     name = f"{origin.name} ({config['num_hidden_layers']} layers, {weights or 'random-4bit'})"
-    return Built(made, name, None, _bytes(made), *_sizes(config))
+    return Built(made, name, None, weight_bytes(made), *_sizes(config))
 
 
 def random_model(config: dict[str, Any], weights: str, seed: int = 0) -> Any:
@@ -99,7 +99,8 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return {**config, "text_config": cut, "num_hidden_layers": layers} if "text_config" in config else cut
 
 
-def _bytes(model: Any) -> int:
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters."""
     return sum(p.nbytes for _, p in skeleton.flat(model.parameters()))
 
 

@@ -1,0 +1,1 @@
+"""Tuning: the smallest cache for one model under a bound on quality, found by measuring."""

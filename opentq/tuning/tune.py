@@ -1,0 +1,240 @@
+"""`opentq tune`: measure sensitivities, search recipes, verify the winner on other text, and write it down.
+
+Optuna's multi-objective sampler (bits, KL) starts from the recipes that the sensitivities predict to be best, and is
+stopped when two generations bring nothing smaller. Every measurement is a record in a file, and none is made twice, so
+a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import hooks
+from ..errors import UserError
+from ..evaluate import corpus, fidelity, needle
+from ..evaluate.records import Records, model_name
+from ..lab.store import need_optuna
+from ..memory import plan
+from ..memory.device import GIB, here
+from ..policy import LayerPlan
+from ..recipe import Recipe
+from ..spec import KVSpec
+from .sensitivity import GROUPS, Choice, Sensitivity, choices, frontier, probes
+
+BLOCKS = 16
+"""Layers of deep models are tuned in at most so many blocks of neighbours."""
+
+UNIFORM = [
+    f"{head}{group}" for head in ("int8", "k8v4", "int4", "k4v3", "int3", "k3v2", "int2") for group in ("", ":g64")
+]
+GENERATION = 8
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the recipe must satisfy.
+
+    Attributes:
+        max_kl: largest mean KL to the model's own cache, nats per token.
+        memory: bytes for weights, cache, prefill and reserve at `context`; 0: any.
+        context: tokens, for `memory`.
+        min_speed: decode tokens per second at the protocol's depth; 0: any.
+    """
+
+    max_kl: float
+    memory: int = 0
+    context: int = 0
+    min_speed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The recipe and its evidence. `uniform` is the smallest uniform spec of the same quality, if there is one."""
+
+    layers: list[str]
+    bits: float
+    kl: float
+    held_out: dict[str, Any]
+    uniform: str
+    uniform_bits: float
+
+    @property
+    def saving(self) -> float:
+        """How much smaller than the uniform spec, 0.15 for 15 %."""
+        return 1 - self.bits / self.uniform_bits
+
+
+class Tuner:
+    """One model, its measurements and its goal."""
+
+    def __init__(
+        self,
+        path: str,
+        goal: Goal,
+        records: Path,
+        protocol: fidelity.Protocol,
+        window: str = "native",
+        say: Callable[[str], None] = print,
+    ):
+        from ..model import load
+
+        self.model, self.tokenizer = load(path)
+        self.id = model_name(path)
+        self.goal, self.protocol, self.say = goal, protocol, say
+        self.records = Records(records)
+        self.text = corpus.load(None)
+        self.suffix = ":window=compress" if window == "compress" else ""
+        self.plans = [p for p in self._plans(KVSpec.parse("int4" + self.suffix)) if p.compressed]
+        count = len(self.plans)
+        size = -(-count // min(count, BLOCKS))
+        self.blocks = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
+        self.head_dim = max(p.key_dim for p in self.plans)
+
+    def _plans(self, spec: KVSpec) -> list[LayerPlan]:
+        hooks.uninstall(self.model)
+        plans = list(hooks.compress(self.model, spec))
+        hooks.uninstall(self.model)
+        return plans
+
+    def lines(self, recipe: list[Choice]) -> list[str]:
+        """One spec per layer."""
+        by_layer = {layer: c for c, block in zip(recipe, self.blocks) for layer in block}
+        return [f"{by_layer[i]}{self.suffix}" for i in range(len(self.plans))]
+
+    def measure(self, names: list[str], seed: int | None = None) -> dict[str, tuple[float, float]]:
+        """(bits, mean KL over depths) of each spec; measured once and kept."""
+        protocol = self.protocol
+        if seed is not None:
+            protocol = fidelity.Protocol(
+                protocol.depths, protocol.window, protocol.step, protocol.sequences, protocol.prefill, seed
+            )
+        canonical = {name: str(KVSpec.parse(name)) for name in names}
+        unique = list(dict.fromkeys(canonical.values()))
+        found = fidelity.run(self.model, self.id, self.tokenizer, self.text, unique, protocol, self.records)
+        kl: dict[str, list[float]] = {}
+        bits = {}
+        for record in found:
+            spec = record["settings"]["spec"]
+            kl.setdefault(spec, []).append(record["kl_mean"][0])
+            bits[spec] = record["bits"]
+        return {name: (bits[c], sum(kl[c]) / len(kl[c])) for name, c in canonical.items()}
+
+    def sensitivities(self) -> list[Sensitivity]:
+        """Measure every block alone."""
+        asked = list(probes(len(self.plans), self.blocks, self.head_dim))
+        lines = ["|".join(layer + self.suffix for layer in line.split("|")) for *_, line in asked]
+        self.say(f"sensitivities: {len(lines)} measurements of {len(self.blocks)} blocks of layers")
+        found = self.measure(lines)
+        out: list[dict[tuple[str, int, int], float]] = [{} for _ in self.blocks]
+        for (block, side, bits, group, _), line in zip(asked, lines):
+            out[block][side, bits, group] = found[line][1]
+        for block, kl in zip(self.blocks, out):
+            at4 = {side: kl[side, 4, min(GROUPS)] for side in ("k", "v")}
+            self.say(f"  layers {block[0]}-{block[-1]}: KL at 4 bits: keys {at4['k']:.1e}, values {at4['v']:.1e}")
+        return [Sensitivity(kl) for kl in out]
+
+    def search(self, generations: int) -> list[tuple[float, float, list[str]]]:
+        """(bits, KL, layers) of everything measured, smallest first."""
+        optuna = need_optuna()
+        options = choices(self.head_dim)
+        dims = self.plans[0].key_dim, self.plans[0].value_dim
+        bits = {c: KVSpec.parse(str(c)).bits_per_value(*dims) for c in options}
+        known = {str(c): c for c in options}
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.TPESampler(seed=0))
+        sensitivities = self.sensitivities()
+        for recipe in self._promising(frontier(sensitivities, options, bits), sensitivities):
+            study.enqueue_trial({f"block{i}": str(c) for i, c in enumerate(recipe)})
+        found: dict[str, tuple[float, float, list[str]]] = {}
+        best, idle = float("inf"), 0
+        for generation in range(generations):
+            trials = [study.ask() for _ in range(GENERATION)]
+            picks = [
+                [known[t.suggest_categorical(f"block{i}", list(known))] for i in range(len(self.blocks))]
+                for t in trials
+            ]
+            names = ["|".join(self.lines(p)) for p in picks]
+            results = self.measure(names)
+            for trial, pick, name in zip(trials, picks, names):
+                study.tell(trial, list(results[name]))
+                found[name] = (*results[name], self.lines(pick))
+            good = [f for f in found.values() if f[1] <= self.goal.max_kl]
+            now = min((f[0] for f in good), default=float("inf"))
+            idle = 0 if now < best else idle + 1
+            best = min(best, now)
+            so_far = f"{best:.3f} bits" if good else f"none within KL {self.goal.max_kl:g} yet"
+            self.say(f"search: generation {generation + 1}, {len(found)} recipes, best so far {so_far}")
+            if idle >= 2 and good:
+                break
+        return sorted(found.values(), key=lambda f: f[0])
+
+    def _promising(self, recipes: list[list[Choice]], sensitivities: list[Sensitivity]) -> list[list[Choice]]:
+        """Predicted recipes ordered by how near their KL is to the bound: those are worth measuring first."""
+
+        def distance(recipe: list[Choice]) -> float:
+            kl = sum(s.predicted(c) for s, c in zip(sensitivities, recipe))
+            return abs(kl / self.goal.max_kl - 0.8)
+
+        return sorted(recipes, key=distance)[: 2 * GENERATION]
+
+    def fits(self, layers: list[str]) -> bool:
+        """Whether a recipe satisfies the bounds on memory and speed."""
+        if self.goal.memory:
+            from ..bench.build import weight_bytes
+
+            device = here()
+            held = plan.price(self._plans(Recipe.of(layers)), self.goal.context, device.float_bytes)
+            if weight_bytes(self.model) + held + plan.RESERVE > self.goal.memory:
+                return False
+        return not self.goal.min_speed or self.speed("|".join(layers)) >= self.goal.min_speed
+
+    def speed(self, spec: str) -> float:
+        """Decode tokens per second after the first depth of the protocol."""
+        from ..bench.build import Built
+        from ..bench.model import Arm
+
+        vocabulary = len(self.tokenizer.get_vocab())
+        arm = Arm(Built(self.model, "", self.tokenizer, 0, vocabulary, 0), spec, 512, 0)
+        arm.fill(self.protocol.depths[0], "prefill")
+        return 16 / min(arm.generate(16, 0) for _ in range(3))
+
+    def run(self, generations: int = 8) -> Winner:
+        """The smallest recipe that satisfies the goal on the search text and on held-out text.
+
+        Raises UserError when there is none, with the best that was found.
+        """
+        uniform = self.measure([u + self.suffix for u in UNIFORM])
+        found = self.search(generations)
+        found += [(b, kl, [name] * len(self.plans)) for name, (b, kl) in uniform.items()]
+        for bits, kl, layers in sorted(found, key=lambda f: f[0]):
+            if kl > self.goal.max_kl or not self.fits(layers):
+                continue
+            name = "|".join(layers)
+            held_out = self.measure([name], seed=self.protocol.seed + 1000)[name][1]
+            if held_out > self.goal.max_kl:
+                self.say(f"{bits:.3f} bits: KL {kl:.4f}, but {held_out:.4f} on held-out text; the next one")
+                continue
+            equal = [(b, n) for n, (b, k) in uniform.items() if k <= max(kl, self.goal.max_kl)]
+            best = min(equal, default=(16.0, "f16"))
+            return Winner(layers, bits, kl, {"kl": held_out, **self.needles(name)}, best[1], best[0])
+        near = min(found, key=lambda f: f[1])
+        memory = f" and {self.goal.memory / GIB:.1f} GiB" if self.goal.memory else ""
+        raise UserError(
+            f"no recipe stays within KL {self.goal.max_kl:g}{memory}; the most exact one has {near[0]:.2f} bits and "
+            f"KL {near[1]:.4f}: allow more with --max-kl, or use --kv f16"
+        )
+
+    def needles(self, name: str) -> dict[str, Any]:
+        """Planted facts found with the recipe and with the model's own cache."""
+        grid = needle.Grid((self.protocol.depths[-1],), (0.1, 0.5, 0.9), trials=4, seed=1000)
+        found = needle.run(
+            self.model, self.id, self.tokenizer, self.text, ["native", str(KVSpec.parse(name))], grid, self.records
+        )
+        half = len(found) // 2
+        asked = grid.trials * half
+        return {
+            "needles_native": f"{sum(r['correct'] for r in found[:half])}/{asked}",
+            "needles": f"{sum(r['correct'] for r in found[half:])}/{asked}",
+        }
