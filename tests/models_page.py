@@ -252,11 +252,18 @@ def _trims(model: Any) -> bool | None:
 def page() -> str:
     """docs/models.md."""
     verdicts = [verdict(name) for name in NAMES]
-    words = Counter(v.word for v in verdicts)
-    lines = [
+    lines = header(Counter(v.word for v in verdicts)) + [row(v) for v in verdicts]
+    lines += ["", "## Not in the table", ""]
+    lines += [f"* `{name}`: {reason}" for name, reason in sorted(LEFT_OUT.items())]
+    return "\n".join([*lines, "", *_seams()]) + "\n"
+
+
+def header(words: Counter[str]) -> list[str]:
+    """All above the rows; `words` counts the verdicts."""
+    return [
         "# Models",
         "",
-        f"What `--kv` does with each of the {len(verdicts)} architectures of mlx-lm 0.32 that have a KV cache, found "
+        f"What `--kv` does with each of the {words.total()} architectures of mlx-lm 0.32 that have a KV cache, found "
         "out by running tiny random models. Written by `python -m tests.models_page`; the same checks run in CI.",
         "",
         f"* **{words['compressed']} compressed**: every cache that grows with the context is packed.",
@@ -266,20 +273,16 @@ def page() -> str:
         "*Layers*: compressed caches / caches that grow with the context. *Native*: what stays as mlx-lm made it. "
         "*Batch*: ragged prompts in one `BatchGenerator` give exactly the tokens of single runs. *Window*: "
         "`window=compress` was compared with mlx-lm's rotating cache. *Trim*: tokens can be taken back (speculative "
-        "decoding, reuse of prefixes). *Several machines*: mlx-lm can cut the model by head (tensor) or by layer "
-        "(pipeline).",
+        "decoding, reuse of prefixes); mlx-lm can't where a window has slid or a state is recurrent. *Several "
+        "machines*: mlx-lm can cut the model by head (tensor) or by layer (pipeline).",
         "",
         "| architecture | verdict | layers | native | batch | window | trim | several machines | remarks |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [_row(v) for v in verdicts]
-    lines += ["", "## Not in the table", ""]
-    lines += [f"* `{name}`: {reason}" for name, reason in sorted(LEFT_OUT.items())]
-    lines += ["", *_seams()]
-    return "\n".join(lines) + "\n"
 
 
-def _row(v: Verdict) -> str:
+def row(v: Verdict) -> str:
+    """One line of the table."""
     machines = " and ".join(w for w, f in (("tensor", "sharded"), ("pipeline", "pipelined")) if f in v.features)
     remarks = ", ".join(f for f in v.features if f in ("recurrent", "sinks", "softcap", "shared KV", "latent"))
     window = "equal" if v.window is not None else "native" if "window" in v.features else ""
