@@ -8,13 +8,16 @@ import typer
 
 from .bench.command import bench
 from .caches.command import app as cache
+from .chat_command import chat
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .errors import UserError
 from .evaluate.command import app as evaluate
+from .lab.command import lab
 from .memory.command import plan
 from .server.command import serve
+from .tuning.command import tune
 
 app = typer.Typer(
     name="opentq",
@@ -25,9 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (generate, serve, plan, demo, doctor):
+for command in (generate, chat, serve, plan, tune, demo, doctor):
     app.command()(command)
-for group, name in ((bench, "bench"), (evaluate, "eval"), (cache, "cache")):
+for group, name in ((bench, "bench"), (evaluate, "eval"), (cache, "cache"), (lab, "lab")):
     app.add_typer(group, name=name)
 
 
