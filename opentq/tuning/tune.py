@@ -131,9 +131,9 @@ class Tuner:
         out: list[dict[tuple[str, int, int], float]] = [{} for _ in self.blocks]
         for (block, side, bits, group, _), line in zip(asked, lines):
             out[block][side, bits, group] = found[line][1]
-        for block, kl in zip(self.blocks, out):
+        for layers, kl in zip(self.blocks, out):
             at4 = {side: kl[side, 4, min(GROUPS)] for side in ("k", "v")}
-            self.say(f"  layers {block[0]}-{block[-1]}: KL at 4 bits: keys {at4['k']:.1e}, values {at4['v']:.1e}")
+            self.say(f"  layers {layers[0]}-{layers[-1]}: KL at 4 bits: keys {at4['k']:.1e}, values {at4['v']:.1e}")
         return [Sensitivity(kl) for kl in out]
 
     def search(self, generations: int) -> list[tuple[float, float, list[str]]]:
