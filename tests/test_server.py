@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from opentq.caches import disk
 from opentq.server import anthropic, schema
 from opentq.server import openai as wire
 from opentq.server.admission import Admission, shelf
@@ -535,6 +539,27 @@ def test_reuse_equals_fresh_and_is_reported(server):
     assert cached == 448 and ask([LONG[:500] + "different end"]) == (text, 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "kv"),
+    [("gemma3_text", "int4"), ("gemma3_text", "int4:window=compress"), ("llama", "int4:recent=70"), ("llama", None)],
+)
+def test_reuse_equals_fresh_for_every_kind_of_cache(tmp_path, kind, kv):
+    """Windows and recent fp16 tokens can't be cut at any point: they are remembered where prompts end and part."""
+    with serving(write(tmp_path / "model", kind), kv=kv, prompt_cache_dir=tmp_path / "kept") as server:
+        store = server.service.engine.store
+        prompts = [LONG[:700], LONG[:700] + "and more", LONG[:500] + "another end", LONG[:500] + "a third end"]
+        answers = []
+        for prompt in prompts:
+            data = server.chat(prompt, max_tokens=16).json()
+            answers.append(data["choices"][0]["message"]["content"])
+            cached = data["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == 448, "the third of its kind begins where the first two parted"
+        for prompt, answer in zip(prompts, answers):
+            store.shrink(0)
+            store.shelf = None
+            assert content(server.chat(prompt, max_tokens=16)) == answer
+
+
 def test_prefix_budget_is_kept(folder):
     with serving(folder, prompt_cache_bytes=400_000) as server:
         store = server.service.engine.store
@@ -881,3 +906,50 @@ def test_prefixes_survive_a_restart_whole(folder, tmp_path):
         again = server.chat(LONG[:900], **ask)
         assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_a_process_stops_cleanly_and_a_killed_one_leaves_whole_files(folder, tmp_path):
+    command = [sys.executable, "-m", "opentq", "serve", str(folder), "--memory", "4GB", "--prefill-step-size", "64"]
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    command += ["--port", str(port), "--prompt-cache-dir", str(tmp_path)]
+    url = f"http://127.0.0.1:{port}"
+
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            if "serving" in line:
+                break
+        wait_for(lambda: reachable(url))
+        return process
+
+    def ask(n):
+        body = {"messages": [{"role": "user", "content": LONG[n * 50 : n * 50 + 900]}], "max_tokens": 4}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+
+    process = start()
+    for n in range(6):
+        ask(n)
+    process.kill()  # most likely while the sixth prefix is being written
+    process.communicate()
+    for index in tmp_path.rglob("*.json"):
+        disk.load(index.with_suffix(".safetensors"))
+    process = start()
+    assert ask(0)["usage"]["prompt_tokens_details"]["cached_tokens"] == 896
+    assert not list(tmp_path.rglob(".*.tmp*"))
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 300, "stream": True, "logit_bias": NO_END}
+    ) as r:
+        lines = r.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and "Traceback" not in out, out
+
+
+def reachable(url):
+    try:
+        return httpx.get(url + "/health").status_code == 200
+    except httpx.TransportError:
+        return False

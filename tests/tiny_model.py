@@ -19,11 +19,13 @@ SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<t
 PLAIN = ["<tool_call>", "</tool_call>"]
 
 
-def write(folder: Path, layers: int = 2, context: int = 4096, seed: int = 0, hidden: int = 128) -> Path:
-    """Write the model; its answers are random text that depends on every token of the prompt."""
+def write(folder: Path, kind: str = "llama", layers: int = 2, context: int = 4096, seed: int = 0) -> Path:
+    """Write the model, a `llama` or a `gemma3_text` with sliding windows; its answers are random text that depends on
+    every token of the prompt."""
+    from importlib import import_module
+
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models import llama
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,10 +38,10 @@ def write(folder: Path, layers: int = 2, context: int = 4096, seed: int = 0, hid
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=CHAT)
     fast.save_pretrained(folder)
     config = {
-        "model_type": "llama",
-        "hidden_size": hidden,
+        "model_type": kind,
+        "hidden_size": 128,
         "num_hidden_layers": layers,
-        "intermediate_size": 2 * hidden,
+        "intermediate_size": 256,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -50,8 +52,12 @@ def write(folder: Path, layers: int = 2, context: int = 4096, seed: int = 0, hid
         "tie_word_embeddings": False,
         "eos_token_id": fast.eos_token_id,
     }
+    if kind == "gemma3_text":
+        config |= {"sliding_window": 96, "sliding_window_pattern": 2, "rope_local_base_freq": 10000.0}
+        config |= {"query_pre_attn_scalar": 64}
     mx.random.seed(seed)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
+    arch = import_module(f"mlx_lm.models.{kind}")
+    model = arch.Model(arch.ModelArgs.from_dict(config))
     # Larger weights than the default ones: random answers that vary, instead of one token for ever.
     weights = {k: 3 * v if v.ndim == 2 else v for k, v in tree_flatten(model.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})

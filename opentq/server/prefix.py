@@ -163,5 +163,5 @@ def exact_trim(caches: Sequence[Any]) -> bool:
     Compressed caches that keep `recent` tokens in fp16 can be trimmed, but what they have packed since stays packed.
     """
     return all(
-        type(c) is KVCache or (isinstance(c, OpenTQCache) and c.is_trimmable() and not c.spec.recent) for c in caches
+        type(c) is KVCache or (isinstance(c, OpenTQCache) and not c.window and not c.spec.recent) for c in caches
     )
