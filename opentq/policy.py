@@ -117,7 +117,9 @@ def decide(caches: Sequence[Any], spec: KVSpec, traits: Traits = PLAIN) -> list[
             plans.append(LayerPlan(i, kind, own, "", part, window=window, latent=traits.latent and not window))
     if not compressible:
         kinds = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
-        raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); use it without --kv")
+        windows = any(native_bound(c) for _, _, c in slots if isinstance(c, mlx_cache.RotatingKVCache))
+        remedy = f"use --kv {spec}:window=compress" if windows and spec.window == "native" else "use it without --kv"
+        raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); {remedy}")
     return plans
 
 

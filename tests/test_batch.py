@@ -185,6 +185,14 @@ def test_memory_follows_the_batch():
     assert batch.nbytes <= 2 * single("int4", 100, 0).nbytes < wide / 5
 
 
+def test_eight_sequences_of_8k_take_a_third_of_fp16():
+    one = single("int4", 8192, 0)
+    batch = OpenTQCache.merge([one] * 8)
+    fp16 = 8 * 8192 * SMALL.kv_heads * (SMALL.key_dim + SMALL.value_dim) * 2
+    assert batch.offset.tolist() == [8192] * 8
+    assert batch.nbytes <= 0.36 * fp16
+
+
 def test_filter_and_extend_allocate_only_the_new_batch():
     batch, other = merged("int4", [4000, 3000]), merged("int4", [3500])
     mx.eval(batch._arrays(), other._arrays())
