@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -278,21 +281,44 @@ def test_a_damaged_database_is_said_and_nothing_is_lost(tmp_path):
         runner.run(write(tmp_path), 1, tmp_path / "out")
 
 
-def test_postgresql_storage(tmp_path):
+@pytest.fixture
+def postgresql(tmp_path):
+    """The URL of a fresh PostgreSQL server on a socket of its own."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    initdb = shutil.which("initdb", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+    if initdb is None or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs a PostgreSQL server (apt-get install postgresql) and psycopg2 (pip install psycopg2-binary)")
+    # A server refuses to run as root, and its socket's path must be short.
+    home = Path(tempfile.mkdtemp(prefix="pg"))
+    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    if user:
+        shutil.chown(home, "postgres", "postgres")
+    bin_folder, data = Path(initdb).parent, home / "data"
+
+    def call(*command: str) -> None:
+        subprocess.run(
+            [*user, str(bin_folder / command[0]), *command[1:]], check=True, cwd=home, stdout=subprocess.DEVNULL
+        )
+
+    call("initdb", "-D", str(data), "-A", "trust", "-U", "lab")
+    call("pg_ctl", "-D", str(data), "-w", "-l", str(home / "log"), "-o", f"-k {home} -h ''", "start")
+    try:
+        yield f"postgresql+psycopg2://lab@/postgres?host={home}"
+    finally:
+        call("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def test_two_machines_share_a_postgresql_storage(tmp_path, postgresql):
     pytest.importorskip("optuna")
-    url = os.environ.get("OPENTQ_TEST_POSTGRESQL", "")
-    if not url:
-        pytest.skip("set OPENTQ_TEST_POSTGRESQL to a database URL to run this test")
     from opentq.lab.store import Store
 
-    name = f"mini{time.time_ns()}"
-    text = MINI.replace('name = "mini"', f'name = "{name}"\nstorage = "{url}"')
-    store = Store(load(write(tmp_path, text)), tmp_path / "out")
-    assert store.enqueue() == 12
-    other = Store(load(write(tmp_path, text)), tmp_path / "out")
+    text = MINI.replace('name = "mini"', f'name = "mini"\nstorage = "{postgresql}"')
+    one, two = (Store(load(write(tmp_path, text)), tmp_path / "out") for _ in range(2))
+    assert one.enqueue() == 12
     keys = []
-    while (a := store.claim()) and (b := other.claim()):
-        for s, got in ((store, a), (other, b)):
+    while (a := one.claim()) and (b := two.claim()):
+        for store, got in ((one, a), (two, b)):
             keys.append(key(got[1]))
-            s.finish(*got, {}, 0.1)
+            store.finish(*got, {}, 0.1)
     assert len(keys) == len(set(keys)) == 12
