@@ -106,6 +106,7 @@ def test_decode_options(tune, monkeypatch):
     oracle.judge(step("int4:sink=4:recent=70", Shape(), 203, 3, causal=True, window=100, sinks=SINKS[:4]))
     oracle.judge(step("int4:sink=4", Shape(), 203, 3, mx.float32, causal=True, softcap=20.0))
     oracle.judge(step("int4", Shape(), 203, 1, mx.bfloat16, sinks=SINKS[:4], window=13))
+    oracle.judge(step("int4", few, 203, 8, causal=True))
     oracle.judge(step("int4", few, 203, 16, causal=True))
     oracle.judge(step("int4", few, 3, 3, causal=True))
     oracle.judge(step("int4:sink=8", few, 3, 3, causal=True))
@@ -199,9 +200,10 @@ def test_every_plan_fits_into_threadgroup_memory():
             side = metal.Side(bits, min(group, dim), dim)
             for rows in (1, 2, 3, 4, 7, 8, 16, 24, 256):
                 for tune in (LANES, metal.Tuning(teams=8, handover=32), metal.Tuning(keys=1, handover=8)):
-                    plan = metal.plan_decode(side, side, rows, 8, 131072, tune, 40)
-                    assert plan.threadgroup_bytes(side, side) <= metal.THREADGROUP_BYTES
-                    assert plan.rows * plan.row_tiles >= rows and plan.splits * plan.teams <= metal.MAX_SPLITS
+                    if rows <= metal.lane_rows(side, side):
+                        plan = metal.plan_decode(side, side, rows, 8, 131072, tune, 40)
+                        assert plan.threadgroup_bytes(side, side) <= metal.THREADGROUP_BYTES
+                        assert plan.rows >= rows and plan.splits * plan.teams <= metal.MAX_SPLITS
                 for own in (False, True):
                     for wide in (False, True):
                         plan = metal.plan_matrix(side, side, rows, 8, 131072, own, wide, LANES, 40)

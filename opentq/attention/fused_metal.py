@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,8 +15,8 @@ from ..kernels.layout import Canonical, Layout
 from ..kernels.metal import Side
 from .args import AttnArgs, PackedKV
 
-DECODE_ROWS = 16
-"""Query tokens up to which a call is decode."""
+MATRIX_ROWS = 8
+"""Query rows per KV head up to which the matrix kernel gives every simdgroup tokens of its own."""
 MAX_DIM = 512
 
 
@@ -24,7 +25,7 @@ def attend(args: AttnArgs) -> mx.array | None:
     k, v = side(args.k), side(args.v)
     if args.mask is not None or k is None or v is None or args.q.shape[2] == 0:
         return None
-    if args.q.shape[2] <= DECODE_ROWS and metal.tuning().variant == "lanes":
+    if args.gqa * args.q.shape[2] <= metal.lane_rows(k, v) and metal.tuning().variant == "lanes":
         return merge(args, *decode_lanes(args, k, v))
     return matrix(args, k, v)
 
@@ -86,7 +87,7 @@ def decode_lanes(args: AttnArgs, k: Side, v: Side) -> tuple[mx.array, mx.array]:
     partial, stat = metal.kernel("decode_lanes")(
         inputs=[mx.contiguous(args.q), *_cache_inputs(args)],
         template=[*_template(args, k, v), *template],
-        grid=(threads, plan.splits, heads * plan.row_tiles),
+        grid=(threads, plan.splits, heads),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows, splits, v.dim), (rows, splits, 2)],
         output_dtypes=[mx.float32, mx.float32],
@@ -95,15 +96,18 @@ def decode_lanes(args: AttnArgs, k: Side, v: Side) -> tuple[mx.array, mx.array]:
 
 
 def matrix(args: AttnArgs, k: Side, v: Side) -> mx.array:
-    """Prefill, or decode where `Tuning.variant` is "matrix": `[B, Hq, L, Dv]`."""
+    """Prefill, and decode where `Tuning.variant` is "matrix" or the rows are many: `[B, Hq, L, Dv]`."""
     batch, q_heads, length, _ = args.q.shape
     heads, rows = batch * args.kv_heads, args.gqa * length
-    own, wide = length <= DECODE_ROWS, args.q.dtype == mx.float32
+    own, wide = rows <= MATRIX_ROWS, args.q.dtype == mx.float32
     plan = metal.plan_matrix(k, v, rows, heads, _tokens(args), own, wide, metal.tuning(), metal.cores())
     splits = plan.splits * (plan.simdgroups if own else 1)
     final = splits == 1
     threads = 32 * plan.simdgroups
-    template = [("TT", mx.float32 if wide else mx.float16), ("OT", args.q.dtype if final else mx.float32)]
+    template: list[tuple[str, Any]] = [
+        ("TT", mx.float32 if wide else mx.float16),
+        ("OT", args.q.dtype if final else mx.float32),
+    ]
     template += [("TK", plan.tile), ("NSG", plan.simdgroups), ("OWN", own), ("FINAL", final)]
     out, stat = metal.kernel("matrix")(
         inputs=[mx.contiguous(args.q), *_cache_inputs(args), _sinks(args)],

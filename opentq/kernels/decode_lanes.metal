@@ -1,7 +1,7 @@
 // Decode, lane layout: attention of a few query rows over [packed | dense], one pass over the compressed bytes.
 //
-// Threads: a team of DS simdgroups owns a run of tiles of one KV head and R query rows (the heads that share the KV head,
-// times the tokens of the call), NT teams to a threadgroup, so every packed byte is fetched once for all R rows.
+// Threads: a team of DS simdgroups owns a run of tiles of one KV head and all its query rows, at most R (the heads that
+// share the KV head, times the tokens of the call), NT teams to a threadgroup, so every packed byte is fetched once for all R rows.
 //   keys     a lane is a key (KPL of them): its dot products with all rows stay in the lane, so there is no reduction per
 //            key; q is read from threadgroup memory at an address all lanes share; a word is unpacked once for R rows.
 //   softmax  one simd_max per row and tile; exp2; the running sum stays per lane until the end.
@@ -171,10 +171,7 @@ struct OtqZeros {
   const int team = simdgroup / DS, member = simdgroup % DS;
   const int L = meta[0], gqa = meta[1], kv_heads = meta[2], Td = meta[3], capacity = meta[4], window = meta[5];
   const bool causal = meta[6] != 0;
-  const int row_tiles = (gqa * L + R - 1) / R;
-  const int z = threadgroup_position_in_grid.z;
-  const int head = z / row_tiles, row0 = (z % row_tiles) * R, n_rows = min(R, gqa * L - row0);
-  const int b = head / kv_heads;
+  const int head = threadgroup_position_in_grid.z, b = head / kv_heads, n_rows = gqa * L;
   const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
   const int splits = threadgroups_per_grid.y * NT, split = threadgroup_position_in_grid.y * NT + team;
 
@@ -186,7 +183,7 @@ struct OtqZeros {
   threadgroup float* az = az_shared + team * GV * R;
 
   // The query, transposed to [dim][row], with scale, log2(e) and the weights of the packed keys.
-  const size_t q0 = (size_t(head) * gqa * L + row0) * DK;
+  const size_t q0 = size_t(head) * n_rows * DK;
   const float q_scale = CAP ? real[0] : real[0] * OTQ_LOG2E;
   for (int i = thread_index_in_threadgroup; i < DK * R; i += 32 * DS * NT) {
     int r = i % R, d = i / R;
@@ -202,7 +199,7 @@ struct OtqZeros {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // Position of the row with the query's first token; row r is (row0 + r) % L further.
+  // Position of the row with the query's first token; row r is r % L further.
   const int q_position = sink + packed + Td - tail_start - L;
   int first = 0;
   if (WIN) {
@@ -275,7 +272,7 @@ struct OtqZeros {
         int position = dense ? otq_position(key[k], packed, sink, tail_start) : sink + key[k];
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          int at = q_position + (row0 + r) % L;
+          int at = q_position + r % L;
           bool seen = there && (!causal || position <= at) && (!WIN || position > at - window);
           keys.s[k][r] = seen ? keys.s[k][r] : OTQ_MASKED;
         }
@@ -426,7 +423,7 @@ struct OtqZeros {
 #pragma clang loop unroll(full)
   for (int r = 0; r < R; r++) {
     if (r < n_rows) {
-      size_t out = (size_t(head) * gqa * L + row0 + r) * splits + split;
+      size_t out = (size_t(head) * n_rows + r) * splits + split;
       if (busy && half_of == 0) {
 #pragma clang loop unroll(full)
         for (int j = 0; j < 4; j++) {

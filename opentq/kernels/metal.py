@@ -133,7 +133,6 @@ class DecodePlan:
     """Launch geometry of the lane-layout decode: `rows` query rows a team, `members` simdgroups a team, and so on."""
 
     rows: int
-    row_tiles: int
     keys: int
     members: int
     teams: int
@@ -147,21 +146,25 @@ class DecodePlan:
         return 4 * (k.dim * self.rows + k.groups * self.rows + self.teams * per_team)
 
 
+def lane_rows(k: Side, v: Side) -> int:
+    """Query rows per KV head that the lane layout can hold in registers."""
+    return 16 if max(k.dim, v.dim) <= 128 else 8
+
+
 def plan_decode(k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuning, n_cores: int) -> DecodePlan:
-    """Geometry for `rows` query rows per KV head and `heads` KV heads (all sequences).
+    """Geometry for `rows` query rows per KV head, at most `lane_rows`, and `heads` KV heads (all sequences).
 
     `tokens` is the longest sequence, dense columns included.
     """
     members = 1 if v.dim <= 128 else 2 if v.dim <= 256 else 4
-    per_team = next((r for r in (1, 2, 4, 8) if r >= rows), 16 if max(k.dim, v.dim) <= 128 else 8)
-    row_tiles = -(-rows // per_team)
+    per_team = next(r for r in (1, 2, 4, 8, 16) if r >= rows)
     keys = tune.keys if per_team <= 8 else 1
     teams = tune.teams if members == 1 else 1
     handover = tune.handover
     tile = 32 * keys * members
-    wanted = max(1, n_cores * tune.simdgroups // (heads * row_tiles * members * teams))
+    wanted = max(1, n_cores * tune.simdgroups // (heads * members * teams))
     useful = max(1, -(-tokens // (2 * tile * teams)))
-    plan = DecodePlan(per_team, row_tiles, keys, members, teams, handover, min(wanted, useful, MAX_SPLITS // teams))
+    plan = DecodePlan(per_team, keys, members, teams, handover, min(wanted, useful, MAX_SPLITS // teams))
     while plan.threadgroup_bytes(k, v) > THREADGROUP_BYTES and (plan.handover > 4 or plan.teams > 1):
         if plan.handover > 4:
             plan = replace(plan, handover=plan.handover // 2)
