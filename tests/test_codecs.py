@@ -25,6 +25,8 @@ BOUNDS = {
     "int4:norot": 0.09,
     "int3": 0.19,
     "int2": 0.45,
+    "tq6": 0.030,
+    "tq5": 0.055,
     "tq4": 0.105,
     "tq4:haar": 0.105,
     "tq4:nc": 0.105,
@@ -207,7 +209,7 @@ def test_codebooks_are_those_of_the_paper():
         np.testing.assert_allclose(codebooks.angle(2, level), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_codebooks_satisfy_lloyds_conditions(bits, dim):
     book = np.array(codebooks.sphere(bits, dim))
@@ -254,16 +256,16 @@ def test_head_dims_that_no_format_holds_are_refused(codec, dim):
     [
         (lambda: Affine(5), "5 bits"),
         (lambda: Affine(4, 48), "group 48"),
-        (lambda: Turbo(5), "5 bits"),
+        (lambda: Turbo(7), "7 bits"),
         (lambda: Turbo(4, "fourier"), "'fourier'"),
         (lambda: Turbo(4, fit="best"), "'best'"),
         (lambda: Prod(1), "1 bits"),
         (lambda: Fractional(2.25), "2.25 bits"),
         (lambda: QJL(0), "0 sketch bits"),
         (lambda: Outliers(Turbo(4), 9), "9 is not available"),
-        (lambda: codebooks.sphere(6, 64), "6 bits"),
+        (lambda: codebooks.sphere(7, 64), "7 bits"),
         (lambda: codebooks.sphere(2, 2), "dimension 2"),
-        (lambda: packing.pack(mx.array([1]), 5), "5-bit"),
+        (lambda: packing.pack(mx.array([1]), 7), "7-bit"),
     ],
 )
 def test_bad_parameters_are_named(make, part):

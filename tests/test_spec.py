@@ -78,7 +78,7 @@ def test_spellings(text, expected):
         ("int4:skip=middle1", "'middle1'"),
         ("int4:g32:g64", "group is given twice"),
         ("", "''"),
-        ("tq5", "'tq5'"),
+        ("tq7", "'tq7'"),
         ("int4/qjl", "can't hold values; use int4/int4"),
         ("tq3p/tq3p", "use tq3p/tq3"),
         ("f16:g64", "no option 'group'"),

@@ -26,17 +26,20 @@ from opentq.spec import KVSpec
 ROOT = Path(__file__).parents[2]
 
 # Every method at every size; both roads to 4.5 and to 3.25 bits; protections. Ordered by what matters most.
-CODECS = """native mlx4 q4_0 int4 tq4 tq3 int4:norot int4:g64 k8v4:g64 int3:g64 tq2 polar4 qjl tq3p int2 k8tq3 mlx8 int8:g64
-tq3p:sketch=orth tq4/tq3 tq3:nc tq3:ub tq2.5 tq3.5 tq3:sink=4:recent=64 tq4:sink=4:recent=64 int4:first2=qjl qjl2/int4
-qjl6/int4 tq3:skip=first1 tq3:skip=last1 tq3:out=2 int4:out=2 k8tq2 tq4p:sketch=orth tq4:ub tq1 tq4:haar
-qjl4/int4:sketch=gauss qjl/int2 int3 tq3/tq4 q4_0:norot int4:g64:norot f16""".split()  # noqa: SIM905
+CODECS = """
+native mlx4 q4_0 int4 tq4 tq3 tq5/tq3 tq6/tq3 tq5/tq4 tq6/tq4 int4:g64 int4:norot k8v4:g64 tq2 int3:g64 polar4 qjl
+tq3p int2 tq3+center int4+center tq5/tq3+center tq3:sink=4:recent=64 tq3p:sketch=orth tq4/tq3 k8tq3 mlx8
+int4:first2=qjl tq3:nc tq2.5 qjl6/int4 tq3:out=2 tq4:sink=4:recent=64 tq4+center tq3.5 tq3:ub k8tq2 tq3:skip=first1
+tq3:skip=last1 qjl2/int4 tq4p:sketch=orth tq1 tq4:haar int8:g64 qjl4/int4:sketch=gauss qjl/int2 int4:out=2 int3
+tq3/tq4 q4_0:norot int4:g64:norot
+""".split()  # noqa: SIM905
 
-NEEDLES = "native mlx4 tq3 int4 tq4 int3:g64 tq2 q4_0 polar4 qjl k8v4:g64 int2 tq3p k8tq2".split()  # noqa: SIM905
+NEEDLES = "native mlx4 tq3 int4 tq5/tq3 tq2 int4:g64 qjl polar4 int2 tq3p int3:g64".split()  # noqa: SIM905
 
 PROBED = "int8 int4 tq4 tq3 tq2 tq1 int4:norot int2 polar4 tq3p qjl2/int4 qjl6/int4 k8tq2 tq4/tq1".split()  # noqa: SIM905
 
-GAINS = (0.0625, 0.25, 1, 4, 16)
-SPREADS = (0.35, 0.5, 0.71, 1, 1.41, 2, 2.8)
+GAINS = (0.25, 1, 4)
+SPREADS = (0.5, 0.71, 1.41, 2)
 
 
 def load(folder: str):
@@ -84,13 +87,13 @@ def depth(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder)
         layers.run(model, model_name(folder), tokenizer, corpus.load(args.text), args.specs or PROBED, view, records)
         print("layers", folder, flush=True)
-    view = layers.View(context=512, window=32, sequences=1)
+    view = layers.View(context=256, window=32, sequences=1)
     for count in (32, 60, 80):
         for sharp in (1.0, 6.0):
             name = f"random-{count}" + ("-sharp" if sharp > 1 else "")
             tokens = mx.random.randint(0, 512, (1, view.context), key=mx.random.key(count))
             settings = {"kind": "layers", "model": {"name": name}, "text": {"name": "random"}, "view": vars(view)}
-            specs = [KVSpec.parse(s) for s in ("int4", "tq3", "tq2", "tq1", "qjl6/int4", "qjl2/int4")]
+            specs = [KVSpec.parse(s) for s in ("int4", "tq3", "tq1", "qjl6/int4", "qjl2/int4")]
             layers.measure(random_stack(count, sharp), tokens, specs, view, settings, records)
             print("layers", name, flush=True)
 
@@ -123,12 +126,12 @@ def random_stack(count: int, sharp: float):
 def scale(args: argparse.Namespace) -> None:
     """Attention scale against query gain at fixed logits, and logit spread at fixed scale."""
     records = Records(args.results / "scale.jsonl")
-    protocol = fidelity.Protocol((2048,), window=128, step=16, sequences=args.sequences, simulate=True)
-    view = layers.View(context=2048, window=32, sequences=2)
+    protocol = fidelity.Protocol((1024,), window=128, step=16, sequences=args.sequences, simulate=True)
+    view = layers.View(context=1024, window=32, sequences=2)
     for folder in args.models:
         model, tokenizer = load(folder)
         variants = [(g, 1 / g, f"gain x{g:g}, scale x{1 / g:g}") for g in GAINS]
-        variants += [(s, 1.0, f"gain x{s:g}") for s in SPREADS if s != 1]
+        variants += [(s, 1.0, f"gain x{s:g}") for s in SPREADS]
         for gain, alpha, title in variants:
             change(model, gain, alpha)
             identity = {**model_name(folder), "change": title, "gain": gain, "alpha": alpha}
@@ -165,7 +168,13 @@ def constructed(args: argparse.Namespace) -> None:
         q = mx.random.normal((1, 16, 64, dim), key=mx.random.key(3))
         q[..., channels] = q[..., channels] / (20 if kind != "gaussian" else 1)
         for name in args.specs or CODECS:
-            if name in ("native", "mlx8", "mlx4") or "sink" in name or "skip" in name or "first" in name:
+            if (
+                name in ("native", "mlx8", "mlx4")
+                or "center" in name
+                or "sink" in name
+                or "skip" in name
+                or "first" in name
+            ):
                 continue
             spec = contenders._Q4Spec(rotate=name == "q4_0") if name.startswith("q4_0") else KVSpec.parse(name)
             settings = {"kind": "constructed", "keys": kind, "dim": dim, "tokens": count, "spec": name}
@@ -183,10 +192,10 @@ def main() -> None:
     parser.add_argument("--specs", default="")
     parser.add_argument("--text", type=Path, help="a folder to read instead of Python's standard library")
     parser.add_argument("--depths", default="1024,4096")
-    parser.add_argument("--lengths", default="1024,4096")
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--trials", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--lengths", default="2048")
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=15)
     parser.add_argument("--distractors", type=int, default=8)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args()

@@ -17,7 +17,7 @@ import numpy as np
 Codebook = tuple[float, ...]
 """Centroids, ascending; boundaries are their midpoints."""
 
-MAX_BITS = 5
+MAX_BITS = 6
 GRID = 1 << 14
 
 

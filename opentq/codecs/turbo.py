@@ -17,7 +17,7 @@ import mlx.core as mx
 from . import codebooks, packing, rotation, sketch
 from .base import FP16_MAX, Packed, finite
 
-BITS = (1, 2, 3, 4)
+BITS = (1, 2, 3, 4, 5, 6)
 ROTATIONS = ("hadamard", "haar", "none")
 FITS = ("length", "norm", "unbiased")
 
@@ -30,7 +30,7 @@ class Turbo:
     `codebooks.sphere(bits, D)`, whose entries have a mean square of about 1.
 
     Attributes:
-        bits: 1 to 4.
+        bits: 1 to 6; the paper stops at 4, but keys can use more.
         rotation: "hadamard", "haar" or "none".
         fit: which scale is stored. "length" is the paper's, |y|/sqrt(D); "norm" gives the decoded vector the length of
             the original ("nc" in other implementations); "unbiased" the right inner product with the original.

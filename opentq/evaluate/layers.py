@@ -14,13 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 from .. import hooks
-from ..caches.single import OpenTQCache
 from ..caches.step import Handle, Step
 from ..errors import UserError
 from ..spec import KVSpec
 from .corpus import Corpus
 from .forward import Tick, nothing, prefill
 from .records import Record, Records
+from .simulate import SimulatedCache
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class View:
             raise UserError(f"--window {self.window} must be at least 1 and less than --context {self.context}")
 
 
-class _Probe(OpenTQCache):
-    """A cache that keeps what passes through: all keys and values as they came, and the last queries and outputs."""
+class _Probe(SimulatedCache):
+    """A simulated cache that keeps what passes through: keys and values as they came, the last queries and outputs."""
 
     def __init__(self, spec: KVSpec):
         super().__init__(spec)

@@ -24,11 +24,15 @@ class SimulatedCache(OpenTQCache):
         spec: any spec.
         window: 0, or how many tokens a query sees.
         eager: new tokens are coded before their own step sees them, as mlx-lm's quantised cache does it.
+        center: the mean of the first 64 keys is taken off every key. Softmax does not see it (the same number is added
+            to all logits of a query), but the codec does: what all keys have in common costs no bits any more.
     """
 
-    def __init__(self, spec: KVSpec | str = "int4", window: int = 0, eager: bool = False):
+    def __init__(self, spec: KVSpec | str = "int4", window: int = 0, eager: bool = False, center: bool = False):
         super().__init__(spec, window=window)
         self.eager = eager
+        self.center = center
+        self.mean: mx.array | None = None
 
     @property
     def limits(self) -> Limits:
@@ -40,6 +44,9 @@ class SimulatedCache(OpenTQCache):
             self._start(keys, values)
         assert self.dense_k is not None and self.dense_v is not None
         new_k, new_v = dense(self.k_codec, keys), dense(self.v_codec, values)
+        if self.center:
+            self.mean = new_k[:, :, :64].mean(axis=2, keepdims=True) if self.mean is None else self.mean
+            new_k = new_k - self.mean
         if self.eager:
             new_k, new_v = coded(self.k_codec, new_k), coded(self.v_codec, new_v)
         dense_k = mx.concatenate([self.dense_k, new_k], axis=2)
