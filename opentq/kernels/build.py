@@ -156,7 +156,7 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
 
 @functools.cache
 def cache_folder() -> Path:
-    """Where libraries are kept, private to the user; a temporary folder, and a word of it, where none can be written."""
+    """Where libraries are kept, private to the user; a temporary folder, and a warning, where none can be written."""
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:

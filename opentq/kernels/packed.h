@@ -4,10 +4,10 @@
 //   out[r][d]  += sum_t  p[r][t] * scale[g][t] * code[t][d]              +  p[r][t] * zero[g][t]
 //
 // A token's value scale can't leave the sum over tokens, so it moves into the probability: p * scale becomes a 15-bit
-// integer in two signed bytes. Per block: scores of up to
-// eight rows, softmax, values. Each code vector is unpacked once per MAX_ROWS rows and feeds 2 * MAX_ROWS dot products;
-// lanes are tokens for scores and channels for values, so no product needs a horizontal sum. Sums of p and of p * zero
-// stay lane-wise until the task ends. Bytes moved: each packed block once per task, from memory; the rest lives in L1.
+// integer in two signed bytes. Per block: scores of up to eight rows, softmax, values (products.h). Lanes are tokens for
+// scores and channels for values, so no product needs a horizontal sum; sums of p and of p * zero stay lane-wise until
+// the task ends. Bytes moved: each packed block once per task, from memory; the rest lives in L1. A block that more than
+// 16 rows read is unpacked to bytes once, so prefill pays for unpacking once per 128 rows.
 #pragma once
 #include "products.h"
 
@@ -73,7 +73,6 @@ inline void softmax_packed(Rows& rows, int r0, int n, const float* step) {
     }
     store(rows.weight + r * W, fma(sum, f, load(rows.weight + r * W)));
     for (int g = 0; g < groups; g++) {
-      rows.ahead.lines(2);
       const float *scale = rows.params + 128 * g, *zero = scale + 64;
       F v[TOKEN_VECTORS], z = set1(0.f);
       UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) z = fma(p[j], load(zero + W * j), z);
@@ -128,7 +127,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const 
     const uint8_t *k_codes = kb, *v_codes = vb;
     const auto* k_params = reinterpret_cast<const uint16_t*>(kb + k.code_bytes());
     const auto* v_params = reinterpret_cast<const uint16_t*>(vb + v.code_bytes());
-    if (b + 1 < last) rows.ahead = {kb + k.block_stride, kb + k.block_stride + k.block_bytes(), vb + v.block_stride, vb + v.block_stride + v.block_bytes()};
+    if (b + 1 < last) rows.ahead.start(k, kb + k.block_stride, v, vb + v.block_stride, rows.count);
     if (wide_k) widen_for(k.bits)(kb, k.tiles(), rows.wide_k), k_codes = rows.wide_k;
     if (wide_v) widen_for(v.bits)(vb, v.tiles(), rows.wide_v), v_codes = rows.wide_v;
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;

@@ -16,7 +16,7 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
   const float* sum = rows.q_sum + size_t(r0) * groups;
   for (int part = 0; part < PARTS; part++) {
     for (int g = 0; g < groups; g++) {
-      rows.ahead.lines(3);
+      rows.ahead.step();
       I hi[NR][NF], lo[NR][NF];
       UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < NF; n++) hi[r][n] = lo[r][n] = izero();
       for (int t = k.first_tile(g); t < k.last_tile(g); t++) {
@@ -65,7 +65,7 @@ INLINE void value_tiles(const uint8_t* tile, int tiles, const Rows& rows, int r0
   const int8_t* p8 = rows.p8 + (size_t(c0) * groups + g) * 128;
   const float* step = rows.p_step + size_t(c0) * groups + g;
   for (int part = 0; part < PARTS; part++) {
-    rows.ahead.lines(8);
+    rows.ahead.step();
     I hi[NR][2], lo[NR][2];
     UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < 2; n++) hi[r][n] = lo[r][n] = izero();
     UNROLL for (int i = 0; i < 16; i++) {

@@ -48,9 +48,18 @@ class Arena {
 // every 4 KB page, and 160 requests at once would stall.
 struct Ahead {
   const uint8_t *k = nullptr, *k_end = nullptr, *v = nullptr, *v_end = nullptr;
-  INLINE void lines(int n) {
+  int pace = 0;  // lines a step
+  INLINE void step() {
+    int n = pace;
     for (; n > 0 && k < k_end; n--, k += 64) __builtin_prefetch(k, 0, 2);
     for (; n > 0 && v < v_end; n--, v += 64) __builtin_prefetch(v, 0, 2);
+  }
+  void start(const Packed& keys, const uint8_t* k_block, const Packed& values, const uint8_t* v_block, int rows) {
+    k = k_block, k_end = k + keys.block_bytes(), v = v_block, v_end = v + values.block_bytes();
+    // One step per group of keys and per pair of value tiles, for each group of rows.
+    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = rows <= MAX_ROWS / 2 ? 1 : 2;
+    const int steps = tiles * PARTS * (passes * keys.groups() + (values.tiles() + 1) / 2);
+    pace = int((keys.block_bytes() + values.block_bytes()) / 64 / steps) + 1;
   }
 };
 
