@@ -24,13 +24,16 @@ class Measure:
 
 
 def fidelity(s: Settings) -> Result:
-    """KL, top-1 agreement and perplexity against the model's own cache at one depth."""
+    """KL, top-1 agreement and perplexity against the model's own cache at one depth.
+
+    `simulate` keeps decoded values in fp16: the same errors, faster for codecs without fused kernels.
+    """
     from ..evaluate import corpus
     from ..evaluate import fidelity as evaluate
     from ..evaluate.records import Records
 
     model, tokenizer = _loaded(s["model"])
-    protocol = evaluate.Protocol((s["depth"],), s["window"], 16, s["sequences"], 512, s["seed"])
+    protocol = evaluate.Protocol((s["depth"],), s["window"], 16, s["sequences"], 512, s["seed"], s["simulate"])
     (found,) = evaluate.run(model, {"name": s["model"]}, tokenizer, corpus.load(None), [s["kv"]], protocol, Records())
     intervals = {k: found[k][0] for k in ("kl_mean", "kl_p99", "top1", "ppl_ratio")}
     return {"bits": found["bits"], **intervals, "kl_interval": list(found["kl_mean"])}
@@ -43,7 +46,8 @@ def needle(s: Settings) -> Result:
     from ..evaluate.records import Records
 
     model, tokenizer = _loaded(s["model"])
-    grid = evaluate.Grid((s["length"],), (0.1, 0.5, 0.9), s["trials"], distractors=s["distractors"], seed=s["seed"])
+    options = {k: s[k] for k in ("trials", "distractors", "seed", "simulate")}
+    grid = evaluate.Grid((s["length"],), (0.1, 0.5, 0.9), **options)
     found = evaluate.run(model, {"name": s["model"]}, tokenizer, corpus.load(None), [s["kv"]], grid, Records())
     return {"bits": found[0]["bits"], "accuracy": sum(r["correct"] for r in found) / (s["trials"] * len(found))}
 
@@ -145,11 +149,29 @@ def _loaded(path: str) -> Any:
 MEASURES = {
     "fidelity": Measure(
         fidelity,
-        {"measure": "fidelity", "model": "", "kv": "int4", "depth": 1024, "window": 64, "sequences": 2, "seed": 0},
+        {
+            "measure": "fidelity",
+            "model": "",
+            "kv": "int4",
+            "depth": 1024,
+            "window": 64,
+            "sequences": 2,
+            "simulate": True,
+            "seed": 0,
+        },
     ),
     "needle": Measure(
         needle,
-        {"measure": "needle", "model": "", "kv": "int4", "length": 1024, "trials": 4, "distractors": 0, "seed": 0},
+        {
+            "measure": "needle",
+            "model": "",
+            "kv": "int4",
+            "length": 1024,
+            "trials": 4,
+            "distractors": 0,
+            "simulate": True,
+            "seed": 0,
+        },
     ),
     "vectors": Measure(
         vectors,

@@ -19,7 +19,7 @@ def tune(
     context: Annotated[str, typer.Option(help="Context for --memory, such as 128k.")] = "",
     min_speed: Annotated[float, typer.Option(min=0, help="Least decode tokens per second.")] = 0.0,
     depths: Annotated[str, typer.Option(help="Tokens of context before what is measured.")] = "1k",
-    sequences: Annotated[int, typer.Option(min=1, help="Texts read together.")] = 2,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts read together.")] = 4,
     window: Annotated[str, typer.Option(help="Sliding-window layers: native or compress.")] = "native",
     generations: Annotated[int, typer.Option(min=1, help="Most generations of eight recipes.")] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("recipe.toml"),
