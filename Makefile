@@ -29,6 +29,12 @@ format: $(STAMPS)/dev  ## rewrite the sources in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+test-msl-full: $(STAMPS)/dev  ## every Metal case in the emulator (long)
+	@$(BIN)/python -m pytest tests/test_metal.py tests/msl -m "slow or not slow" -n $(WORKERS)
+
+docs-models: $(STAMPS)/dev  ## write docs/models.md from the models that run
+	@$(BIN)/python -m tests.models_page
+
 size:  ## lines per folder
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | $(PYTHON) dev/size.py
 

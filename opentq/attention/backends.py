@@ -55,7 +55,7 @@ def _backend(dialect: str) -> Backend | None:
         return Backend("cuda", fused_cuda.attend, lambda k, v, dims: cuda_layout.layouts(k, v, dims) or PLAIN)
     from . import fused_metal
 
-    return Backend("metal", fused_metal.attend, lambda k, v, dims: PLAIN)
+    return Backend("metal", fused_metal.attend, fused_metal.layouts)
 
 
 PLAIN = (CANONICAL, CANONICAL)
