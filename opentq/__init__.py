@@ -6,8 +6,8 @@ The KV cache is compressed once, and attention is computed directly on the compr
     model, tokenizer = opentq.load("mlx-community/Llama-3.2-3B-Instruct-4bit", kv="int4")
     print(opentq.generate(model, tokenizer, prompt="Hello"))   # mlx_lm.generate works the same
 
-Names are imported on first use, so that `import opentq` costs nothing. Import it before mlx: on Linux CPUs it then gives
-MLX a fast float32 matrix product (`kernels/blas.py`).
+Names are imported on first use, so that `import opentq` costs nothing. Import it before mlx: on Linux CPUs it then
+gives MLX a fast float32 matrix product (`kernels/blas.py`).
 """
 
 from __future__ import annotations

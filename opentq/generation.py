@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 from mlx_lm.sample_utils import make_sampler
 
 from . import hooks
@@ -19,7 +20,7 @@ from .model import cache_bytes, fp16_bytes, make_cache
 
 @dataclass
 class Request:
-    """What to generate. `tokens` is the encoded prompt; `caches` continues from a filled prompt cache."""
+    """What to generate: `tokens` is the encoded prompt, after the `cached` tokens that `caches` hold already."""
 
     tokens: list[int]
     max_tokens: int = 256
@@ -33,6 +34,7 @@ class Request:
     draft: Any = None
     num_draft_tokens: int = 3
     caches: list[Any] | None = None
+    cached: int = 0
 
 
 @dataclass
@@ -150,11 +152,23 @@ def run(model: Any, tokenizer: Any, request: Request, on_text: Callable[[str], N
 
 def check_context(request: Request) -> None:
     """Raise UserError when prompt + answer don't fit in `max_context`."""
-    if request.max_context is not None and len(request.tokens) + request.max_tokens > request.max_context:
+    prompt = request.cached + len(request.tokens)
+    if request.max_context is not None and prompt + request.max_tokens > request.max_context:
         raise UserError(
-            f"the prompt has {len(request.tokens)} tokens and --max-tokens is {request.max_tokens}: together more than "
+            f"the prompt has {prompt} tokens and --max-tokens is {request.max_tokens}: together more than "
             f"--max-context {request.max_context}; shorten the prompt or raise the limit"
         )
+
+
+def check_trims(*models: Any) -> None:
+    """Raise UserError for models whose caches can't take proposals back: speculation would go wrong silently."""
+    for model in models:
+        bound = next((c for c in make_cache(model) if isinstance(c, (RotatingKVCache, ArraysCache))), None)
+        if bound is not None:
+            raise UserError(
+                f"speculative decoding needs caches that can be trimmed, and {type(model).__module__} has a "
+                f"{type(bound).__name__}; use it without --draft-model"
+            )
 
 
 def progress() -> Callable[[int, int], None] | None:

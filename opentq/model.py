@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import sharded_load
 
 from . import hooks
 from .errors import UserError
@@ -36,8 +38,10 @@ def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any
     """
     spec = None if kv is None else KVSpec.parse(kv)
     check_folder(path)
+    # Under mlx.launch every rank loads its share, and caches are compressed on each.
+    read = sharded_load if ranks() > 1 else mlx_lm.load
     try:
-        model, tokenizer = mlx_lm.load(path, **options)[:2]
+        model, tokenizer = read(path, **options)[:2]
     except ValueError as error:
         # mlx-lm's words for "model type not supported" and for weights that don't match the config.
         raise ModelError(f"model {path!r} can't be loaded: {_first_line(error)}") from error
@@ -49,6 +53,16 @@ def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any
     if spec is not None:
         hooks.compress(model, spec)
     return model, tokenizer
+
+
+def ranks() -> int:
+    """Processes that run this model together: 1, or what `mlx.launch -n N` started."""
+    return mx.distributed.init().size() if "MLX_RANK" in os.environ else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks."""
+    return ranks() == 1 or mx.distributed.init().rank() == 0
 
 
 def settle(model: Any) -> None:

@@ -36,14 +36,17 @@ def generate(
     max_context: Annotated[int | None, typer.Option(help="Refuse prompts + answers longer than this.")] = None,
     draft_model: Annotated[str | None, typer.Option(help="Draft model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens the draft model proposes per round.")] = 3,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="Begin after the text of this file, made by `opentq cache build`.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Allow code shipped with the tokenizer.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the answer to this file, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the per-layer report first.")] = False,
 ) -> None:
     """Generate text from a prompt."""
-    from ..generation import Request, encode_prompt, run
-    from ..model import load
+    from ..generation import Request, check_trims, encode_prompt, run
+    from ..model import is_first_rank, load
     from ..reporting import report
     from ..spec import spec_from_flags
 
@@ -51,13 +54,28 @@ def generate(
     text = read_prompt(prompt, prompt_option, prompt_file)
     if not model:
         raise UserError("no model given: use --model FOLDER or --model org/name")
-    writer = open_output(output)
+    if prompt_cache and (draft_model or system_prompt or ignore_chat_template):
+        raise UserError("--prompt-cache decides the template and the system prompt, and works without a draft model")
+    writer = open_output(output) if is_first_rank() else None
     lm, tokenizer = load(model, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})
     draft = load(draft_model, kv=spec)[0] if draft_model else None
-    if verbose:
+    if draft is not None:
+        check_trims(lm, draft)
+    speaks = is_first_rank()
+    if verbose and speaks:
         print(report(lm), file=sys.stderr)
+    caches, cached = None, 0
+    if prompt_cache:
+        from ..caches.command import resume
+
+        caches, tokens = resume(prompt_cache, lm, tokenizer, model, text)
+        cached = max(c.size() for c in caches)
+    else:
+        tokens = encode_prompt(tokenizer, text, system=system_prompt, raw=ignore_chat_template)
     request = Request(
-        tokens=encode_prompt(tokenizer, text, system=system_prompt, raw=ignore_chat_template),
+        tokens=tokens,
+        caches=caches,
+        cached=cached,
         max_tokens=max_tokens,
         temp=temp,
         top_p=top_p,
@@ -69,8 +87,10 @@ def generate(
         draft=draft,
         num_draft_tokens=num_draft_tokens,
     )
-    result = run(lm, tokenizer, request, on_text=lambda piece: print(piece, end="", flush=True))
-    print()
+    result = run(lm, tokenizer, request, on_text=(lambda piece: print(piece, end="", flush=True)) if speaks else None)
+    if not speaks:
+        return
+    print(flush=True)
     if writer:
         with writer:
             writer.write(result.text)
