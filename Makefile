@@ -8,6 +8,8 @@ comma := ,
 EXTRAS = $(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))
 STAMPS := $(VENV)/stamps
 WORKERS ?= 2
+# Test processes side by side: a BLAS that spins on every core in each of them would only be in the way.
+QUIET_BLAS := OPENBLAS_NUM_THREADS=1
 
 .PHONY: demo test lint format size clean docs-models test-msl-full help
 
@@ -18,7 +20,7 @@ demo: $(STAMPS)/demo  ## install for this platform and run the demo
 	@$(BIN)/opentq demo
 
 test: $(STAMPS)/dev  ## install with development tools and run the tests
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(QUIET_BLAS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMPS)/dev  ## formatting, lint and types
 	@$(BIN)/ruff format --check .
@@ -30,7 +32,7 @@ format: $(STAMPS)/dev  ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix .
 
 test-msl-full: $(STAMPS)/dev  ## every Metal case in the emulator (long)
-	@$(BIN)/python -m pytest tests/test_metal.py tests/msl -m "slow or not slow" -n $(WORKERS)
+	@$(QUIET_BLAS) $(BIN)/python -m pytest tests/test_metal.py tests/msl -m "slow or not slow" -n $(WORKERS)
 
 docs-models: $(STAMPS)/dev  ## write docs/models.md from the models that run
 	@$(BIN)/python -m tests.models_page
