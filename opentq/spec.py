@@ -16,7 +16,7 @@ from .errors import UserError
 
 GRAMMAR = (
     "NAME[:option]*, NAME one of {names}, or kAvB for different keys and values (k8v4), or K/V with two names "
-    "(int8/int4); options: " + ", ".join(f"g{g}" for g in GROUPS) + ", rot, norot, haar, nc, ub, out=N, "
+    "(int8/int4); options: " + ", ".join(f"g{g}" for g in GROUPS) + ", rot, norot, haar, nc, ub, center, out=N, "
     "sketch=orth|gauss, sink=N, recent=N, skip=firstN,lastN, firstN=NAME, lastN=NAME, window=native|compress"
 )
 
@@ -45,6 +45,7 @@ class KVSpec:
         fit: the scale of codebook codecs: "length", "norm" (`nc`) or "unbiased" (`ub`); see `codecs.turbo.Turbo`.
         sketch: "orth" or "gauss" random rows in `qjl` and `tqNp`; "" is the method's own.
         out: largest channels of every vector kept in fp16.
+        center: take the mean of the first 64 packed keys off all keys. Softmax does not see it, the codec does.
     """
 
     keys: str = "int4"
@@ -61,6 +62,7 @@ class KVSpec:
     fit: str = "length"
     sketch: str = ""
     out: int = 0
+    center: bool = False
 
     @classmethod
     def parse(cls, text: str | KVSpec) -> KVSpec:
@@ -95,6 +97,8 @@ class KVSpec:
             parts.append(FITS[self.fit])
         if self.sketch:
             parts.append(f"sketch={self.sketch}")
+        if self.center:
+            parts.append("center")
         if self.out:
             parts.append(f"out={self.out}")
         if self.sink:
@@ -212,6 +216,8 @@ def _apply(spec: KVSpec, option: str, text: str) -> tuple[KVSpec, str]:
         return replace(spec, group=int(option[1:])), "group"
     if option in ("rot", "norot"):
         return replace(spec, rotate=option == "rot"), "rot"
+    if option == "center":
+        return replace(spec, center=True), "center"
     if option == "haar":
         return replace(spec, haar=True), "haar"
     if option in FITS.values():

@@ -23,6 +23,8 @@ SPECS = [
     "polar4:sink=4",
     "qjl2/int4",
     "k8tq4:out=2",
+    "int4:center",
+    "tq5/tq3:center:sink=4",
 ]
 
 

@@ -27,6 +27,7 @@ specs = st.builds(
     fit=st.sampled_from(["length", "norm", "unbiased"]),
     sketch=st.sampled_from(["", "orth", "gauss"]),
     out=st.integers(0, 8),
+    center=st.booleans(),
 ).map(KVSpec.tidy)
 
 
@@ -59,6 +60,7 @@ def test_any_text_parses_or_says_why_not(text):
         ("k8tq4", KVSpec("int8", "tq4")),
         ("tq3p:sketch=orth", KVSpec("tq3p", "tq3", sketch="orth")),
         ("qjl", KVSpec("qjl", "int4")),
+        ("tq5/tq3:center", KVSpec("tq5", "tq3", center=True)),
         ("tq2.5:haar:ub", KVSpec("tq2.5", "tq2.5", haar=True, fit="unbiased")),
         ("int4:out=2:first20=qjl:last1=int8", KVSpec(first=(20, "qjl"), last=(1, "int8"), out=2)),
     ],

@@ -17,10 +17,11 @@ from mlx_lm.models.base import create_causal_mask
 
 from ..attention.args import Lengths
 from ..codecs import Packed
+from ..kernels.layout import FLUSH
 from ..spec import KVSpec
 from .buffer import EVERY, Buffer, joined, own
 from .extent import Extent
-from .single import OpenTQCache, relay
+from .single import OpenTQCache, mean_key, relay, shifted
 from .step import CausalMask, Handle, LayerStats
 
 Columns = Sequence[Sequence[int]]
@@ -35,6 +36,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def __init__(self, spec: KVSpec | str, count: int, stats: LayerStats | None = None, window: int = 0):
         self.extents = [Extent()] * count
+        self.centered = [False] * count
         self.todo: list[int] | None = None  # real tokens still to come while prompts are padded on the right
         super().__init__(spec, stats, window)
 
@@ -109,6 +111,8 @@ class BatchOpenTQCache(OpenTQCache):
             (e.packed, move.forget, at + move.to_sink + move.skip, move.flush)
             for e, move, at in zip(before, moves, first)
         ]
+        if self.spec.center:
+            dense_k = self._center(dense_k, [at for _, _, at, _ in work], [flush for *_, flush in work])
         for lanes, job in _together(work):
             for buffer, codec, layout, y in self._sides(dense_k, dense_v):
                 packed, forget, start, flush = job
@@ -122,6 +126,21 @@ class BatchOpenTQCache(OpenTQCache):
         tails = [range(end - e.tail, end) for end, e in zip(ends, self.extents)]
         self._arrange(dense_k, dense_v, sinks, tails)
         return any(move.forget for move in moves)
+
+    def _center(self, dense_k: mx.array, first: Sequence[int], flush: Sequence[int]) -> mx.array:
+        """Take the mean of its first packed keys off every lane that packs keys for the first time."""
+        new = [not done and n > 0 for done, n in zip(self.centered, flush)]
+        if not any(new):
+            return dense_k
+        zero = mx.zeros((1, dense_k.shape[1], 1, dense_k.shape[3]), mx.float16)
+        lanes = [
+            mean_key(dense_k[b : b + 1, :, at : at + FLUSH]) if is_new else zero
+            for b, (is_new, at) in enumerate(zip(new, first))
+        ]
+        shift = mx.concatenate(lanes)
+        self.center = shift if self.center is None else self.center + shift
+        self.centered = [done or is_new for done, is_new in zip(self.centered, new)]
+        return shifted(dense_k, shift)
 
     def _arrange(self, dense_k: mx.array, dense_v: mx.array, sinks: Columns, tails: Columns) -> None:
         """Set the fp16 columns from those of `dense_k`, `dense_v`: sinks to the left edge, tails to the right."""
@@ -190,20 +209,29 @@ class BatchOpenTQCache(OpenTQCache):
                 pairs.append(buffer)
             width = _width([range(e.sink) for e in extents], [range(e.tail) for e in extents])
             dense_k, dense_v = (_join_dense(parts, side, width, like) for side in ("dense_k", "dense_v"))
+            centers = [_lanes_of(c.center, len(part), dense_k) for part, c in parts]
+            centered = [done for part, c in parts for done in _centered(c, len(part))]
             self.packed_k, self.packed_v = pairs
             self.dense_k, self.dense_v = dense_k, dense_v
+            self.center = mx.concatenate(centers) if any(centered) else None
+            self.centered = centered
             mx.eval(*self._arrays())  # layer by layer, so that old and new never coexist for the whole model
         self.extents = extents
+        if like is None:
+            self.centered = [False] * len(extents)
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the given sequences, in the given order; none at all is allowed."""
         keep, self._lent = _ints(batch_indices), None
         self.extents = [self.extents[i] for i in keep]
+        self.centered = [self.centered[i] for i in keep]
         if self.todo is not None:
             self.todo = [self.todo[i] for i in keep]
         if self.dense_k is None or self.dense_v is None:
             return
         pick = mx.array(keep, dtype=mx.int32)
+        if self.center is not None:
+            self.center = mx.take(self.center, pick, axis=0)
         for buffer in (self.packed_k, self.packed_v):
             rows = buffer.capacity(max((buffer.rows_of(e.packed) for e in self.extents), default=0))
             buffer.arrays = tuple(mx.take(a[:, :, :rows], pick, axis=0) for a in buffer.arrays)
@@ -222,6 +250,7 @@ class BatchOpenTQCache(OpenTQCache):
         extent = self.extents[idx]
         lane = slice(idx, idx + 1)
         cache.extent, cache.dims = extent, self.dims
+        cache.center = own(self.center[lane]) if self.center is not None and self.centered[idx] else None
         cache.k_codec, cache.v_codec = self.k_codec, self.v_codec
         cache.k_layout, cache.v_layout = self.k_layout, self.v_layout
         cache.packed_k, cache.packed_v = (
@@ -252,23 +281,24 @@ class BatchOpenTQCache(OpenTQCache):
         layouts = f"{self.k_layout.name} {self.v_layout.name}"
         head = [str(self.spec), layouts, self.window, int(self.lends), self.latent, lengths]
         if self.dense_k is None:
-            return [*head, [], [], None, None]
+            return [*head, [], [], None, None, None, []]
         used = max((e.packed for e in self.extents), default=0)
         packed = [list(b.truncated(b.rows_of(used))) if used else [] for b in (self.packed_k, self.packed_v)]
-        return [*head, *packed, self.dense_k, self.dense_v]
+        return [*head, *packed, self.dense_k, self.dense_v, self.center, [int(done) for done in self.centered]]
 
     @state.setter
     def state(self, value) -> None:
-        spec, layouts, window, lends, latent, lengths, packed_k, packed_v, dense_k, dense_v = value
+        spec, layouts, window, lends, latent, lengths, packed_k, packed_v, dense_k, dense_v, center, centered = value
         if not hasattr(self, "spec"):
             self.__init__(spec, 0)  # type: ignore[misc]
         self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
         self.todo = None
         self._reset()
         self.extents = [Extent(*numbers) for numbers in lengths]
+        self.centered = [bool(done) for done in centered] or [False] * len(self.extents)
         if dense_k is None:
             return
-        self.dense_k, self.dense_v = dense_k, dense_v
+        self.dense_k, self.dense_v, self.center = dense_k, dense_v, center
         self._choose_layouts()
         if packed_k:
             names = layouts.split()
@@ -308,6 +338,15 @@ def _join_dense(
             out[rows, :, width - tail :] = dense[:, :, dense.shape[2] - tail :]
         start += len(part)
     return out
+
+
+def _lanes_of(center: mx.array | None, lanes: int, like: mx.array) -> mx.array:
+    """A cache's centers, zeros where it has none."""
+    return mx.zeros((lanes, like.shape[1], 1, like.shape[3]), mx.float16) if center is None else center
+
+
+def _centered(cache: OpenTQCache, lanes: int) -> list[bool]:
+    return cache.centered if isinstance(cache, BatchOpenTQCache) else [cache.center is not None] * lanes
 
 
 def _ints(values: Iterable[int] | mx.array) -> list[int]:

@@ -18,7 +18,8 @@ from ..attention import backends, dispatch
 from ..attention.args import Lengths, PackedKV
 from ..codecs import Codec, Packed, Raw
 from ..codecs.base import FP16_MAX
-from ..kernels.layout import CANONICAL, Layout
+from ..errors import UserError
+from ..kernels.layout import CANONICAL, FLUSH, Layout
 from ..spec import KVSpec
 from .buffer import Buffer, own
 from .extent import Extent, Limits
@@ -39,7 +40,7 @@ class OpenTQCache(_BaseCache):
 
     STATE = (
         *("spec", "layouts", "window", "lends", "latent", "base", "sink", "packed"),
-        *("packed_k", "packed_v", "dense_k", "dense_v"),
+        *("packed_k", "packed_v", "dense_k", "dense_v", "center"),
     )
     """What the entries of `state` are."""
 
@@ -60,6 +61,7 @@ class OpenTQCache(_BaseCache):
         self.dense_k: mx.array | None = None
         self.dense_v: mx.array | None = None
         self.dims = (0, 0)
+        self.center: mx.array | None = None  # [B, H, 1, Dk], rotated: what has been taken off all keys
         self._lent: tuple[Handle, Handle] | None = None
 
     def _codecs(self) -> tuple[Codec, Codec]:
@@ -86,7 +88,7 @@ class OpenTQCache(_BaseCache):
         if self.dense_k is None:
             self._start(keys, values)
         assert self.dense_k is not None and self.dense_v is not None
-        dense_k = mx.concatenate([self.dense_k, dense(self.k_codec, keys)], axis=2)
+        dense_k = mx.concatenate([self.dense_k, shifted(dense(self.k_codec, keys), self.center)], axis=2)
         dense_v = mx.concatenate([self.dense_v, dense(self.v_codec, values)], axis=2)
         lens = self._lengths(keys.shape[0])
         self._lent = None
@@ -111,6 +113,7 @@ class OpenTQCache(_BaseCache):
             lens,
             self.window,
             self.stats,
+            self.spec.center,
         )
 
     def keys_and_values(self) -> tuple[Handle, Handle]:
@@ -125,6 +128,8 @@ class OpenTQCache(_BaseCache):
     def _start(self, keys: mx.array, values: mx.array) -> None:
         batch, heads, _, k_dim = keys.shape
         v_dim = values.shape[3]
+        if self.spec.center and self.latent:
+            raise UserError(f"--kv {self.spec}: this model's keys are its values too and can't be centred; drop center")
         self.k_codec.check(k_dim)
         self.v_codec.check(v_dim)
         self.dense_k = mx.zeros((batch, heads, 0, k_dim), mx.float16)
@@ -151,6 +156,9 @@ class OpenTQCache(_BaseCache):
         sink = self.extent.sink
         start = sink + move.skip
         stop = start + move.flush
+        if self.spec.center and self.center is None and move.flush:
+            self.center = mean_key(dense_k[:, :, start : start + FLUSH])
+            dense_k = shifted(dense_k, self.center)
         for buffer, codec, layout, y in self._sides(dense_k, dense_v):
             if move.forget:
                 buffer.forget(move.forget, packed)
@@ -209,6 +217,8 @@ class OpenTQCache(_BaseCache):
         if self.dense_k is not None and self.dense_v is not None:
             keep = self.extent.sink + self.extent.tail
             self.dense_k, self.dense_v = self.dense_k[:, :, :keep], self.dense_v[:, :, :keep]
+            if not keep and not self.extent.packed:
+                self.center = None
         return before.held - self.extent.held
 
     @classmethod
@@ -236,18 +246,20 @@ class OpenTQCache(_BaseCache):
             list(self.packed_v.truncated(rows[1])) if extent.packed else [],
             self.dense_k,
             self.dense_v,
+            self.center,
         ]
 
     @state.setter
     def state(self, value) -> None:
-        spec, layout_names, window, lends, latent, base, sink, packed, packed_k, packed_v, dense_k, dense_v = value
+        spec, layout_names, window, lends, latent, base, sink, packed, packed_k, packed_v, *held = value
+        dense_k, dense_v, center = held
         if not hasattr(self, "spec"):  # from_state makes the object without __init__
             self.__init__(spec)  # type: ignore[misc]
         self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
         self._reset()
         if dense_k is None:
             return
-        self.dense_k, self.dense_v = dense_k, dense_v
+        self.dense_k, self.dense_v, self.center = dense_k, dense_v, center
         self.extent = Extent(base, sink, packed, dense_k.shape[2] - sink)
         self._choose_layouts()
         if packed:
@@ -263,7 +275,7 @@ class OpenTQCache(_BaseCache):
 
     def _arrays(self) -> list[mx.array]:
         """Everything that is held."""
-        held = [*self.packed_k.arrays, *self.packed_v.arrays, self.dense_k, self.dense_v]
+        held = [*self.packed_k.arrays, *self.packed_v.arrays, self.dense_k, self.dense_v, self.center]
         return [a for a in held if a is not None]
 
     # Pipeline-parallel models tie a layer's cache to the network by `cache.keys = mx.depends(cache.keys, h)`.
@@ -300,6 +312,22 @@ def dense(codec: Codec, x: mx.array) -> mx.array:
     if y.dtype != mx.float16:
         y = mx.clip(y, -FP16_MAX, FP16_MAX).astype(mx.float16)
     return y
+
+
+def mean_key(y: mx.array) -> mx.array:
+    """Mean over tokens of fp16 columns `[B, H, T, D]`: fp16 `[B, H, 1, D]`."""
+    return y.astype(mx.float32).mean(axis=2, keepdims=True).astype(mx.float16)
+
+
+def shifted(y: mx.array, center: mx.array | None) -> mx.array:
+    """fp16 columns with `center` taken off, clipped to the finite range.
+
+    All logits of a query change by the same number, -<q, center>, which softmax does not see. The mean of a few dozen
+    keys holds what all keys share, such as the bias of a key projection, and it no longer widens the codec's range.
+    """
+    if center is None:
+        return y
+    return mx.clip(y.astype(mx.float32) - center.astype(mx.float32), -FP16_MAX, FP16_MAX).astype(mx.float16)
 
 
 def relay(stored: tuple[mx.array, ...], name: str, layout: Layout) -> tuple[mx.array, ...]:

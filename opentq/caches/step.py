@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..attention import dispatch
 from ..attention.args import AttnArgs, Lengths, PackedKV
+from ..errors import UserError
 
 
 @dataclass
@@ -80,11 +81,16 @@ class Step:
     lens: tuple[Lengths, ...]
     window: int
     stats: LayerStats = field(compare=False)
+    centered: bool = False
 
     def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
         """Attention of `q [B, Hq, L, Dk]` (as the model made it, not rotated): `[B, Hq, L, Dv]` in q's dtype."""
         if isinstance(mask, str) and mask != "causal":
             raise ValueError(f"attention mask {mask!r} is not known: use None, 'causal' or an array")
+        if self.centered and (sinks is not None or softcap):
+            raise UserError(
+                "centred keys can't serve attention sinks or soft-capped logits: drop center from the KV spec"
+            )
         asked = getattr(mask, "window", 0)
         args = AttnArgs(
             q=self.k.codec.rotate(q),

@@ -54,7 +54,7 @@ def fidelity(
     from . import show
 
     protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
-    work = _prepare(model, kv, text, output, records, simulate)
+    work = _prepare(model, kv, text, output, records)
     passes = len(work.names) + ("native" not in work.names)
     with progress("fidelity", passes * protocol.sequences * (protocol.length - 1)) as tick:
         found = task.run(*work.model, work.corpus, work.names, protocol, work.records, tick)
@@ -90,7 +90,7 @@ def needle(
     grid = task.Grid(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
-    work = _prepare(model, kv, text, output, records, simulate)
+    work = _prepare(model, kv, text, output, records)
     with progress("needle", len(work.names) * sum(whole) * len(parts) * trials) as tick:
         found = task.run(*work.model, work.corpus, work.names, grid, work.records, tick)
     print(show.needle(found, output))
@@ -142,8 +142,8 @@ def layers(
     from . import show
 
     view = task.View(context, window, sequences, prefill_step_size, seed)
-    work = _prepare(model, kv, text, output, records, simulate=True)
-    rivals = [n for n in work.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx") or "+" in n]
+    work = _prepare(model, kv, text, output, records)
+    rivals = [n for n in work.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
     if rivals:
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
     with progress("layers", (len(work.names) + 1) * sequences * context) as tick:
@@ -160,7 +160,7 @@ class Work(NamedTuple):
     records: Records
 
 
-def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path | None, simulate: bool = False) -> Work:
+def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path | None) -> Work:
     """Check everything that is cheap to check, then load the model."""
     from .show import check_format
 
@@ -171,7 +171,7 @@ def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path 
     from . import contenders, corpus
     from .records import Records, model_name
 
-    names = [contenders.check(n, simulate) for n in kv.split(",") if n.strip()]
+    names = [contenders.check(n) for n in kv.split(",") if n.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"--kv {kv!r} must name at least one spec, and each once")
     reading = corpus.load(text)

@@ -24,9 +24,6 @@ from ..policy import native_reason
 from ..spec import KVSpec
 from .simulate import SimulatedCache
 
-CENTERED = "+center"
-"""Suffix of a spec whose keys are centred (`SimulatedCache`), an experiment that only simulated caches know."""
-
 NATIVE = "native"
 """The model's own cache: the reference of every comparison."""
 
@@ -139,13 +136,9 @@ class _MlxSpec(KVSpec):
         return _Mlx(self.bits), _Mlx(self.bits)
 
 
-def check(name: str, simulate: bool = True) -> str:
-    """The canonical name of a contender, before any model is loaded. Raises SpecError, and UserError for `CENTERED`."""
+def check(name: str) -> str:
+    """The canonical name of a contender, before any model is loaded. Raises SpecError."""
     name = name.strip().lower()
-    if name.endswith(CENTERED):
-        if not simulate:
-            raise UserError(f"{name}: centred keys are an experiment that needs --simulate")
-        return str(KVSpec.parse(name.removesuffix(CENTERED))) + CENTERED
     if name in (NATIVE, "q4_0", "q4_0:norot") or _mlx(name):
         return name
     return str(KVSpec.parse(name))
@@ -157,19 +150,18 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
     With `simulate` every contender, the native one included, is a `SimulatedCache` where it can be: the same numbers
     through the same attention function, at the same speed. Raises what `opentq.compress` raises.
     """
-    name = check(name, simulate)
+    name = check(name)
     hooks.uninstall(model)
 
     def own() -> list[Any]:
         return mlx_cache.make_prompt_cache(model)
 
     bits = _mlx(name)
-    center = name.endswith(CENTERED)
     if not simulate and name == NATIVE:
         return Contender(name, 16.0, own)
     if not simulate and bits:
         return Contender(name, bits + 32 / 64, lambda: [_quantised(c, bits) for c in own()])
-    spec = _spec(name.removesuffix(CENTERED))
+    spec = _spec(name)
     hooks.compress(model, spec)
     record = hooks.installed(model)
     hooks.uninstall(model)
@@ -187,7 +179,7 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
         caches = own()
         for i, cache in enumerate(caches):
             if i in places:
-                caches[i] = SimulatedCache(places[i], eager=bool(bits), center=center)
+                caches[i] = SimulatedCache(places[i], eager=bool(bits))
             elif type(cache) is mlx_cache.RotatingKVCache and not cache.keep:
                 caches[i] = SimulatedCache("f16", window=cache.max_size)
         return caches

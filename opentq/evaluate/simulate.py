@@ -10,10 +10,12 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..attention import dispatch
+from ..attention.args import Lengths
 from ..caches.extent import Limits
-from ..caches.single import OpenTQCache, dense
+from ..caches.single import OpenTQCache, mean_key, shifted
 from ..caches.step import Handle
 from ..codecs import Affine, Codec
+from ..kernels.layout import FLUSH
 from ..spec import KVSpec
 
 
@@ -24,15 +26,11 @@ class SimulatedCache(OpenTQCache):
         spec: any spec.
         window: 0, or how many tokens a query sees.
         eager: new tokens are coded before their own step sees them, as mlx-lm's quantised cache does it.
-        center: the mean of the first 64 keys is taken off every key. Softmax does not see it (the same number is added
-            to all logits of a query), but the codec does: what all keys have in common costs no bits any more.
     """
 
-    def __init__(self, spec: KVSpec | str = "int4", window: int = 0, eager: bool = False, center: bool = False):
+    def __init__(self, spec: KVSpec | str = "int4", window: int = 0, eager: bool = False):
         super().__init__(spec, window=window)
         self.eager = eager
-        self.center = center
-        self.mean: mx.array | None = None
 
     @property
     def limits(self) -> Limits:
@@ -40,27 +38,27 @@ class SimulatedCache(OpenTQCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         """Append `[B, H, L, D]` keys and values; the handles attend to fp16 columns only."""
-        if self.dense_k is None:
-            self._start(keys, values)
-        assert self.dense_k is not None and self.dense_v is not None
-        new_k, new_v = dense(self.k_codec, keys), dense(self.v_codec, values)
-        if self.center:
-            self.mean = new_k[:, :, :64].mean(axis=2, keepdims=True) if self.mean is None else self.mean
-            new_k = new_k - self.mean
-        if self.eager:
-            new_k, new_v = coded(self.k_codec, new_k), coded(self.v_codec, new_v)
-        dense_k = mx.concatenate([self.dense_k, new_k], axis=2)
-        dense_v = mx.concatenate([self.dense_v, new_v], axis=2)
-        step = self._step(dense_k, dense_v, (), (), ((0, 0, 0),) * keys.shape[0])
+        if self.eager:  # these codecs have no rotation
+            keys = coded(self.k_codec, keys.astype(mx.float16)).astype(keys.dtype)
+            values = coded(self.v_codec, values.astype(mx.float16)).astype(values.dtype)
+        return super().update_and_fetch(keys, values)
+
+    def _lengths(self, batch: int) -> tuple[Lengths, ...]:
+        return ((0, 0, 0),) * batch
+
+    def _absorb(self, dense_k: mx.array, dense_v: mx.array, count: int) -> bool:
+        """Keep all columns; those that the real cache would pack are coded."""
         packed = self.extent.packed
-        self.extent, move = self.extent.append(keys.shape[2], self.limits)
+        self.extent, move = self.extent.append(count, self.limits)
         if move.flush and not self.eager:
             start = self.extent.sink + packed
-            dense_k = _recode(self.k_codec, dense_k, start, start + move.flush)
-            dense_v = _recode(self.v_codec, dense_v, start, start + move.flush)
+            stop = start + move.flush
+            if self.spec.center and self.center is None:
+                self.center = mean_key(dense_k[:, :, start : start + FLUSH])
+                dense_k = shifted(dense_k, self.center)
+            dense_k, dense_v = _recode(self.k_codec, dense_k, start, stop), _recode(self.v_codec, dense_v, start, stop)
         self.dense_k, self.dense_v = dense_k, dense_v
-        shape = (*keys.shape[:2], self.extent.held)
-        return Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
+        return False
 
     def _choose_layouts(self) -> None:
         super()._choose_layouts()
