@@ -91,28 +91,29 @@ def request(tokens: int, seed: int, max_tokens: int, **more) -> dict:
 
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict, leave_after: float | None = None):
-    """Send one request; returns (status, text, times of the chunks), status 0 when we left on purpose."""
-    times, answer = [], ""
-    started = time.monotonic()
+    """Send one request; returns (status, text, times of the request and its chunks); status 0 when we left."""
     try:
-        async with asyncio.timeout(leave_after):
-            async with client.stream("POST", url + "/v1/chat/completions", json={**body, "stream": True}) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    return response.status_code, "", times
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        return 500, event["error"]["message"], times
-                    piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
-                    if piece:
-                        answer += piece
-                        times.append(time.monotonic())
-    except TimeoutError:
-        return 0, "", times
-    return 200, answer, [started, *times]
+        return await asyncio.wait_for(_stream(client, url, body), leave_after)
+    except asyncio.TimeoutError:
+        return 0, "", []
+
+
+async def _stream(client: httpx.AsyncClient, url: str, body: dict):
+    times, answer = [time.monotonic()], ""
+    async with client.stream("POST", url + "/v1/chat/completions", json={**body, "stream": True}) as response:
+        if response.status_code != 200:
+            return response.status_code, (await response.aread()).decode(), times
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                return 500, event["error"]["message"], times
+            piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
+            if piece:
+                answer += piece
+                times.append(time.monotonic())
+    return 200, answer, times
 
 
 async def soak(server: Server, args: argparse.Namespace) -> dict:
@@ -201,7 +202,8 @@ async def stall(server: Server, args: argparse.Namespace) -> dict:
         running = asyncio.create_task(stream(client, server.url, request(500, 900, args.stall_tokens, **no_end)))
         await asyncio.sleep(args.stall_after)
         begun = time.monotonic()
-        status, answer, other = await stream(client, server.url, request(args.longest, 901 + os.getpid(), 2, **no_end))
+        long = request(args.longest, 901 + os.getpid(), 2, **no_end)
+        status, answer, other = await stream(client, server.url, long)
         assert status == 200, (status, answer)
         done = other[1] if len(other) > 1 else time.monotonic()
         _, _, times = await running

@@ -87,7 +87,7 @@ def serve(
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
-    from ..memory.device import parse_memory
+    from ..memory.device import parse_memory, wired
     from ..spec import spec_from_flags
     from .launch import Options, Server, check, describe, make_service
 
@@ -124,7 +124,8 @@ def serve(
     check(options)
     service, prices = make_service(options)
     print(describe(service, prices, options), flush=True)
-    Server(service, options).run()
+    with wired(prices.weights + prices.budget):
+        Server(service, options).run()
 
 
 def _object(text: str) -> dict[str, Any]:

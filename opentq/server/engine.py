@@ -117,7 +117,7 @@ class Engine:
     # ---- from other threads
 
     def submit(self, job: Job, room: int) -> None:
-        """Start a job that was admitted; `room` is what is left for remembered prefixes, in bytes."""
+        """Start a job that was admitted; `room` is what running requests leave for remembered prefixes, in bytes."""
         self._inbox.put(("submit", (job, room)))
 
     def cancel(self, job: Job, error: ApiError) -> None:
@@ -179,7 +179,7 @@ class Engine:
     def _start(self, job: Job, room: int) -> None:
         self.at_work = job
         job.started = time.perf_counter()
-        self.store.shrink(room)
+        self.store.give_way(room)
         job.names = self.store.names(job.tokens)
         hit = self.store.fetch(job.names)
         job.caches = hit.caches or make_prompt_cache(self.model)

@@ -74,7 +74,7 @@ def check(options: Options) -> None:
         )
     step = options.prefill_step
     if step is not None and (step < 1 or (FLUSH % step and step % FLUSH)):
-        raise UserError(f"--prefill-step-size {step} must be 16, 32 or a multiple of 64, the tokens packed together")
+        raise UserError(f"--prefill-step-size {step} must divide 64, the tokens packed together, or be a multiple")
 
 
 def make_service(options: Options) -> tuple[Service, Prices]:

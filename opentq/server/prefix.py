@@ -69,6 +69,7 @@ class PrefixStore:
     def __init__(self, step: int, max_bytes: int, shelf: Shelf | None = None):
         self.step = step
         self.max_bytes = max_bytes
+        self.room = max_bytes  # what running requests leave of it
         self.shelf = shelf
         self.nbytes = 0
         self._entries: OrderedDict[Entry, None] = OrderedDict()
@@ -116,7 +117,7 @@ class PrefixStore:
         if not names or self._covered(names):
             return
         nbytes = sum(c.nbytes for c in caches)
-        if nbytes > self.max_bytes:
+        if nbytes > self.room:
             return
         entry = Entry(tuple(names), caches, nbytes, exact_trim(caches))
         if entry.trimmable:
@@ -126,13 +127,18 @@ class PrefixStore:
         self.nbytes += nbytes
         for name in names:
             self._by_name.setdefault(name, []).append(entry)
-        self.shrink(self.max_bytes)
+        self.shrink(self.room)
 
     def remember(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
         """`insert`, and on the disk too: caches that hold the blocks `names` of the prompt `tokens`."""
         if self.shelf and names:
             self.shelf.save(names, tokens[: len(names) * self.step], caches)
         self.insert(names, caches)
+
+    def give_way(self, room: int) -> None:
+        """Keep within `room` bytes from now on: running requests may come to need the rest."""
+        self.room = min(room, self.max_bytes)
+        self.shrink(self.room)
 
     def shrink(self, nbytes: int) -> None:
         """Forget the least recently used until at most `nbytes` are held."""

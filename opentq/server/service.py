@@ -182,8 +182,9 @@ class Service:
         answer = ask.max_tokens if ask.max_tokens is not None else min(self.settings.max_tokens, max(limit - prompt, 1))
         if prompt + answer > limit:
             raise bad(
-                f"this server's context is {limit} tokens, the request is {prompt + answer}: {prompt} in the prompt "
-                f"and {answer} for the answer; shorten one of them",
+                # Clients look for these words, OpenAI's own.
+                f"This model's maximum context length is {limit} tokens; the request is {prompt + answer}: {prompt} "
+                f"in the prompt and {answer} for the answer. Shorten one of them.",
                 "max_tokens" if prompt < limit else ("prompt" if ask.messages is None else "messages"),
                 "context_length_exceeded",
             )
