@@ -1,4 +1,4 @@
-"""The README's tables, made from `results/*.jsonl`: `python dev/tables.py` rewrites them, `--check` fails if they are stale.
+"""Tables made from `results/*.jsonl`: `python dev/tables.py` rewrites them, `--check` fails on stale ones.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a function of this file.
 """
@@ -31,6 +31,64 @@ TABLES: dict[str, Callable[[], str]] = {}
 def table(function: Callable[[], str]) -> Callable[[], str]:
     TABLES[function.__name__] = function
     return function
+
+
+def latest(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, dict[str, Any]]:
+    """The last record of every combination of `keys`."""
+    return {tuple(r[k] for k in keys): r for r in rows}
+
+
+def machine(rows: list[dict[str, Any]]) -> str:
+    """Where and when, for the line under a table."""
+    last = rows[-1]
+    return f"{last['device']}, mlx {last['versions']['mlx']}, {last['time'][:10]}"
+
+
+@table
+def headline() -> str:
+    """models/tiny-llama at 8K tokens: memory and speed of every cache, in one run."""
+    rows = [r for r in records("model-cpu") if r["depth"] == 8192 and r["tokens_per_s"]]
+    if not rows:
+        return "No record yet."
+    found = latest(rows, "kv", "test")
+    names = list(dict.fromkeys(r["kv"] for r in rows))
+    tests = sorted({r["test"] for r in rows})
+    base = {t: found[names[0], t]["tokens_per_s"] for t in tests}
+    body = []
+    for kv in names:
+        mine = {t: found[kv, t] for t in tests}
+        speeds = [f"{mine[t]['tokens_per_s']:.0f} ({mine[t]['tokens_per_s'] / base[t]:.2f}x)" for t in tests]
+        held = mine[tests[0]]
+        label = "mlx-lm's own (float32 on the CPU)" if kv == "f16" else f"opentq `{kv}`"
+        body.append([label, f"{held['kv_bytes'] / 1e6:.1f} MB", f"{held['peak_bytes'] / 1e6:.0f} MB", *speeds])
+    units = [f"{'prefill' if t.startswith('pp') else 'decode'} tokens/s" for t in tests]
+    text = markdown(["KV cache, `tiny-llama` at 8,192 tokens", "KV held", "peak with weights", *units], body)
+    return f"{text}\n\n{machine(rows)}; `opentq bench model`."
+
+
+@table
+def nvidia() -> str:
+    """The decode kernel alone on Hopper, best geometry of each shape."""
+    rows = [r for r in records("cuda") if r["what"] == "decode kernel" and r["n"] >= 1024]
+    best: dict[tuple, dict[str, Any]] = {}
+    for r in rows:
+        key = (r["n"], r["batch"], r["q_heads"], r["kv_heads"], r["dim"], r["k"], r["v"])
+        if key not in best or r["us"] < best[key]["us"]:
+            best[key] = r
+    body = [
+        [
+            f"{r['q_heads']}/{r['kv_heads']} heads, D {r['dim']}, {r['k']} / {r['v']}",
+            str(r["batch"]),
+            f"{r['n'] // 1024}K",
+            f"{r['us']:.1f}",
+            f"{r['gb_per_s'] / 1000:.2f}",
+            f"{r['share_of_read']:.0%}",
+        ]
+        for r in best.values()
+    ]
+    text = markdown(["shape", "batch", "context", "us", "TB/s", "of read bandwidth"], body)
+    last = rows[-1]
+    return f"{text}\n\n{last['device']}, {last['date'][:10]}; {last['harness']}, the kernel without a framework."
 
 
 def main() -> int:
