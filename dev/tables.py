@@ -41,7 +41,7 @@ def latest(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, dict[str, Any]
 def machine(rows: list[dict[str, Any]]) -> str:
     """Where and when, for the line under a table."""
     last = rows[-1]
-    return f"{last['device']}, mlx {last['versions']['mlx']}, {last['time'][:10]}"
+    return f"{last['device']}, mlx {last['versions']['mlx']}, {last['date'][:10]}"
 
 
 @table
