@@ -16,7 +16,7 @@ import opentq
 from opentq import cli
 from opentq.caches.single import OpenTQCache
 from opentq.errors import UserError
-from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, show
+from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, recommend, show
 from opentq.evaluate.plot import heat_map
 from opentq.evaluate.records import Records
 from opentq.evaluate.simulate import SimulatedCache, coded
@@ -456,3 +456,36 @@ def test_a_simulated_cache_is_not_for_saving():
     y = mx.random.normal((1, 1, 64, 64), key=mx.random.key(0))
     codec = KVSpec.parse("tq4").codecs()[0]
     assert coded(codec, y).dtype == mx.float16
+
+
+# ---- recommendations
+
+
+def test_recommendations_rest_on_records():
+    """Every number in the table is in results/fidelity.jsonl, and every spec is 3.2 times smaller than fp16 or more."""
+    records = Records(Path(__file__).parents[1] / "results" / "fidelity.jsonl").all
+    for family, line in recommend._table().items():
+        spec = KVSpec.parse(line["spec"])
+        assert str(spec) == line["spec"] and spec.bits_per_value(128) <= 5
+        (record,) = [
+            r
+            for r in records
+            if r["settings"]["model"]["name"] == line["measured"]
+            and (r["settings"]["spec"], r["settings"]["depth"]) == (line["spec"], 4096)
+        ]
+        assert record["kl_mean"][0] == pytest.approx(line["kl"], rel=0.02), family
+        assert record["top1"][0] == pytest.approx(line["top1"], abs=0.001), family
+
+
+def test_a_model_type_gets_its_family_or_the_default():
+    assert str(recommend.recommend("qwen2").spec) == "int4:center"
+    assert recommend.recommend("llama").family == "llama" and "int4" in str(recommend.recommend("llama"))
+    assert recommend.recommend("a model of tomorrow").family == "default"
+
+
+def test_a_spec_below_the_recommendation_is_warned_about():
+    assert recommend.warn("llama", KVSpec.parse("int4")) is None
+    assert recommend.warn("llama", KVSpec.parse("k8v4")) is None
+    text = recommend.warn("llama", KVSpec.parse("int8/tq3"))
+    assert text is not None and "fewer bits of values than int4" in text and "opentq eval fidelity" in text
+    assert "keys and values" in (recommend.warn("qwen2", KVSpec.parse("int2")) or "")
