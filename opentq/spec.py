@@ -72,7 +72,10 @@ class KVSpec:
         if "|" in text or text.strip().endswith(".toml"):
             from .recipe import Recipe
 
-            return Recipe.read(text)
+            try:
+                return Recipe.read(text)
+            except SpecError as error:
+                raise SpecError(f"KV spec {text!r}: {error}") from error
         head, *options = text.strip().lower().split(":")
         keys, values = _names(head, text)
         spec = cls(keys, values)

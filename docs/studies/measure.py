@@ -31,7 +31,9 @@ native mlx4 q4_0 int4 tq4 tq3 tq5/tq3 tq6/tq3 tq5/tq4 tq6/tq4 tq6/tq2 int4:g64 i
 polar4 qjl tq3p int2 tq3:center int4:center tq5/tq3:center tq5/tq3:sink=4:recent=64 tq3:sink=4:recent=64
 tq3p:sketch=orth tq4/tq3 k8tq3 mlx8 int4:first2=qjl tq3:nc tq2.5 qjl6/int4 tq3:out=2 tq4:sink=4:recent=64
 tq4:center tq3.5 tq3:ub k8tq2 tq3:skip=first1 tq3:skip=last1 qjl2/int4 tq4p:sketch=orth tq1 tq4:haar int8:g64
-qjl4/int4:sketch=gauss qjl/int2 int4:out=2 int3 tq3/tq4 q4_0:norot int4:g64:norot
+qjl4/int4:sketch=gauss qjl/int2 int4:out=2 int3 tq3/tq4 q4_0:norot int4:g64:norot tq5/tq3:nc:center tq5/tq3:nc
+tq6/tq3:nc tq6/tq3:nc:center tq6/tq3:center tq4:nc tq3:nc:center tq3:nc:sink=4:recent=64
+tq5/tq3:nc:sink=4:recent=64 tq3:nc:last1=int8 tq2:nc int4:g64:center
 """.split()  # noqa: SIM905
 
 NEEDLES = "native mlx4 tq3 int4 tq5/tq3 tq2 int4:g64 qjl polar4 int2 tq3p int3:g64".split()  # noqa: SIM905
