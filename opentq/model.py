@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +108,6 @@ def make_cache(model: Any) -> list[Any]:
 def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
     """`mlx_lm.generate`: the whole answer as text."""
     return mlx_lm.generate(model, tokenizer, prompt=prompt, **options)
-
-
-def stream(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> Iterator[Any]:
-    """`mlx_lm.stream_generate`: one response per token."""
-    return mlx_lm.stream_generate(model, tokenizer, prompt, **options)
 
 
 def cache_bytes(caches: list[Any]) -> int:

@@ -73,8 +73,3 @@ def kernel_mode() -> str:
     if mode not in ("", "native", "tiled"):
         raise ValueError(f"OPENTQ_KERNELS={mode!r} is not known: use native, tiled, or leave it unset")
     return mode
-
-
-def winners() -> dict[tuple, str]:
-    """Which function served which kind of call so far."""
-    return dict(_winners)
