@@ -25,8 +25,27 @@ GRID = 1 << 14
 def sphere(bits: int, dim: int) -> Codebook:
     """Codebook for `sqrt(d) * u_j`, u uniform on the unit sphere of R^d (TurboQuant, arXiv 2504.19874, Algorithm 1).
 
-    The density is `f(t) ~ (1 - t^2/d)^((d-3)/2)`, which is close to N(0, 1).
+    The density is `f(t) ~ (1 - t^2/d)^((d-3)/2)`, which is close to N(0, 1). Every centroid is a whole multiple of one
+    step (`integers`), so that a kernel's table is bytes and its products are exact.
     """
+    entries, step = integers(bits, dim)
+    return tuple(entry * step for entry in entries)
+
+
+@functools.cache
+def integers(bits: int, dim: int) -> tuple[tuple[int, ...], float]:
+    """`sphere(bits, dim)` as signed bytes and their step: the outermost centroids are -127 and 127 steps.
+
+    Rounding to bytes adds 0.4 % to the distortion of 4 bits, 2 % to that of 5 and 8 % to that of 6.
+    """
+    exact = _sphere(bits, dim)
+    step = exact[-1] / 127
+    upper = [round(value / step) for value in exact[len(exact) // 2 :]]
+    return (*(-entry for entry in reversed(upper)), *upper), step
+
+
+def _sphere(bits: int, dim: int) -> Codebook:
+    """The optimal codebook in full precision."""
     _check(bits)
     if dim < 4:
         raise ValueError(f"codebook: dimension {dim} is too small, a rotation needs at least 4 channels")
