@@ -8,7 +8,7 @@ import typer
 
 from .bench.command import bench
 from .caches.command import app as cache
-from .chat_command import chat
+from .chat.command import chat
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.generate import generate

@@ -25,6 +25,7 @@ from .caches.batch import BatchOpenTQCache
 from .caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from .caches.single import OpenTQCache
 from .caches.step import Handle, LayerStats
+from .evaluate.recommend import AUTO, recommend
 from .policy import LayerPlan, decide, members
 from .spec import KVSpec
 
@@ -48,18 +49,19 @@ class Installation:
     lends: bool = False  # layers attend to keys and values that another layer's cache has taken
 
 
-def compress(model: Any, spec: KVSpec | str = "int4", self_test: bool = True) -> list[LayerPlan]:
+def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> list[LayerPlan]:
     """Make `model` use compressed KV caches from now on, in place; returns one plan per layer.
 
     Everything in mlx-lm that asks the model for caches (generate, stream_generate, speculative decoding, batches)
-    then uses them. Calling it again replaces the spec. `self_test` runs one token through the model.
+    then uses them. Calling it again replaces the spec. "auto" is what is recommended for the model's family
+    (`evaluate/recommended.toml`). `self_test` runs one token through the model.
 
     Raises:
         SpecError: the spec can't be read.
         NothingCompressed: no layer can be compressed.
         HookError: mlx-lm's internals are not as expected, or a layer did not enter the compressed path.
     """
-    spec = KVSpec.parse(spec)
+    spec = recommend(model).spec if spec == AUTO else KVSpec.parse(spec)
     if installed(model):
         uninstall(model)
     original = model.__dict__.get("make_cache")

@@ -14,6 +14,7 @@ from mlx_lm.utils import sharded_load
 
 from . import hooks
 from .errors import UserError
+from .evaluate.recommend import AUTO
 from .spec import KVSpec
 
 WEIGHTS = ("*.safetensors", "*.npz")
@@ -28,14 +29,15 @@ def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any
 
     Args:
         path: folder or repository name.
-        kv: a KV spec such as `"int4"`; None leaves mlx-lm's own caches.
+        kv: a KV spec such as `"int4"`; `"auto"` for what is recommended for the model's family; None leaves
+            mlx-lm's own caches.
         options: passed on to `mlx_lm.load`.
 
     Raises:
         ModelError: the folder is missing, incomplete, or not a model that mlx-lm knows.
         SpecError, NothingCompressed: see `opentq.compress`.
     """
-    spec = None if kv is None else KVSpec.parse(kv)
+    spec = kv if kv is None or kv == AUTO else KVSpec.parse(kv)
     check_folder(path)
     # Under mlx.launch every rank loads its share, and caches are compressed on each.
     read = sharded_load if ranks() > 1 else mlx_lm.load

@@ -21,9 +21,6 @@ GRAMMAR = (
 )
 
 
-DEFAULT = "int4"
-
-
 class SpecError(UserError):
     """A KV spec that can't be understood; the message names the wrong part and what is allowed."""
 
@@ -262,12 +259,15 @@ def grammar() -> str:
     return GRAMMAR.format(names=", ".join(REGISTRY))
 
 
-def spec_from_flags(kv: str | None, kv_bits: int | None = None, kv_group_size: int | None = None) -> KVSpec:
-    """The spec that command-line flags ask for; mlx-lm's `--kv-bits` and `--kv-group-size` are aliases of `--kv`."""
+def spec_from_flags(kv: str | None, kv_bits: int | None = None, kv_group_size: int | None = None) -> KVSpec | None:
+    """The spec that command-line flags ask for, None when they ask for none.
+
+    mlx-lm's `--kv-bits` and `--kv-group-size` are aliases of `--kv`. Raises SpecError.
+    """
     if kv is not None and (kv_bits is not None or kv_group_size is not None):
         raise SpecError("give --kv or mlx-lm's --kv-bits/--kv-group-size, not both")
     if kv_bits is not None:
         return KVSpec.parse(f"int{kv_bits}:g{kv_group_size or 64}")  # 64 is mlx-lm's default group
     if kv_group_size is not None:
         raise SpecError("--kv-group-size needs --kv-bits")
-    return KVSpec.parse(kv or DEFAULT)
+    return None if kv is None else KVSpec.parse(kv)

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from opentq.chat import Conversation, Settings
-from opentq.chat_console import Console, count, size
-from opentq.chat_style import BOLD, CYAN, RESET, Styler
+from opentq.chat.console import Console, count, size
+from opentq.chat.conversation import Conversation, Settings
+from opentq.chat.style import BOLD, CYAN, RESET, Styler
 from opentq.errors import UserError
 from opentq.model import load
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from opentq import cli
+from opentq.evaluate.recommend import recommend
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-llama"
 QUESTION = "# The secret code of Babilu is 48213.\n\nimport os\nimport sys\nWhat is the secret code of Babilu?"
@@ -56,6 +57,22 @@ def test_generate_answers_from_a_file(run, tmp_path, kv):
     assert "48213" in record["text"] and record["kv_spec"] == kv and record["prompt_tokens"] > 20
     assert answer.read_text() == record["text"]
     assert "tok/s" in err and "KV" in err
+
+
+@pytest.mark.parametrize("model, spec", [("tiny-llama", "llama"), ("tiny-qwen", "qwen2")])
+def test_without_a_spec_the_recommended_one_is_used_and_named(run, model, spec):
+    best = recommend(spec).spec
+    code, out, err = run("generate", "--model", str(TINY.parent / model), QUESTION, "-m", "2", "--json")
+    assert code == 0, err
+    assert f"KV spec {best}, recommended for {spec} models: " in err
+    assert json.loads(out.splitlines()[-1])["kv"] == str(best)
+
+
+def test_a_spec_below_the_recommended_one_is_warned_about(run):
+    code, _, err = run("generate", "--model", str(TINY), "--kv", "int2", QUESTION, "-m", "2")
+    assert code == 0 and "--kv int2 keeps fewer bits of keys and values than" in err
+    code, _, err = run("generate", "--model", str(TINY), "--kv", "int8", QUESTION, "-m", "2")
+    assert code == 0 and "recommended" not in err
 
 
 def test_mlx_lm_generates_the_same_text(run):

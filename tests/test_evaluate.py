@@ -489,3 +489,6 @@ def test_a_spec_below_the_recommendation_is_warned_about():
     text = recommend.warn("llama", KVSpec.parse("int8/tq3"))
     assert text is not None and "fewer bits of values than int4" in text and "opentq eval fidelity" in text
     assert "keys and values" in (recommend.warn("qwen2", KVSpec.parse("int2")) or "")
+    assert "does not centre keys" in (recommend.warn("qwen2", KVSpec.parse("int4")) or "")
+    assert recommend.warn("qwen2", KVSpec.parse("int8")) is None
+    assert recommend.warn("llama", KVSpec.parse("int2|int8")) is None, "a recipe was measured on its model"

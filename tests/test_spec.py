@@ -124,6 +124,7 @@ def test_qjl_gives_the_first_layers_twice_the_bits():
 def test_mlx_lm_flags_are_aliases():
     assert spec_from_flags(None, 8, 32) == KVSpec.parse("int8:g32")
     assert spec_from_flags(None, 4, None) == KVSpec.parse("int4:g64")
+    assert spec_from_flags(None) is None and spec_from_flags("k8v4") == KVSpec.parse("k8v4")
     for bad in (("int4", 4, None), (None, None, 64), (None, 5, 64)):
         with pytest.raises(SpecError):
             spec_from_flags(*bad)

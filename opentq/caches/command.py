@@ -30,7 +30,7 @@ def build(
     model: Annotated[str, typer.Option("--model", help="Model folder or Hugging Face repository.")] = "",
     text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads stdin.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="The text itself.")] = None,
-    kv: Annotated[str | None, typer.Option(help="KV spec: int8, int4, k8v4, ...")] = None,
+    kv: Annotated[str | None, typer.Option(help="KV spec; default: recommended for the model.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
     ignore_chat_template: Annotated[bool, typer.Option(help="Take the text as it is, without the template.")] = False,
     prefill_step_size: Annotated[int, typer.Option(help="Tokens per prefill step.")] = 2048,
@@ -38,6 +38,8 @@ def build(
     """Process a text with a model and write its cache to FILE."""
     import time
 
+    from ..evaluate.recommend import AUTO, advice
+    from ..hooks import installed
     from ..model import load, make_cache
     from ..spec import spec_from_flags
     from . import disk
@@ -48,7 +50,11 @@ def build(
     if not file.resolve().parent.is_dir():
         raise UserError(f"can't write {str(file)!r}: the folder does not exist")
     spec = spec_from_flags(kv)
-    lm, tokenizer = load(model, kv=spec)
+    lm, tokenizer = load(model, kv=spec or AUTO)
+    record = installed(lm)
+    assert record is not None
+    if line := advice(lm, spec):
+        print(line, file=sys.stderr)
     prompt = {"text": content, "system": system_prompt, "raw": ignore_chat_template}
     tokens = shared_tokens(tokenizer, prompt)
     caches = make_cache(lm)
@@ -62,7 +68,7 @@ def build(
         model=model,
         revision=revision(model),
         template=disk.template_hash(tokenizer),
-        spec=str(spec),
+        spec=str(record.spec),
         prompt=prompt,
     )
     print(f"{describe(manifest, file)}; processed in {seconds:.2f} s", file=sys.stderr)

@@ -18,7 +18,8 @@ def generate(
     prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     kv: Annotated[
-        str | None, typer.Option(help="KV spec: f16, int8, int4, k8v4, int4:g64, ... or a recipe file.")
+        str | None,
+        typer.Option(help="KV spec: f16, int4, k8v4, int4:g64, ... or a recipe; default: recommended for the model."),
     ] = None,
     kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
     kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
@@ -45,7 +46,8 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the per-layer report first.")] = False,
 ) -> None:
     """Generate text from a prompt."""
-    from ..generation import Request, check_trims, encode_prompt, run
+    from ..evaluate.recommend import AUTO, advice
+    from ..generation import Request, check_context, check_trims, encode_prompt, run
     from ..model import is_first_rank, load
     from ..reporting import report
     from ..spec import spec_from_flags
@@ -57,8 +59,8 @@ def generate(
     if prompt_cache and (draft_model or system_prompt or ignore_chat_template):
         raise UserError("--prompt-cache decides the template and the system prompt, and works without a draft model")
     writer = open_output(output) if is_first_rank() else None
-    lm, tokenizer = load(model, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})
-    draft = load(draft_model, kv=spec)[0] if draft_model else None
+    lm, tokenizer = load(model, kv=spec or AUTO, tokenizer_config={"trust_remote_code": trust_remote_code or None})
+    draft = load(draft_model, kv=spec or AUTO)[0] if draft_model else None
     if draft is not None:
         check_trims(lm, draft)
     speaks = is_first_rank()
@@ -87,6 +89,9 @@ def generate(
         draft=draft,
         num_draft_tokens=num_draft_tokens,
     )
+    check_context(request)
+    if speaks and (line := advice(lm, spec)):
+        print(line, file=sys.stderr)
     result = run(lm, tokenizer, request, on_text=(lambda piece: print(piece, end="", flush=True)) if speaks else None)
     if not speaks:
         return
@@ -96,7 +101,7 @@ def generate(
             writer.write(result.text)
     print(result.summary(), file=sys.stderr)
     if as_json:
-        print(json.dumps({"model": model, "kv": str(spec), **result.as_dict()}))
+        print(json.dumps({"model": model, "kv": result.kv_spec, **result.as_dict()}))
 
 
 def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str:

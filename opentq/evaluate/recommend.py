@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import toml
+from ..recipe import Recipe
 from ..spec import KVSpec
 
+AUTO = "auto"
+"""In place of a spec: what is recommended for the model."""
 TABLE = Path(__file__).with_name("recommended.toml")
 PROBE_DIM = 128
 """Head dim at which the sizes of two specs are compared."""
@@ -30,29 +34,48 @@ class Recommendation:
     why: str
     measured: str
 
+    @property
+    def models(self) -> str:
+        return "models without a line of their own" if self.family == "default" else f"{self.family} models"
+
     def __str__(self) -> str:
-        return f"KV spec {self.spec}, recommended for {self.family} models: {self.why}"
+        return f"KV spec {self.spec}, recommended for {self.models}: {self.why}"
 
 
-def recommend(model_type: str) -> Recommendation:
-    """The recommendation for a `model_type` of config.json, or the default for unknown ones."""
+def recommend(model: Any) -> Recommendation:
+    """The recommendation for a loaded model or a `model_type` of config.json, or the default for unknown ones."""
+    kind = model if isinstance(model, str) else getattr(model, "model_type", "")
     table = _table()
     for family, line in table.items():
-        if model_type in line.get("types", []):
+        if kind in line.get("types", []):
             return _recommendation(family, line)
     return _recommendation("default", table["default"])
 
 
-def warn(model_type: str, spec: KVSpec) -> str | None:
-    """One sentence when `spec` keeps fewer bits of keys or of values than what is recommended; else None."""
-    best = recommend(model_type)
-    sides = zip(("keys", "values"), spec.codecs(), best.spec.codecs())
-    below = [side for side, own, other in sides if own.bits_per_value(PROBE_DIM) < other.bits_per_value(PROBE_DIM)]
-    if not below:
+def advice(model: Any, asked: KVSpec | None) -> str | None:
+    """One line for the user: what was taken where no spec was asked for; a warning where it was too small a one."""
+    return str(recommend(model)) if asked is None else warn(model, asked)
+
+
+def warn(model: Any, spec: KVSpec) -> str | None:
+    """One sentence when `spec` keeps less of keys or of values than what is recommended; else None.
+
+    Recipes are not judged: they were measured on their model.
+    """
+    if isinstance(spec, Recipe):
+        return None
+    best = recommend(model)
+    bits = [[codec.bits_per_value(PROBE_DIM) for codec in s.codecs()] for s in (spec, best.spec)]
+    below = [side for side, own, other in zip(("keys", "values"), *bits) if own < other]
+    if below:
+        fault = f"keeps fewer bits of {' and '.join(below)} than {best.spec}"
+    elif best.spec.center and not spec.center and bits[0][0] <= bits[1][0]:
+        fault = f"does not centre keys as {best.spec} does"
+    else:
         return None
     return (
-        f"--kv {spec} keeps fewer bits of {' and '.join(below)} than {best.spec}, which is recommended for "
-        f"{best.family} models; measure what it costs with `opentq eval fidelity --kv {spec},{best.spec}`"
+        f"--kv {spec} {fault}, which is recommended for {best.models}; measure what it costs with "
+        f"`opentq eval fidelity --kv {spec},{best.spec}`"
     )
 
 

@@ -18,7 +18,8 @@ def serve(
     model: Annotated[str, typer.Argument(help="Model folder or Hugging Face repository.")] = "",
     model_option: Annotated[str, typer.Option("--model", help="The same, as an option.")] = "",
     kv: Annotated[
-        str | None, typer.Option(help="KV spec: f16, int8, int4, k8v4, ...; 'off' leaves mlx-lm's cache.")
+        str | None,
+        typer.Option(help="KV spec: f16, int4, k8v4, ...; 'off': mlx-lm's cache; default: recommended for the model."),
     ] = None,
     kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
     kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
@@ -87,6 +88,7 @@ def serve(
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
+    from ..evaluate.recommend import AUTO
     from ..memory.device import parse_memory, wired
     from ..spec import spec_from_flags
     from .launch import Options, Server, check, describe, make_service
@@ -96,7 +98,7 @@ def serve(
 
     options = Options(
         model=model or model_option,
-        kv=None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size),
+        kv=None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size) or AUTO,
         names=tuple(served_model_name or ()),
         host=host,
         port=port,

@@ -16,9 +16,11 @@ import uvicorn
 from .. import hooks
 from ..caches.disk import fingerprint
 from ..errors import UserError
+from ..evaluate.recommend import AUTO, advice
 from ..kernels.layout import FLUSH
 from ..memory.device import GIB
 from ..model import load, make_cache
+from ..spec import KVSpec
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine, choose_step
@@ -39,7 +41,7 @@ class Options:
     """What `opentq serve` was asked for; see its help for the meanings."""
 
     model: str
-    kv: Any = None
+    kv: KVSpec | str | None = AUTO
     names: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8080
@@ -209,6 +211,9 @@ def describe(service: Service, prices: Prices, options: Options) -> str:
     lines = []
     if hooks.installed(engine.model):
         lines.append(str(report(engine.model)))
+        asked = None if options.kv is None or options.kv == AUTO else KVSpec.parse(options.kv)
+        if line := advice(engine.model, asked):
+            lines.append(line)
     else:
         lines.append("KV cache: mlx-lm's own, not compressed")
     full = prices.price(settings.max_context)

@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 
-from . import hooks
-from .chat import Conversation, Settings
-from .chat_style import Styler
-from .errors import UserError
+from .. import hooks
+from ..errors import UserError
+from .conversation import Conversation, Settings
+from .style import Styler
 
 HISTORY = Path("~/.cache/opentq/chat_history")
 
@@ -142,7 +142,7 @@ class Console:
             self.say(f"{name}: {'none' if value is None else value}")
         self.say(f"system: {self.talk.system or 'none'}")
         if hooks.installed(self.talk.model):
-            from .reporting import report
+            from ..reporting import report
 
             self.say(str(report(self.talk.model)))
 

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="Model folder or Hugging Face repository.")] = "",
     model_option: Annotated[str, typer.Option("--model", help="The same, as an option.")] = "",
     kv: Annotated[
-        str | None, typer.Option(help="KV spec: f16, int8, int4, k8v4, ...; 'off' leaves mlx-lm's cache.")
+        str | None,
+        typer.Option(help="KV spec: f16, int4, k8v4, ...; 'off': mlx-lm's cache; default: recommended for the model."),
     ] = None,
     kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
     kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
@@ -35,17 +36,22 @@ def chat(
     """Chat with a model in the terminal, on a compressed cache."""
     from pathlib import Path
 
-    from .chat import Conversation, Settings
-    from .chat_console import Console, use_history
-    from .model import load
-    from .server.pricing import model_context
-    from .spec import spec_from_flags
+    from ..evaluate.recommend import AUTO, advice
+    from ..model import load
+    from ..server.pricing import model_context
+    from ..spec import spec_from_flags
+    from .console import Console, use_history
+    from .conversation import Conversation, Settings
 
     if bool(model) == bool(model_option):
         raise UserError("give the model once: opentq chat FOLDER, or org/name")
     path = model or model_option
-    spec = None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size)
-    lm, tokenizer = load(path, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})
+    off = kv == "off"
+    spec = None if off else spec_from_flags(kv, kv_bits, kv_group_size)
+    options = {"trust_remote_code": trust_remote_code or None}
+    lm, tokenizer = load(path, kv=None if off else spec or AUTO, tokenizer_config=options)
+    if not off and (line := advice(lm, spec)):
+        print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
     if sys.stdin.isatty():
