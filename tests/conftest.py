@@ -7,6 +7,8 @@ import pytest
 
 from opentq.attention import dispatch
 
+from .msl.tally import pytest_terminal_summary  # noqa: F401
+
 
 @pytest.fixture(params=["tiled", "native"])
 def kernels(request, monkeypatch):

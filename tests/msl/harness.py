@@ -11,7 +11,7 @@ from opentq.kernels import metal
 
 from .. import oracle
 from ..matrix import Shape
-from . import launch
+from . import launch, tally
 
 needs_emulator = pytest.mark.skipif(launch.available() is not None, reason=launch.available() or "")
 
@@ -19,7 +19,7 @@ LANES, MATRIX = metal.Tuning(), metal.Tuning(variant="matrix")
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch):
+def gpu(monkeypatch, request):
     """Metal kernels run in the emulator, as on a small GPU; afterwards no launch may have left a trace of trouble."""
     monkeypatch.setattr(metal, "make", launch.metal_kernel)
     monkeypatch.setattr(metal, "tuning", lambda: LANES)
@@ -32,6 +32,7 @@ def gpu(monkeypatch):
     yield
     metal.kernel.cache_clear()
     no_trouble_since(before)
+    tally.leave(request.node, before)
 
 
 def no_trouble_since(before: int) -> None:
@@ -40,16 +41,6 @@ def no_trouble_since(before: int) -> None:
             assert report.allocas == [], f"{name}: an array that did not become registers"
             assert report.threadgroup_memory <= metal.THREADGROUP_BYTES
             assert not any(report.unwritten_bytes), f"{name}: output bytes that nobody wrote"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary(request):
-    yield
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        names = [name for name, _ in launch.launches]
-        counts = ", ".join(f"{names.count(n)} {n}" for n in sorted(set(names)))
-        reporter.write_line(f"\nMetal kernels executed in the emulator: {len(names)} ({counts})")
 
 
 def step(spec: str, shape: Shape, tokens: int, length: int, dtype: mx.Dtype = mx.float16, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from . import compiler, launch, native
-from .harness import needs_emulator, summary  # noqa: F401
+from .harness import needs_emulator
 
 pytestmark = needs_emulator
 

@@ -12,7 +12,7 @@ from opentq.kernels import metal
 from .. import oracle
 from ..matrix import Shape
 from ..test_metal import test_pack_is_the_codec_bit_for_bit as pack_is_the_codec
-from . import launch
+from . import launch, tally
 from .harness import LANES, MATRIX, gpu, needs_emulator, no_trouble_since, step  # noqa: F401
 
 pytestmark = needs_emulator
@@ -78,7 +78,7 @@ def test_the_unchanged_kernel_passes(name):
 
 
 @pytest.mark.parametrize("name, what, mutation", mutants(), ids=lambda v: v if isinstance(v, str) else "")
-def test_a_mutant_does_not_survive(name, what, mutation, monkeypatch):
+def test_a_mutant_does_not_survive(name, what, mutation, monkeypatch, request):
     monkeypatch.setattr(metal, "tuning", lambda: LANES)
 
     def change(text: str) -> str:
@@ -95,3 +95,4 @@ def test_a_mutant_does_not_survive(name, what, mutation, monkeypatch):
         exercise(name)
         no_trouble_since(before)
     del launch.launches[before:]
+    request.node.user_properties.append((tally.MUTANT, what))
