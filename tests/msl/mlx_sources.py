@@ -5,6 +5,7 @@ The wheel is fetched once with pip into the user's cache and never becomes part 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.metadata
 import subprocess
@@ -23,18 +24,28 @@ def root() -> Path | str:
     version = importlib.metadata.version("mlx")
     cache = compiler.CACHE.parent / f"mlx-metal-{version}"
     include = cache / "mlx" / "include"
-    if not (include / "mlx/backend/metal/kernels/utils.h").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--platform", "macosx_14_0_arm64"]
-        command += ["--only-binary=:all:", f"mlx-metal=={version}", "-d", str(cache)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(cache.glob("mlx_metal-*.whl"))
-        if done.returncode or not wheels:
-            return f"mlx-metal {version} can't be fetched from the package index: {done.stderr.strip()[-300:]}"
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(cache, [n for n in wheel.namelist() if n.startswith(KERNELS)])
-        wheels[0].unlink()
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes start together, and one of them fetches
+        if not (include / "mlx/backend/metal/kernels/utils.h").exists():
+            problem = _fetch(version, cache)
+            if problem:
+                return problem
     return include
+
+
+def _fetch(version: str, cache: Path) -> str | None:
+    """Download the wheel and unpack its kernels; the reason if that fails."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--platform", "macosx_14_0_arm64"]
+    command += ["--only-binary=:all:", f"mlx-metal=={version}", "-d", str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(cache.glob("mlx_metal-*.whl"))
+    if done.returncode or not wheels:
+        return f"mlx-metal {version} can't be fetched from the package index: {done.stderr.strip()[-300:]}"
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(cache, [n for n in wheel.namelist() if n.startswith(KERNELS)])
+    wheels[0].unlink()
+    return None
 
 
 def missing() -> str | None:
