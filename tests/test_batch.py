@@ -315,7 +315,10 @@ def test_extracted_caches_continue_alone():
         for token in [prompt[-1], *first]:
             model(mx.array([[token]]), cache=mine)
         assert mine[0].offset == cache[0].offset
-        assert mx.array_equal(model(mx.array([fresh]), cache=mine), model(mx.array([fresh]), cache=cache)).item()
+        # Not bit for bit: matrix products of one row and of two may round differently.
+        assert mx.allclose(
+            model(mx.array([fresh]), cache=mine), model(mx.array([fresh]), cache=cache), atol=1e-4
+        ).item()
 
 
 def test_prompts_with_history_from_the_lru_cache():

@@ -249,7 +249,7 @@ def test_the_scratch_of_the_tiled_path_is_bounded(monkeypatch):
     monkeypatch.setattr(tiled, "SCRATCH", 4 << 20)
     shape = Shape(q_heads=8, kv_heads=2)
     peaks = []
-    for tokens in (2048, 8192):
+    for tokens in (8192, 24576):
         cache, handles = filled("int4", tokens, [tokens - 64, 64], shape)
         q = queries(shape, 64)
         mx.eval(cache.state, q)
