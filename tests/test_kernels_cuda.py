@@ -14,10 +14,11 @@ import pytest
 from opentq.attention import backends, dispatch, fused_cuda
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.caches.single import OpenTQCache
-from opentq.codecs import packing
+from opentq.codecs import codebooks, packing
 from opentq.codecs.affine import Affine
-from opentq.kernels import cuda, cuda_layout
-from opentq.kernels.cuda_layout import BLOCK, MmaLayout
+from opentq.codecs.turbo import Turbo
+from opentq.kernels import cuda, cuda_layout, nvrtc
+from opentq.kernels.cuda_layout import BLOCK, BOOK, MmaLayout, layout_for
 
 from .cuda import emulator
 from .matrix import Shape
@@ -44,11 +45,15 @@ def test_the_newest_gpu_record_is_of_these_kernels():
 # ---- storage layout
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dim, group", [(64, 32), (80, 32), (112, 64), (128, 128), (64, 128)])
+def codecs() -> list[Affine | Turbo]:
+    return [*(Affine(bits, 32) for bits in (2, 3, 4, 8)), Affine(4, 64), Affine(8, 128), *map(Turbo, range(1, 6))]
+
+
+@pytest.mark.parametrize("codec", codecs(), ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 112, 128])
 @pytest.mark.parametrize("side", ["k", "v"])
-def test_the_layout_is_a_permutation_of_the_canonical_bits(side, bits, dim, group):
-    layout, codec = MmaLayout(side, bits, group, dim), Affine(bits, group)
+def test_the_layout_is_a_permutation_of_the_canonical_bits(side, codec, dim):
+    layout = layout_for(side, codec, dim)
     packed = codec.encode(mx.random.normal((2, 3, 128, dim)))
     stored = layout.store(packed)
     assert stored[0].shape == (2, 3, 2, 2 * layout.record_words)
@@ -58,7 +63,7 @@ def test_the_layout_is_a_permutation_of_the_canonical_bits(side, bits, dim, grou
 
 
 def test_a_code_lies_where_the_contract_says():
-    """affine_block.cuh, 4 bits: word `tile` of lane 4g+t, bit 4r + 16 (e%2); K rows are keys, V rows are dims."""
+    """formats.cuh, 4 bits: word `tile` of lane 4g+t, bit 4r + 16 (e%2); K rows are keys, V rows are dims."""
     key, dim = 16 + 8 + 5, 16 * 3 + 8 + 2 * 2 + 1  # strip 1, row 13; tile 3, column 13
     for side in "kv":
         row, column = (13, 13) if side == "k" else (dim % 16, key % 16)
@@ -74,9 +79,14 @@ def test_a_code_lies_where_the_contract_says():
 
 
 def test_layout_names_are_read_back_and_others_are_refused():
-    layout = MmaLayout("v", 3, 64, 112)
-    assert cuda_layout.layout_named(layout.name) == layout
-    assert backends.layout_named(layout.name) == layout
+    for layout in (MmaLayout("v", 3, 64, 112), MmaLayout("k", 4, BOOK, 128)):
+        assert cuda_layout.layout_named(layout.name) == layout
+        assert backends.layout_named(layout.name) == layout
+    assert cuda_layout.layouts(Affine(4), Turbo(6), (128, 128)) is None, "64 magnitudes do not fit the registers"
+    assert cuda_layout.layouts(Turbo(4), Affine(8), (128, 64)) == (
+        MmaLayout("k", 4, BOOK, 128),
+        MmaLayout("v", 8, 32, 64),
+    )
     assert cuda_layout.layout_named("canonical") is None
     assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) is None
     assert cuda_layout.layouts(Affine(4), Affine(8), (128, 64)) == (
@@ -88,21 +98,20 @@ def test_layout_names_are_read_back_and_others_are_refused():
 # ---- launch geometry
 
 
-def geometry(k=(4, 32), v=(4, 32), dims=(128, 128), dtype="__half", rows=8) -> cuda.Geometry:
+def geometry(k=(4, 32), v=(4, 32), dims=(128, 128), dtype="opentq::f16", rows=8) -> cuda.Geometry:
     return cuda.Geometry.choose(MmaLayout("k", *k, dims[0]), MmaLayout("v", *v, dims[1]), dtype, rows)
 
 
 def test_every_shape_has_a_geometry_that_fits():
     for dim in (64, 80, 96, 112, 128, 192, 256, 512):
-        for bits in (2, 3, 4, 8):
+        for k in ((2, 32), (3, 32), (4, 32), (8, 32), (1, BOOK), (5, BOOK)):
             for rows in (1, 8, 9, 16, 64, 1024):
-                for dtype in ("__half", "float"):
-                    g = geometry((bits, 32), (8, 32), (dim, dim), dtype, rows)
-                    assert g.shared <= cuda.SHARED_LIMIT
-                    assert g.stages >= 2 and g.warps in (1, 2, 4, 8)
-                    # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
-                    assert dim // 16 * g.tiles * 4 <= 128
-                    assert g.resident * (g.shared + 1024) <= cuda.SHARED_LIMIT
+                g = geometry(k, (8, 32), (dim, dim), rows=rows)
+                assert g.shared <= cuda.SHARED_LIMIT
+                assert g.stages >= 2 and g.warps in (1, 2, 4, 8)
+                # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
+                assert dim // 16 * g.tiles * 4 <= 128
+                assert g.resident * (g.shared + 1024) <= cuda.SHARED_LIMIT
 
 
 def test_the_headline_shape_gets_what_was_measured_best():
@@ -131,31 +140,23 @@ def test_splits_never_fill_more_than_the_machine_or_drop_below_one():
 # ---- the source
 
 
-def test_the_generated_signature_is_what_mlx_would_write():
+def test_a_source_spells_its_instance_and_its_signature():
     source = geometry().source()
-    assert source.name == "opentq_decode_half_mma64_k4_g32_d128_mma64_v4_g32_d128_1_8_2"
-    assert source.parameters() == [
-        "const __half* q",
-        "const Shape q_shape",
-        "const unsigned* k",
-        "const Shape k_shape",
-        "const unsigned* v",
-        "const Shape v_shape",
-        "const __half* dense_k",
-        "const Shape dense_k_shape",
-        "const __half* dense_v",
-        "const int* lens",
-        "const int* params",
-        "const float* sinks",
-        "const unsigned* tickets",
-        "__half* out",
-        "float* scratch",
-    ]
-    instance = "opentq::decode<__half, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
+    assert source.name == "opentq_decode_f16_mma64_k4_g32_d128_mma64_v4_g32_d128_1_8_2"
+    instance = "opentq::decode<opentq::f16, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
     assert f"{instance}{source.shared}>(" in source.body
     unit = source.translation_unit()
-    assert "//" not in unit and '#include "' not in unit
-    assert unit.count("push_macro") == unit.count("pop_macro") == 1 and "__launch_bounds__(256, 2)" in unit
+    assert "//" not in unit and "#include" not in unit
+    assert f'extern "C" __global__ __launch_bounds__(256, 2) void {source.name}(const opentq::f16* q, ' in unit
+    assert "float* scratch, int k_blocks, int v_blocks, int columns, " in unit
+    assert unit.count(f"struct {'Call'} {{") == 1
+
+
+def test_a_codebook_reaches_the_kernel_as_bytes_and_a_step():
+    book, step = codebooks.integers(3, 128)
+    kind = cuda.format_type(MmaLayout("k", 3, BOOK, 128))
+    word = sum(entry << (8 * i) for i, entry in enumerate(book[4:]))
+    assert kind == f"opentq::Book<128, 3, 0x{word:08x}u, 0x00000000u, 0x00000000u, 0x00000000u, {round(step * 2**31)}>"
 
 
 def test_the_source_hash_covers_every_kernel_file():
@@ -168,9 +169,10 @@ def test_the_source_hash_covers_every_kernel_file():
 def test_nvcc_compiles_the_kernels_without_warnings(tmp_path):
     sources = [
         geometry().source(),
-        geometry((8, 64), (3, 32), (80, 112), "__nv_bfloat16", 20).source(),
-        cuda.pack_source(MmaLayout("v", 3, 64, 80), "__half"),
-        cuda.unpack_source(MmaLayout("k", 4, 32, 128), "__nv_bfloat16"),
+        geometry((5, BOOK), (3, BOOK)).source(),
+        geometry((8, 64), (3, 32), (80, 112), "opentq::bf16", 20).source(),
+        cuda.pack_source(MmaLayout("v", 3, 64, 80), "opentq::f16"),
+        cuda.unpack_source(MmaLayout("k", 4, BOOK, 128), "opentq::bf16"),
     ]
     for source in sources:
         (tmp_path / "k.cu").write_text(source.translation_unit())
@@ -204,21 +206,29 @@ def test_pack_is_bit_for_bit_the_codec(side, bits, group, dim, dtype):
     assert mx.array_equal(got, want)
 
 
-@pytest.mark.parametrize("side, bits, dtype", [("k", 4, mx.float16), ("v", 3, mx.bfloat16)])
-def test_unpack_is_the_codecs_decode_in_logical_order(side, bits, dtype):
-    layout, codec, dim = MmaLayout(side, bits, 32, 80), Affine(bits, 32), 80
+@pytest.mark.parametrize(
+    "side, codec, dtype",
+    [("k", Affine(4), mx.float16), ("v", Affine(3), mx.bfloat16)]
+    + [("kv"[bits % 2], Turbo(bits), (mx.float16, mx.bfloat16)[bits // 3]) for bits in range(1, 6)],
+    ids=str,
+)
+def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
+    layout, dim = layout_for(side, codec, 80), 80
     packed, sink, tail_start, columns = 100, 3, 5, 30
     canonical = codec.encode(mx.random.normal((2, 3, 128, dim)))
     (records,) = layout.store(canonical)
     dense = mx.random.normal((2, 3, columns, dim)).astype(mx.float16)
     tokens = packed + sink + columns - tail_start
-    where = mx.array([1, 1, packed, sink, tail_start, tokens, 0, 0], dtype=mx.int32)
     shape = (1, 2, tokens, dim)
     source = cuda.unpack_source(layout, cuda.CTYPES[dtype])
-    (got,), _ = emulator.run(source, (2, 2, 1), [records, dense, where], [(shape, dtype)])
+    scalars = (1, 1, packed, sink, tail_start, records.shape[2], 3, columns, tokens)
+    (got,), _ = emulator.run(source, (2, 2, 1), [records, dense], [(shape, dtype)], scalars)
     middle = codec.decode(canonical, mx.float32, dim)[1:2, 1:, :packed]
     parts = [dense[1:2, 1:, :sink].astype(mx.float32), middle, dense[1:2, 1:, tail_start:].astype(mx.float32)]
-    assert mx.array_equal(got, mx.concatenate(parts, axis=2).astype(dtype))
+    want = mx.concatenate(parts, axis=2).astype(dtype)
+    # The kernel rounds scale * (number * step), the codec scale * entry: a unit in the last place of fp32, then of fp16.
+    tolerance = 0 if layout.zeroed else mx.finfo(dtype).eps
+    assert (mx.abs(got - want) <= tolerance * mx.abs(want)).all()
 
 
 def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
@@ -227,20 +237,20 @@ def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
     g = cuda.Geometry.choose(args.k.layout, args.v.layout, cuda.CTYPES[args.q.dtype], rows)
     blocks = g.grid(args.q.shape[0], args.kv_heads, rows, splits)
     inputs = fused_cuda.inputs(args, mx.zeros((blocks[1] * blocks[2],), mx.uint32))
-    scratch = (blocks[1] * blocks[2], splits, g.row_tile, args.v.head_dim + 2)
-    out_shape = (*args.q.shape[:3], args.v.head_dim)
-    outputs, left = emulator.run(g.source(), blocks, inputs, [(out_shape, args.q.dtype), (scratch, mx.float32)])
+    outputs, left = emulator.run(
+        g.source(), blocks, inputs, fused_cuda.outputs(args, g, blocks), fused_cuda.scalars(args)
+    )
     assert not left[-1].any(), "tickets must be zero after a launch"
     return outputs[0]
 
 
-def packed_args(k: Affine, v: Affine, dims, heads, length, lens, columns, dtype=mx.float16, **options) -> AttnArgs:
+def packed_args(k: Affine | Turbo, v: Affine | Turbo, dims, heads, length, lens, columns, dtype=mx.float16, **options) -> AttnArgs:
     """Random args in the mma layout. What lies beyond a sequence's packed tokens is NaN."""
     batch, kv_heads, gqa = len(lens), *heads
     capacity = -(-max(n for n, _, _ in lens) // BLOCK) * BLOCK or BLOCK
     sides = []
     for side, codec, dim in (("k", k, dims[0]), ("v", v, dims[1])):
-        layout = MmaLayout(side, codec.bits, codec.group, dim)
+        layout = layout_for(side, codec, dim)
         codes, scales = codec.encode(mx.random.normal((batch, kv_heads, capacity, dim)) + 0.3)
         exists = mx.arange(capacity).reshape(1, 1, -1, 1) < mx.array([n for n, _, _ in lens]).reshape(-1, 1, 1, 1)
         scales = mx.where(exists, scales, mx.array(float("nan"), mx.float16))
@@ -261,7 +271,11 @@ CASES = {
     "window": (2, lambda: packed_args(INT4, INT4, (128, 128), (1, 4), 2, [(200, 2, 2)], 20, window=60, softcap=20.0)),
     "k3v2, odd dims": (2, lambda: packed_args(Affine(3), Affine(2, 64), (80, 112), (1, 3), 2, [(111, 0, 0)], 9)),
     "k8v3, bf16": (2, lambda: packed_args(Affine(8, 64), Affine(3), (96, 64), (1, 5), 3, [(70, 0, 0)], 9, mx.bfloat16)),
-    "fp32 queries": (2, lambda: packed_args(INT4, Affine(8), (64, 64), (2, 2), 1, [(70, 0, 0)], 9, mx.float32)),
+    "tq4": (3, lambda: packed_args(Turbo(4), Turbo(4), (128, 128), (1, 8), 1, [(300, 4, 4)], 50)),
+    "tq5/tq3, bf16": (2, lambda: packed_args(Turbo(5), Turbo(3), (80, 112), (1, 5), 3, [(70, 0, 0)], 9, mx.bfloat16)),
+    "tq2/tq1": (1, lambda: packed_args(Turbo(2), Turbo(1), (96, 64), (2, 2), 1, [(100, 0, 0), (37, 0, 0)], 9)),
+    "k8tq4": (2, lambda: packed_args(Affine(8), Turbo(4), (64, 64), (1, 4), 5, [(90, 0, 0)], 9, window=60)),
+    "tq3 and int2 of 512": (1, lambda: packed_args(Turbo(3), Affine(2), (512, 512), (1, 8), 1, [(70, 0, 0)], 9)),
     "D 512": (1, lambda: packed_args(INT4, INT4, (512, 512), (1, 8), 1, [(70, 0, 0)], 9)),
     "a chunk of rows": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(90, 3, 3)], 60, window=37)),
     "nothing packed": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(0, 0, 0)], 60)),
@@ -300,6 +314,19 @@ def test_decode_over_a_real_cache_after_a_trim(monkeypatch):
     args = args_of(handles, queries(shape, 2, dtype=mx.float16), causal=True)
     assert args.k.layout == layouts[0] and args.max_packed % BLOCK == 0
     judge(args, emulated_attend(args, 2))
+
+
+def test_compiled_kernels_are_kept(monkeypatch, tmp_path):
+    """One compilation per source, card and compiler; whatever a half-written file leaves behind is not read."""
+    calls = []
+    monkeypatch.setattr(nvrtc.build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *a: calls.append(a) or b"code of " + a[1].encode())
+    for source in ("one", "one", "two"):
+        assert nvrtc.cubin("kernel", source, "sm_90") == b"code of " + source.encode()
+    nvrtc.cubin("kernel", "one", "sm_100")
+    assert [source for _, source, _ in calls] == ["one", "two", "one"]
+    assert not list(tmp_path.glob(".build-*"))
 
 
 def test_who_is_not_served():

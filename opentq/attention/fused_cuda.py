@@ -1,6 +1,6 @@
 """Fused attention on NVIDIA GPUs: packed keys and values are read once, where they lie.
 
-Decode and short blocks (and everything the second way can't take) go through `decode_affine.cu`: one launch, whatever
+Decode and short blocks (and everything the second way can't take) go through `decode.cu`: one launch, whatever
 the head dims, widths, windows, sinks and lengths. A prompt chunk of many rows is bound by arithmetic, and there the
 vendor's fp16 kernel is the best there is: a few KV heads of this one layer are laid out in fp16, attended, and dropped
 before the next ones, so that at most `SCRATCH` bytes (or one head, if that is more) are ever unpacked.
@@ -28,8 +28,7 @@ PREFILL_ROWS = 64
 def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None: not a GPU, an array mask, a codec without a kernel, fp32 queries.
 
-    The kernel takes fp32 queries as two fp16 parts, 22 bits, which is finer than fp16 attention and not as fine as the
-    error rule asks of fp32: errors up to 1e-4 were seen on large scores. So fp32 belongs to the portable path.
+    Tensor cores multiply fp16; two fp16 parts per query are 22 bits, and the error rule asks for more of fp32.
     """
     if not cuda.available() or args.mask is not None or args.q.dtype not in SERVED:
         return None
@@ -51,17 +50,17 @@ def prefers_prefill(args: AttnArgs) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[cuda.Geometry, cuda.KernelSource]:
+def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[cuda.Geometry, cuda.Kernel]:
     geometry = cuda.Geometry.choose(k, v, cuda.CTYPES[dtype], rows)
-    return geometry, geometry.source()
+    return geometry, cuda.compiled(geometry.source())
 
 
 def decode(args: AttnArgs) -> mx.array:
-    """One launch of `decode_affine.cu`."""
-    batch, q_heads, length, _ = args.q.shape
-    rows = args.gqa * length
+    """One launch of `decode.cu`."""
     assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
-    geometry, source = _plan(args.k.layout, args.v.layout, args.q.dtype, rows)
+    batch, _, length, _ = args.q.shape
+    rows = args.gqa * length
+    geometry, kernel = _plan(args.k.layout, args.v.layout, args.q.dtype, rows)
     tokens = args.max_packed
     if args.window:
         tokens = min(tokens, args.window + length)
@@ -72,15 +71,8 @@ def decode(args: AttnArgs) -> mx.array:
         cuda.multiprocessors(),
     )
     blocks = geometry.grid(batch, args.kv_heads, rows, splits)
-    scratch = (blocks[1] * blocks[2], splits, geometry.row_tile, args.v.head_dim + 2) if splits > 1 else (1,)
-    out, _ = cuda.compiled(source)(
-        inputs=inputs(args, cuda.tickets(blocks[1] * blocks[2])),
-        output_shapes=[(batch, q_heads, length, args.v.head_dim), scratch],
-        output_dtypes=[args.q.dtype, mx.float32],
-        grid=(blocks[0] * source.threads, blocks[1], blocks[2]),
-        threadgroup=(source.threads, 1, 1),
-    )
-    return out
+    tickets = cuda.tickets(blocks[1] * blocks[2])
+    return kernel(inputs(args, tickets), outputs(args, geometry, blocks), scalars(args), blocks)[0]
 
 
 def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
@@ -92,10 +84,25 @@ def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
         args.dense_k,
         args.dense_v,
         args.lens_array(),
-        cuda.params_array(args.scale, args.softcap, args.window, args.causal),
         cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
         tickets,
     ]
+
+
+def outputs(
+    args: AttnArgs, geometry: cuda.Geometry, blocks: tuple[int, int, int]
+) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """Shapes and dtypes of the output and of the scratch for partial results."""
+    out = (*args.q.shape[:3], args.v.head_dim)
+    scratch = (blocks[1] * blocks[2], blocks[0], geometry.row_tile, args.v.head_dim + 2) if blocks[0] > 1 else (1,)
+    return [(out, args.q.dtype), (scratch, mx.float32)]
+
+
+def scalars(args: AttnArgs) -> cuda.Scalars:
+    """`cuda.CALL` of this call."""
+    k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
+    shape = (k_blocks, v_blocks, args.dense_k.shape[2], args.q.shape[1], args.kv_heads, args.q.shape[2])
+    return (*shape, args.window, int(args.causal), float(args.scale), float(args.softcap))
 
 
 def prefill(args: AttnArgs) -> mx.array:

@@ -1,9 +1,9 @@
-"""CUDA kernels: their sources, their launch geometry, and the `mx.fast.cuda_kernel` objects built from them.
+"""CUDA kernels: their sources, their launch geometry, and the calls that launch them.
 
 A kernel is a `.cu` file of templates plus one line that instantiates it. `KernelSource` holds both and can spell itself
-in three ways: for MLX, which compiles it with NVRTC on first use; as a translation unit for nvcc, which checks it on
-machines without a GPU; and as one for the warp emulator of the tests. Everything about a launch that is arithmetic (row
-tiles, warps, ring stages, shared memory, splits) is in `Geometry`, so that it can be tested anywhere.
+in two ways: as a translation unit, which NVRTC compiles on first use (`nvrtc.py`) and nvcc checks on machines without a
+GPU, and as one for the warp emulator of the tests. Everything about a launch that is arithmetic (row tiles, warps, ring
+stages, shared memory, splits) is in `Geometry`, so that it can be tested anywhere.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ import functools
 import hashlib
 import itertools
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..codecs import codebooks
+from . import nvrtc
 from .cuda_layout import BLOCK, RECORD, MmaLayout
 
 HERE = Path(__file__).parent
-FILES = ("warp.cuh", "affine_block.cuh", "decode_warp.cuh", "decode_affine.cu", "pack_affine.cu", "unpack_affine.cu")
+FILES = ("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh", "decode.cu", "pack_affine.cu", "unpack.cu")
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
 MAX_SPLITS = 160
 """Beyond this the merge of the partial results takes longer than the splits save."""
-CTYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
+CTYPES = {mx.float16: "opentq::f16", mx.bfloat16: "opentq::bf16", mx.float32: "float", mx.uint32: "unsigned"}
+
+Scalars = tuple[int | float, ...]
 
 
 def available() -> bool:
@@ -38,7 +41,13 @@ def available() -> bool:
 
 @functools.cache
 def _hopper() -> bool:
-    return bool(mx.cuda.is_available()) and _device_attribute(75) >= 9  # major compute capability
+    return bool(mx.cuda.is_available()) and _device_attribute(MAJOR) >= 9
+
+
+@functools.cache
+def architecture() -> str:
+    """What NVRTC compiles for: "sm_90" on Hopper."""
+    return f"sm_{_device_attribute(MAJOR)}{_device_attribute(MINOR)}"
 
 
 def source_hash() -> str:
@@ -51,7 +60,7 @@ def source_hash() -> str:
 
 @functools.cache
 def text(name: str, primitives: bool = True) -> str:
-    """A source file with its local includes in front and comments gone (MLX hashes the text on every call)."""
+    """A source file with its local includes in front and comments gone."""
     seen: set[str] = set()
 
     def expand(name: str) -> str:
@@ -67,70 +76,67 @@ def text(name: str, primitives: bool = True) -> str:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """One instantiation: C types of inputs and outputs in order, and the body that MLX puts between the braces."""
+    """One instantiation: names and C types of inputs, outputs and scalars in order, and the body between the braces."""
 
     name: str
     file: str
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
+    scalars: tuple[tuple[str, str], ...]
     body: str
     threads: int
     shared: int
     resident: int = 1  # blocks per multiprocessor that registers must leave room for
 
-    @property
-    def header(self) -> str:
-        """The sources, and the launch bounds.
-
-        MLX writes the kernel's signature itself and has no place for launch bounds, so `__global__` carries them until
-        the body restores it.
-        """
-        bounds = f"__attribute__((global)) __launch_bounds__({self.threads}, {self.resident})"
-        redefine = ['#pragma push_macro("__global__")', "#undef __global__", f"#define __global__ {bounds}"]
-        return text(self.file) + "\n".join(redefine) + "\n"
-
-    @property
-    def full_body(self) -> str:
-        return '\n#pragma pop_macro("__global__")\n' + self.body
-
-    def build(self):
-        """The `mx.fast.cuda_kernel` object; raises where MLX has no CUDA back end."""
-        return mx.fast.cuda_kernel(
-            name=self.name,
-            input_names=[n for n, _ in self.inputs],
-            output_names=[n for n, _ in self.outputs],
-            source=self.full_body,
-            header=self.header,
-            shared_memory=self.shared,
-        )
-
-    def parameters(self) -> list[str]:
-        """C parameters in MLX's order: every input, its shape where the body asks for it, then the outputs."""
-        found = []
-        for name, ctype in self.inputs:
-            found.append(f"const {ctype}* {name}")
-            if f"{name}_shape" in self.body:
-                found.append(f"const Shape {name}_shape")
-        return found + [f"{ctype}* {name}" for name, ctype in self.outputs]
-
     def translation_unit(self) -> str:
-        """What MLX would generate, for nvcc."""
-        shape = "struct Shape { int d[8]; __device__ int operator[](int i) const { return d[i]; } };"
-        signature = f'extern "C" __global__ void {self.name}({", ".join(self.parameters())})'
-        return f"{shape}\n{self.header}{signature} {{\n{self.full_body}\n}}\n"
+        """For NVRTC and nvcc."""
+        parameters = [f"const {ctype}* {name}" for name, ctype in self.inputs]
+        parameters += [f"{ctype}* {name}" for name, ctype in self.outputs]
+        parameters += [f"{ctype} {name}" for name, ctype in self.scalars]
+        bounds = f"__launch_bounds__({self.threads}, {self.resident})"
+        signature = f'extern "C" __global__ {bounds} void {self.name}({", ".join(parameters)})'
+        return f"{text(self.file)}{signature} {{\n{self.body}\n}}\n"
 
     def emulated(self) -> str:
-        """For the host's C++ compiler and `tests/cuda/emulate.hpp`: `run(grid, pointers, shapes)`."""
+        """For the host's C++ compiler and `tests/cuda/emulate.hpp`: `run(grid, pointers, scalars)`."""
         lines = []
         for i, (name, ctype) in enumerate(self.inputs + self.outputs):
             lines.append(f"  auto* {name} = static_cast<{ctype}*>(pointers[{i}]);")
-            if f"{name}_shape" in self.body:
-                lines.append(f"  const int* {name}_shape = shapes + 8 * {i};")
-        lines.append("  const Dim3 blocks{grid[0], grid[1], grid[2]};")
-        lines.append(f"  emulate::launch(blocks, {self.threads}, {self.shared}, [&] {{")
-        signature = 'extern "C" void run(const int* grid, void** pointers, const int* shapes)'
+        for i, (name, ctype) in enumerate(self.scalars):
+            lines.append(f"  const auto {name} = static_cast<{ctype}>(scalars[{i}]);")
+        lines.append(f"  emulate::launch({{grid[0], grid[1], grid[2]}}, {self.threads}, {self.shared}, [&] {{")
+        signature = 'extern "C" void run(const int* grid, void** pointers, const double* scalars)'
         code = "\n".join(lines)
         return f'#include "emulate.hpp"\n{text(self.file, False)}{signature} {{\n{code}\n{self.body}\n  }});\n}}\n'
+
+
+class Kernel:
+    """A compiled `KernelSource`, ready to launch."""
+
+    def __init__(self, source: KernelSource):
+        self.source = source
+        self.code = nvrtc.cubin(source.name, source.translation_unit(), architecture())
+
+    def __call__(
+        self,
+        inputs: list[mx.array],
+        outputs: list[tuple[tuple[int, ...], mx.Dtype]],
+        scalars: Scalars,
+        blocks: tuple[int, int, int],
+    ) -> list[mx.array]:
+        """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
+        return mx.fast.precompiled_cuda_kernel(
+            name=self.source.name,
+            compiled_source=self.code,
+            inputs=inputs,
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+            scalars=scalars,
+            grid=(blocks[0] * self.source.threads, blocks[1], blocks[2]),
+            threadgroup=(self.source.threads, 1, 1),
+            shared_memory=self.source.shared,
+            ensure_row_contiguous=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -165,20 +171,20 @@ class Geometry:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: `Plan::BYTES` of decode_affine.cu, which asserts that it is enough."""
-        rows, parts = self.row_tile, 2 if self.dtype == "float" else 1
+        """Bytes of shared memory: `Plan::BYTES` of decode_warp.cuh; decode.cu asserts that it is enough."""
+        rows = self.row_tile
         ring = self.warps * self.stages * 4 * (self.k.record_words + self.v.record_words)
         whole = self.warps * rows * (self.v.head_dim + 4) * 4
         area = max(ring, whole if whole <= max(ring, 49152) else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
-        query = self.k.head_dim // 16 * self.tiles * parts * 256
-        sums = self.tiles * (2 if self.k.groups > 8 else 1) * 256
+        query = self.k.head_dim // 16 * self.tiles * 256
+        sums = self.tiles * (0 if not self.k.zeroed else 2 if self.k.groups > 8 else 1) * 256
         small = rows * 8 + 2 * self.warps * rows * 4 + 16
         return area + query + sums + self.warps * self.stages * 8 + small
 
     @property
     def resident(self) -> int:
         """Blocks per multiprocessor: two where registers (one row tile, D up to 128) and shared memory allow."""
-        small = self.tiles == 1 and max(self.k.head_dim, self.v.head_dim) <= 128 and self.dtype != "float"
+        small = self.tiles == 1 and max(self.k.head_dim, self.v.head_dim) <= 128
         return 2 if small and 2 * (self.shared + 1024) <= SHARED_LIMIT else 1
 
     def splits(self, tiles: int, records: int, strips: int, multiprocessors: int) -> int:
@@ -195,28 +201,27 @@ class Geometry:
 
     def source(self) -> KernelSource:
         t, sizes = self.dtype, f"{self.tiles}, {self.warps}, {self.stages}"
-        name = f"opentq_decode_{t.strip('_')}_{self.k.name}_{self.v.name}_{self.tiles}_{self.warps}_{self.stages}"
+        name = f"opentq_decode_{short(t)}_{self.k.name}_{self.v.name}_{self.tiles}_{self.warps}_{self.stages}"
+        calls = ", ".join(name for name, _ in CALL)
         body = (
-            "  opentq::Shape4 shape{\n"
-            "      k_shape[2], v_shape[2], dense_k_shape[2], q_shape[1], q_shape[2], dense_k_shape[1]};\n"
-            f"  opentq::decode<{t}, {affine_type(self.k)}, {affine_type(self.v)}, {sizes}, {self.shared}>(\n"
-            "      q, k, v, dense_k, dense_v, lens, params, sinks, tickets, out, scratch, shape);"
+            f"  opentq::decode<{t}, {format_type(self.k)}, {format_type(self.v)}, {sizes}, {self.shared}>(\n"
+            f"      q, k, v, dense_k, dense_v, lens, sinks, tickets, out, scratch, {{{calls}}});"
         )
         return KernelSource(
-            name=re.sub(r"\W", "_", name),
-            file="decode_affine.cu",
+            name=re.sub(r"\W+", "_", name),
+            file="decode.cu",
             inputs=(
                 ("q", t),
                 ("k", "unsigned"),
                 ("v", "unsigned"),
-                ("dense_k", "__half"),
-                ("dense_v", "__half"),
+                ("dense_k", "opentq::f16"),
+                ("dense_v", "opentq::f16"),
                 ("lens", "int"),
-                ("params", "int"),
                 ("sinks", "float"),
                 ("tickets", "unsigned"),
             ),
             outputs=(("out", t), ("scratch", "float")),
+            scalars=CALL,
             body=body,
             threads=32 * self.warps,
             shared=self.shared,
@@ -228,8 +233,28 @@ class Geometry:
         return splits, kv_heads * -(-rows // self.row_tile), batch
 
 
-def affine_type(layout: MmaLayout) -> str:
-    return f"opentq::Affine<{layout.head_dim}, {layout.bits}, {layout.group}>"
+CALL = (
+    *((name, "int") for name in ("k_blocks", "v_blocks", "columns", "q_heads", "kv_heads", "length", "window", "causal")),
+    *((name, "float") for name in ("scale", "softcap")),
+)
+"""Names and types of `opentq::Call`, decode's scalars."""
+
+
+def short(ctype: str) -> str:
+    """A C type as part of a kernel's name."""
+    return ctype.rpartition(":")[2]
+
+
+def format_type(layout: MmaLayout) -> str:
+    """The C++ type of formats.cuh that reads this layout."""
+    if layout.zeroed:
+        return f"opentq::Affine<{layout.head_dim}, {layout.bits}, {layout.group}>"
+    book, step = codebooks.integers(layout.bits, layout.head_dim)
+    magnitudes = bytes(book[len(book) // 2 :]).ljust(16, b"\0")
+    words = ", ".join(f"0x{int.from_bytes(magnitudes[i : i + 4], 'little'):08x}u" for i in range(0, 16, 4))
+    if layout.bits == 1:
+        words = "0x7f7f7f7fu, 0u, 0u, 0u"  # no rank to look up: all four bytes
+    return f"opentq::Book<{layout.head_dim}, {layout.bits}, {words}, {round(step * 2**31)}>"
 
 
 @functools.cache
@@ -237,11 +262,12 @@ def pack_source(layout: MmaLayout, dtype: str) -> KernelSource:
     """Rotated vectors `[B, H, T, D]` -> records; one block of 128 threads per record of 32 tokens."""
     keys = "true" if layout.side == "k" else "false"
     return KernelSource(
-        name=re.sub(r"\W", "_", f"opentq_pack_{dtype}_{layout.name}"),
+        name=re.sub(r"\W+", "_", f"opentq_pack_{short(dtype)}_{layout.name}"),
         file="pack_affine.cu",
         inputs=(("y", dtype),),
         outputs=(("records", "unsigned"),),
-        body=f"  opentq::pack<{dtype}, {affine_type(layout)}, {keys}>(y, records);",
+        scalars=(),
+        body=f"  opentq::pack<{dtype}, {format_type(layout)}, {layout.bits}, {keys}>(y, records);",
         threads=128,
         shared=4 * RECORD * (layout.head_dim + 1 + 2 * layout.groups),
     )
@@ -252,34 +278,34 @@ def unpack_source(layout: MmaLayout, dtype: str) -> KernelSource:
     """Some KV heads of one sequence -> `[heads, tokens, D]` in logical order; four units of 32 tokens per block."""
     keys = "true" if layout.side == "k" else "false"
     return KernelSource(
-        name=re.sub(r"\W", "_", f"opentq_unpack_{dtype}_{layout.name}"),
-        file="unpack_affine.cu",
-        inputs=(("records", "unsigned"), ("dense", "__half"), ("where", "int")),
+        name=re.sub(r"\W+", "_", f"opentq_unpack_{short(dtype)}_{layout.name}"),
+        file="unpack.cu",
+        inputs=(("records", "unsigned"), ("dense", "opentq::f16")),
         outputs=(("y", dtype),),
+        scalars=tuple((name, "int") for name in (*UNPACK, "blocks", "heads", "columns", "tokens")),
         body=(
-            f"  opentq::unpack<{affine_type(layout)}, {keys}>(\n"
-            "      records, dense, where, y, records_shape[2], dense_shape[1], dense_shape[2], where[5]);"
+            f"  const int where[] = {{{', '.join(UNPACK)}}};\n"
+            f"  opentq::unpack<{format_type(layout)}, {keys}>(records, dense, where, y, blocks, heads, columns, tokens);"
         ),
         threads=128,
         shared=0,
     )
 
 
+UNPACK = ("sequence", "first_head", "packed", "sink", "tail_start")
+
+
 @functools.cache
-def compiled(source: KernelSource):
-    return source.build()
+def compiled(source: KernelSource) -> Kernel:
+    return Kernel(source)
 
 
 def pack(layout: MmaLayout, y: mx.array) -> mx.array:
-    """`layout.store(codec.encode(y))` on the GPU: rotated `y [B, H, T, D]`, T a multiple of 64."""
+    """`layout.store(codec.encode(y))` on the GPU, affine layouts only: rotated `y [B, H, T, D]`, T a multiple of 64."""
     batch, heads, tokens, _ = y.shape
-    return compiled(pack_source(layout, CTYPES[y.dtype]))(
-        inputs=[y],
-        output_shapes=[(batch, heads, tokens // BLOCK, 2 * layout.record_words)],
-        output_dtypes=[mx.uint32],
-        grid=(batch * heads * tokens // RECORD * 128, 1, 1),
-        threadgroup=(128, 1, 1),
-    )[0]
+    shape = (batch, heads, tokens // BLOCK, 2 * layout.record_words)
+    records = batch * heads * tokens // RECORD
+    return compiled(pack_source(layout, CTYPES[y.dtype]))([y], [(shape, mx.uint32)], (), (records, 1, 1))[0]
 
 
 def unpack(
@@ -295,22 +321,11 @@ def unpack(
     packed, sink, tail_start = lens
     columns = dense.shape[2]
     tokens = packed + sink + columns - tail_start
-    where = mx.array([b, heads.start, packed, sink, tail_start, tokens, 0, 0], dtype=mx.int32)
+    scalars = (b, heads.start, packed, sink, tail_start, records.shape[2], dense.shape[1], columns, tokens)
     units = -(-packed // RECORD) + -(-columns // RECORD)
-    return compiled(unpack_source(layout, CTYPES[dtype]))(
-        inputs=[records, dense, where],
-        output_shapes=[(1, len(heads), tokens, layout.head_dim)],
-        output_dtypes=[dtype],
-        grid=(-(-units // 4) * 128, len(heads), 1),
-        threadgroup=(128, 1, 1),
-    )[0]
-
-
-@functools.lru_cache(maxsize=256)
-def params_array(scale: float, softcap: float, window: int, causal: bool) -> mx.array:
-    """int32 `[4]`: scale and softcap as float bits, window, causal."""
-    bits = [struct.unpack("<i", struct.pack("<f", x))[0] for x in (scale, softcap)]
-    return mx.array([*bits, window, int(causal)], dtype=mx.int32)
+    shape = (1, len(heads), tokens, layout.head_dim)
+    kernel = compiled(unpack_source(layout, CTYPES[dtype]))
+    return kernel([records, dense], [(shape, dtype)], scalars, (-(-units // 4), len(heads), 1))[0]
 
 
 @functools.cache
@@ -349,7 +364,10 @@ def tickets(count: int) -> mx.array:
 
 @functools.cache
 def multiprocessors() -> int:
-    return _device_attribute(16)
+    return _device_attribute(MULTIPROCESSORS)
+
+
+MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76  # CUdevice_attribute; the last two are the compute capability
 
 
 def _device_attribute(attribute: int) -> int:

@@ -1,25 +1,23 @@
 // One warp's attention over its share of the keys: records of packed tokens, and strips of dense columns.
 //
 // Arithmetic, for one record of 32 tokens and one tile of 8 query rows. Scores: S^T = K q^T, with the 16 x 16 code
-// tiles of `affine_block.cuh` as the A operand and the 8 rows as columns of B. Codes enter the tensor core raw, as fp16
-// denormals; per group of dims
-//   S[key, row] += scale[key, group] * sum_d code[key, d] q[row, d]       (fp32)
-// and the zeros come in through one more mma, zero[key, group] x sum_{d in group} q[row, d], whose B operand is split
-// in a high and a low half to keep 22 bits. The C fragment of S^T becomes the B operand of the second product by two 8
-// x 8 transposes. Output: O^T = V^T P^T with raw codes as A again; the scales multiply P (one fp16 multiply per key
-// pair and group), the zeros are one mma into `oz`. Powers of two that the code fields carry (UNIT, LIFT) are taken
-// back in fp32. Queries are scaled by a power of two into [1, 2) per row, so that bf16 and fp32 ranges fit fp16
-// exactly. fp32 queries, and the probabilities that go with them, are split in two halves each (PARTS = 2): 22 bits
-// instead of 11.
-#include "affine_block.cuh"
+// tiles of `record.cuh` as the A operand and the 8 rows as columns of B. Codes enter the tensor core as fp16 denormals;
+// per group of dims
+//   S[key, row] += scale[key, group] * sum_d number[key, d] q[row, d]       (fp32)
+// and zeros, where the format has them, come in through one more mma, zero[key, group] x sum_{d in group} q[row, d],
+// whose B operand is split in a high and a low half to keep 22 bits. The C fragment of S^T becomes the B operand of the
+// second product by two 8 x 8 transposes. Output: O^T = V^T P^T with codes as A again; the scales multiply P (one fp16
+// multiply per key pair and group), the zeros are one mma into `oz`. Factors that the numbers carry (UNIT, STEP, LIFT)
+// are taken back in fp32. Queries are scaled by a power of two into [1, 2) per row, so that bf16's range fits fp16.
+#include "record.cuh"
 
 namespace opentq {
 
-struct Shape4 {  // what the host knows: blocks allocated for k and v, dense columns, heads, rows
-  int k_blocks, v_blocks, columns, q_heads, length, kv_heads;
+struct Call {  // what the host knows: blocks allocated for k and v, dense columns, heads, query tokens, and the options
+  int k_blocks, v_blocks, columns, q_heads, kv_heads, length, window, causal;
+  float scale, softcap;
 };
 
-__device__ __forceinline__ float bits_to_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ void add(float4& y, float w, const float4& x) {
   y.x += w * x.x, y.y += w * x.y, y.z += w * x.z, y.w += w * x.w;
 }
@@ -31,7 +29,6 @@ __device__ __forceinline__ void put(T* y, const float4& x, float f) {
 template <class T, class KF, class VF, int NT, int NW, int ST>
 struct Plan {
   static constexpr int ROWS = 8 * NT;
-  static constexpr int PARTS = sizeof(T) == 4 ? 2 : 1;
   static constexpr int STAGE = KF::BYTES + VF::BYTES;
   static constexpr int RING = NW * ST * STAGE;
   static constexpr bool WHOLE = NW * ROWS * (VF::D + 4) * 4 <= (RING > 49152 ? RING : 49152);  // outputs fit at once
@@ -39,8 +36,8 @@ struct Plan {
   static constexpr int MERGE_ROW = CHUNK * 16 + 4;                              // floats; +4: no bank conflict
   static constexpr int MERGE = NW * ROWS * MERGE_ROW * 4;
   static constexpr int AREA = RING > MERGE ? RING : MERGE;
-  static constexpr int QUERY = KF::TILES * NT * PARTS * 64 * 4;                 // B fragments of q
-  static constexpr int ZERO_PARTS = KF::GROUPS > 8 ? 2 : 1;
+  static constexpr int QUERY = KF::TILES * NT * 64 * 4;                         // B fragments of q
+  static constexpr int ZERO_PARTS = !KF::ZEROED ? 0 : KF::GROUPS > 8 ? 2 : 1;
   static constexpr int SUMS = NT * ZERO_PARTS * 64 * 4;                         // B fragments of group sums of q
   static constexpr int BARS = NW * ST * 8;
   static constexpr int SMALL = ROWS * 8 + 2 * NW * ROWS * 4 + 16;               // factors, positions, maxima, sums
@@ -113,48 +110,31 @@ struct Running {
 };
 
 // Probabilities of one strip (C fragment, keys x rows) as the B operand (keys x rows) of the output product.
-template <int PARTS>
-__device__ __forceinline__ void probabilities(u32 (&b)[PARTS][2], const float (&p)[4]) {
-  const u32 lo = pack_half2(p[0], p[1]), hi = pack_half2(p[2], p[3]);
-  b[0][0] = transpose8x8(lo), b[0][1] = transpose8x8(hi);
-  if constexpr (PARTS == 2) {
-    b[1][0] = transpose8x8(pack_half2(p[0] - low_half(lo), p[1] - high_half(lo)));
-    b[1][1] = transpose8x8(pack_half2(p[2] - low_half(hi), p[3] - high_half(hi)));
-  }
-}
-
-// Probabilities times the V scales of a key pair, in as many parts as they came.
-template <int PARTS>
-__device__ __forceinline__ void weigh(u32 (&w)[PARTS], u32 high, u32 low, u32 scale) {
-  if constexpr (PARTS == 1) {
-    w[0] = mul_half2(high, scale);
-  } else {
-    const float x = (low_half(high) + low_half(low)) * low_half(scale);
-    const float y = (high_half(high) + high_half(low)) * high_half(scale);
-    w[0] = pack_half2(x, y);
-    w[1] = pack_half2(x - low_half(w[0]), y - high_half(w[0]));
-  }
+__device__ __forceinline__ void probabilities(u32 (&b)[2], const float (&p)[4]) {
+  b[0] = transpose8x8(pack_half2(p[0], p[1])), b[1] = transpose8x8(pack_half2(p[2], p[3]));
 }
 
 template <class T, class KF, class VF, int NT, int NW, int ST>
 struct Decode {
   using P = Plan<T, KF, VF, NT, NW, ST>;
-  static constexpr int ROWS = P::ROWS, PARTS = P::PARTS, RS = KF::TILES * NT * PARTS <= 16 ? 1 : 0;
+  static constexpr int ROWS = P::ROWS;
+  static constexpr bool HELD = KF::TILES * NT <= 16;  // q in registers where it is small
+  static constexpr int LINKS = NT == 1 && KF::GROUP >= 64 ? 2 : 1;  // chains of mma per strip: a long one waits
 
   int lane, warp, g, t;
   const u32 *query, *sums;                // shared
   const float* factor;                    // shared: score of a row in log2 units = factor * sum q' k
   const int* position;                    // shared: logical position of each row
-  u32 held[RS ? KF::TILES : 1][NT][PARTS][2];  // q in registers where it is small
+  u32 held[HELD ? KF::TILES : 1][NT][2];
   float softcap, f[NT][2];
   int window, causal, packed, sink;
   Running<NT, VF::TILES> run;
 
-  __device__ __forceinline__ void load_query(u32 (&b)[2], int j, int n, int part) const {
-    if constexpr (RS) {
-      b[0] = held[j][n][part][0], b[1] = held[j][n][part][1];
+  __device__ __forceinline__ void load_query(u32 (&b)[2], int j, int n) const {
+    if constexpr (HELD) {
+      b[0] = held[j][n][0], b[1] = held[j][n][1];
     } else {
-      const uint2 v = reinterpret_cast<const uint2*>(query)[((j * NT + n) * PARTS + part) * 32 + lane];
+      const uint2 v = reinterpret_cast<const uint2*>(query)[(j * NT + n) * 32 + lane];
       b[0] = v.x, b[1] = v.y;
     }
   }
@@ -190,12 +170,12 @@ struct Decode {
       }
   }
 
-  // The V scales and zeros of tokens that do not exist may be anything, NaN included: make them zeros, in place.
+  // The V scales and zeros of tokens that do not exist may be anything, NaN included: make them 0, in place.
   __device__ __forceinline__ void blank(u32* v, int first) const {
     u16* numbers = reinterpret_cast<u16*>(v + VF::SCALES);
     const int at = 8 * (lane % 8 / 2) + 4 * (lane / 16) + 2 * (lane / 8 % 2) + lane % 2;
     if (first + lane >= packed)
-      for (int i = 0; i < 2 * VF::GROUPS; ++i) numbers[32 * i + at] = 0;
+      for (int i = 0; i < VF::NUMBERS * VF::GROUPS; ++i) numbers[32 * i + at] = 0;
     fence_bulk();
     sync_warp();
   }
@@ -203,13 +183,13 @@ struct Decode {
   // One record of 32 tokens. Straight-line code but for the rare masks: two strips at a time keep the tensor cores
   // busy.
   __device__ __forceinline__ void record(const u32* k, const u32* v, int first, bool masked) {
-    float x[2][NT][4];
+    float x[2][NT][4] = {};
     const u16* k_scales = reinterpret_cast<const u16*>(k + KF::SCALES) + g * KF::GROUPS;
-    const u16* k_zeros = reinterpret_cast<const u16*>(k + KF::ZEROS) + g * KF::GROUPS;
     constexpr int EIGHT = 8 * KF::GROUPS;  // eight keys on
     u32 a[4];
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
+    for (int s = 0; s < 2 && KF::ZEROED; ++s) {
+      const u16* k_zeros = reinterpret_cast<const u16*>(k + KF::ZEROS) + g * KF::GROUPS;
       a[0] = key_zeros<KF::GROUPS>(k_zeros + 2 * s * EIGHT, 2 * t);
       a[1] = key_zeros<KF::GROUPS>(k_zeros + (2 * s + 1) * EIGHT, 2 * t);
       // Up to 8 groups: the lower half of the contraction meets the sums' high parts, the upper half their low parts.
@@ -217,7 +197,6 @@ struct Decode {
       a[3] = P::ZERO_PARTS == 1 ? a[1] : key_zeros<KF::GROUPS>(k_zeros + (2 * s + 1) * EIGHT, 2 * t + 8);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        x[s][n][0] = x[s][n][1] = x[s][n][2] = x[s][n][3] = 0.f;
 #pragma unroll
         for (int z = 0; z < P::ZERO_PARTS; ++z) {
           const uint2 b = reinterpret_cast<const uint2*>(sums)[(n * P::ZERO_PARTS + z) * 32 + lane];
@@ -234,32 +213,29 @@ struct Decode {
     Fragments<KF, KF::TILES> lower;
 #pragma unroll
     for (int group = 0; group < KF::GROUPS; ++group) {
-      float c[2][NT][4];
-#pragma unroll
-      for (int i = 0; i < 8 * NT; ++i) c[i / (4 * NT)][i / 4 % NT][i % 4] = 0.f;
+      float c[LINKS][2][NT][4] = {};
 #pragma unroll
       for (int j = group * KF::GROUP / 16; j < KF::TILES && j < (group + 1) * KF::GROUP / 16; ++j) {
         u32 b[4];
         upper.tile(a, k, lane, j);
         lower.tile(b, k, lane, KF::TILES + j);
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int part = 0; part < PARTS; ++part) {
-            u32 w[2];
-            load_query(w, j, n, part);
-            mma(c[0][n], a, w[0], w[1]);
-            mma(c[1][n], b, w[0], w[1]);
-          }
+        for (int n = 0; n < NT; ++n) {
+          u32 w[2];
+          load_query(w, j, n);
+          mma(c[j % LINKS][0][n], a, w[0], w[1]);
+          mma(c[j % LINKS][1][n], b, w[0], w[1]);
+        }
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[s][n][i] += scale[s][i / 2][group] * c[s][n][i];
+          for (int i = 0; i < 4; ++i)
+            x[s][n][i] += scale[s][i / 2][group] * (LINKS == 2 ? c[0][s][n][i] + c[LINKS - 1][s][n][i] : c[0][s][n][i]);
     }
-    to_scores(x, UNIT, UNIT / KF::LIFT);
+    to_scores(x, UNIT * KF::STEP, UNIT * KF::STEP / KF::LIFT);
     if (masked)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -269,47 +245,42 @@ struct Decode {
     run.softmax(x);
 
     const u16* v_scales = reinterpret_cast<const u16*>(v + VF::SCALES) + 8 * t;
-    const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS) + 8 * t;
     Fragments<VF> values;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      u32 b[NT][PARTS][2];
+      u32 b[NT][2];
 #pragma unroll
-      for (int n = 0; n < NT; ++n) probabilities<PARTS>(b[n], x[s][n]);
-      a[0] = a[1] = a[2] = a[3] = 0u;
+      for (int n = 0; n < NT; ++n) probabilities(b[n], x[s][n]);
+      if constexpr (VF::ZEROED) {
+        const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS) + 8 * t;
+        a[0] = a[1] = a[2] = a[3] = 0u;
 #pragma unroll
-      for (int half = 0; half < (VF::GROUPS > 8 ? 2 : 1); ++half)
-        if (g + 8 * half < VF::GROUPS) {
-          const uint2 z = *reinterpret_cast<const uint2*>(v_zeros + (g + 8 * half) * 32 + 4 * s);
-          a[half] = z.x, a[2 + half] = z.y;
-        }
+        for (int half = 0; half < (VF::GROUPS > 8 ? 2 : 1); ++half)
+          if (g + 8 * half < VF::GROUPS) {
+            const uint2 z = *reinterpret_cast<const uint2*>(v_zeros + (g + 8 * half) * 32 + 4 * s);
+            a[half] = z.x, a[2 + half] = z.y;
+          }
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) mma(run.oz[n], a, b[n][part][0], b[n][part][1]);
+        for (int n = 0; n < NT; ++n) mma(run.oz[n], a, b[n][0], b[n][1]);
+      }
 #pragma unroll
       for (int group = 0; group < VF::GROUPS; ++group) {
         const uint2 scales = *reinterpret_cast<const uint2*>(v_scales + group * 32 + 4 * s);
-        u32 w[NT][2][PARTS];
+        u32 w[NT][2];
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          weigh<PARTS>(w[n][0], b[n][0][0], b[n][PARTS - 1][0], scales.x);
-          weigh<PARTS>(w[n][1], b[n][0][1], b[n][PARTS - 1][1], scales.y);
-        }
+        for (int n = 0; n < NT; ++n) w[n][0] = mul_half2(b[n][0], scales.x), w[n][1] = mul_half2(b[n][1], scales.y);
 #pragma unroll
         for (int j = group * VF::GROUP / 16; j < VF::TILES && j < (group + 1) * VF::GROUP / 16; ++j) {
           values.tile(a, v, lane, s * VF::TILES + j);
 #pragma unroll
-          for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) mma(run.o[j][n], a, w[n][0][part], w[n][1][part]);
+          for (int n = 0; n < NT; ++n) mma(run.o[j][n], a, w[n][0], w[n][1]);
         }
       }
     }
   }
 
   // 16 dense columns from `first`; those in [sink, tail_start) and from `columns` on do not exist.
-  __device__ __forceinline__ void dense(const __half* k, const __half* v, int first, int tail_start, int columns) {
+  __device__ __forceinline__ void dense(const f16* k, const f16* v, int first, int tail_start, int columns) {
     const int column[2] = {first + g, first + g + 8};
     bool exists[2];
     const u32 *k_row[2], *v_row[2];
@@ -329,38 +300,32 @@ struct Decode {
     };
 #pragma unroll
     for (int i = 0; i < 4 * AHEAD; ++i) ahead[i / 4][i % 4] = value(i / 4, i % 4);
-    float x[1][NT][4];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) x[0][n][0] = x[0][n][1] = x[0][n][2] = x[0][n][3] = 0.f;
+    float x[1][NT][4] = {};
 #pragma unroll
     for (int j = 0; j < KF::TILES; ++j) {
       const u32 a[4] = {k_row[0][8 * j], k_row[1][8 * j], k_row[0][8 * j + 4], k_row[1][8 * j + 4]};
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          u32 w[2];
-          load_query(w, j, n, part);
-          mma(x[0][n], a, w[0], w[1]);
-        }
+      for (int n = 0; n < NT; ++n) {
+        u32 w[2];
+        load_query(w, j, n);
+        mma(x[0][n], a, w[0], w[1]);
+      }
     }
     to_scores(x, 1.f, 1.f);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       mask(x[0], i, column[i] < sink ? column[i] : sink + packed + column[i] - tail_start, exists[i]);
     run.softmax(x);
-    u32 b[NT][PARTS][2];
+    u32 b[NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; ++n) probabilities<PARTS>(b[n], x[0][n]);
+    for (int n = 0; n < NT; ++n) probabilities(b[n], x[0][n]);
 #pragma unroll
     for (int j = 0; j < VF::TILES; ++j) {
       u32 a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = transpose8x8(j < AHEAD ? ahead[j % AHEAD][i] : value(j, i));
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) mma(run.o[j][n], a, b[n][part][0], b[n][part][1]);
+      for (int n = 0; n < NT; ++n) mma(run.o[j][n], a, b[n][0], b[n][1]);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Affine encoding straight into the storage layout of affine_block.cuh, one launch, one read and one write.
+// Affine encoding straight into the storage layout of record.cuh, one launch, one read and one write.
 //
 // Input y [B, H, T, D], rotated, T a multiple of 64; output records [B, H, T/64, 2 RECORD]. A block makes one record of
 // 32 tokens. It stages the vectors in shared memory as fp32 (rows padded by one word, so that neither rows nor columns
@@ -7,14 +7,14 @@
 //   scale = fp16((max - min) / top), zero = fp16(min), code = rint((x - zero) / scale) clipped to 0 .. top;
 //   a group whose scale rounds to 0 stores zero = fp16((min + max) / 2) and codes 0.
 // Bytes moved: T * D * sizeof(T) read, the record written.
-#include "affine_block.cuh"
+#include "record.cuh"
 
 namespace opentq {
 
-template <class F, bool KEYS>
+template <class F, int BITS, bool KEYS>
 struct Encoder {
   static constexpr int ROW = F::D + 1;
-  static constexpr int TOP = (1 << F::BITS) - 1;
+  static constexpr int TOP = (1 << BITS) - 1;
   const float* x;       // [32][ROW]
   const float* scales;  // [32][GROUPS][2]
 
@@ -35,10 +35,10 @@ struct Encoder {
   // Word `index` of a lane in the first plane, and in the plane of high bits of 3-bit codes.
   __device__ __forceinline__ u32 low_word(int index, int lane) const {
     u32 word = 0;
-    if constexpr (F::BITS == 8) {
+    if constexpr (BITS == 8) {
       for (int r = 0; r < 2; ++r)
         for (int h = 0; h < 2; ++h) word |= element(index / 2, lane, 2 * (index % 2) + r, h) << (8 * r + 16 * h);
-    } else if constexpr (F::BITS == 4) {
+    } else if constexpr (BITS == 4) {
       for (int r = 0; r < 4; ++r)
         for (int h = 0; h < 2; ++h) word |= element(index, lane, r, h) << (4 * r + 16 * h);
     } else {
@@ -71,9 +71,9 @@ __device__ __forceinline__ void locate(int at, int& index, int& lane) {
   }
 }
 
-template <class T, class F, bool KEYS>
+template <class T, class F, int BITS, bool KEYS>
 __device__ __forceinline__ void pack(const T* y, u32* records) {
-  using E = Encoder<F, KEYS>;
+  using E = Encoder<F, BITS, KEYS>;
   float* x = reinterpret_cast<float*>(shared_memory());
   float* scales = x + 32 * E::ROW;
   const size_t record = blockIdx.x;

@@ -1,53 +1,77 @@
 // The few machine instructions that the CUDA kernels are built from, each behind one small function.
 //
 // Everything above this file is plain C++ over 32-bit words: `tests/cuda/emulate.hpp` replaces this file by a warp
-// emulator, so that the same kernels run, slowly, on a machine without a GPU.
+// emulator, so that the same kernels run, slowly, on a machine without a GPU. No header is included, so that NVRTC
+// needs no toolkit and little time.
 //
 // Fragments of mma.m16n8k16 (lane = 4 g + t, g = 0..7, t = 0..3; every register holds two halves):
 //   A [16 x 16]: a0 = (row g, cols 2t,2t+1)  a1 = (row g+8, same cols)  a2 = (row g, cols 2t+8,+9)  a3 = (row g+8, ..)
 //   B [16 x 8]:  b0 = (rows 2t,2t+1, col g)  b1 = (rows 2t+8,2t+9, col g)
 //   C [16 x 8]:  c0,c1 = (row g, cols 2t,2t+1)  c2,c3 = (row g+8, same cols), fp32
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 namespace opentq {
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void assign(float& y, float x) { y = x; }
-__device__ __forceinline__ void assign(__half& y, float x) { y = __float2half_rn(x); }
-__device__ __forceinline__ void assign(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
-// Two 16-bit numbers of type T as one register.
-__device__ __forceinline__ u32 pack_pair(const __half*, float a, float b) {
-  __half2 h = __floats2half2_rn(a, b);
-  return *reinterpret_cast<u32*>(&h);
-}
-__device__ __forceinline__ u32 pack_pair(const __nv_bfloat16*, float a, float b) {
-  __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<u32*>(&h);
-}
+struct f16 {
+  u16 bits;
+};
+struct bf16 {
+  u16 bits;
+};
 
 // Two floats, rounded, as one register of two halves; and back.
 __device__ __forceinline__ u32 pack_half2(float lo, float hi) {
-  __half2 h = __floats2half2_rn(lo, hi);
-  return *reinterpret_cast<u32*>(&h);
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  return y;
 }
-__device__ __forceinline__ float low_half(u32 x) { return __half2float(__ushort_as_half((u16)(x & 0xffffu))); }
-__device__ __forceinline__ float high_half(u32 x) { return __half2float(__ushort_as_half((u16)(x >> 16))); }
-__device__ __forceinline__ float half_bits(u16 x) { return __half2float(__ushort_as_half(x)); }
-__device__ __forceinline__ u16 to_half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ float half_bits(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+__device__ __forceinline__ u16 to_half_bits(float x) {
+  u16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float low_half(u32 x) { return half_bits((u16)(x & 0xffffu)); }
+__device__ __forceinline__ float high_half(u32 x) { return half_bits((u16)(x >> 16)); }
 __device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
-  __half2 h = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
-  return *reinterpret_cast<u32*>(&h);
+  u32 y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
 }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(f16 x) { return half_bits(x.bits); }
+__device__ __forceinline__ float to_float(bf16 x) { return __int_as_float((int)x.bits << 16); }
+__device__ __forceinline__ void assign(float& y, float x) { y = x; }
+__device__ __forceinline__ void assign(f16& y, float x) { y.bits = to_half_bits(x); }
+__device__ __forceinline__ void assign(bf16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+// Two 16-bit numbers of type T as one register. Decoded values may be longer than fp16 reaches: they stop at its end.
+__device__ __forceinline__ u32 pack_pair(const f16*, float a, float b) {
+  return pack_half2(fminf(fmaxf(a, -65504.f), 65504.f), fminf(fmaxf(b, -65504.f), 65504.f));
+}
+__device__ __forceinline__ u32 pack_pair(const bf16*, float a, float b) {
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
+  return y;
+}
+
+__device__ __forceinline__ float bits_to_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Byte i of the result is byte s of the eight bytes of (b, a), s = nibble i of `selector`; where the nibble's upper bit
+// is set, it is that byte's upper bit eight times: 0 for a byte below 128.
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+  u32 y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
   return y;
 }
 

@@ -29,10 +29,7 @@ struct float4 { float x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { int x = 1, y = 1, z = 1; };
-struct __half { _Float16 v; };
-struct __nv_bfloat16 { uint16_t v; };
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
 
 inline Dim3 threadIdx, blockIdx, gridDim;
 
@@ -135,6 +132,8 @@ namespace opentq {
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
+struct f16 { u16 bits; };
+struct bf16 { u16 bits; };
 
 inline float from_bits(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline u32 to_bits(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
@@ -147,21 +146,31 @@ inline u32 mul_half2(u32 a, u32 b) {
   return pack_half2(low_half(a) * low_half(b), high_half(a) * high_half(b));
 }
 inline float to_float(float x) { return x; }
-inline float to_float(__half x) { return (float)x.v; }
-inline float to_float(__nv_bfloat16 x) { return from_bits((u32)x.v << 16); }
+inline float to_float(f16 x) { return half_bits(x.bits); }
+inline float to_float(bf16 x) { return from_bits((u32)x.bits << 16); }
 inline void assign(float& y, float x) { y = x; }
-inline void assign(__half& y, float x) { y.v = (_Float16)x; }
-inline void assign(__nv_bfloat16& y, float x) {
+inline void assign(f16& y, float x) { y.bits = to_half_bits(x); }
+inline void assign(bf16& y, float x) {
   const u32 b = to_bits(x);
-  y.v = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  y.bits = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
 }
-template <class T>
-inline u32 pack_pair(const T*, float a, float b) {
-  T y[2];
-  assign(y[0], a), assign(y[1], b);
-  u32 w;
-  std::memcpy(&w, y, 4);
-  return w;
+inline u32 pack_pair(const f16*, float a, float b) {
+  return pack_half2(std::clamp(a, -65504.f, 65504.f), std::clamp(b, -65504.f, 65504.f));
+}
+inline u32 pack_pair(const bf16*, float a, float b) {
+  bf16 x, y;
+  assign(x, a), assign(y, b);
+  return x.bits | (u32)y.bits << 16;
+}
+inline float bits_to_float(int x) { return from_bits(x); }
+inline u32 permute(u32 a, u32 b, u32 selector) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 y = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 s = selector >> (4 * i) & 15, byte = bytes >> (8 * (s & 7)) & 255;
+    y |= (s & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
+  }
+  return y;
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
 

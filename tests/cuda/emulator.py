@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from opentq.kernels import build
-from opentq.kernels.cuda import KernelSource
+from opentq.kernels.cuda import KernelSource, Scalars
 
 HERE = Path(__file__).parent
 NUMPY = {mx.float16: np.float16, mx.float32: np.float32, mx.bfloat16: np.uint16, mx.uint32: np.uint32}
@@ -29,21 +29,19 @@ def compiled(source: KernelSource) -> ctypes.CDLL:
 
 
 def run(
-    source: KernelSource, grid: tuple[int, int, int], inputs: list[mx.array], outputs: list[tuple[tuple, mx.Dtype]]
+    source: KernelSource,
+    grid: tuple[int, int, int],
+    inputs: list[mx.array],
+    outputs: list[tuple[tuple, mx.Dtype]],
+    scalars: Scalars = (),
 ) -> tuple[list[mx.array], list[np.ndarray]]:
     """Outputs, and the inputs as the kernel left them. Outputs start as NaN bytes, so that a missed element shows."""
     given = [np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for a in inputs]
-    made = [np.full(shape, 255, dtype=np.uint8).repeat(mx_size(dtype), -1) for shape, dtype in outputs]
+    made = [np.full(shape, 255, dtype=np.uint8).repeat(dtype.size, -1) for shape, dtype in outputs]
     made = [np.ascontiguousarray(m).view(NUMPY[dtype]) for m, (_, dtype) in zip(made, outputs)]
     arrays = given + made
     pointers = (ctypes.c_void_p * len(arrays))(*[a.ctypes.data for a in arrays])
-    shapes = (ctypes.c_int * (8 * len(arrays)))()
-    for i, a in enumerate(arrays):
-        shapes[8 * i : 8 * i + a.ndim] = a.shape
-    compiled(source).run((ctypes.c_int * 3)(*grid), pointers, shapes)
+    assert len(scalars) == len(source.scalars)
+    compiled(source).run((ctypes.c_int * 3)(*grid), pointers, (ctypes.c_double * len(scalars))(*scalars))
     out = [mx.array(m).view(dtype) if dtype == mx.bfloat16 else mx.array(m) for m, (_, dtype) in zip(made, outputs)]
     return out, given
-
-
-def mx_size(dtype: mx.Dtype) -> int:
-    return {mx.float16: 2, mx.bfloat16: 2}.get(dtype, 4)

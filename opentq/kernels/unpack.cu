@@ -5,17 +5,17 @@
 // thrown away; what exists at any time is a bounded piece of one layer.
 //
 // A block of 4 warps; warp i of the grid takes record i (32 tokens) of the packed region, then groups of 32 dense
-// columns. Codes come as mma fragments (affine_block.cuh); x = code * scale + zero in fp32, rounded once to T, half or
+// columns. Codes come as mma fragments (record.cuh); x = number * scale + zero in fp32, rounded once to T, half or
 // bfloat16. In K a fragment register holds two neighbouring dims of a key; in V two keys of a dim, turned by one 8 x 8
 // transpose. Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D]
 // half, where int [8] = (sequence, first head, packed, sink, tail_start). Output: y [heads, tokens, D] T.
 // Bytes moved: the records read, tokens * D * sizeof(T) written.
-#include "affine_block.cuh"
+#include "record.cuh"
 
 namespace opentq {
 
 template <class F, bool KEYS, class T>
-__device__ __forceinline__ void unpack(const u32* records, const __half* dense, const int* where, T* y, int blocks,
+__device__ __forceinline__ void unpack(const u32* records, const f16* dense, const int* where, T* y, int blocks,
                                        int heads, int columns, int tokens) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32, head = where[1] + blockIdx.y;
@@ -26,6 +26,7 @@ __device__ __forceinline__ void unpack(const u32* records, const __half* dense, 
     const u32* record = records + (kv * blocks * 2 + unit) * F::RECORD;
     const u16* scales = reinterpret_cast<const u16*>(record + F::SCALES);
     const u16* zeros = reinterpret_cast<const u16*>(record + F::ZEROS);
+    auto zero = [&](int at) { return F::ZEROED ? half_bits(zeros[at]) : 0.f; };
     Fragments<F> fragments;
 #pragma unroll
     for (int i = 0; i < 2 * F::TILES; ++i) {
@@ -34,17 +35,17 @@ __device__ __forceinline__ void unpack(const u32* records, const __half* dense, 
       fragments.tile(a, record, lane, i);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float unit_value = UNIT / (r % 2 ? F::LIFT : 1.f);
+        const float unit_value = UNIT * F::STEP / (r % 2 ? F::LIFT : 1.f);
         float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
         int token, dim;
         if constexpr (KEYS) {
           token = 16 * strip + g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
-          const float s = half_bits(scales[token * F::GROUPS + group]), o = half_bits(zeros[token * F::GROUPS + group]);
+          const float s = half_bits(scales[token * F::GROUPS + group]), o = zero(token * F::GROUPS + group);
           x = fmaf(x, s, o), z = fmaf(z, s, o);
         } else {
           const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
-          x = fmaf(x, half_bits(scales[at]), half_bits(zeros[at]));
-          z = fmaf(z, half_bits(scales[at + 1]), half_bits(zeros[at + 1]));
+          x = fmaf(x, half_bits(scales[at]), zero(at));
+          z = fmaf(z, half_bits(scales[at + 1]), zero(at + 1));
           token = 16 * strip + g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
         }
         u32 pair = pack_pair(y, x, z);

@@ -18,9 +18,8 @@
 // and the last block to arrive at the ticket of its row tile merges them: no second launch.
 //
 // Inputs: q [B, Hq, L, Dk] T; k, v: records [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int
-// [B, 3] = (packed, sink, tail_start); params int [4] = (scale, softcap as float bits, window, causal); sinks float
-// [Hq] (NaN in the first: none); tickets u32, zero between calls. Outputs: out [B, Hq, L, Dv] T; scratch [tiles,
-// splits, 8 NT, Dv + 2] float, unused with one split.
+// [B, 3] = (packed, sink, tail_start); sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls.
+// Outputs: out [B, Hq, L, Dv] T; scratch [tiles, splits, 8 NT, Dv + 2] float, unused with one split.
 // Bytes moved: packed tokens x (record bytes / 32) per KV head and row tile, plus dense columns; nothing else of size.
 #include "decode_warp.cuh"
 
@@ -28,7 +27,7 @@ namespace opentq {
 
 // Query rows of one KV head -> B fragments, their group sums, and the factor of each row. Loaded first, used later, so
 // that the wait is shared with the one for the lengths.
-template <class T, class KF, int NT, int NW, int PARTS, int ZERO_PARTS>
+template <class T, class KF, int NT, int NW, int ZERO_PARTS>
 struct QueryStage {
   static constexpr int STEPS = (KF::D + 31) / 32, MINE = (8 * NT + NW - 1) / NW;
   T raw[MINE][STEPS];
@@ -68,41 +67,38 @@ struct QueryStage {
       for (int i = 0; i < STEPS; ++i) {
         x[i] *= shrink;
         const int d = 32 * i + lane;
-        u16 part[2];
-        part[0] = to_half_bits(x[i]);
-        part[1] = to_half_bits(x[i] - half_bits(part[0]));
-        // The sum is over what the tensor core will multiply.
-        sum[32 * i / KF::GROUP] += half_bits(part[0]) + (PARTS == 2 ? half_bits(part[1]) : 0.f);
-        if (d < KF::D) {
-          const int target = 4 * (r % 8) + d % 8 / 2;
-#pragma unroll
-          for (int p = 0; p < PARTS; ++p)
-            query[(((((d / 16) * NT + r / 8) * PARTS + p) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = part[p];
-        }
+        const u16 half = to_half_bits(x[i]);
+        sum[32 * i / KF::GROUP] += half_bits(half);  // over what the tensor core will multiply
+        const int target = 4 * (r % 8) + d % 8 / 2;
+        if (d < KF::D) query[(((d / 16 * NT + r / 8) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = half;
       }
+      if constexpr (ZERO_PARTS > 0) store_sums(sum, sums, r, lane);
+    }
+  }
+
+  static __device__ __forceinline__ void store_sums(float (&sum)[KF::GROUPS], u16* sums, int r, int lane) {
 #pragma unroll
-      for (int s = 16; s; s /= 2)
+    for (int s = 16; s; s /= 2)
 #pragma unroll
-        for (int i = 0; i < KF::GROUPS; ++i) sum[i] += shuffle_xor(sum[i], s);
-      // Contraction rows: the high parts of the sums, then the low parts, each padded to 8 or 16 groups.
-      constexpr int PAD = 8 * ZERO_PARTS;
+      for (int i = 0; i < KF::GROUPS; ++i) sum[i] += shuffle_xor(sum[i], s);
+    // Contraction rows: the high parts of the sums, then the low parts, each padded to 8 or 16 groups.
+    constexpr int PAD = 8 * ZERO_PARTS;
 #pragma unroll
-      for (int i = 0; i < PAD; ++i) {
-        const float mine = i < KF::GROUPS ? sum[i < KF::GROUPS ? i : 0] : 0.f;
-        const u16 high = to_half_bits(mine), low = to_half_bits(mine - half_bits(high));
-        if (lane == i || lane == i + PAD) {
-          const int d = lane % 16, target = 4 * (r % 8) + d % 8 / 2;
-          sums[((((r / 8) * ZERO_PARTS + lane / 16) * 32 + target) * 2 + d / 8) * 2 + d % 2] = lane < PAD ? high : low;
-        }
+    for (int i = 0; i < PAD; ++i) {
+      const float mine = i < KF::GROUPS ? sum[i < KF::GROUPS ? i : 0] : 0.f;
+      const u16 high = to_half_bits(mine), low = to_half_bits(mine - half_bits(high));
+      if (lane == i || lane == i + PAD) {
+        const int d = lane % 16, target = 4 * (r % 8) + d % 8 / 2;
+        sums[((((r / 8) * ZERO_PARTS + lane / 16) * 32 + target) * 2 + d / 8) * 2 + d % 2] = lane < PAD ? high : low;
       }
     }
   }
 };
 
 template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED>
-__device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, const __half* dense_k,
-                                       const __half* dense_v, const int* lens, const int* params, const float* sinks,
-                                       const u32* tickets, T* out, float* scratch, Shape4 shape) {
+__device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, const f16* dense_k,
+                                       const f16* dense_v, const int* lens, const float* sinks, const u32* tickets,
+                                       T* out, float* scratch, Call call) {
   using P = Plan<T, KF, VF, NT, NW, ST>;
   using D = Decode<T, KF, VF, NT, NW, ST>;
   static_assert(P::BYTES <= SHARED, "the launch geometry reserves too little shared memory");
@@ -120,14 +116,14 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
 
   const int split = blockIdx.x, splits = gridDim.x, b = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int gqa = shape.q_heads / shape.kv_heads, length = shape.length, all_rows = gqa * length;
+  const int gqa = call.q_heads / call.kv_heads, length = call.length, all_rows = gqa * length;
   const int tiles = (all_rows + ROWS - 1) / ROWS, head = blockIdx.y / tiles, r0 = blockIdx.y % tiles * ROWS;
   const int rows = min(ROWS, all_rows - r0);
-  const size_t kv = (size_t)b * shape.kv_heads + head;
-  QueryStage<T, KF, NT, NW, P::PARTS, P::ZERO_PARTS> stage_query;
+  const size_t kv = (size_t)b * call.kv_heads + head;
+  QueryStage<T, KF, NT, NW, P::ZERO_PARTS> stage_query;
   stage_query.load(q + (kv * all_rows + r0) * KF::D, rows, warp, lane);
   const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
-  const int window = params[2], causal = params[3], columns = shape.columns;
+  const int window = call.window, columns = call.columns;
   const int row_base = sink + packed + columns - length - tail_start;  // position of query token 0
 
   // Tokens of this tile: all of them once it spans a head's end, else r0 .. r0 + rows - 1.
@@ -139,8 +135,8 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   const int workers = splits * NW, worker = split * NW + warp;
   const int lowest = window ? max(0, low_row - window + 1 - sink) : 0;
   const int u0 = min(lowest, packed) / 32, u1 = (packed + 31) / 32;
-  const u32* k_records = k + kv * shape.k_blocks * 2 * KF::RECORD;
-  const u32* v_records = v + kv * shape.v_blocks * 2 * VF::RECORD;
+  const u32* k_records = k + kv * call.k_blocks * 2 * KF::RECORD;
+  const u32* v_records = v + kv * call.v_blocks * 2 * VF::RECORD;
   unsigned char* ring = shared + warp * ST * P::STAGE;
   u64* bar = bars + warp * ST;
   auto fetch = [&](int stage, int unit) {
@@ -155,29 +151,26 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
       if (u0 + worker + s * workers < u1) fetch(s, u0 + worker + s * workers);
   }
 
-  stage_query.store(bits_to_float(params[0]), reinterpret_cast<u16*>(query), reinterpret_cast<u16*>(sums), factor, warp,
-                    lane);
+  stage_query.store(call.scale, reinterpret_cast<u16*>(query), reinterpret_cast<u16*>(sums), factor, warp, lane);
   for (int r = threadIdx.x; r < ROWS; r += NW * 32) position[r] = row_base + (r0 + r) % length;
   sync_block();
 
   D d;
   d.lane = lane, d.warp = warp, d.g = lane / 4, d.t = lane % 4;
   d.query = query, d.sums = sums, d.factor = factor, d.position = position;
-  d.softcap = bits_to_float(params[1]) * 1.4426950408889634f;
-  d.window = window, d.causal = causal, d.packed = packed, d.sink = sink;
+  d.softcap = call.softcap * 1.4426950408889634f;
+  d.window = window, d.causal = call.causal, d.packed = packed, d.sink = sink;
   d.run.clear();
 #pragma unroll
   for (int n = 0; n < NT; ++n) d.f[n][0] = factor[8 * n + 2 * d.t], d.f[n][1] = factor[8 * n + 2 * d.t + 1];
-  if constexpr (D::RS) {
+  if constexpr (D::HELD) {
 #pragma unroll
     for (int j = 0; j < KF::TILES; ++j)
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int p = 0; p < P::PARTS; ++p) {
-          const uint2 w = reinterpret_cast<const uint2*>(query)[((j * NT + n) * P::PARTS + p) * 32 + lane];
-          d.held[j][n][p][0] = w.x, d.held[j][n][p][1] = w.y;
-        }
+      for (int n = 0; n < NT; ++n) {
+        const uint2 w = reinterpret_cast<const uint2*>(query)[(j * NT + n) * 32 + lane];
+        d.held[j][n][0] = w.x, d.held[j][n][1] = w.y;
+      }
   }
 
   // Dense strips: the sink's, then the tail's from the first that any row of the tile sees to the last.
@@ -185,12 +178,13 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   const int sink_strips = (sink + 15) / 16;
   int c0 = max(tail_start / 16, sink_strips), c1 = (columns + 15) / 16;
   if (window) c0 = max(c0, (low_row - window + 1 - tail_pos) / 16);
-  if (causal) c1 = min(c1, (high_row - tail_pos) / 16 + 1);
+  if (call.causal) c1 = min(c1, (high_row - tail_pos) / 16 + 1);
   const int strips = sink_strips + max(0, c1 - c0);
   for (int i = workers - 1 - worker; i < strips; i += workers)
     d.dense(dense_k + kv * columns * KF::D, dense_v + kv * columns * VF::D,
             16 * (i < sink_strips ? i : c0 + i - sink_strips), tail_start, columns);
-  d.run.scale_output(1.f / UNIT, VF::LIFT / UNIT);
+  constexpr float EVEN = UNIT * VF::STEP, ODD = EVEN / VF::LIFT;  // what the numbers of even and odd registers lack
+  d.run.scale_output(1.f / EVEN, 1.f / ODD);
 
   int stage = 0;
   u32 phase = 0;
@@ -204,7 +198,7 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
     if (lane == 0 && u + ST * workers < u1) fetch(stage, u + ST * workers);
     if (++stage == ST) stage = 0, phase ^= 1;
   }
-  d.run.scale_output(UNIT, UNIT / VF::LIFT);
+  d.run.scale_output(EVEN, ODD);
 
   // Warps: maxima and sums, then the outputs, CHUNK tiles at a time.
   const int g = d.g, t = d.t;
@@ -261,7 +255,7 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float zero = shuffle(d.run.oz[n][2 * (group / 8) + i % 2], 4 * (group % 8) + t);
+            const float zero = VF::ZEROED ? shuffle(d.run.oz[n][2 * (group / 8) + i % 2], 4 * (group % 8) + t) : 0.f;
             merge[(warp * ROWS + 8 * n + 2 * t + i % 2) * P::MERGE_ROW + 16 * jj + g + 8 * (i / 2)] =
                 (d.run.o[j][n][i] + zero) * mine[n][i % 2];
           }

@@ -1,0 +1,101 @@
+// What the words of a record mean: one type per codec family, and everything that the kernels ask of it.
+//
+// A format gives the sizes of its records, and `fragment`: the words of a tile -> an A operand of fp16 denormals,
+// value = number * 2^-24, exact. What the numbers lack is said by two constants: odd registers (rows 8..15 of the
+// operand) are LIFT times too large, and all of them are counted in units of STEP. Both are factors of rows, so they
+// are taken back in fp32. NUMBERS is 2 where every group of channels has a scale and a zero, 1 where it has only a
+// scale.
+#include "warp.cuh"
+
+namespace opentq {
+
+[[maybe_unused]] constexpr float UNIT = 16777216.f;  // 2^24: one over the value of number 1 as an fp16 denormal
+
+template <int DIM, int PLANE_, bool SECOND, int GROUP_, int NUMBERS_>
+struct Sizes {
+  static constexpr int D = DIM, PLANE = PLANE_, GROUP = GROUP_ < DIM ? GROUP_ : DIM, NUMBERS = NUMBERS_;
+  static constexpr int TILES = D / 16;                       // per strip
+  static constexpr int GROUPS = (D + GROUP - 1) / GROUP;
+  static constexpr int LOW = (TILES * PLANE + 1) / 2;        // words per lane and record, first plane
+  static constexpr int HIGH = SECOND ? (TILES + 1) / 2 : 0;
+  static constexpr int SCALES = 32 * (LOW + HIGH);           // word offset of the scales in a record
+  static constexpr int ZEROS = SCALES + 16 * GROUPS;
+  static constexpr int RECORD = SCALES + 16 * GROUPS * NUMBERS;  // words
+  static constexpr int BYTES = 4 * RECORD;
+  static constexpr bool ZEROED = NUMBERS == 2;
+  static_assert(D % 16 == 0, "head dims are multiples of 16");
+};
+
+// Affine codes: value = scale * code + zero. Code of register r, half h:
+//   8 bits: word r/2 of two, bit 8 (r%2) + 16 h
+//   4 bits: bit 4 r + 16 h
+//   2 bits: bit 8 (i%2) + 2 r + 16 h
+//   3 bits: its low two bits as above; its high bit in the second plane, bit 4 (i%4) + r/2 + 2 (r%2) + 16 h
+// A code is used where it lies: `word & mask` is a pair of denormals, with no conversion at all; one step to the left
+// (odd registers) it is LIFT times larger.
+template <int DIM, int BITS, int GROUP_>
+struct Affine : Sizes<DIM, BITS == 3 ? 2 : BITS, BITS == 3, GROUP_, 2> {
+  static constexpr float LIFT = BITS == 8 ? 1.f : BITS == 4 ? 16.f : 4.f, STEP = 1.f;
+
+  static __device__ __forceinline__ void fragment(u32 (&a)[4], u32 word, u32 more, int i) {
+    if constexpr (BITS == 8) {
+      a[0] = word & 0x00ff00ffu, a[1] = (word >> 8) & 0x00ff00ffu;
+      a[2] = more & 0x00ff00ffu, a[3] = (more >> 8) & 0x00ff00ffu;
+    } else if constexpr (BITS == 4) {
+      const u32 x = word >> 8;
+      a[0] = word & 0x000f000fu, a[1] = word & 0x00f000f0u;
+      a[2] = x & 0x000f000fu, a[3] = x & 0x00f000f0u;
+    } else {
+      const u32 w = word >> (8 * (i % 2)), x = w >> 4;
+      a[0] = w & 0x00030003u, a[1] = w & 0x000c000cu;
+      a[2] = x & 0x00030003u, a[3] = x & 0x000c000cu;
+      if constexpr (BITS == 3) {
+        // Bit 2 of even registers belongs at bit 2, of odd ones at bit 4; they lie at 4 (i%4) + r/2 and two above.
+        const int at = 4 * (i % 4);
+        const u32 h0 = at >= 2 ? more >> (at - 2) : more << (2 - at);
+        const u32 h1 = at >= 1 ? more >> (at - 1) : more << (1 - at);
+        a[0] |= h0 & 0x00040004u, a[1] |= h0 & 0x00100010u;
+        a[2] |= h1 & 0x00040004u, a[3] |= h1 & 0x00100010u;
+      }
+    }
+  }
+};
+
+// Codebook codes: value = scale * STEP * book[code], the book odd and of signed bytes. A stored code is a sign (the
+// code's upper bit: 1 is positive) and the rank of its magnitude (the other bits, inverted where the sign is negative),
+// and the magnitudes are looked up four at a time in the registers M0..M3: a rank is a selector of `permute`.
+// Rank of element e = 2 r + h: nibble e of the word, in 2- and 3-bit codes of two tiles, the second two bits higher.
+// Signs: byte e%4 of a word for each half of the elements, bit 7 once it is shifted as `fragment` says; in 1-, 3- and
+// 5-bit codes the second plane (1 bit: the only one) holds four tiles of them.
+template <int DIM, int BITS, u32 M0, u32 M1, u32 M2, u32 M3, int STEP_2_31>
+struct Book : Sizes<DIM, BITS == 1 ? 1 : BITS / 2 * 2, BITS == 3 || BITS == 5, DIM, 1> {
+  static constexpr float LIFT = 1.f, STEP = STEP_2_31 / 2147483648.f;
+  static_assert(BITS <= 5, "a register pair holds eight magnitudes, two pairs sixteen");
+
+  static __device__ __forceinline__ u32 magnitudes(u32 ranks) {  // of the four lower nibbles
+    if constexpr (BITS == 1) return M0;
+    if constexpr (BITS == 5) return permute(M0, M1, ranks) | permute(M2, M3, ranks ^ 0x8888u);
+    return permute(M0, M1, ranks);
+  }
+
+  static __device__ __forceinline__ void fragment(u32 (&a)[4], u32 word, u32 more, int i) {
+    constexpr u32 MASK = BITS == 2 ? 0x11111111u : BITS == 3 ? 0x33333333u : BITS == 4 ? 0x77777777u : 0xffffffffu;
+    const u32 ranks = (BITS == 2 || BITS == 3 ? word >> (2 * (i % 2)) : word) & MASK;
+    u32 plus[2];  // signs in bit 7 of every byte: elements 0..3, and 4..7
+    if constexpr (BITS == 4) {
+      plus[0] = word, plus[1] = word << 4;
+    } else if constexpr (BITS == 2) {
+      plus[0] = word << (2 - 2 * (i % 2)), plus[1] = word << (6 - 2 * (i % 2));
+    } else {
+      const u32 signs = BITS == 1 ? word : more;
+      plus[0] = signs << (2 * (i % 4)), plus[1] = signs << (2 * (i % 4) + 1);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 size = magnitudes(ranks >> (16 * half)), minus = ~plus[half] & 0x80808080u;
+      a[2 * half] = permute(size, minus, 0x5140u), a[2 * half + 1] = permute(size, minus, 0x7362u);
+    }
+  }
+};
+
+}  // namespace opentq
