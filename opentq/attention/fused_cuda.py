@@ -83,7 +83,7 @@ def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
         args.v.arrays[0] if args.v.arrays else cuda.no_records(),
         args.dense_k,
         args.dense_v,
-        args.lens_array(),
+        args.lens_array() if ragged(args) else cuda.no_lens(),
         cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
         tickets,
     ]
@@ -102,7 +102,13 @@ def scalars(args: AttnArgs) -> cuda.Scalars:
     """`cuda.CALL` of this call."""
     k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
     shape = (k_blocks, v_blocks, args.dense_k.shape[2], args.q.shape[1], args.kv_heads, args.q.shape[2])
-    return (*shape, args.window, int(args.causal), float(args.scale), float(args.softcap))
+    lens = (-1, 0, 0) if ragged(args) else args.lens[0]
+    return (*shape, args.window, int(args.causal), *lens, float(args.scale), float(args.softcap))
+
+
+def ragged(args: AttnArgs) -> bool:
+    """Whether sequences differ in length; otherwise their lengths go with the call, and nobody waits for memory."""
+    return any(lens != args.lens[0] for lens in args.lens)
 
 
 def prefill(args: AttnArgs) -> mx.array:

@@ -234,7 +234,11 @@ class Geometry:
 
 
 CALL = (
-    *((name, "int") for name in ("k_blocks", "v_blocks", "columns", "q_heads", "kv_heads", "length", "window", "causal")),
+    *(
+        (name, "int")
+        for name in ("k_blocks", "v_blocks", "columns", "q_heads", "kv_heads", "length", "window", "causal")
+    ),
+    *((name, "int") for name in ("packed", "sink", "tail_start")),
     *((name, "float") for name in ("scale", "softcap")),
 )
 """Names and types of `opentq::Call`, decode's scalars."""
@@ -285,7 +289,8 @@ def unpack_source(layout: MmaLayout, dtype: str) -> KernelSource:
         scalars=tuple((name, "int") for name in (*UNPACK, "blocks", "heads", "columns", "tokens")),
         body=(
             f"  const int where[] = {{{', '.join(UNPACK)}}};\n"
-            f"  opentq::unpack<{format_type(layout)}, {keys}>(records, dense, where, y, blocks, heads, columns, tokens);"
+            f"  opentq::unpack<{format_type(layout)}, {keys}>(\n"
+            "      records, dense, where, y, blocks, heads, columns, tokens);"
         ),
         threads=128,
         shared=0,
@@ -331,6 +336,12 @@ def unpack(
 @functools.cache
 def no_sinks() -> mx.array:
     return mx.array([float("nan")], dtype=mx.float32)
+
+
+@functools.cache
+def no_lens() -> mx.array:
+    """Stands for the lengths where they travel with the call."""
+    return mx.zeros((1,), dtype=mx.int32)
 
 
 @functools.cache

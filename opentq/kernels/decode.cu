@@ -18,7 +18,7 @@
 // and the last block to arrive at the ticket of its row tile merges them: no second launch.
 //
 // Inputs: q [B, Hq, L, Dk] T; k, v: records [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int
-// [B, 3] = (packed, sink, tail_start); sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls.
+// [B, 3] = (packed, sink, tail_start), read where sequences differ; sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls.
 // Outputs: out [B, Hq, L, Dv] T; scratch [tiles, splits, 8 NT, Dv + 2] float, unused with one split.
 // Bytes moved: packed tokens x (record bytes / 32) per KV head and row tile, plus dense columns; nothing else of size.
 #include "decode_warp.cuh"
@@ -122,7 +122,9 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   const size_t kv = (size_t)b * call.kv_heads + head;
   QueryStage<T, KF, NT, NW, P::ZERO_PARTS> stage_query;
   stage_query.load(q + (kv * all_rows + r0) * KF::D, rows, warp, lane);
-  const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
+  const bool ragged = call.packed < 0;
+  const int packed = ragged ? lens[3 * b] : call.packed, sink = ragged ? lens[3 * b + 1] : call.sink;
+  const int tail_start = ragged ? lens[3 * b + 2] : call.tail_start;
   const int window = call.window, columns = call.columns;
   const int row_base = sink + packed + columns - length - tail_start;  // position of query token 0
 

@@ -15,6 +15,7 @@ namespace opentq {
 
 struct Call {  // what the host knows: blocks allocated for k and v, dense columns, heads, query tokens, and the options
   int k_blocks, v_blocks, columns, q_heads, kv_heads, length, window, causal;
+  int packed, sink, tail_start;  // of all sequences, where they agree; else packed is -1, and they are in memory
   float scale, softcap;
 };
 

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import tempfile
-from pathlib import Path
 
 from . import build
 
