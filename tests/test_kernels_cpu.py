@@ -21,19 +21,48 @@ from hypothesis import strategies as st
 
 from opentq.attention import fused_cpu, reference
 from opentq.attention.args import AttnArgs, PackedKV
-from opentq.codecs.affine import Affine
+from opentq.codecs import Affine, Codec, Raw, Turbo
 from opentq.kernels import build, cpu
 from opentq.kernels.cpu_layout import CpuBlocks, load_numpy, store_numpy
+from opentq.kernels.layout import CANONICAL
 
 pytestmark = pytest.mark.skipif(
     build.active_dialect() != "cpu" or not cpu.available(), reason="no CPU kernels here: another device, or no compiler"
 )
 
 BITS = (2, 3, 4, 8)
+BOOKS = tuple(f"tq{bits}" for bits in range(1, 7))
+FORMS = (*BITS, *BOOKS, "f16")
+"""Widths of affine codes, codebooks, and raw storage."""
 
 
-def blocks(kind: str, codec: Affine, dim: int) -> CpuBlocks:
-    return CpuBlocks(kind, codec.bits, codec.group, dim)
+def codec_of(form: int | str, group: int = 32) -> Codec:
+    if form == "f16":
+        return Raw()
+    return Affine(form, group) if isinstance(form, int) else Turbo(int(form[2:]))
+
+
+def blocks(kind: str, codec: Codec, dim: int) -> CpuBlocks:
+    layout = CpuBlocks.of(kind, codec, dim)
+    assert layout is not None
+    return layout
+
+
+def stored(kind: str, codec: Codec, y: mx.array, tokens: int, spare: int) -> PackedKV:
+    """`y [B, H, slots, D]` as keys or values, of which `tokens` are real; the rest and `spare` blocks more hold NaN."""
+    batch, heads, slots, dim = y.shape
+    if isinstance(codec, Raw):
+        kept = np.array(codec.encode(y)[0])
+        kept[:, :, tokens:] = np.nan
+        kept = np.concatenate([kept, np.full((batch, heads, 64 * spare, dim), np.nan, np.float16)], axis=2)
+        return PackedKV(codec, CANONICAL, (mx.array(kept),), dim)
+    layout = blocks(kind, codec, dim)
+    kept = np.array(layout.encode(codec, y)[0])
+    kept = np.concatenate([kept, np.full((batch, heads, spare, layout.block_bytes), 0x7E, np.uint8)], axis=2)
+    if tokens % 64:
+        params = kept[:, :, slots // 64 - 1, layout.code_bytes :]
+        params.view(np.uint16).reshape(batch, heads, -1, 64)[..., tokens % 64 :] = 0x7E00
+    return PackedKV(codec, layout, (mx.array(kept),), dim)
 
 
 def call(
@@ -58,7 +87,7 @@ def call(
     spare=0,
     dtype=mx.float32,
 ) -> AttnArgs:
-    """A random call; `spare` packed blocks and the invalid part of the last one hold NaN scales."""
+    """A random call. `bits` are two of `FORMS`; `spare` blocks and the invalid part of the last one hold NaN."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -66,17 +95,11 @@ def call(
 
     slots = -(-packed // 64) * 64
     sides = []
-    for kind, dim, b, group in zip("kv", dims, bits, groups):
-        codec = Affine(b, group)
-        layout = blocks(kind, codec, dim)
+    for kind, dim, form, group in zip("kv", dims, bits, groups):
         # Tokens of very different size make the block's value scales wild.
         size = mx.array(np.exp(rng.normal(0, np.log(spread) + 1e-9, (batch, kv_heads, slots, 1))).astype(np.float32))
-        stored = np.array(layout.encode(codec, (normal(batch, kv_heads, slots, dim) * size).astype(mx.float16))[0])
-        stored = np.concatenate([stored, np.full((batch, kv_heads, spare, layout.block_bytes), 0x7E, np.uint8)], axis=2)
-        if packed % 64:
-            params = stored[:, :, slots // 64 - 1, layout.code_bytes :]
-            params.view(np.uint16).reshape(batch, kv_heads, -1, 64)[..., packed % 64 :] = 0x7E00
-        sides.append(PackedKV(codec, layout, (mx.array(stored),), dim))
+        y = (normal(batch, kv_heads, slots, dim) * size).astype(mx.float16)
+        sides.append(stored(kind, codec_of(form, group), y, packed, spare))
     columns = sink + tail + length
     lens = tuple((max(0, packed - 33 * b * ragged), sink, sink + min(tail, 5 * b) * ragged) for b in range(batch))
     return AttnArgs(
@@ -133,16 +156,15 @@ def check(args: AttnArgs) -> None:
 
 
 @pytest.mark.parametrize("kind", ["k", "v"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("form", [*BITS, *BOOKS])
 @pytest.mark.parametrize("dim,group", [(16, 32), (64, 128), (80, 32), (112, 64), (128, 32), (192, 128)])
-def test_layout_moves_canonical_bits_exactly(kind, bits, dim, group):
-    codec = Affine(bits, group)
+def test_layout_moves_canonical_bits_exactly(kind, form, dim, group):
+    codec = codec_of(form, group)
     layout = blocks(kind, codec, dim)
     packed = codec.encode(mx.random.normal((2, 3, 128, dim), key=mx.random.key(1)))
     (stored,) = layout.store(packed)
     assert stored.shape == (2, 3, 2, layout.block_bytes) and CpuBlocks.named(layout.name) == layout
-    canonical_bits = 64 * (bits * dim + 32 * layout.groups)
-    assert layout.block_bytes * 8 == canonical_bits, "no padding"
+    assert layout.block_bytes * 8 == 64 * (layout.bits * dim + 16 * layout.params), "no padding"
     assert np.array_equal(np.array(stored), store_numpy(layout, *map(np.array, packed)))
     for loaded in (layout.load((stored,)), load_numpy(layout, np.array(stored))):
         for a, b in zip(loaded, packed):
@@ -181,6 +203,16 @@ def test_encode_of_extreme_vectors(bits):
     same_codes(blocks("v", codec, 64), codec, mx.array(rows.reshape(1, 1, 64, 64)))
 
 
+@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize("fit", ["length", "norm", "unbiased"])
+def test_encode_makes_the_codebooks_bits(bits, fit):
+    codec = Turbo(bits, fit=fit)
+    y = mx.random.normal((2, 2, 192, 80), key=mx.random.key(2)) * 3
+    y[0, 0, 0], y[0, 0, 1, 3], y[0, 0, 2], y[0, 0, 3] = 0.0, mx.inf, 65504.0, 1e-9
+    for x in (y, y.astype(mx.float16), y[:, 1:, 64:]):
+        same_codes(blocks("k", codec, 80), codec, x)
+
+
 def test_encode_of_nan_ends():
     layout, codec = blocks("k", Affine(4, 32), 64), Affine(4, 32)
     (stored,) = layout.encode(codec, mx.full((1, 1, 64, 64), mx.nan))
@@ -202,10 +234,11 @@ def test_layout_refuses_what_it_cannot_hold():
 # ---- attention
 
 
-@pytest.mark.parametrize("k_bits", BITS)
-@pytest.mark.parametrize("v_bits", BITS)
-def test_every_pair_of_widths(k_bits, v_bits):
-    check(call(bits=(k_bits, v_bits), groups=(32, 64), packed=130))
+@pytest.mark.parametrize("k_form", FORMS)
+@pytest.mark.parametrize("v_form", FORMS)
+def test_every_pair_of_forms(k_form, v_form):
+    for length in (1, 20):  # few rows read codes as they are stored, many unpack a block once
+        check(call(bits=(k_form, v_form), groups=(32, 64), packed=130, length=length, dims=(80, 64), gqa=2))
 
 
 @pytest.mark.parametrize("gqa", [1, 2, 3, 4, 7, 8, 16])
@@ -215,9 +248,9 @@ def test_gqa(gqa, length):
 
 
 @pytest.mark.parametrize("dims", [(d, d) for d in (64, 80, 96, 112, 128, 192, 256, 512)] + [(192, 128)])
-@pytest.mark.parametrize("group", [32, 128])
-def test_head_dims(dims, group):
-    check(call(dims=dims, groups=(group, group), packed=70, tail=5, kv_heads=1))
+@pytest.mark.parametrize("bits,group", [((4, 4), 32), ((4, 4), 128), (("tq6", "tq6"), 0), (("f16", "f16"), 0)])
+def test_head_dims(dims, bits, group):
+    check(call(dims=dims, bits=bits, groups=(group, group), packed=70, tail=5, kv_heads=1))
 
 
 @pytest.mark.parametrize(
@@ -247,8 +280,9 @@ def test_head_dims(dims, group):
     ],
     ids=str,
 )
-def test_regions_and_masks(case):
-    args = call(**case)
+@pytest.mark.parametrize("bits", [(4, 4), ("tq4", "f16"), ("f16", "tq3")], ids=str)
+def test_regions_and_masks(case, bits):
+    args = call(**case, bits=bits)
     if args.q.dtype == mx.bfloat16:  # its output rounding is coarser than all of fp16's errors
         out, judge = np.array(fused_cpu.attend(args).astype(mx.float32)), np.array(reference.attend(args))
         assert np.abs(out - judge).max() <= 2**-8 * np.abs(judge).max()
@@ -369,7 +403,7 @@ CALLS = st.fixed_dictionaries(
         "packed": st.integers(0, 400),
         "sink": st.integers(0, 4),
         "tail": st.integers(0, 70),
-        "bits": st.tuples(*[st.sampled_from(BITS)] * 2),
+        "bits": st.tuples(*[st.sampled_from(FORMS)] * 2),
         "groups": st.tuples(*[st.sampled_from([32, 64, 128])] * 2),
         "causal": st.booleans(),
         "window": st.sampled_from([0, 0, 1, 30, 64, 200]),

@@ -1,7 +1,8 @@
-"""Attention by the compiled CPU kernels: decode and prefill straight on packed bytes (kernels/attend_affine.cpp).
+"""Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (kernels/attend.cpp).
 
-Serves affine codecs stored in the CPU's blocked layout, any GQA ratio, window, sinks, softcap and ragged lengths; says
-"not me" for masks given as arrays. Inputs are evaluated here, because the kernel reads their memory.
+Serves affine and codebook codecs stored in the CPU's blocked layout, and raw fp16, in any pairing of keys and values;
+any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for masks given as arrays. Inputs are evaluated
+here, because the kernel reads their memory.
 
 Numerical class: fp16. Queries and probabilities go through the integer products as 15-bit integers (one step per query,
 one per group and block of values), everything else is fp32: the error is that of naive attention in fp16, or less.
@@ -12,8 +13,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.affine import Affine
 from ..codecs.base import Codec
+from ..codecs.raw import Raw
 from ..kernels import build, cpu
 from ..kernels.cpu_layout import TOKENS, CpuBlocks
 from ..kernels.layout import CANONICAL, Layout
@@ -58,24 +59,33 @@ def attend(args: AttnArgs) -> mx.array | None:
         args.window,
         cpu.threads(),
     )
-    cpu.call("opentq_attend_affine", call)
+    cpu.call("opentq_attend", call)
     result = mx.array(out)
     return result.view(mx.bfloat16) if args.q.dtype == mx.bfloat16 else result
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
     """The storage layouts these kernels want, canonical where they can't serve."""
-    if not (isinstance(k_codec, Affine) and isinstance(v_codec, Affine)) or dims[0] % 16 or dims[1] % 16:
+    k, v = (_layout(*side) for side in zip("kv", (k_codec, v_codec), dims))
+    if k is None or v is None or build.active_dialect() != "cpu" or not cpu.available():
         return CANONICAL, CANONICAL
-    if build.active_dialect() != "cpu" or not cpu.available():
-        return CANONICAL, CANONICAL
-    return CpuBlocks("k", k_codec.bits, k_codec.group, dims[0]), CpuBlocks("v", v_codec.bits, v_codec.group, dims[1])
+    return k, v
+
+
+def _layout(kind: str, codec: Codec, dim: int) -> Layout | None:
+    if isinstance(codec, Raw):
+        return None if dim % 16 else CANONICAL
+    return CpuBlocks.of(kind, codec, dim)
+
+
+def _readable(side: PackedKV) -> bool:
+    return isinstance(side.layout, CpuBlocks) or (isinstance(side.codec, Raw) and side.head_dim % 16 == 0)
 
 
 def _serves(args: AttnArgs) -> bool:
     return (
-        isinstance(args.k.layout, CpuBlocks)
-        and isinstance(args.v.layout, CpuBlocks)
+        _readable(args.k)
+        and _readable(args.v)
         and args.mask is None
         and args.q.dtype in cpu.DTYPES
         and args.dense_k.dtype == args.dense_v.dtype == mx.float16
@@ -91,15 +101,16 @@ def _check(args: AttnArgs) -> None:
             raise ValueError(f"lengths {(packed, sink, tail)} don't fit {columns} dense columns and {length} queries")
         for side in (args.k, args.v):
             rows = side.arrays[0].shape[2] if side.arrays else 0
-            if packed > rows * TOKENS:
-                raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {TOKENS}")
+            if packed > rows * side.layout.block:
+                raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
 
 
 def _packed(side: PackedKV, view: np.ndarray | None) -> cpu.Packed:
-    layout = side.layout
-    assert isinstance(layout, CpuBlocks)
-    where = (None, 0, 0, 0) if view is None else (view.ctypes.data, *view.strides[:3])
-    return cpu.Packed(*where, layout.bits, layout.group, layout.head_dim)
+    batch, head, row = (0, 0, 0) if view is None else view.strides[:3]
+    data = None if view is None else view.ctypes.data
+    if isinstance(side.layout, CpuBlocks):
+        return side.layout.view((data, batch, head, row))
+    return cpu.Packed(data, batch, head, TOKENS * row, 16, side.head_dim, side.head_dim, cpu.RAW)
 
 
 def _dense(view: np.ndarray) -> cpu.Dense:

@@ -7,16 +7,27 @@ namespace otq {
 
 enum Dtype : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
 
-// Affine-coded keys or values in the blocked layout (blocks.h): [B, Hkv, blocks, block_bytes], strides in bytes, so that
-// over-allocated and sliced buffers are read in place.
+// How a vector became bits. AFFINE: x = code * scale + zero, one fp16 pair per group of channels. BOOK: x = scale * step *
+// (book[code] - 128), one fp16 scale per vector. RAW: fp16 [T, D] as it is.
+enum Form : int32_t { AFFINE, BOOK, RAW };
+
+// Stored keys or values: [B, Hkv, blocks of 64 tokens], strides in bytes, so that over-allocated and sliced buffers are read
+// in place. AFFINE and BOOK lie in the blocked layout (blocks.h); RAW tokens are block_stride / 64 bytes apart.
 struct Packed {
   const uint8_t* data;
   int64_t batch_stride, head_stride, block_stride;
-  int32_t bits, group, dim, pad;
+  int32_t bits, group, dim, form;
+  const uint8_t* book;  // BOOK: 64 bytes, the 2^bits entries again and again
+  float step;
+  int32_t pad;
+  // Products are cut into groups: those that share a scale, and short enough for 32-bit sums (128 channels of 8 bits).
   int groups() const { return (dim + group - 1) / group; }
   int tiles() const { return dim / 16; }
   int64_t code_bytes() const { return int64_t(8) * bits * dim; }
-  int64_t block_bytes() const { return code_bytes() + 256 * groups(); }
+  // fp16 numbers between the parameters of one group and the next.
+  int param_stride() const { return form == AFFINE ? 128 : 0; }
+  int64_t block_bytes() const { return code_bytes() + (form == AFFINE ? 256 * groups() : form == BOOK ? 128 : 0); }
+  int64_t token_stride() const { return block_stride / 128; }  // RAW: in fp16 numbers
   // Tiles [first, last) of group g; the last group may be short.
   int first_tile(int g) const { return g * group / 16; }
   int last_tile(int g) const { return std::min((g + 1) * group, dim) / 16; }
@@ -48,10 +59,17 @@ struct Call {
 // What one packed token is made of.
 struct Format {
   int32_t bits, group, dim, is_values;
+  int32_t form, pad;
+  const float* cuts;  // BOOK, to quantise only: 2^bits - 1 boundaries between entries, in units of the scale
   int groups() const { return (dim + group - 1) / group; }
+  int params() const { return form == AFFINE ? 2 * groups() : 1; }  // fp16 numbers
   int64_t code_bytes() const { return int64_t(8) * bits * dim; }
-  int64_t block_bytes() const { return code_bytes() + 256 * groups(); }
-  int words() const { return bits == 3 ? dim / 16 + (dim + 31) / 32 : dim * bits / 32; }
+  int64_t block_bytes() const { return code_bytes() + 128 * params(); }
+  // Widths whose codes don't fill a byte evenly lie in two planes, low bits first.
+  int low() const { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
+  int high() const { return bits - low(); }
+  int low_words() const { return (dim * low() + 31) / 32; }
+  int words() const { return low_words() + (dim * high() + 31) / 32; }
 };
 
 // Blocks [batch, heads, blocks], and where the strided side of a copy lies.
@@ -65,12 +83,12 @@ struct Grid {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // All return 0, or 1 when memory ran out.
-EXPORT int opentq_attend_affine(const otq::Call* call);
-// x [B, H, 64 n, D] of `dtype`, strides in elements -> blocks, contiguous.
-EXPORT int opentq_pack_affine(const otq::Format* f, const otq::Grid* n, const void* x, uint8_t* blocks);
-// codes uint32 [B, H, 64 n, words] and scales fp16 [B, H, 64 n, 2 G], contiguous -> blocks, contiguous.
-EXPORT int opentq_store_affine(const otq::Format* f, const otq::Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks);
+EXPORT int opentq_attend(const otq::Call* call);
+// x [B, H, 64 n, D] of `dtype`, strides in elements -> blocks, contiguous. BOOK: with scales [B, H, 64 n], contiguous.
+EXPORT int opentq_pack(const otq::Format* f, const otq::Grid* n, const void* x, const uint16_t* scales, uint8_t* blocks);
+// codes uint32 [B, H, 64 n, words] and scales fp16 [B, H, 64 n, params], contiguous -> blocks, contiguous.
+EXPORT int opentq_store(const otq::Format* f, const otq::Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks);
 // blocks, strides in bytes -> codes and scales, contiguous.
-EXPORT int opentq_load_affine(const otq::Format* f, const otq::Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* scales);
+EXPORT int opentq_load(const otq::Format* f, const otq::Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* scales);
 EXPORT const char* opentq_isa();
 EXPORT int64_t opentq_call_bytes();

@@ -1,10 +1,11 @@
-// The blocked storage layout of affine-coded keys and values, bit by bit.
+// The blocked storage layout of coded keys and values, bit by bit.
 //
 // A tensor [B, H, T, D] is stored as [B, H, T/64, block_bytes]: one block holds 64 tokens of one KV head,
 //
-//   D/16 tiles of 128*bits bytes | G groups of (64 fp16 scales, 64 fp16 zeros)          x = code * scale + zero
+//   D/16 tiles of 128*bits bytes | AFFINE: G groups of (64 fp16 scales, 64 fp16 zeros)
+//                                | BOOK: 64 fp16 scales
 //
-// which is exactly the canonical number of bits (8*bits*D + 256*G bytes): no padding. A tile is 16 channels x 64 tokens =
+// which is exactly the canonical number of bits: no padding. A tile is 16 channels x 64 tokens =
 // 16 fields of 64 codes; a field is what one 64-byte vector holds when every code has a byte of its own:
 //
 //   keys:    field i = channels 4*(i/4) .. +4, tokens 16*(i%4) .. +16; byte 4*l + j = (token lane l, channel j)
@@ -17,7 +18,9 @@
 //   8 bits   vector i
 //   4 bits   vector i/2, bits 4*(i%2) of every byte
 //   2 bits   vector i/4, bits 2*(i%4)
-//   3 bits   low two bits as the 2-bit tile (4 vectors), then the high bit in vector 4 + i/8, bit i%8
+//   1 bit    vector i/8, bit i%8
+//   3 bits   low two bits as the 2-bit tile (4 vectors), then the high bit as a 1-bit tile
+//   5, 6     low four bits as the 4-bit tile (8 vectors), then the rest as a 1-bit or 2-bit tile
 #pragma once
 #include "abi.h"
 #include "simd.h"
@@ -30,20 +33,39 @@ constexpr int TOKEN_VECTORS = BLOCK / W; // float vectors per 64 tokens
 
 // Part `part` (4*W bytes) of field i of a tile, one code per byte. i is a constant once loops are unrolled.
 template <int BITS> INLINE I field(const uint8_t* tile, int i, int part) {
+  constexpr int LOW = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS, HIGH = BITS - LOW;
+  constexpr int PER = 8 / LOW;
   tile += 4 * W * part;
-  if (BITS == 8) return iload(tile + 64 * i);
-  if (BITS == 4) return iand(shr(iload(tile + 64 * (i / 2)), 4 * (i % 2)), iset8(15));
-  const I low = iand(shr(iload(tile + 64 * (i / 4)), 2 * (i % 4)), iset8(3));
-  if (BITS == 2) return low;
-  const I plane = iload(tile + 256 + 64 * (i / 8));  // bit i%8 goes to bit 2
-  return ior(low, iand(i % 8 < 2 ? shl(plane, 2 - i % 8) : shr(plane, i % 8 - 2), iset8(4)));
+  const I vector = iload(tile + 64 * (i / PER));
+  if constexpr (BITS == 8) return vector;
+  const I low = iand(shr(vector, LOW * (i % PER)), iset8((1 << LOW) - 1));
+  if constexpr (HIGH == 0) {
+    return low;
+  } else {
+    constexpr int HIGH_PER = 8 / HIGH;
+    const I plane = iload(tile + 128 * LOW + 64 * (i / HIGH_PER));
+    const int left = LOW - HIGH * (i % HIGH_PER);  // to where the high bits belong
+    return ior(low, iand(left >= 0 ? shl(plane, left) : shr(plane, -left), iset8(((1 << HIGH) - 1) << LOW)));
+  }
 }
 
+// What the integer products multiply: codes as they are, or the codebook's bytes, looked up in registers.
+template <int BITS, bool LOOKUP> struct Reader {
+  explicit Reader(const uint8_t*) {}
+  INLINE I operator()(const uint8_t* tile, int i, int part) const { return field<BITS>(tile, i, part); }
+};
+template <int BITS> struct Reader<BITS, true> {
+  explicit Reader(const uint8_t* entries) : book(entries) {}
+  INLINE I operator()(const uint8_t* tile, int i, int part) const { return book[field<BITS>(tile, i, part)]; }
+  Book<BITS> book;
+};
+
 // All tiles of a block with one byte per code (the 8-bit layout), for callers that read a block many times.
-template <int BITS> void widen(const uint8_t* codes, int tiles, uint8_t* out) {
+template <int BITS, bool LOOKUP> void widen(const uint8_t* codes, int tiles, const uint8_t* book, uint8_t* out) {
+  const Reader<BITS, LOOKUP> read(book);
   for (int t = 0; t < tiles; t++, codes += 128 * BITS, out += 1024)
     for (int part = 0; part < PARTS; part++)
-      UNROLL for (int i = 0; i < 16; i++) istore(out + 64 * i + 4 * W * part, field<BITS>(codes, i, part));
+      UNROLL for (int i = 0; i < 16; i++) istore(out + 64 * i + 4 * W * part, read(codes, i, part));
 }
 
 }  // namespace otq

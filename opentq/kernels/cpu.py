@@ -22,7 +22,14 @@ from . import build
 
 log = logging.getLogger("opentq")
 
-SOURCES = ("attend_affine.cpp", "pack_affine.cpp", *(f"products.cpp -DOPENTQ_BITS={bits}" for bits in (2, 3, 4, 8)))
+KINDS = (*((bits, 0) for bits in (2, 3, 4, 8)), *((bits, 1) for bits in range(1, 7)))
+"""Widths of codes, and whether they are looked up in a codebook."""
+SOURCES = (
+    "attend.cpp",
+    "pack.cpp",
+    *(f"products.cpp -DOPENTQ_BITS={bits} -DOPENTQ_LOOKUP={lookup}" for bits, lookup in KINDS),
+)
+AFFINE, BOOK, RAW = range(3)
 DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 
 
@@ -37,6 +44,9 @@ class Packed(ctypes.Structure):
         ("bits", c_int32),
         ("group", c_int32),
         ("dim", c_int32),
+        ("form", c_int32),
+        ("book", c_void_p),
+        ("step", c_float),
         ("pad", c_int32),
     ]
 
@@ -80,7 +90,15 @@ class Call(ctypes.Structure):
 class Format(ctypes.Structure):
     """`struct Format` of abi.h."""
 
-    _fields_ = [("bits", c_int32), ("group", c_int32), ("dim", c_int32), ("is_values", c_int32)]
+    _fields_ = [
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("dim", c_int32),
+        ("is_values", c_int32),
+        ("form", c_int32),
+        ("pad", c_int32),
+        ("cuts", c_void_p),
+    ]
 
 
 class Grid(ctypes.Structure):
@@ -138,16 +156,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     lib.opentq_isa.restype = c_char_p
     lib.opentq_call_bytes.restype = c_int64
     assert lib.opentq_call_bytes() == ctypes.sizeof(Call)
-    lib.opentq_attend_affine.argtypes = [c_void_p]
-    lib.opentq_pack_affine.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
-    lib.opentq_store_affine.argtypes = [c_void_p] * 5
-    lib.opentq_load_affine.argtypes = [c_void_p] * 5
-    for name in ("attend", "pack", "store", "load"):
-        getattr(lib, f"opentq_{name}_affine").restype = c_int
+    for name, arguments in (("attend", 1), ("pack", 5), ("store", 5), ("load", 5)):
+        function = getattr(lib, f"opentq_{name}")
+        function.argtypes, function.restype = [c_void_p] * arguments, c_int
     return lib, ""
 
 
-def call(name: str, *arguments: ctypes.Structure | int) -> None:
+def call(name: str, *arguments: ctypes.Structure | int | None) -> None:
     """Run one kernel: structures go by reference, integers are addresses. Raises MemoryError."""
     pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
     if getattr(library(), name)(*pointers):

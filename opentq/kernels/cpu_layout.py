@@ -1,5 +1,6 @@
 """The CPU's storage layout: blocks of 64 tokens in the order that byte dot products read them (described bit by bit in
-blocks.h), one uint8 array `[B, H, T / 64, bytes]` holding codes, scales and zeros without padding.
+blocks.h), one uint8 array `[B, H, T / 64, bytes]` holding codes, scales and zeros without padding. It holds affine codes
+and those of a codebook.
 
 The compiled kernels move whole buffers. The numpy functions do the same, slower: they are the layout's definition in
 ten lines each, read caches on machines without a compiler, and judge the kernels in the tests.
@@ -7,14 +8,16 @@ ten lines each, read caches on machines without a compiler, and judge the kernel
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from ..codecs import codebooks, packing, turbo
 from ..codecs.affine import Affine
-from ..codecs.base import Codec, Packed
+from ..codecs.base import FP16_MAX, Codec, Packed
 from . import cpu
 
 TOKENS = 64
@@ -22,7 +25,10 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class CpuBlocks:
-    """Affine-coded keys or values of one head dim, 64 tokens a block. `kind` is "k" or "v"."""
+    """Coded keys or values of one head dim, 64 tokens a block. `kind` is "k" or "v".
+
+    `group` channels share a scale and a zero; 0 stands for the codebook of `codecs/turbo.py`, one scale a vector.
+    """
 
     kind: str
     bits: int
@@ -33,17 +39,29 @@ class CpuBlocks:
 
     @property
     def name(self) -> str:
-        return f"cpu64-{self.kind}-b{self.bits}-g{self.group}-d{self.head_dim}"
+        codes = f"b{self.bits}-g{self.group}" if self.group else f"t{self.bits}"
+        return f"cpu64-{self.kind}-{codes}-d{self.head_dim}"
 
     @classmethod
     def named(cls, name: str) -> CpuBlocks | None:
         """The layout of that name, or None when it isn't one of these."""
-        found = re.fullmatch(r"cpu64-([kv])-b([2348])-g(32|64|128)-d(\d+)", name)
-        return cls(found[1], *map(int, found.groups()[1:])) if found else None
+        found = re.fullmatch(r"cpu64-([kv])-(?:b([2348])-g(32|64|128)|t([1-6]))-d(\d+)", name)
+        if not found:
+            return None
+        kind, bits, group, book_bits, dim = found.groups()
+        return cls(kind, int(bits or book_bits), int(group or 0), int(dim))
+
+    @classmethod
+    def of(cls, kind: str, codec: Codec, head_dim: int) -> CpuBlocks | None:
+        """The layout for what `codec` makes, or None when it can't be held."""
+        if head_dim % 16 or not isinstance(codec, Affine | turbo.Turbo):
+            return None
+        return cls(kind, codec.bits, codec.group if isinstance(codec, Affine) else 0, head_dim)
 
     @property
-    def groups(self) -> int:
-        return -(-self.head_dim // self.group)
+    def params(self) -> int:
+        """fp16 numbers of one token: scale and zero of every group, or the scale."""
+        return 2 * -(-self.head_dim // self.group) if self.group else 1
 
     @property
     def code_bytes(self) -> int:
@@ -52,20 +70,18 @@ class CpuBlocks:
     @property
     def block_bytes(self) -> int:
         """Bytes of 64 tokens: the canonical number, without padding."""
-        return self.code_bytes + 256 * self.groups
+        return self.code_bytes + 128 * self.params
 
     @property
     def words(self) -> int:
         """Canonical uint32 words of one token's codes."""
-        if self.bits == 3:
-            return self.head_dim // 16 + -(-self.head_dim // 32)
-        return self.head_dim * self.bits // 32
+        return packing.words(self.head_dim, self.bits)
 
     def store(self, packed: Packed) -> tuple[mx.array, ...]:
-        """`(codes [B,H,T,W], scales [B,H,T,2G])` -> `[B,H,T/64,bytes]`; T must be a multiple of 64."""
+        """`(codes [B,H,T,W], scales [B,H,T,params])` -> `[B,H,T/64,bytes]`; T must be a multiple of 64."""
         codes, scales = (mx.contiguous(a) for a in packed)
         batch, heads, tokens, words = codes.shape
-        if words != self.words or scales.shape[3] != 2 * self.groups:
+        if words != self.words or scales.shape[3] != self.params:
             raise ValueError(f"layout {self.name} can't hold {words} words and {scales.shape[3]} scales a token")
         blocks = _whole_blocks(self.name, tokens)
         mx.eval(codes, scales)
@@ -74,9 +90,7 @@ class CpuBlocks:
         out = np.empty((batch, heads, blocks, self.block_bytes), np.uint8)
         grid = cpu.Grid(batch, heads, blocks, threads=cpu.threads())
         views = cpu.view(codes), cpu.view(scales)
-        cpu.call(
-            "opentq_store_affine", self._format(), grid, views[0].ctypes.data, views[1].ctypes.data, out.ctypes.data
-        )
+        cpu.call("opentq_store", self._format(), grid, views[0].ctypes.data, views[1].ctypes.data, out.ctypes.data)
         return (mx.array(out),)
 
     def load(self, stored: tuple[mx.array, ...]) -> Packed:
@@ -91,34 +105,74 @@ class CpuBlocks:
             codes, scales = load_numpy(self, view)
         else:
             codes = np.empty((batch, heads, count * TOKENS, self.words), np.uint32)
-            scales = np.empty((batch, heads, count * TOKENS, 2 * self.groups), np.float16)
+            scales = np.empty((batch, heads, count * TOKENS, self.params), np.float16)
             grid = cpu.Grid(batch, heads, count, *view.strides[:3], threads=cpu.threads())
             where = view.ctypes.data, codes.ctypes.data, scales.ctypes.data
-            cpu.call("opentq_load_affine", self._format(), grid, *where)
+            cpu.call("opentq_load", self._format(), grid, *where)
         return mx.array(codes), mx.array(scales)
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
         """`store(codec.encode(y))` in one pass over `y [B,H,T,D]`; the same bits (a zero may differ in sign)."""
-        if not isinstance(codec, Affine) or (codec.bits, codec.group) != (self.bits, self.group):
+        if CpuBlocks.of(self.kind, codec, self.head_dim) != self:
             raise ValueError(f"layout {self.name} can't hold what codec {codec} makes")
         if y.shape[3] != self.head_dim:
             raise ValueError(f"layout {self.name} can't hold vectors of {y.shape[3]} channels")
         blocks = _whole_blocks(self.name, y.shape[2])
-        if y.dtype not in cpu.DTYPES or not cpu.available():
+        other_scale = isinstance(codec, turbo.Turbo) and codec.fit != "length"  # known once codes are
+        if y.dtype not in cpu.DTYPES or other_scale or not cpu.available():
             return self.store(codec.encode(y))
-        mx.eval(y)
+        scales = None if self.group else _length(y)
+        mx.eval(y, *([] if scales is None else [scales]))
         x = cpu.rows_view(y)
         out = np.empty((*y.shape[:2], blocks, self.block_bytes), np.uint8)
         strides = [s // x.itemsize for s in x.strides[:3]]
         grid = cpu.Grid(*y.shape[:2], blocks, *strides, cpu.DTYPES[y.dtype], cpu.threads())
-        cpu.call("opentq_pack_affine", self._format(), grid, x.ctypes.data, out.ctypes.data)
+        given = None if scales is None else cpu.view(scales)
+        where = None if given is None else given.ctypes.data
+        cpu.call("opentq_pack", self._format(), grid, x.ctypes.data, where, out.ctypes.data)
         return (mx.array(out),)
 
     def _format(self) -> cpu.Format:
-        return cpu.Format(self.bits, self.group, self.head_dim, self.kind == "v")
+        if self.group:
+            return cpu.Format(self.bits, self.group, self.head_dim, self.kind == "v", cpu.AFFINE)
+        cuts = _cuts(self.bits, self.head_dim)
+        return cpu.Format(self.bits, self.head_dim, self.head_dim, self.kind == "v", cpu.BOOK, cuts=cuts.ctypes.data)
+
+    def view(self, where: tuple[int | None, int, int, int]) -> cpu.Packed:
+        """What the kernels read: address and strides in bytes of batch, head and block."""
+        if self.group:
+            return cpu.Packed(*where, self.bits, self.group, self.head_dim, cpu.AFFINE)
+        entries, step = book(self.bits, self.head_dim)
+        # Sums of more than 128 products of keys would leave 32 bits; those of values run over 64 tokens.
+        group = min(128, self.head_dim) if self.kind == "k" else self.head_dim
+        return cpu.Packed(*where, self.bits, group, self.head_dim, cpu.BOOK, entries.ctypes.data, step)
 
     def __deepcopy__(self, memo: dict) -> CpuBlocks:
         return self
+
+
+@functools.cache
+def book(bits: int, dim: int) -> tuple[np.ndarray, float]:
+    """A codebook as the kernels read it: 64 unsigned bytes, entry + 128, again and again; and the step of an entry."""
+    entries, step = codebooks.integers(bits, dim)
+    return np.resize(np.array(entries) + 128, 64).astype(np.uint8), step
+
+
+@functools.cache
+def _cuts(bits: int, dim: int) -> np.ndarray:
+    """Boundaries between a codebook's entries."""
+    return np.array(codebooks.boundaries(codebooks.sphere(bits, dim)), np.float32)
+
+
+def planes(bits: int) -> tuple[tuple[int, int], ...]:
+    """(width, first bit) of the planes in which codes of `bits` bits are stored."""
+    low, high = packing.PLANES.get(bits, (bits, 0))
+    return ((low, 0), (high, low)) if high else ((low, 0),)
+
+
+def _length(y: mx.array) -> mx.array:
+    """The scale that `Turbo` stores by default: |y| / sqrt(D), fp16 `[B, H, T, 1]`."""
+    return turbo.rms(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX)).astype(mx.float16)
 
 
 def _whole_blocks(name: str, tokens: int) -> int:
@@ -139,11 +193,10 @@ def store_numpy(layout: CpuBlocks, codes: np.ndarray, scales: np.ndarray) -> np.
     else:  # [field: token % 16][lane: channel][token / 16]
         by = tile_axes.reshape(batch, heads, n, 4, 16, dim // 16, 16).transpose(0, 1, 2, 5, 4, 6, 3)
     fields[...] = by.reshape(fields.shape)
-    planes = [(fields, bits)] if bits != 3 else [(fields & 3, 2), (fields >> 2, 1)]
-    tiles = [_merge(plane, width).reshape(*fields.shape[:4], -1) for plane, width in planes]
+    tiles = [_merge(_bits(fields, *plane), plane[0]).reshape(*fields.shape[:4], -1) for plane in planes(bits)]
     body = np.concatenate(tiles, axis=-1).reshape(batch, heads, n, layout.code_bytes)
-    pairs = scales.reshape(batch, heads, n, TOKENS, layout.groups, 2).transpose(0, 1, 2, 4, 5, 3)
-    params = np.ascontiguousarray(pairs, "<f2").reshape(batch, heads, n, -1).view(np.uint8)
+    by_token = scales.reshape(batch, heads, n, TOKENS, layout.params).swapaxes(3, 4)
+    params = np.ascontiguousarray(by_token, "<f2").reshape(batch, heads, n, -1).view(np.uint8)
     return np.concatenate([body, params], axis=-1)
 
 
@@ -152,23 +205,25 @@ def load_numpy(layout: CpuBlocks, blocks: np.ndarray) -> tuple[np.ndarray, np.nd
     batch, heads, n, _ = blocks.shape
     dim, bits = layout.head_dim, layout.bits
     tiles = blocks[..., : layout.code_bytes].reshape(batch, heads, n, dim // 16, 128 * bits)
-    if bits == 3:
-        fields = _split(tiles[..., :256], 2) | _split(tiles[..., 256:], 1) << 2
-    else:
-        fields = _split(tiles, bits)
+    fields = np.zeros((*tiles.shape[:4], 16, 64), np.uint8)
+    for width, first in planes(bits):
+        fields |= _split(tiles[..., 128 * first : 128 * (first + width)], width) << first
     if layout.kind == "k":
         by = fields.reshape(batch, heads, n, dim // 16, 4, 4, 16, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
     else:
         by = fields.reshape(batch, heads, n, dim // 16, 16, 16, 4).transpose(0, 1, 2, 6, 4, 3, 5)
     values = by.reshape(batch, heads, n * TOKENS, dim)
-    planes = [(values, bits)] if bits != 3 else [(values & 3, 2), (values >> 2, 1)]
     rows = []
-    for plane, width in planes:
-        plane = np.pad(plane, [(0, 0)] * 3 + [(0, -dim % (32 // width))])
+    for width, first in planes(bits):
+        plane = np.pad(_bits(values, width, first), [(0, 0)] * 3 + [(0, -dim % (32 // width))])
         rows.append(_merge_row(plane, width).view("<u4"))
     params = np.ascontiguousarray(blocks[..., layout.code_bytes :]).view("<f2")
-    pairs = params.reshape(batch, heads, n, layout.groups, 2, TOKENS).transpose(0, 1, 2, 5, 3, 4)
-    return np.concatenate(rows, axis=-1), pairs.reshape(batch, heads, n * TOKENS, 2 * layout.groups)
+    by_token = params.reshape(batch, heads, n, layout.params, TOKENS).swapaxes(3, 4)
+    return np.concatenate(rows, axis=-1), by_token.reshape(batch, heads, n * TOKENS, layout.params)
+
+
+def _bits(values: np.ndarray, width: int, first: int) -> np.ndarray:
+    return values >> first & ((1 << width) - 1)
 
 
 def _merge(fields: np.ndarray, width: int) -> np.ndarray:
@@ -196,8 +251,10 @@ def _merge_row(values: np.ndarray, width: int) -> np.ndarray:
 
 def _unpack(row: np.ndarray, dim: int, bits: int) -> np.ndarray:
     """One token's canonical bytes `[..., 4 * words]` -> codes `[..., dim]`."""
-    if bits == 3:
-        return _unpack(row[..., : dim // 4], dim, 2) | _unpack(row[..., dim // 4 :], dim, 1) << 2
+    if bits in packing.PLANES:
+        low, high = packing.PLANES[bits]
+        cut = 4 * packing.words(dim, low)
+        return _unpack(row[..., :cut], dim, low) | _unpack(row[..., cut:], dim, high) << low
     per = 8 // bits
     fields = (row[..., None] >> (np.arange(per, dtype=np.uint8) * bits)) & ((1 << bits) - 1)
     return fields.reshape(*row.shape[:-1], -1)[..., :dim].astype(np.uint8)

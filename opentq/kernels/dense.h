@@ -1,8 +1,8 @@
 // Attention over the dense fp16 region: sink columns, the recent tail, and the tokens of this call, in fp32.
 //
 // 64 columns at a time are widened to fp32, keys transposed so that lanes are tokens; then both products are the same
-// register-blocked outer product (MAX_ROWS rows x several vectors), 2 loads per multiply-add at worst. A tile is widened
-// once per task and serves all its rows.
+// register-blocked outer product (4 rows x several vectors), 2 loads per multiply-add at worst. A tile is widened
+// once per task and serves all its rows. Raw keys and values of the packed region take the same way (packed.h).
 #pragma once
 #include "state.h"
 
@@ -47,22 +47,60 @@ void product(const float* a, int a_stride, const float* b, int b_stride, int dep
   }
 }
 
-// 64 columns from `column` on: keys [dim_k][64], values [64][dim_v]. Columns that no row sees (not in `any`) may not exist
-// or hold anything, so they are zeros here.
-inline void widen_dense(Rows& rows, const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride, int64_t column, uint64_t any) {
-  alignas(64) float in[16][16];
+// 64 fp16 tokens, `stride` numbers apart, as floats: keys [dim_k][64], values [64][dim_v]. Tokens that no row sees (not in
+// `any`) may not exist or hold anything, so they are zeros here. The next 64 are asked for meanwhile.
+inline void widen_keys(Rows& rows, const uint16_t* k, int64_t stride, uint64_t any) {
+  static const uint16_t nothing[16] = {};
   for (int t0 = 0; t0 < 64; t0 += 16) {
-    for (int d0 = 0; d0 < rows.dim_k; d0 += 16) {
-      for (int t = 0; t < 16; t++)
-        for (int i = 0; i < 16; i += W)
-          store(&in[t][i], any >> (t0 + t) & 1 ? load_half(k + (column + t0 + t) * k_stride + d0 + i) : set1(0.f));
-      for (int d = 0; d < 16; d++)
-        for (int t = 0; t < 16; t++) rows.dense_k[size_t(d0 + d) * 64 + t0 + t] = in[t][d];
+    const uint16_t* tokens[16];
+    for (int d = 0; d < rows.dim_k; d += 16) {
+      for (int t = 0; t < 16; t++) {
+        const uint16_t* token = k + (t0 + t) * stride + d;
+        tokens[t] = any >> (t0 + t) & 1 ? token : nothing;
+        if (d % 32 == 0) __builtin_prefetch(token + 64 * stride, 0, 2);
+      }
+      transpose_half(tokens, rows.dense_k + size_t(d) * 64 + t0, 64);
     }
   }
-  for (int t = 0; t < 64; t++)
-    for (int d = 0; d < rows.dim_v; d += W)
-      store(rows.dense_v + size_t(t) * rows.dim_v + d, any >> t & 1 ? load_half(v + (column + t) * v_stride + d) : set1(0.f));
+}
+
+inline void widen_values(Rows& rows, const uint16_t* v, int64_t stride, uint64_t any) {
+  for (int t = 0; t < 64; t++) {
+    const uint16_t* token = v + t * stride;
+    float* out = rows.dense_v + size_t(t) * rows.dim_v;
+    if (!(any >> t & 1)) {
+      std::fill_n(out, rows.dim_v, 0.f);
+      continue;
+    }
+    for (int d = 0; d < rows.dim_v; d += 32) __builtin_prefetch(token + 64 * stride + d, 0, 2);
+    for (int d = 0; d < rows.dim_v; d += W) store(out + d, load_half(token + d));
+  }
+}
+
+// Scores of rows [r0, r0 + n) against the widened keys, in units of 1.
+inline void dense_scores(Rows& rows, int r0, int n) {
+  product<false>(rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
+}
+
+// Scores in units of `step` -> probabilities in their place, and the sums of the state.
+inline void softmax_dense(Rows& rows, int r0, int n, const float* step) {
+  float next[CHUNK];
+  for (int i = 0; i < n; i++) next[i] = std::max(largest_score(rows.scores + 64 * i) * step[i], rows.top[r0 + i]);
+  rows.raise(r0, n, next);
+  for (int i = 0; i < n; i++) {
+    F sum = load(rows.weight + (r0 + i) * W);
+    for (int t = 0; t < 64; t += W) {
+      const F p = exp2(fma(load(rows.scores + 64 * i + t), set1(step[i]), set1(-next[i])));
+      sum = add(sum, p);
+      store(rows.scores + 64 * i + t, p);
+    }
+    store(rows.weight + (r0 + i) * W, sum);
+  }
+}
+
+// acc += probabilities * the first `tokens` widened values.
+inline void dense_values(Rows& rows, int r0, int n, int tokens) {
+  product<true>(rows.scores, 64, rows.dense_v, rows.dim_v, tokens, rows.acc + size_t(r0) * rows.dim_v, rows.dim_v, n, rows.dim_v);
 }
 
 // Which dense columns a row sees: [sink_low, sink_high) and [low, high).
@@ -78,32 +116,20 @@ inline void attend_dense(Rows& rows, const Columns* seen, const uint16_t* k, int
     uint64_t any = 0;
     for (int r = 0; r < rows.count; r++) any |= seen[r].bits(column);
     if (!any) continue;
-    widen_dense(rows, k, k_stride, v, v_stride, column, any);
+    widen_keys(rows, k + column * k_stride, k_stride, any);
+    widen_values(rows, v + column * v_stride, v_stride, any);
     const int depth = int(std::min<int64_t>(64, end - column));
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
-      float next[CHUNK];
       uint64_t bits[CHUNK], some = 0;
       for (int i = 0; i < n; i++) some |= bits[i] = seen[r0 + i].bits(column);
       if (!some) continue;
-      product<false>(rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
+      dense_scores(rows, r0, n);
       if (rows.softcap != 0.f)
         for (int i = 0; i < n; i++) cap_scores(rows.scores + 64 * i, 1.f, rows.softcap);
-      for (int i = 0; i < n; i++) {
-        mask_scores(rows.scores + 64 * i, bits[i]);
-        next[i] = std::max(largest_score(rows.scores + 64 * i), rows.top[r0 + i]);
-      }
-      rows.raise(r0, n, next);
-      for (int i = 0; i < n; i++) {
-        F sum = load(rows.weight + (r0 + i) * W);
-        for (int t = 0; t < 64; t += W) {
-          const F p = exp2(sub(load(rows.scores + 64 * i + t), set1(next[i])));
-          sum = add(sum, p);
-          store(rows.scores + 64 * i + t, p);
-        }
-        store(rows.weight + (r0 + i) * W, sum);
-      }
-      product<true>(rows.scores, 64, rows.dense_v, rows.dim_v, depth, rows.acc + size_t(r0) * rows.dim_v, rows.dim_v, n, rows.dim_v);
+      for (int i = 0; i < n; i++) mask_scores(rows.scores + 64 * i, bits[i]);
+      softmax_dense(rows, r0, n, ONES);
+      dense_values(rows, r0, n, depth);
     }
   }
 }

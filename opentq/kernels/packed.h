@@ -1,4 +1,4 @@
-// Attention over packed blocks: codes go into byte dot products as they are, and nothing is dequantised.
+// Attention over stored blocks: codes go into byte dot products as they are, and nothing is dequantised.
 //
 //   score[r][t] = step[r] * sum_g  scale[g][t] * (code . v)[r][g][t]  +  zero[g][t] * sum(q[r] over g) / step[r]
 //   out[r][d]  += sum_t  p[r][t] * scale[g][t] * code[t][d]              +  p[r][t] * zero[g][t]
@@ -8,38 +8,50 @@
 // scores and channels for values, so no product needs a horizontal sum; sums of p and of p * zero stay lane-wise until
 // the task ends. Bytes moved: each packed block once per task, from memory; the rest lives in L1. A block that more than
 // 16 rows read is unpacked to bytes once, so prefill pays for unpacking once per 128 rows.
+//
+// A codebook's code becomes its entry, a byte, by one look-up in registers; from there on it is an 8-bit code with one
+// scale per token and zero = -128 * scale. Raw fp16 keys or values take the products of dense.h instead.
 #pragma once
+#include "dense.h"
 #include "products.h"
 
 namespace otq {
 
-// Compiled apart, one width per object file (products.cpp).
-#define OPENTQ_EXTERN(BITS)                                                                                          \
-  extern template void scores<BITS>(const uint8_t*, const uint16_t*, const Packed&, const Rows&, int, int, float*); \
-  extern template void values<BITS>(const uint8_t*, const Packed&, const Rows&, int, int);
-OPENTQ_EXTERN(2)
-OPENTQ_EXTERN(3)
-OPENTQ_EXTERN(4)
-OPENTQ_EXTERN(8)
-
 using ScoresFn = void (*)(const uint8_t*, const uint16_t*, const Packed&, const Rows&, int, int, float*);
 using ValuesFn = void (*)(const uint8_t*, const Packed&, const Rows&, int, int);
-using WidenFn = void (*)(const uint8_t*, int, uint8_t*);
-inline ScoresFn scores_for(int bits) { return bits == 2 ? scores<2> : bits == 3 ? scores<3> : bits == 4 ? scores<4> : scores<8>; }
-inline ValuesFn values_for(int bits) { return bits == 2 ? values<2> : bits == 3 ? values<3> : bits == 4 ? values<4> : values<8>; }
-inline WidenFn widen_for(int bits) { return bits == 2 ? widen<2> : bits == 3 ? widen<3> : widen<4>; }
+using WidenFn = void (*)(const uint8_t*, int, const uint8_t*, uint8_t*);
+
+// What can be read: compiled apart, one object file each (products.cpp).
+#define OPENTQ_KINDS(X) X(2, false) X(3, false) X(4, false) X(8, false) X(1, true) X(2, true) X(3, true) X(4, true) X(5, true) X(6, true)
+
+#define OPENTQ_EXTERN(BITS, LOOKUP)                                                                                          \
+  extern template void scores<BITS, LOOKUP>(const uint8_t*, const uint16_t*, const Packed&, const Rows&, int, int, float*); \
+  extern template void values<BITS, LOOKUP>(const uint8_t*, const Packed&, const Rows&, int, int);
+OPENTQ_KINDS(OPENTQ_EXTERN)
+
+struct Products {
+  ScoresFn scores;
+  ValuesFn values;
+  WidenFn widen;
+};
+inline Products products_for(int bits, bool lookup) {
+#define OPENTQ_CASE(BITS, LOOKUP) \
+  if (bits == BITS && lookup == LOOKUP) return {scores<BITS, LOOKUP>, values<BITS, LOOKUP>, widen<BITS, LOOKUP>};
+  OPENTQ_KINDS(OPENTQ_CASE)
+  return {};  // RAW
+}
 
 // One block's value scales and zeros as floats. Probabilities of a block are at most 1, so where its scales differ little
 // they share one integer step: the scales are multiplied by LEVELS / largest here, and `tame` is that step. A block with
 // wild scales (tame = 0) gets a step per row, which costs a horizontal maximum each.
-inline void load_params(Rows& rows, const uint16_t* params, uint64_t seen) {
-  for (int g = 0; g < rows.groups_v; g++, params += 128) {
+inline void load_params(Rows& rows, const Packed& v, const uint16_t* params, uint64_t seen) {
+  for (int g = 0; g < rows.groups_v; g++, params += v.param_stride()) {
     float *scale = rows.params + 128 * g, *zero = scale + 64;
     F most = set1(0.f), least = set1(1e30f);
     for (int t = 0; t < 64; t += W) {
-      const F x = load_half(params + t);
-      most = max(x, most), least = min(x, least);
-      store(scale + t, x), store(zero + t, load_half(params + 64 + t));
+      const Scale x = scale_of(v, params + t);
+      most = max(x.scale, most), least = min(x.scale, least);
+      store(scale + t, x.scale), store(zero + t, x.zero);
     }
     rows.tame[g] = 0.f;
     if (seen != ~uint64_t(0)) {  // slots that nobody wrote may hold anything, and 0 * anything must be 0
@@ -109,14 +121,13 @@ struct Range {
   int64_t low, high;
 };
 
-// Rows of one task against packed blocks [first, last) of one KV head.
+// Rows of one task against stored blocks [first, last) of one KV head. Keys and values may be coded or raw, each for itself.
 inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const Packed& v, const uint8_t* k_head,
                           const uint8_t* v_head, int64_t first, int64_t last) {
   // A block that many chunks read is unpacked once.
-  const bool wide = rows.count > 2 * CHUNK;
-  const bool wide_k = wide && k.bits != 8, wide_v = wide && v.bits != 8;
-  const ScoresFn score = scores_for(wide_k ? 8 : k.bits);
-  const ValuesFn value = values_for(wide_v ? 8 : v.bits);
+  const bool raw_k = k.form == RAW, raw_v = v.form == RAW, wide = rows.count > 2 * CHUNK;
+  const bool wide_k = wide && !raw_k && k.bits != 8, wide_v = wide && !raw_v && v.bits != 8;
+  const Products pk = products_for(k.bits, k.form == BOOK), pv = products_for(v.bits, v.form == BOOK), bytes = products_for(8, false);
   int64_t low = 0, high = INT64_MAX, any_low = INT64_MAX, any_high = 0;  // tokens that every row sees, and that any row sees
   for (int r = 0; r < rows.count; r++) {
     low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
@@ -127,23 +138,32 @@ inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const 
     const uint8_t *k_codes = kb, *v_codes = vb;
     const auto* k_params = reinterpret_cast<const uint16_t*>(kb + k.code_bytes());
     const auto* v_params = reinterpret_cast<const uint16_t*>(vb + v.code_bytes());
-    if (b + 1 < last) rows.ahead.start(k, kb + k.block_stride, v, vb + v.block_stride, rows.count);
-    if (wide_k) widen_for(k.bits)(kb, k.tiles(), rows.wide_k), k_codes = rows.wide_k;
-    if (wide_v) widen_for(v.bits)(vb, v.tiles(), rows.wide_v), v_codes = rows.wide_v;
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
-    load_params(rows, v_params, whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK));
+    const uint64_t any = whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK);
+    if (b + 1 < last) rows.ahead.start(k, kb + k.block_stride, v, vb + v.block_stride, rows.count);
+    if (wide_k) pk.widen(kb, k.tiles(), k.book, rows.wide_k), k_codes = rows.wide_k;
+    if (wide_v) pv.widen(vb, v.tiles(), v.book, rows.wide_v), v_codes = rows.wide_v;
+    if (raw_k) widen_keys(rows, reinterpret_cast<const uint16_t*>(kb), k.token_stride(), any);
+    if (raw_v) widen_values(rows, reinterpret_cast<const uint16_t*>(vb), v.token_stride(), any);
+    else load_params(rows, v, v_params, any);
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
-      score(k_codes, k_params, k, rows, r0, n, rows.scores);
-      const float* step = rows.q_step + r0;
+      const float* step = raw_k ? ONES : rows.q_step + r0;
+      if (raw_k) dense_scores(rows, r0, n);
+      else (wide_k ? bytes : pk).scores(k_codes, k_params, k, rows, r0, n, rows.scores);
       if (rows.softcap != 0.f) {
         for (int i = 0; i < n; i++) cap_scores(rows.scores + 64 * i, step[i], rows.softcap);
         step = ONES;
       }
       if (!whole)
         for (int i = 0; i < n; i++) mask_scores(rows.scores + 64 * i, bits_between(seen[r0 + i].low, seen[r0 + i].high, b * BLOCK));
-      softmax_packed(rows, r0, n, step);
-      value(v_codes, v, rows, r0, n);
+      if (raw_v) {
+        softmax_dense(rows, r0, n, step);
+        dense_values(rows, r0, n, BLOCK);
+      } else {
+        softmax_packed(rows, r0, n, step);
+        (wide_v ? bytes : pv).values(v_codes, v, rows, r0, n);
+      }
     }
   }
 }

@@ -1,4 +1,5 @@
-// The two products of packed.h on codes of BITS bits, for up to MAX_ROWS query rows at a time: scores and values.
+// The two products of packed.h on codes of BITS bits, for up to MAX_ROWS query rows at a time: scores and values. With
+// LOOKUP, codes become the bytes of a codebook on their way from memory to the products.
 //
 // Code vectors are unpacked once per row group and feed 2 * MAX_ROWS dot products (hi and lo bytes of each row); on
 // AVX-512 that is 16 accumulators, 2 code vectors and broadcasts. Each width is compiled in a file of its own, because
@@ -8,12 +9,25 @@
 
 namespace otq {
 
+// What an integer product of 16 * PARTS tokens is worth: sum = product * scale + (sum of the other side) * zero.
+struct Scale {
+  F scale, zero;
+};
+INLINE Scale scale_of(const Packed& p, const uint16_t* params) {
+  const F scale = load_half(params);
+  if (p.form == AFFINE) return {scale, load_half(params + 64)};
+  const F unit = mul(scale, set1(p.step));  // entries are stored plus 128
+  return {unit, mul(unit, set1(-128.f))};
+}
+
 // Scores of NR rows against token fields F0 .. F0+NF (16 tokens each) of one block.
-template <int BITS, int NR, int NF, int F0>
+template <int BITS, bool LOOKUP, int NR, int NF, int F0>
 INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
   const int groups = rows.groups_k, stride = rows.dim_k / 2;
   const int32_t* q8 = rows.q8 + size_t(r0) * stride;
   const float* sum = rows.q_sum + size_t(r0) * groups;
+  constexpr bool WIDE = BITS == 8 || LOOKUP;
+  const Reader<BITS, LOOKUP> read(k.book);
   for (int part = 0; part < PARTS; part++) {
     for (int g = 0; g < groups; g++) {
       rows.ahead.step();
@@ -23,60 +37,61 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
         const uint8_t* tile = codes + t * 128 * BITS;
         UNROLL for (int s = 0; s < 4; s++) {
           I c[NF];
-          UNROLL for (int n = 0; n < NF; n++) c[n] = field<BITS>(tile, 4 * s + F0 + n, part);
+          UNROLL for (int n = 0; n < NF; n++) c[n] = read(tile, 4 * s + F0 + n, part);
           UNROLL for (int r = 0; r < NR; r++) {
             const int32_t* q = q8 + r * stride + 8 * t + 2 * s;
             const I q_hi = iset32(q[0]), q_lo = iset32(q[1]);
             UNROLL for (int n = 0; n < NF; n++) {
-              hi[r][n] = dot<BITS == 8>(hi[r][n], c[n], q_hi);
-              lo[r][n] = dot<BITS == 8>(lo[r][n], c[n], q_lo);
+              hi[r][n] = dot<WIDE>(hi[r][n], c[n], q_hi);
+              lo[r][n] = dot<WIDE>(lo[r][n], c[n], q_lo);
             }
           }
         }
       }
       UNROLL for (int n = 0; n < NF; n++) {
         const int token = 16 * (F0 + n) + W * part;
-        const F scale = load_half(params + 128 * g + token), zero = load_half(params + 128 * g + 64 + token);
+        const Scale x = scale_of(k, params + k.param_stride() * g + token);
         UNROLL for (int r = 0; r < NR; r++) {
           float* s = scores + 64 * r + token;
-          const F x = fma(zero, set1(sum[r * groups + g]), g ? load(s) : set1(0.f));
-          store(s, fma(to_float(join(hi[r][n], lo[r][n])), scale, x));
+          const F before = fma(x.zero, set1(sum[r * groups + g]), g ? load(s) : set1(0.f));
+          store(s, fma(to_float(join(hi[r][n], lo[r][n])), x.scale, before));
         }
       }
     }
   }
 }
 
-template <int BITS, int NR>
+template <int BITS, bool LOOKUP, int NR>
 INLINE void score_rows(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
   if constexpr (NR <= MAX_ROWS / 2) {
-    score_fields<BITS, NR, 4, 0>(codes, params, k, rows, r0, scores);
+    score_fields<BITS, LOOKUP, NR, 4, 0>(codes, params, k, rows, r0, scores);
   } else {
-    score_fields<BITS, NR, 2, 0>(codes, params, k, rows, r0, scores);
-    score_fields<BITS, NR, 2, 2>(codes, params, k, rows, r0, scores);
+    score_fields<BITS, LOOKUP, NR, 2, 0>(codes, params, k, rows, r0, scores);
+    score_fields<BITS, LOOKUP, NR, 2, 2>(codes, params, k, rows, r0, scores);
   }
 }
 
 // Channels of one or two tiles of group g: acc += p_step * (p . codes). A lone tile is read twice and stored once.
-template <int BITS, int NR>
-INLINE void value_tiles(const uint8_t* tile, int tiles, const Rows& rows, int r0, int c0, int g, int channel) {
+template <int BITS, bool LOOKUP, int NR>
+INLINE void value_tiles(const Reader<BITS, LOOKUP>& read, const uint8_t* tile, int tiles, const Rows& rows, int r0, int c0, int g, int channel) {
   const int groups = rows.groups_v;
   const uint8_t* both[2] = {tile, tile + (tiles - 1) * 128 * BITS};
   const int8_t* p8 = rows.p8 + (size_t(c0) * groups + g) * 128;
   const float* step = rows.p_step + size_t(c0) * groups + g;
+  constexpr bool WIDE = BITS == 8 || LOOKUP;
   for (int part = 0; part < PARTS; part++) {
     rows.ahead.step();
     I hi[NR][2], lo[NR][2];
     UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < 2; n++) hi[r][n] = lo[r][n] = izero();
     UNROLL for (int i = 0; i < 16; i++) {
       I c[2];
-      UNROLL for (int n = 0; n < 2; n++) c[n] = field<BITS>(both[n], i, part);
+      UNROLL for (int n = 0; n < 2; n++) c[n] = read(both[n], i, part);
       UNROLL for (int r = 0; r < NR; r++) {
         const int8_t* p = p8 + r * groups * 128 + 4 * i;
         const I p_hi = iset32(word(p)), p_lo = iset32(word(p + 64));
         UNROLL for (int n = 0; n < 2; n++) {
-          hi[r][n] = dot<BITS == 8>(hi[r][n], c[n], p_hi);
-          lo[r][n] = dot<BITS == 8>(lo[r][n], c[n], p_lo);
+          hi[r][n] = dot<WIDE>(hi[r][n], c[n], p_hi);
+          lo[r][n] = dot<WIDE>(lo[r][n], c[n], p_lo);
         }
       }
     }
@@ -90,34 +105,35 @@ INLINE void value_tiles(const uint8_t* tile, int tiles, const Rows& rows, int r0
   }
 }
 
-template <int BITS, int NR>
+template <int BITS, bool LOOKUP, int NR>
 INLINE void value_rows(const uint8_t* codes, const Packed& v, const Rows& rows, int r0, int c0) {
+  const Reader<BITS, LOOKUP> read(v.book);
   for (int g = 0; g < rows.groups_v; g++)
     for (int t = v.first_tile(g), last = v.last_tile(g); t < last; t += 2)
-      value_tiles<BITS, NR>(codes + t * 128 * BITS, std::min(2, last - t), rows, r0, c0, g, 16 * t);
+      value_tiles<BITS, LOOKUP, NR>(read, codes + t * 128 * BITS, std::min(2, last - t), rows, r0, c0, g, 16 * t);
 }
 
-template <int BITS>
+template <int BITS, bool LOOKUP>
 void scores(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, int n, float* out) {
   for (int i = 0; i < n; i += MAX_ROWS) {
     const int left = std::min(n - i, MAX_ROWS);
-    if (left == 1) score_rows<BITS, 1>(codes, params, k, rows, r0 + i, out + 64 * i);
-    else if (left == 2) score_rows<BITS, 2>(codes, params, k, rows, r0 + i, out + 64 * i);
+    if (left == 1) score_rows<BITS, LOOKUP, 1>(codes, params, k, rows, r0 + i, out + 64 * i);
+    else if (left == 2) score_rows<BITS, LOOKUP, 2>(codes, params, k, rows, r0 + i, out + 64 * i);
     else if constexpr (MAX_ROWS == 4) {
-      if (left == 3) score_rows<BITS, 3>(codes, params, k, rows, r0 + i, out + 64 * i);
-      else score_rows<BITS, 4>(codes, params, k, rows, r0 + i, out + 64 * i);
+      if (left == 3) score_rows<BITS, LOOKUP, 3>(codes, params, k, rows, r0 + i, out + 64 * i);
+      else score_rows<BITS, LOOKUP, 4>(codes, params, k, rows, r0 + i, out + 64 * i);
     }
   }
 }
 
-template <int BITS> void values(const uint8_t* codes, const Packed& v, const Rows& rows, int r0, int n) {
+template <int BITS, bool LOOKUP> void values(const uint8_t* codes, const Packed& v, const Rows& rows, int r0, int n) {
   for (int i = 0; i < n; i += MAX_ROWS) {
     const int left = std::min(n - i, MAX_ROWS);
-    if (left == 1) value_rows<BITS, 1>(codes, v, rows, r0 + i, i);
-    else if (left == 2) value_rows<BITS, 2>(codes, v, rows, r0 + i, i);
+    if (left == 1) value_rows<BITS, LOOKUP, 1>(codes, v, rows, r0 + i, i);
+    else if (left == 2) value_rows<BITS, LOOKUP, 2>(codes, v, rows, r0 + i, i);
     else if constexpr (MAX_ROWS == 4) {
-      if (left == 3) value_rows<BITS, 3>(codes, v, rows, r0 + i, i);
-      else value_rows<BITS, 4>(codes, v, rows, r0 + i, i);
+      if (left == 3) value_rows<BITS, LOOKUP, 3>(codes, v, rows, r0 + i, i);
+      else value_rows<BITS, LOOKUP, 4>(codes, v, rows, r0 + i, i);
     }
   }
 }

@@ -95,6 +95,7 @@ INLINE float hmax(F x) { return _mm512_reduce_max_ps(x); }
 INLINE float hmin(F x) { return _mm512_reduce_min_ps(x); }
 INLINE float hsum(F x) { return _mm512_reduce_add_ps(x); }
 INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+INLINE F add_if_above(F a, F b, F x, F y) { return _mm512_mask_add_ps(a, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), a, b); }  // a + (x > y ? b : 0)
 INLINE I round_int(F a) { return _mm512_cvtps_epi32(a); }
 // 2^n for integral n >= -126 given as float(n) + 1.5 * 2^23, where `keep` holds, else 0; times p.
 INLINE F scale_exp(F p, F magic_n, F t) {
@@ -118,6 +119,20 @@ INLINE I flip(I a, I b) { return _mm512_xor_si512(a, b); }
 INLINE I bits_of(F a) { return _mm512_castps_si512(a); }
 INLINE I join(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm512_dpbusd_epi32(acc, codes, q); }
+#if defined(__AVX512VBMI__)
+template <int BITS> struct Book {
+  I table;
+  explicit Book(const uint8_t* p) : table(iload(p)) {}
+  INLINE I operator[](I codes) const {
+    return BITS <= 4 ? _mm512_shuffle_epi8(table, codes) : _mm512_permutexvar_epi8(codes, table);
+  }
+};
+#else
+#define OPENTQ_BOOK_OF_16
+INLINE I entries16(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+INLINE I shuffle16(I table, I codes) { return _mm512_shuffle_epi8(table, codes); }
+INLINE I by_top_bit(I selector, I a, I b) { return _mm512_mask_blend_epi8(_mm512_movepi8_mask(selector), a, b); }
+#endif
 
 #elif defined(OPENTQ_AVX2)
 
@@ -148,6 +163,7 @@ INLINE float hsum(F x) {
   return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
 INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+INLINE F add_if_above(F a, F b, F x, F y) { return _mm256_add_ps(a, _mm256_and_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ), b)); }
 INLINE I round_int(F a) { return _mm256_cvtps_epi32(a); }
 INLINE F scale_exp(F p, F magic_n, F t) {
   const F keep = _mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_GE_OQ);
@@ -180,6 +196,10 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(top, q), _mm256_set1_epi16(128)));
 #endif
 }
+#define OPENTQ_BOOK_OF_16
+INLINE I entries16(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+INLINE I shuffle16(I table, I codes) { return _mm256_shuffle_epi8(table, codes); }
+INLINE I by_top_bit(I selector, I a, I b) { return _mm256_blendv_epi8(a, b, selector); }
 
 #elif defined(OPENTQ_NEON)
 
@@ -202,6 +222,9 @@ INLINE float hmax(F x) { return vmaxnmvq_f32(x); }
 INLINE float hmin(F x) { return vminnmvq_f32(x); }
 INLINE float hsum(F x) { return vaddvq_f32(x); }
 INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
+INLINE F add_if_above(F a, F b, F x, F y) {
+  return vaddq_f32(a, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(x, y), vreinterpretq_u32_f32(b))));
+}
 INLINE I round_int(F a) { return vcvtnq_s32_f32(a); }
 INLINE F scale_exp(F p, F magic_n, F t) {
   const uint32x4_t keep = vcgeq_f32(t, vdupq_n_f32(-126.f));
@@ -235,6 +258,16 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   return vdotq_s32(vdotq_s32(acc, top, s), top, s);
 #endif
 }
+template <int BITS> struct Book {
+  uint8x16x4_t table;
+  explicit Book(const uint8_t* p) : table(vld1q_u8_x4(p)) {}
+  INLINE I operator[](I codes) const {
+    const uint8x16_t c = vreinterpretq_u8_s32(codes);
+    if constexpr (BITS <= 4) return vreinterpretq_s32_u8(vqtbl1q_u8(table.val[0], c));
+    else if constexpr (BITS == 5) return vreinterpretq_s32_u8(vqtbl2q_u8({{table.val[0], table.val[1]}}, c));
+    else return vreinterpretq_s32_u8(vqtbl4q_u8(table, c));
+  }
+};
 
 #else  // portable: the vector extension of GCC and Clang, 16 bytes, for whatever the machine has
 
@@ -265,6 +298,7 @@ INLINE float hmin(F x) { return std::fmin(std::fmin(x[0], x[1]), std::fmin(x[2],
 INLINE float hsum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 INLINE I iset32(int32_t x) { return I{x, x, x, x}; }
 INLINE F to_float(I a) { return F{float(a[0]), float(a[1]), float(a[2]), float(a[3])}; }
+INLINE F add_if_above(F a, F b, F x, F y) { return a + (F)((x > y) & (I)b); }
 INLINE I round_int(F a) { return bits_of(a + set1(12582912.f)) - iset32(0x4b400000); }  // |a| < 2^22
 INLINE F scale_exp(F p, F magic_n, F t) {
   return (F)((t >= set1(-126.f)) & (I)((U32)p + ((U32)magic_n << 23)));
@@ -285,8 +319,59 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   const S16 even = (S16)(codes & iset32(0x00ff00ff)) * ((S16)(shl(q, 8)) >> int16_t(8)), odd = (S16)shr(codes, 8) * ((S16)q >> int16_t(8));
   return acc + ((I)((U32)even << 16) >> 16) + ((I)even >> 16) + ((I)((U32)odd << 16) >> 16) + ((I)odd >> 16);
 }
+template <int BITS> struct Book {
+  const uint8_t* table;
+  explicit Book(const uint8_t* p) : table(p) {}
+  INLINE I operator[](I codes) const {
+    uint8_t c[16];
+    istore(c, codes);
+    for (uint8_t& x : c) x = table[x];
+    return iload(c);
+  }
+};
 
 #endif
+
+// Book<BITS>(entries)[codes] looks up one byte per code: of 64 entries, of which 2^BITS count and repeat.
+#if defined(OPENTQ_BOOK_OF_16)
+template <int BITS> struct Book {
+  static constexpr int TABLES = BITS <= 4 ? 1 : BITS == 5 ? 2 : 4;
+  I table[TABLES];
+  explicit Book(const uint8_t* p) {
+    for (int i = 0; i < TABLES; i++) table[i] = entries16(p + 16 * i);
+  }
+  INLINE I operator[](I codes) const {
+    if constexpr (BITS <= 4) return shuffle16(table[0], codes);
+    const I bit4 = shl(codes, 3);
+    const I low = by_top_bit(bit4, shuffle16(table[0], codes), shuffle16(table[TABLES > 1], codes));
+    if constexpr (BITS <= 5) return low;
+    return by_top_bit(shl(codes, 2), low, by_top_bit(bit4, shuffle16(table[TABLES / 2], codes), shuffle16(table[TABLES - 1], codes)));
+  }
+};
+#endif
+
+// 16 rows of 16 fp16 numbers -> 16 columns of 16 floats, `stride` apart.
+typedef uint16_t Eight __attribute__((vector_size(16)));
+INLINE void transpose_half(const uint16_t* const* rows, float* out, int stride) {
+  UNROLL for (int half = 0; half < 2; half++) {
+    Eight x[2][8], y[8];
+    UNROLL for (int side = 0; side < 2; side++) {
+      UNROLL for (int i = 0; i < 8; i++) std::memcpy(&x[side][i], rows[8 * side + i] + 8 * half, 16);
+      UNROLL for (int round = 0; round < 3; round++) {  // three perfect shuffles transpose 8 x 8
+        UNROLL for (int i = 0; i < 4; i++) {
+          y[2 * i] = __builtin_shufflevector(x[side][i], x[side][i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+          y[2 * i + 1] = __builtin_shufflevector(x[side][i], x[side][i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        UNROLL for (int i = 0; i < 8; i++) x[side][i] = y[i];
+      }
+    }
+    UNROLL for (int i = 0; i < 8; i++) {
+      uint16_t column[16];
+      std::memcpy(column, &x[0][i], 16), std::memcpy(column + 8, &x[1][i], 16);
+      for (int t = 0; t < 16; t += W) store(out + (8 * half + i) * stride + t, load_half(column + t));
+    }
+  }
+}
 
 // 1.5 * 2^23. A float x with |x| < 2^22 plus MAGIC is rounded to an integer that lies in the low bits of the sum.
 constexpr float MAGIC = 12582912.f;

@@ -54,12 +54,14 @@ struct Ahead {
     for (; n > 0 && k < k_end; n--, k += 64) __builtin_prefetch(k, 0, 2);
     for (; n > 0 && v < v_end; n--, v += 64) __builtin_prefetch(v, 0, 2);
   }
+  // Raw blocks are asked for where they are widened (dense.h).
   void start(const Packed& keys, const uint8_t* k_block, const Packed& values, const uint8_t* v_block, int rows) {
-    k = k_block, k_end = k + keys.block_bytes(), v = v_block, v_end = v + values.block_bytes();
+    const int64_t k_bytes = keys.form == RAW ? 0 : keys.block_bytes(), v_bytes = values.form == RAW ? 0 : values.block_bytes();
+    k = k_block, k_end = k + k_bytes, v = v_block, v_end = v + v_bytes;
     // One step per group of keys and per pair of value tiles, for each group of rows.
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = rows <= MAX_ROWS / 2 ? 1 : 2;
-    const int steps = tiles * PARTS * (passes * keys.groups() + (values.tiles() + 1) / 2);
-    pace = int((keys.block_bytes() + values.block_bytes()) / 64 / steps) + 1;
+    const int steps = tiles * PARTS * ((k_bytes ? passes * keys.groups() : 0) + (v_bytes ? (values.tiles() + 1) / 2 : 0));
+    pace = steps ? int((k_bytes + v_bytes) / 64 / steps) + 1 : 0;
   }
 };
 

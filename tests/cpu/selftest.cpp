@@ -41,6 +41,9 @@ template <class T> struct Odd {
   char* p;
 };
 
+// A side's coding by number: 2, 3, 4, 8 affine bits; 101 .. 106 codebooks of 1 .. 6 bits; 16 raw fp16.
+constexpr int RAW16 = 16, BOOKS = 100;
+
 struct Shape {
   int kb, vb, group, dk, dv, gqa, length, packed, sink, tail;
   bool causal;
@@ -49,26 +52,72 @@ struct Shape {
   bool sinks;
 };
 
+// What turns a coding's number into formats: a codebook is evenly spaced here, from -127 to 127 steps of STEP.
+constexpr float STEP = 3.f / 127;
+struct Coding {
+  Coding(int number, int group, int dim, bool values) : raw(number == RAW16) {
+    const bool book = number > BOOKS;
+    const int bits = book ? number - BOOKS : number, count = 1 << std::min(bits, 6);
+    for (int i = 0; i < 64; i++) entries[i] = uint8_t(1 + 254 * (i % count) / (count - 1));
+    for (int i = 0; i + 1 < count; i++) cuts[i] = STEP * ((entries[i] + entries[i + 1]) / 2.f - 128);
+    f = {bits, book ? dim : group, dim, values, book ? BOOK : AFFINE, 0, cuts};
+  }
+  int64_t block_bytes() const { return raw ? 128 * f.dim : f.block_bytes(); }
+  // As attention reads `slots` tokens of every head.
+  Packed view(const uint8_t* data, int heads, int slots) const {
+    const int64_t size = block_bytes(), head = slots / 64 * size;
+    if (raw) return {data, heads * head, head, size, 16, f.dim, f.dim, RAW, nullptr, 0, 0};
+    const int group = f.form == BOOK && !f.is_values ? std::min(128, f.dim) : f.group;
+    return {data, heads * head, head, size, f.bits, group, f.dim, f.form, entries, STEP, 0};
+  }
+  bool raw;
+  Format f;
+  uint8_t entries[64];
+  float cuts[63];
+};
+
 // Floats -> blocks, and the decoded values as doubles. Checks that load and store are inverse and that codes are nearest.
-static bool pack(const Format& f, const std::vector<float>& x, int rows, int tokens, uint8_t* blocks, std::vector<double>& decoded) {
+static bool pack(const Coding& c, const std::vector<float>& x, int rows, int tokens, uint8_t* blocks, std::vector<double>& decoded) {
+  const Format& f = c.f;
   const Grid grid{1, rows, tokens / 64, int64_t(rows) * tokens * f.dim, int64_t(tokens) * f.dim, f.dim, FLOAT32, 2};
-  if (opentq_pack_affine(&f, &grid, x.data(), blocks)) return false;
-  const size_t n = size_t(rows) * tokens, bytes = size_t(rows) * (tokens / 64) * f.block_bytes();
+  const size_t n = size_t(rows) * tokens, bytes = size_t(rows) * (tokens / 64) * c.block_bytes();
+  decoded.resize(n * f.dim);
+  if (c.raw) {
+    for (size_t i = 0; i < n * f.dim; i++) {
+      const uint16_t h = to_half(x[i]);
+      std::memcpy(blocks + 2 * i, &h, 2);
+      decoded[i] = half(h);
+    }
+    return true;
+  }
+  std::vector<uint16_t> lengths(n);
+  for (size_t t = 0; t < n; t++) {
+    double sum = 0;
+    for (int d = 0; d < f.dim; d++) sum += double(x[t * f.dim + d]) * x[t * f.dim + d];
+    lengths[t] = to_half(std::sqrt(sum / f.dim));
+  }
+  if (opentq_pack(&f, &grid, x.data(), lengths.data(), blocks)) return false;
   std::vector<uint32_t> codes(n * f.words());
-  std::vector<uint16_t> scales(n * 2 * f.groups());
+  std::vector<uint16_t> scales(n * f.params());
   const Grid back{1, rows, tokens / 64, 0, tokens / 64 * f.block_bytes(), f.block_bytes(), FLOAT32, 2};
-  if (opentq_load_affine(&f, &back, blocks, reinterpret_cast<uint8_t*>(codes.data()), scales.data())) return false;
+  if (opentq_load(&f, &back, blocks, reinterpret_cast<uint8_t*>(codes.data()), scales.data())) return false;
   std::vector<uint8_t> again(bytes);
-  if (opentq_store_affine(&f, &grid, reinterpret_cast<uint8_t*>(codes.data()), scales.data(), again.data())) return false;
+  if (opentq_store(&f, &grid, reinterpret_cast<uint8_t*>(codes.data()), scales.data(), again.data())) return false;
   bool good = bytes == 0 || std::memcmp(again.data(), blocks, bytes) == 0;
   if (!good) std::printf("store(load(x)) != x\n");
-  decoded.resize(n * f.dim);
   for (size_t t = 0; t < n; t++)
     for (int d = 0; d < f.dim; d++) {
       const uint32_t* w = codes.data() + t * f.words();
-      const int b = f.bits == 3 ? 2 : f.bits;
-      uint32_t code = w[d * b / 32] >> (d * b % 32) & ((1u << b) - 1);
-      if (f.bits == 3) code |= (w[f.dim / 16 + d / 32] >> (d % 32) & 1) << 2;
+      const int low = f.bits == 3 ? 2 : f.bits == 5 || f.bits == 6 ? 4 : f.bits, high = f.bits - low;
+      uint32_t code = w[d * low / 32] >> (d * low % 32) & ((1u << low) - 1);
+      if (high) code |= (w[f.dim * low / 32 + d * high / 32] >> (d * high % 32) & ((1u << high) - 1)) << low;
+      if (f.form == BOOK) {
+        const double scale = half(scales[t]), step = scale * STEP, left = x[t * f.dim + d] - step * (c.entries[code] - 128);
+        decoded[t * f.dim + d] = step * (c.entries[code] - 128);
+        const double wide = step * (127. / ((1 << f.bits) - 1) + 0.51);  // half a cell of rounded entries
+        if (std::fabs(left) > wide && code != 0 && code + 1 != 1u << f.bits) good = false;
+        continue;
+      }
       const double scale = half(scales[t * 2 * f.groups() + 2 * (d / f.group)]), zero = half(scales[t * 2 * f.groups() + 2 * (d / f.group) + 1]);
       decoded[t * f.dim + d] = code * scale + zero;
       if (std::fabs(decoded[t * f.dim + d] - x[t * f.dim + d]) > 0.505 * scale + 4e-3 * std::fabs(zero)) good = false;
@@ -82,7 +131,7 @@ static bool run(const Shape& s) {
   std::vector<float> k(size_t(rows) * slots * s.dk), v(size_t(rows) * slots * s.dv), q(size_t(s.batch) * q_heads * s.length * s.dk);
   for (auto* a : {&k, &v, &q})
     for (auto& x : *a) x = normal();
-  const Format kf{s.kb, s.group, s.dk, 0}, vf{s.vb, s.group, s.dv, 1};
+  const Coding kf(s.kb, s.group, s.dk, false), vf(s.vb, s.group, s.dv, true);
   Odd<uint8_t> kp(size_t(rows) * slots / 64 * kf.block_bytes()), vp(size_t(rows) * slots / 64 * vf.block_bytes());
   std::vector<double> kd, vd;
   if (!pack(kf, k, rows, slots, kp.get(), kd) || !pack(vf, v, rows, slots, vp.get(), vd)) return false;
@@ -98,14 +147,13 @@ static bool run(const Shape& s) {
   c.batch = s.batch, c.kv_heads = heads, c.gqa = s.gqa, c.length = s.length, c.columns = columns;
   c.q = q.data(), c.q_row_stride = s.dk, c.q_head_stride = s.length * s.dk, c.q_batch_stride = q_heads * c.q_head_stride;
   c.causal = s.causal, c.window = s.window, c.softcap = s.softcap, c.scale = float(1 / std::sqrt(s.dk)), c.threads = s.threads;
-  c.k = {kp.get(), heads * (slots / 64) * kf.block_bytes(), slots / 64 * kf.block_bytes(), kf.block_bytes(), s.kb, s.group, s.dk, 0};
-  c.v = {vp.get(), heads * (slots / 64) * vf.block_bytes(), slots / 64 * vf.block_bytes(), vf.block_bytes(), s.vb, s.group, s.dv, 0};
+  c.k = kf.view(kp.get(), heads, slots), c.v = vf.view(vp.get(), heads, slots);
   c.dense_k = {dense_k.get(), int64_t(heads) * columns * s.dk, int64_t(columns) * s.dk, s.dk};
   c.dense_v = {dense_v.get(), int64_t(heads) * columns * s.dv, int64_t(columns) * s.dv, s.dv};
   c.lens = lens.data(), c.sinks = s.sinks ? sinks.data() : nullptr, c.out = out.data();
-  if (opentq_attend_affine(&c)) return false;
+  if (opentq_attend(&c)) return false;
   c.out = second.data();
-  if (opentq_attend_affine(&c) || std::memcmp(out.data(), second.data(), 4 * out.size())) {
+  if (opentq_attend(&c) || std::memcmp(out.data(), second.data(), 4 * out.size())) {
     std::printf("two runs differ\n");
     return false;
   }
@@ -166,6 +214,11 @@ int main(int argc, char** argv) {
   shapes.push_back({4, 4, 32, 32, 32, 2, 20, 65, 0, 0, false, 0, 1, 2, 0, false});    // not causal
   shapes.push_back({4, 4, 32, 32, 32, 2, 3, 150, 2, 30, true, 0, 3, 2, 0, false});    // ragged
   shapes.push_back({4, 4, 32, 32, 32, 2, 2, 150, 2, 30, true, 0, 1, 2, 3.f, true});   // softcap, sinks
+  for (int number : {101, 102, 103, 104, 105, 106, RAW16}) {
+    shapes.push_back({number, 4, 32, 48, 32, 3, 1, 100, 0, 5, true, 0, 1, 2, 0, false});
+    shapes.push_back({3, number, 32, 32, 48, 8, 1, 150, 2, 5, true, 0, 1, 2, 0, false});
+    shapes.push_back({number, number, 32, 160, 144, 2, 20, 100, 1, 5, true, 40, 2, 2, 0, false});  // prefill, in a window
+  }
   int failed = 0;
   for (const Shape& s : shapes) {
     if (run(s)) continue;

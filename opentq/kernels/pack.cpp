@@ -1,10 +1,14 @@
 // Into and out of the blocked layout (blocks.h): quantise float vectors, store canonical arrays, load them back.
 //
 // Every path goes through one block at a time as 64 rows of D codes, a byte each (8 KB at D = 128, so it stays in L1), plus
-// its scales and zeros; then 16 channels at a time become 16 fields and the fields one tile. Quantising follows
-// codecs/affine.py step by step in fp32 with the same roundings, so the bits are the same: clip to +-65504, scale =
-// fp16((max - min) / (2^bits - 1)), zero = fp16(min), code = clip(round_half_even((x - zero) / scale)); a group whose scale
-// rounds to 0 gets zero = fp16((min + max) / 2) and codes 0. (A zero may differ in sign: -0 for +0.) One task is one block.
+// its fp16 parameters; then 16 channels at a time become 16 fields and the fields one tile. Quantising follows the codecs
+// step by step in fp32 with the same roundings, so the bits are the same. One task is one block.
+//
+//   AFFINE (codecs/affine.py): clip to +-65504, scale = fp16((max - min) / (2^bits - 1)), zero = fp16(min), code =
+//   clip(round_half_even((x - zero) / scale)); a group whose scale rounds to 0 gets zero = fp16((min + max) / 2) and
+//   codes 0. (A zero may differ in sign: -0 for +0.)
+//   BOOK (codecs/turbo.py): the scale comes with the call, because a mean depends on the order of its sum; code = how many
+//   boundaries lie below x / scale.
 #include <vector>
 
 #include "blocks.h"
@@ -14,35 +18,25 @@ namespace otq {
 
 // One block, unpacked.
 struct Codes {
-  explicit Codes(const Format& f) : code(size_t(64) * f.dim), scale(size_t(64) * f.groups()), zero(scale.size()) {}
-  std::vector<uint8_t> code;            // [64][dim]
-  std::vector<uint16_t> scale, zero;    // [groups][64]
+  explicit Codes(const Format& f) : code(size_t(64) * f.dim), param(size_t(64) * f.params()) {}
+  std::vector<uint8_t> code;    // [64][dim]
+  std::vector<uint16_t> param;  // [params][64]: scale and zero of every group, or the scale
 };
 
-static void fields_to_tile(int bits, const uint8_t (*f)[64], uint8_t* tile) {
-  const int per = bits == 3 ? 4 : 8 / bits, width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
-  for (int v = 0; v < 16 / per; v++) {
-    uint8_t* out = tile + 64 * v;
-    std::memset(out, 0, 64);
+// Bits [shift, shift + width) of 16 fields <-> 128 * width bytes of a tile.
+static void fields_to_plane(const uint8_t (*f)[64], int width, int shift, uint8_t* plane) {
+  const int per = 8 / width, mask = (1 << width) - 1;
+  for (int v = 0; v < 16 / per; v++, plane += 64) {
+    std::memset(plane, 0, 64);
     for (int j = 0; j < per; j++)
-      for (int x = 0; x < 64; x++) out[x] |= uint8_t((f[v * per + j][x] & mask) << (width * j));
-  }
-  if (bits != 3) return;
-  for (int v = 0; v < 2; v++) {
-    uint8_t* out = tile + 256 + 64 * v;
-    std::memset(out, 0, 64);
-    for (int j = 0; j < 8; j++)
-      for (int x = 0; x < 64; x++) out[x] |= uint8_t((f[8 * v + j][x] >> 2) << j);
+      for (int x = 0; x < 64; x++) plane[x] |= uint8_t((f[v * per + j][x] >> shift & mask) << (width * j));
   }
 }
 
-static void tile_to_fields(int bits, const uint8_t* tile, uint8_t (*f)[64]) {
-  const int per = bits == 3 ? 4 : 8 / bits, width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
+static void plane_to_fields(const uint8_t* plane, int width, int shift, uint8_t (*f)[64]) {
+  const int per = 8 / width, mask = (1 << width) - 1;
   for (int i = 0; i < 16; i++)
-    for (int x = 0; x < 64; x++) f[i][x] = uint8_t(tile[64 * (i / per) + x] >> (width * (i % per)) & mask);
-  if (bits != 3) return;
-  for (int i = 0; i < 16; i++)
-    for (int x = 0; x < 64; x++) f[i][x] |= uint8_t((tile[256 + 64 * (i / 8) + x] >> (i % 8) & 1) << 2);
+    for (int x = 0; x < 64; x++) f[i][x] |= uint8_t((plane[64 * (i / per) + x] >> (width * (i % per)) & mask) << shift);
 }
 
 static void write_block(const Format& f, const Codes& c, uint8_t* out) {
@@ -56,19 +50,20 @@ static void write_block(const Format& f, const Codes& c, uint8_t* out) {
         else
           std::memcpy(&fields[i][4 * l], code + size_t(16 * (i % 4) + l) * f.dim + 4 * (i / 4), 4);
       }
-    fields_to_tile(f.bits, fields, out + int64_t(128) * f.bits * t);
+    uint8_t* tile = out + int64_t(128) * f.bits * t;
+    fields_to_plane(fields, f.low(), 0, tile);
+    if (f.high()) fields_to_plane(fields, f.high(), f.low(), tile + 128 * f.low());
   }
-  for (int g = 0; g < f.groups(); g++) {
-    std::memcpy(out + f.code_bytes() + 256 * g, c.scale.data() + 64 * g, 128);
-    std::memcpy(out + f.code_bytes() + 256 * g + 128, c.zero.data() + 64 * g, 128);
-  }
+  std::memcpy(out + f.code_bytes(), c.param.data(), 2 * c.param.size());
 }
 
 static void read_block(const Format& f, const uint8_t* in, Codes& c) {
-  uint8_t fields[16][64];
   for (int t = 0; t < f.dim / 16; t++) {
     uint8_t* code = c.code.data() + 16 * t;
-    tile_to_fields(f.bits, in + int64_t(128) * f.bits * t, fields);
+    const uint8_t* tile = in + int64_t(128) * f.bits * t;
+    uint8_t fields[16][64] = {};
+    plane_to_fields(tile, f.low(), 0, fields);
+    if (f.high()) plane_to_fields(tile + 128 * f.low(), f.high(), f.low(), fields);
     for (int i = 0; i < 16; i++)
       for (int l = 0; l < 16; l++) {
         if (f.is_values)
@@ -77,10 +72,7 @@ static void read_block(const Format& f, const uint8_t* in, Codes& c) {
           std::memcpy(code + size_t(16 * (i % 4) + l) * f.dim + 4 * (i / 4), &fields[i][4 * l], 4);
       }
   }
-  for (int g = 0; g < f.groups(); g++) {
-    std::memcpy(c.scale.data() + 64 * g, in + f.code_bytes() + 256 * g, 128);
-    std::memcpy(c.zero.data() + 64 * g, in + f.code_bytes() + 256 * g + 128, 128);
-  }
+  std::memcpy(c.param.data(), in + f.code_bytes(), 2 * c.param.size());
 }
 
 // One token's codes as little-endian fields of `width` bits, taken from bit `shift` of each code.
@@ -98,36 +90,27 @@ static void unpack_row(const uint8_t* in, int dim, int width, int shift, uint8_t
   for (int i = 0; i < dim; i++) code[i] |= uint8_t((in[i / per] >> (width * (i % per)) & mask) << shift);
 }
 
-static void canonical_to_codes(const Format& f, const uint8_t* words, int64_t word_stride, const uint16_t* scales,
-                               int64_t scale_stride, Codes& c) {
+static void canonical_to_codes(const Format& f, const uint8_t* words, const uint16_t* params, Codes& c) {
   std::fill(c.code.begin(), c.code.end(), uint8_t(0));
-  for (int t = 0; t < 64; t++) {
-    const uint8_t* row = words + t * word_stride;
+  for (int t = 0; t < 64; t++, words += 4 * f.words(), params += f.params()) {
     uint8_t* code = c.code.data() + size_t(t) * f.dim;
-    unpack_row(row, f.dim, f.bits == 3 ? 2 : f.bits, 0, code);
-    if (f.bits == 3) unpack_row(row + f.dim / 4, f.dim, 1, 2, code);
-    for (int g = 0; g < f.groups(); g++) {
-      c.scale[size_t(64 * g + t)] = scales[t * scale_stride + 2 * g];
-      c.zero[size_t(64 * g + t)] = scales[t * scale_stride + 2 * g + 1];
-    }
+    unpack_row(words, f.dim, f.low(), 0, code);
+    if (f.high()) unpack_row(words + 4 * f.low_words(), f.dim, f.high(), f.low(), code);
+    for (int i = 0; i < f.params(); i++) c.param[size_t(64 * i + t)] = params[i];
   }
 }
 
-static void codes_to_canonical(const Format& f, const Codes& c, uint8_t* words, uint16_t* scales) {
-  for (int t = 0; t < 64; t++) {
-    uint8_t* row = words + int64_t(t) * 4 * f.words();
+static void codes_to_canonical(const Format& f, const Codes& c, uint8_t* words, uint16_t* params) {
+  std::memset(words, 0, size_t(64) * 4 * f.words());
+  for (int t = 0; t < 64; t++, words += 4 * f.words(), params += f.params()) {
     const uint8_t* code = c.code.data() + size_t(t) * f.dim;
-    std::memset(row, 0, size_t(4 * f.words()));
-    pack_row(code, f.dim, f.bits == 3 ? 2 : f.bits, 0, row);
-    if (f.bits == 3) pack_row(code, f.dim, 1, 2, row + f.dim / 4);
-    for (int g = 0; g < f.groups(); g++) {
-      scales[t * 2 * f.groups() + 2 * g] = c.scale[size_t(64 * g + t)];
-      scales[t * 2 * f.groups() + 2 * g + 1] = c.zero[size_t(64 * g + t)];
-    }
+    pack_row(code, f.dim, f.low(), 0, words);
+    if (f.high()) pack_row(code, f.dim, f.high(), f.low(), words + 4 * f.low_words());
+    for (int i = 0; i < f.params(); i++) params[i] = c.param[size_t(64 * i + t)];
   }
 }
 
-static void quantise_token(const Format& f, const float* x, int t, Codes& c) {
+static void quantise_affine(const Format& f, const float* x, int t, Codes& c) {
   const F limit = set1(65504.f), bottom = set1(-65504.f);
   const float top = float((1 << f.bits) - 1);
   uint8_t* code = c.code.data() + size_t(t) * f.dim;
@@ -143,7 +126,7 @@ static void quantise_token(const Format& f, const float* x, int t, Codes& c) {
     const uint16_t scale = float_to_half((hi - lo) / top);
     const bool constant = scale == 0;
     const uint16_t zero = float_to_half(constant ? (lo + hi) / 2 : lo);
-    c.scale[size_t(64 * g + t)] = scale, c.zero[size_t(64 * g + t)] = zero;
+    c.param[size_t(128 * g + t)] = scale, c.param[size_t(128 * g + 64 + t)] = zero;
     if (constant) {
       std::fill(code + from, code + to, uint8_t(0));
       continue;
@@ -157,6 +140,24 @@ static void quantise_token(const Format& f, const float* x, int t, Codes& c) {
       for (int i = 0; i < 16; i++) code[d + i] = uint8_t(v[i]);
     }
   }
+}
+
+static void quantise_book(const Format& f, const float* x, uint16_t scale, int t, Codes& c) {
+  const F limit = set1(65504.f), bottom = set1(-65504.f), one = set1(1.f);
+  const F unit = set1(scale & 0x7fff ? half_to_float(scale) : 1.f);
+  uint8_t* code = c.code.data() + size_t(t) * f.dim;
+  const int cuts = (1 << f.bits) - 1;
+  int32_t v[16];
+  for (int d = 0; d < f.dim; d += 16) {
+    for (int i = 0; i < 16; i += W) {
+      const F y = div(min(max(load(x + d + i), bottom), limit), unit);
+      F count = set1(0.f);
+      for (int j = 0; j < cuts; j++) count = add_if_above(count, one, y, set1(f.cuts[j]));
+      istore(v + i, round_int(count));
+    }
+    for (int i = 0; i < 16; i++) code[d + i] = uint8_t(v[i]);
+  }
+  c.param[size_t(t)] = scale;
 }
 
 static void to_floats(const void* p, int64_t at, int n, int32_t dtype, float* out) {
@@ -194,32 +195,32 @@ template <class Body> static int for_blocks(const Grid& n, Body body) {
 
 using namespace otq;
 
-EXPORT int opentq_pack_affine(const Format* f, const Grid* n, const void* x, uint8_t* blocks) {
+EXPORT int opentq_pack(const Format* f, const Grid* n, const void* x, const uint16_t* scales, uint8_t* blocks) {
   return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
     Codes c(*f);
     std::vector<float> row(size_t(f->dim));
     for (int t = 0; t < 64; t++) {
       const int64_t at = batch * n->batch_stride + head * n->head_stride + (64 * block + t) * n->token_stride;
       to_floats(x, at, f->dim, n->dtype, row.data());
-      quantise_token(*f, row.data(), t, c);
+      if (f->form == BOOK) quantise_book(*f, row.data(), scales[64 * i + t], t, c);
+      else quantise_affine(*f, row.data(), t, c);
     }
     write_block(*f, c, blocks + i * f->block_bytes());
   });
 }
 
-EXPORT int opentq_store_affine(const Format* f, const Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks) {
+EXPORT int opentq_store(const Format* f, const Grid* n, const uint8_t* codes, const uint16_t* params, uint8_t* blocks) {
   return for_blocks(*n, [&](int64_t i, int64_t, int64_t, int64_t) {
     Codes c(*f);
-    const int64_t word_bytes = 4 * f->words(), pairs = 2 * f->groups();
-    canonical_to_codes(*f, codes + 64 * i * word_bytes, word_bytes, scales + 64 * i * pairs, pairs, c);
+    canonical_to_codes(*f, codes + 64 * i * 4 * f->words(), params + 64 * i * f->params(), c);
     write_block(*f, c, blocks + i * f->block_bytes());
   });
 }
 
-EXPORT int opentq_load_affine(const Format* f, const Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* scales) {
+EXPORT int opentq_load(const Format* f, const Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* params) {
   return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
     Codes c(*f);
     read_block(*f, blocks + batch * n->batch_stride + head * n->head_stride + block * n->token_stride, c);
-    codes_to_canonical(*f, c, codes + i * 64 * 4 * f->words(), scales + i * 64 * 2 * f->groups());
+    codes_to_canonical(*f, c, codes + i * 64 * 4 * f->words(), params + i * 64 * f->params());
   });
 }

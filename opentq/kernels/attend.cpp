@@ -1,4 +1,4 @@
-// Attention of a query block over [sink | packed | tail], on packed bytes: decode and prefill.
+// Attention of a query block over [sink | packed | tail], on stored bytes: decode and prefill.
 //
 // One task is a block of up to 128 query rows (all heads of one KV head, query by query) against a range of packed blocks,
 // and, for the last range, the dense columns. So every packed byte is read once per 128 rows: once per call in decode.
@@ -6,7 +6,7 @@
 // range, and whoever finishes the last one merges them in order. The cut depends on shapes, lengths and the thread
 // setting only, so results are the same bit by bit from run to run.
 //
-// blocks.h has the packed layout, packed.h the products on codes, dense.h those on fp16, state.h the softmax.
+// blocks.h has the packed layout, products.h the products on codes, dense.h those on fp16, packed.h what joins them.
 // A key whose score is NaN gets no weight; infinite scores give zeros or NaN in their row, never a crash.
 #include <memory>
 
@@ -138,7 +138,7 @@ class Attention {
       const int64_t at = t.batch * c_.q_batch_stride + head * c_.q_head_stride + i * c_.q_row_stride;
       float* q = rows.q + size_t(r) * rows.dim_k;
       for (int d = 0; d < rows.dim_k; d++) q[d] = factor * read(c_.q, at + d, c_.dtype);
-      if (t.first < t.last) rows.quantise_query(r, c_.k.group);
+      if (t.first < t.last && c_.k.form != RAW) rows.quantise_query(r, c_.k.group);
     }
   }
 
@@ -212,7 +212,7 @@ class Attention {
 
 }  // namespace otq
 
-EXPORT int opentq_attend_affine(const otq::Call* call) {
+EXPORT int opentq_attend(const otq::Call* call) {
   try {
     otq::Attention(*call).run();
     return 0;
