@@ -26,7 +26,7 @@ from .caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from .caches.single import OpenTQCache
 from .caches.step import Handle, LayerStats
 from .evaluate.recommend import AUTO, recommend
-from .policy import LayerPlan, decide, members
+from .policy import LayerPlan, decide, members, shaped
 from .spec import KVSpec
 
 CLASSES = (OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache)
@@ -146,11 +146,7 @@ def _with_shape(plan: LayerPlan, stats: LayerStats | None, caches: list[Any]) ->
     if stats is not None and stats.shape is not None:
         heads, key_dim, value_dim = stats.shape
         return replace(plan, kv_heads=heads, key_dim=key_dim, value_dim=value_dim)
-    cache = members(caches[plan.index])[plan.part]
-    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
-    if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == 4:
-        return replace(plan, kv_heads=keys.shape[1], key_dim=keys.shape[3], value_dim=values.shape[3])
-    return plan
+    return shaped(plan, members(caches[plan.index])[plan.part])
 
 
 # ---- the attention shim

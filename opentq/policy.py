@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
 from .caches.latent import latent_spec
@@ -126,6 +127,24 @@ def decide(caches: Sequence[Any], spec: KVSpec, traits: Traits = PLAIN) -> list[
 def members(cache: Any) -> tuple[Any, ...]:
     """The caches inside a CacheList, or the cache itself."""
     return tuple(cache.caches) if isinstance(cache, mlx_cache.CacheList) else (cache,)
+
+
+def shaped(plan: LayerPlan, cache: Any) -> LayerPlan:
+    """`plan` with the heads, dims, bound and constant state that a cache which has seen a token shows."""
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == 4:
+        bound = plan.bound or getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
+        return replace(
+            plan,
+            kv_heads=keys.shape[1],
+            key_dim=keys.shape[3],
+            value_dim=values.shape[3],
+            bound=0 if plan.spec else bound,
+        )
+    state = getattr(cache, "cache", None)
+    if isinstance(state, list):
+        return replace(plan, constant=sum(a.nbytes for a in state if a is not None))
+    return plan
 
 
 def native_bound(cache: Any) -> int:

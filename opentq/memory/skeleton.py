@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import seams
 from ..errors import UserError
-from ..policy import LayerPlan, decide, members
+from ..policy import LayerPlan, decide, members, shaped
 from ..spec import KVSpec
 
 
@@ -122,24 +122,6 @@ class Skeleton:
         else:
             plans = decide(self.caches, spec, seams.traits(self.model))
         return [shaped(p, members(self.caches[p.index])[p.part]) for p in plans]
-
-
-def shaped(plan: LayerPlan, cache: Any) -> LayerPlan:
-    """`plan` with the heads, dims, bound and constant state that a cache which has seen a token shows."""
-    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
-    if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == 4:
-        bound = plan.bound or getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
-        return replace(
-            plan,
-            kv_heads=keys.shape[1],
-            key_dim=keys.shape[3],
-            value_dim=values.shape[3],
-            bound=0 if plan.spec else bound,
-        )
-    state = getattr(cache, "cache", None)
-    if isinstance(state, list):
-        return replace(plan, constant=sum(a.nbytes for a in state if a is not None))
-    return plan
 
 
 def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:

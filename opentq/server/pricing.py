@@ -15,8 +15,7 @@ from ..attention.tiled import SCRATCH
 from ..errors import UserError
 from ..memory import plan
 from ..memory.device import GIB, here
-from ..memory.skeleton import shaped
-from ..policy import LayerPlan, members
+from ..policy import LayerPlan, members, shaped
 
 
 @dataclass(frozen=True)
