@@ -12,6 +12,7 @@ import pytest
 from opentq.attention import dispatch, fused_metal
 from opentq.codecs import Affine
 from opentq.kernels import metal
+from opentq.spec import KVSpec
 
 from . import oracle
 from .matrix import Shape
@@ -35,7 +36,7 @@ def test_the_compiled_text_is_the_one_mlx_generates(batch, space):
     text = next(iter(metal.kernel("decode_lanes")._texts.values()))
     assert f"const {space} int32_t* lens [[buffer(7)]]" in text
     assert (
-        "[[kernel]] void custom_kernel_opentq_decode_lanes" in text and "device float* partial [[buffer(10)]]" in text
+        "[[kernel]] void custom_kernel_opentq_decode_lanes" in text and "device float* partial [[buffer(11)]]" in text
     )
     assert mlx_sources.preamble().index("typedef half float16_t") < len(mlx_sources.preamble())
 
@@ -55,6 +56,7 @@ def test_every_pointer_names_its_address_space():
 
 # ---- conformance
 
+BOOKS = ["tq4", "tq2/int4", "int8/tq3", "tq5/tq1", "tq6:haar"]
 SHAPES = [
     Shape(),
     Shape(q_heads=2, key_dim=128, value_dim=128),
@@ -77,7 +79,7 @@ def test_decode_shapes(shape, tune, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
-@pytest.mark.parametrize("spec", ["int2", "int3", "int4", "int8", "k8v4:g64", "k4v2:g128", "f16"])
+@pytest.mark.parametrize("spec", ["int2", "int3", "int4", "int8", "k8v4:g64", "k4v2:g128", "f16", *BOOKS])
 @pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
 def test_every_shape_and_spec(shape, spec, tune, monkeypatch):
     monkeypatch.setattr(metal, "tuning", lambda: tune)
@@ -92,11 +94,28 @@ def test_decode_of_large_heads(dim):
     oracle.judge(step("int4", Shape(q_heads=2, kv_heads=1, key_dim=dim, value_dim=dim), 140, 1))
 
 
-@pytest.mark.parametrize("spec", ["int2", "int3", "int8", "k8v4:g64", "k4v2:g128", "f16", "int4:sink=4:recent=70"])
+@pytest.mark.parametrize(
+    "spec", ["int2", "int3", "int8", "k8v4:g64", "k4v2:g128", "f16", "int4:sink=4:recent=70", *BOOKS]
+)
 @pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
 def test_decode_specs(spec, tune, monkeypatch):
     monkeypatch.setattr(metal, "tuning", lambda: tune)
     oracle.judge(step(spec, Shape(), 203, 1))
+
+
+@pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
+def test_codebooks_where_lanes_are_left_over(tune, monkeypatch):
+    """A look-up takes a whole simdgroup, also where 32 does not divide what is to be decoded."""
+    monkeypatch.setattr(metal, "tuning", lambda: tune)
+    odd = Shape(q_heads=5, kv_heads=1, key_dim=80, value_dim=112)
+    oracle.judge(step("tq3/tq6", odd, 197, 1))
+    oracle.judge(step("tq5/tq3", odd, 130, 1, mx.float32))
+    oracle.judge(step("tq2/tq4", Shape(q_heads=2, kv_heads=1, key_dim=256, value_dim=192), 140, 1))
+
+
+def test_codecs_without_a_kernel_are_not_served():
+    for spec in ("tq2.5", "tq3p", "polar4", "qjl2/int4", "int4:out=2"):
+        assert fused_metal.attend(step(spec, Shape(), 140, 1)) is None
 
 
 @pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
@@ -112,7 +131,7 @@ def test_decode_options(tune, monkeypatch):
     oracle.judge(step("int4:sink=8", few, 3, 3, causal=True))
 
 
-@pytest.mark.parametrize("spec", ["int4", "int3:g64:sink=5:recent=33", "k8v4:g64", "int2:norot", "f16"])
+@pytest.mark.parametrize("spec", ["int4", "int3:g64:sink=5:recent=33", "k8v4:g64", "f16", "tq4/tq3", "tq5/int2"])
 def test_prefill_over_a_compressed_prefix(spec):
     oracle.judge(step(spec, Shape(), 203, 35, causal=True))
 
@@ -250,7 +269,7 @@ def per_element(spec: str, gqa: int, tune: metal.Tuning) -> tuple[float, float]:
     multiplies = 0 if tune.variant == "lanes" else (long.matrix_multiplies - short.matrix_multiplies) * 512 / elements
     fetched = sum(long.fetched_bytes[1:5]) - sum(short.fetched_bytes[1:5])
     unique = sum(long.unique_bytes[1:5]) - sum(short.unique_bytes[1:5])
-    assert unique == 512 * 2 * 128 * Affine(4, 32).bits_per_value(128) / 8
+    assert unique == 512 * 2 * 128 * KVSpec.parse(spec).bits_per_value(128) / 8
     return arithmetic + multiplies - 2 * gqa, fetched / unique
 
 
@@ -263,6 +282,17 @@ def test_every_packed_byte_is_read_once(gqa, monkeypatch):
     assert 0.95 <= bytes_ratio <= 1.05
     if gqa == 8:
         assert beyond <= 6.0
+
+
+def test_a_codebook_costs_no_more_than_integers(monkeypatch):
+    """Operations beyond the multiply-adds at GQA 8, with a look-up, which is not among them, counted as one."""
+    monkeypatch.setattr(metal, "cores", lambda: 1)
+    one_threadgroup = metal.Tuning(simdgroups=4)
+    monkeypatch.setattr(metal, "tuning", lambda: one_threadgroup)
+    integers, _ = per_element("int4", 8, one_threadgroup)
+    book, bytes_ratio = per_element("tq4", 8, one_threadgroup)
+    assert 0.95 <= bytes_ratio <= 1.05
+    assert book + 2 <= integers + 1
 
 
 def test_fewer_bytes_and_operations_than_mlx_fp16_attention(monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..codecs import Affine, Raw
+from ..codecs import Affine, Raw, Turbo, codebooks
 from ..codecs.base import Codec
 from ..codecs.packing import words
 from ..kernels import metal
@@ -71,6 +71,8 @@ def side(kv: PackedKV) -> Side | None:
 def _codec_side(codec: Codec, dim: int) -> Side | None:
     if isinstance(codec, Affine):
         return Side(codec.bits, min(codec.group, dim), dim)
+    if isinstance(codec, Turbo):
+        return Side(metal.BOOK + codec.bits, dim, dim)
     if isinstance(codec, Raw):
         return Side(16, dim, dim)
     return None
@@ -157,7 +159,23 @@ def _cache_inputs(args: AttnArgs) -> list[mx.array]:
     capacity = args.k.arrays[0].shape[2] if args.k.arrays else 0
     meta = (args.q.shape[2], args.gqa, args.kv_heads, args.dense_k.shape[2], capacity, args.window, int(args.causal))
     dense = [mx.contiguous(args.dense_k), mx.contiguous(args.dense_v)]  # as they are, unless a caller sliced them
-    return [*arrays, *dense, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap))]
+    books = _books(_bits(args.k), args.k.head_dim, _bits(args.v), args.v.head_dim)
+    return [*arrays, *dense, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap)), books]
+
+
+def _bits(kv: PackedKV) -> int:
+    """Bits of a codebook codec, else 0."""
+    return kv.codec.bits if isinstance(kv.codec, Turbo) else 0
+
+
+@functools.lru_cache(maxsize=64)
+def _books(k_bits: int, k_dim: int, v_bits: int, v_dim: int) -> mx.array:
+    """The codebooks of keys and of values, float32 `[64]`: what each of 32 lanes holds, zeros where there is no book."""
+    entries: list[float] = []
+    for bits, dim in ((k_bits, k_dim), (v_bits, v_dim)):
+        book = codebooks.sphere(bits, dim)[-metal.BOOK :] if bits else (0.0,)  # of 64 entries the upper half
+        entries += book * (metal.BOOK // len(book))
+    return mx.array(entries, dtype=mx.float32)
 
 
 def _sinks(args: AttnArgs) -> mx.array:

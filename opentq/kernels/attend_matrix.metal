@@ -11,47 +11,64 @@
 // FINAL: one split, so the output is divided, joined by the sinks, and written as OT; else OT is float and the merge kernel
 // does that. Arrays, lens, meta and real as in decode_lanes.metal. Grid: (32 * NSG, splits, KV heads * row tiles).
 
-// Codes of eight consecutive values from d0 (a multiple of 8), and of halves their bits.
+// Codes of eight consecutive values from d0 (a multiple of 8).
 template <int BITS, int D>
 METAL_FUNC void otq_eight(const device uint* row, int d0, thread uint* c) {
-  if (BITS == 8) {
+  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
+  if (LOW == 8) {
     uint2 w = ((const device uint2*)row)[d0 / 8];
 #pragma clang loop unroll(full)
     for (int j = 0; j < 4; j++) {
       c[j] = (w.x >> (8 * j)) & 255u;
       c[j + 4] = (w.y >> (8 * j)) & 255u;
     }
-  } else if (BITS == 4) {
-    uint w = row[d0 / 8];
-#pragma clang loop unroll(full)
-    for (int j = 0; j < 8; j++) {
-      c[j] = (w >> (4 * j)) & 15u;
-    }
+    return;
+  }
+  uint w, h = 0;
+  if (LOW == 4) {
+    w = row[d0 / 8];
+  } else if (LOW == 2) {
+    w = ((const device ushort*)row)[d0 / 8];
   } else {
-    uint w = ((const device ushort*)row)[d0 / 8];
-    uint h = BITS == 3 ? uint(((const device uchar*)(row + D / 16))[d0 / 8]) : 0u;
+    w = ((const device uchar*)row)[d0 / 8];
+  }
+  if (HIGH == 1) {
+    h = ((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 8];
+  } else if (HIGH == 2) {
+    h = ((const device ushort*)(row + otq_low_words<BITS, D>()))[d0 / 8];
+  }
 #pragma clang loop unroll(full)
-    for (int j = 0; j < 8; j++) {
-      c[j] = (w >> (2 * j)) & 3u;
-      if (BITS == 3) {
-        c[j] |= ((h >> j) & 1u) << 2;
-      }
+  for (int j = 0; j < 8; j++) {
+    c[j] = (w >> (LOW * j)) & ((1u << LOW) - 1u);
+    if (HIGH > 0) {
+      c[j] |= ((h >> (HIGH * j)) & ((1u << HIGH) - 1u)) << LOW;
     }
   }
+}
+
+// The value of a code.
+template <typename TT, int BITS>
+METAL_FUNC TT otq_value(uint code, half2 sz, float book) {
+  if (BITS > 32) {
+    float x = otq_entry<BITS>(book, code) * float(sz.x);
+    return TT(sizeof(TT) == 2 ? clamp(x, -65504.0f, 65504.0f) : x);
+  }
+  return fma(TT(code), TT(sz.x), TT(sz.y));
 }
 
 // A tile of TK tokens from token `from`, decoded into `tile` ([TK][D + 8]) by WORKERS threads. Tokens from `limit` on, and
 // dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0.
 template <typename TT, int BITS, int D, int GROUP, int TK, int WORKERS>
 METAL_FUNC void otq_decode(
-    const device uint* rows, const device half2* scales, int from, int limit, int2 gap, threadgroup TT* tile, int worker) {
+    const device uint* rows, const device half* scales, int from, int limit, int2 gap, threadgroup TT* tile, int worker,
+    float book) {
   constexpr int W = otq_words<BITS, D>(), G = (D + GROUP - 1) / GROUP, C = D / 8;
   constexpr bool EVEN = WORKERS % C == 0;  // then a thread keeps its dims
   int t = worker / C, d0 = worker % C * 8;
-  for (int i = worker; i < TK * C; i += WORKERS) {
+  for (int i = 0; i < TK * C; i += WORKERS) {  // as many times in all lanes, so that they can look up together
     if (!EVEN) {
-      t = i / C;
-      d0 = i % C * 8;
+      t = (i + worker) / C;
+      d0 = (i + worker) % C * 8;
     }
     int at = min(from + t, limit - 1);
     at = at >= gap.x && at < gap.y ? min(gap.y, limit - 1) : at;
@@ -63,20 +80,21 @@ METAL_FUNC void otq_decode(
     } else {
       uint c[8];
       otq_eight<BITS, D>(rows + at * W, d0, c);
-      half2 sz = scales[at * G + d0 / GROUP];
-      TT s = TT(sz.x), z = TT(sz.y);
-      low.x = fma(TT(c[0]), s, z);
-      low.y = fma(TT(c[1]), s, z);
-      low.z = fma(TT(c[2]), s, z);
-      low.w = fma(TT(c[3]), s, z);
-      high.x = fma(TT(c[4]), s, z);
-      high.y = fma(TT(c[5]), s, z);
-      high.z = fma(TT(c[6]), s, z);
-      high.w = fma(TT(c[7]), s, z);
+      half2 sz = otq_scale<BITS>(scales, at * G + d0 / GROUP);
+      low.x = otq_value<TT, BITS>(c[0], sz, book);
+      low.y = otq_value<TT, BITS>(c[1], sz, book);
+      low.z = otq_value<TT, BITS>(c[2], sz, book);
+      low.w = otq_value<TT, BITS>(c[3], sz, book);
+      high.x = otq_value<TT, BITS>(c[4], sz, book);
+      high.y = otq_value<TT, BITS>(c[5], sz, book);
+      high.z = otq_value<TT, BITS>(c[6], sz, book);
+      high.w = otq_value<TT, BITS>(c[7], sz, book);
     }
-    threadgroup vec<TT, 4>* to = (threadgroup vec<TT, 4>*)(tile + t * (D + 8) + d0);
-    to[0] = low;
-    to[1] = high;
+    if (TK * C % WORKERS == 0 || t < TK) {
+      threadgroup vec<TT, 4>* to = (threadgroup vec<TT, 4>*)(tile + t * (D + 8) + d0);
+      to[0] = low;
+      to[1] = high;
+    }
     t += WORKERS / C;
   }
 }
@@ -152,12 +170,13 @@ METAL_FUNC void otq_decode(
 
   const device uint* k_head = (const device uint*)k_codes + size_t(head) * capacity * KW;
   const device uint* v_head = (const device uint*)v_codes + size_t(head) * capacity * VW;
-  const device half2* ks_head = (const device half2*)k_scales + size_t(head) * capacity * GK;
-  const device half2* vs_head = (const device half2*)v_scales + size_t(head) * capacity * GV;
+  const device half* ks_head = k_scales + size_t(head) * capacity * (GK * otq_halves<KB>());
+  const device half* vs_head = v_scales + size_t(head) * capacity * (GV * otq_halves<VB>());
   const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
   const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
   const int worker = OWN ? lane : int(thread_index_in_threadgroup);
   constexpr int WORKERS = OWN ? 32 : 32 * NSG;
+  const float k_book = KB > 32 ? books[lane] : 0.0f, v_book = VB > 32 ? books[32 + lane] : 0.0f;
 
   float top = OTQ_LOWEST, sum = 0;
   for (int n = tile0; n < tile1; n++) {
@@ -167,9 +186,9 @@ METAL_FUNC void otq_decode(
     const int2 gap = int2(sink, tail_start);
 
     if (dense) {
-      otq_decode<TT, 16, DK, DK, TK, WORKERS>(dk_head, ks_head, from, limit, gap, tile, worker);
+      otq_decode<TT, 16, DK, DK, TK, WORKERS>(dk_head, ks_head, from, limit, gap, tile, worker, k_book);
     } else {
-      otq_decode<TT, KB, DK, KG, TK, WORKERS>(k_head, ks_head, from, limit, int2(0), tile, worker);
+      otq_decode<TT, KB, DK, KG, TK, WORKERS>(k_head, ks_head, from, limit, int2(0), tile, worker, k_book);
     }
     if (OWN) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -235,9 +254,9 @@ METAL_FUNC void otq_decode(
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (dense) {
-      otq_decode<TT, 16, DV, DV, TK, WORKERS>(dv_head, vs_head, from, limit, gap, tile, worker);
+      otq_decode<TT, 16, DV, DV, TK, WORKERS>(dv_head, vs_head, from, limit, gap, tile, worker, v_book);
     } else {
-      otq_decode<TT, VB, DV, VG, TK, WORKERS>(v_head, vs_head, from, limit, int2(0), tile, worker);
+      otq_decode<TT, VB, DV, VG, TK, WORKERS>(v_head, vs_head, from, limit, int2(0), tile, worker, v_book);
     }
     if (OWN) {
       simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -7,7 +7,11 @@
 //   bits 2, 4, 8   value d: word d*bits/32, bit d*bits%32                  weight 2^(bits * (d % (32/bits)))
 //   bits 3         low two bits as above; bit 2 of value d: word D/16 + d/32, bit d%32   weight of the 2-bit field
 //   bits 16        one half per value (uncompressed codec, sinks, tail)    weight 1
-//   scales         half pairs (scale, zero) per group: x = code * scale + zero
+//   bits 32 + b    codes of b bits, 1 to 6, into a book; 3, 5 and 6 in two planes (2 + 1, 4 + 1, 4 + 2)     weight 1
+//   scales         half pairs (scale, zero) per group: x = code * scale + zero; of a book one half: x = book[code] * scale
+//
+// A book lies in a simdgroup's registers, an entry in each lane, and a look-up is a shuffle: no memory, no conflicts, one
+// instruction whatever the bits. So all lanes have to look up together, in uniform control flow.
 
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
@@ -16,93 +20,171 @@ static constant constexpr const float OTQ_MASKED = -1e30f;  // a score that is n
 static constant constexpr const float OTQ_LOWEST = -1e25f;  // the running maximum of nothing: exp2(MASKED - LOWEST) is 0
 static constant constexpr const float OTQ_LOG2E = 1.44269504f;
 
+// Widths of the low and the high plane of codes (0: no high plane).
+template <int BITS>
+METAL_FUNC constexpr int otq_low() {
+  return (BITS & 31) == 3 ? 2 : (BITS & 31) == 5 || (BITS & 31) == 6 ? 4 : BITS & 31;
+}
+template <int BITS>
+METAL_FUNC constexpr int otq_high() {
+  return (BITS & 31) == 3 || (BITS & 31) == 5 ? 1 : (BITS & 31) == 6 ? 2 : 0;
+}
+
+// Halves of metadata per group.
+template <int BITS>
+METAL_FUNC constexpr int otq_halves() {
+  return BITS > 32 ? 1 : BITS == 16 ? 0 : 2;
+}
+
 // Exponent of the weight of value d.
 template <int BITS>
 METAL_FUNC constexpr int otq_shift(int d) {
-  return BITS == 16 ? 0 : BITS == 3 ? 2 * (d % 16) : BITS * (d % (32 / BITS));
+  return BITS >= 16 ? 0 : otq_low<BITS>() * (d % (32 / otq_low<BITS>()));
 }
 
 METAL_FUNC float otq_pow2(int e) {
   return as_type<float>(uint(127 + e) << 23);
 }
 
-// 32-bit words of one token.
+// 32-bit words of one token, and of its low plane.
 template <int BITS, int D>
 METAL_FUNC constexpr int otq_words() {
-  return BITS == 3 ? D / 16 + (D + 31) / 32 : D * BITS / 32;
+  return (D * otq_low<BITS>() + 31) / 32 + (D * otq_high<BITS>() + 31) / 32;
+}
+template <int BITS, int D>
+METAL_FUNC constexpr int otq_low_words() {
+  return (D * otq_low<BITS>() + 31) / 32;
 }
 
-// UNIT consecutive values of one token, u units in: the words that hold them.
-template <int BITS, int D, int UNIT>
-struct OtqUnit {
-  static constant constexpr const int N = BITS == 3 ? UNIT / 16 : UNIT * BITS / 32;
-  uint w[N];
-  uint high;
+// (scale, zero) of group i, counted from `scales`.
+template <int BITS>
+METAL_FUNC half2 otq_scale(const device half* scales, int i) {
+  return BITS > 32 ? half2(scales[i], half(0.0f)) : ((const device half2*)scales)[i];
+}
 
-  METAL_FUNC void load(const device uint* row, int u) {
-    if (N % 4 == 0) {
-      const device uint4* p = (const device uint4*)(row + u * N);
+// The lane's part of a book: entry lane % 2^b, or of 6 bits, whose 64 entries are odd (book[63 - c] = -book[c]), the upper
+// half. The value of `code`.
+template <int BITS>
+METAL_FUNC float otq_entry(float book, uint code) {
+  if (BITS == 38) {
+    float x = simd_shuffle(book, ushort(code & 32u ? code & 31u : code ^ 31u));
+    return code & 32u ? x : -x;
+  }
+  return simd_shuffle(book, ushort(code));
+}
+
+// UNIT consecutive fields of WIDTH bits, u units in: the words that hold them. ALIGN: words to whose multiple a row is aligned.
+template <int WIDTH, int UNIT, int ALIGN>
+struct OtqPlane {
+  static constant constexpr const int N = UNIT * WIDTH > 32 ? UNIT * WIDTH / 32 : 1;
+  uint w[N];
+
+  METAL_FUNC void load(const device uint* plane, int u) {
+    if (N % 4 == 0 && ALIGN % 4 == 0) {
+      const device uint4* p = (const device uint4*)(plane + u * N);
 #pragma clang loop unroll(full)
       for (int i = 0; i < N / 4; i++) {
         uint4 x = p[i];
         w[4 * i] = x.x, w[4 * i + 1] = x.y, w[4 * i + 2] = x.z, w[4 * i + 3] = x.w;
       }
-    } else if (N == 2 && BITS != 3) {
-      uint2 x = *(const device uint2*)(row + u * N);
-      w[0] = x.x, w[N - 1] = x.y;
+    } else if (N % 2 == 0 && ALIGN % 2 == 0) {
+      const device uint2* p = (const device uint2*)(plane + u * N);
+#pragma clang loop unroll(full)
+      for (int i = 0; i < N / 2; i++) {
+        uint2 x = p[i];
+        w[2 * i] = x.x, w[2 * i + 1] = x.y;
+      }
     } else {
 #pragma clang loop unroll(full)
       for (int i = 0; i < N; i++) {
-        w[i] = row[u * N + i];
+        w[i] = plane[u * UNIT * WIDTH / 32 + i];
       }
     }
-    if (BITS == 3) {
-      high = row[D / 16 + u * UNIT / 32] >> (UNIT == 16 ? 16 * (u & 1) : 0);
+    if (UNIT * WIDTH == 16) {
+      w[0] >>= 16 * (u & 1);
+    }
+  }
+
+  // Field d, which must be known at compile time.
+  METAL_FUNC uint get(int d) const {
+    return (w[d * WIDTH / 32] >> (d * WIDTH % 32)) & ((1u << WIDTH) - 1u);
+  }
+};
+
+// UNIT consecutive values of one token, u units in.
+template <int BITS, int D, int UNIT>
+struct OtqUnit {
+  static constant constexpr const int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>(), W = otq_words<BITS, D>();
+  OtqPlane<LOW, UNIT, W> low;
+  OtqPlane<(HIGH > 0 ? HIGH : 1), UNIT, (W % 2 == 0 ? 2 : 1)> high;
+
+  METAL_FUNC void load(const device uint* row, int u) {
+    low.load(row, u);
+    if (HIGH > 0) {
+      high.load(row + otq_low_words<BITS, D>(), u);
     }
   }
 
   // Value d of the unit, weighted. d must be known at compile time.
-  METAL_FUNC float get(int d) const {
+  METAL_FUNC float get(int d, float book) const {
     if (BITS == 16) {
-      half2 pair = as_type<half2>(w[d / 2]);
+      half2 pair = as_type<half2>(low.w[d / 2]);
       return d % 2 ? float(pair.y) : float(pair.x);
+    } else if (BITS > 32) {
+      return otq_entry<BITS>(book, HIGH > 0 ? low.get(d) | high.get(d) << LOW : low.get(d));
     } else if (BITS == 3) {
-      float low = float(w[d / 16] & (3u << (2 * (d % 16))));
-      float top = float(high & (1u << d));
+      float x = float(low.w[d / 16] & (3u << (2 * (d % 16))));
+      float top = float(high.w[0] & (1u << d));
       // bit 2 counts 4 in the basis of the low field: 4 * 4^(d%16) / 2^d
-      return fma(top, 4.0f * float(1u << (2 * (d % 16))) / float(1u << d), low);
+      return fma(top, 4.0f * float(1u << (2 * (d % 16))) / float(1u << d), x);
     } else {
-      return float(w[d * BITS / 32] & (((1u << (BITS & 15)) - 1u) << (d * BITS % 32)));
+      return float(low.w[d * LOW / 32] & (((1u << (LOW & 15)) - 1u) << (d * LOW % 32)));
     }
   }
 };
 
 // Four consecutive values of one token from value d0 (a multiple of 4), weighted by 2^(field bits * j), j = 0..3.
 template <int BITS, int D>
-METAL_FUNC float4 otq_four(const device uint* row, int d0) {
+METAL_FUNC float4 otq_four(const device uint* row, int d0, float book) {
+  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
   if (BITS == 16) {
     return float4(((const device half4*)row)[d0 / 4]);
-  } else if (BITS == 8) {
-    uint w = row[d0 / 4];
-    return float4(float(w & 0xffu), float(w & 0xff00u), float(w & 0xff0000u), float(w & 0xff000000u));
-  } else if (BITS == 4) {
-    uint w = ((const device ushort*)row)[d0 / 4];
-    return float4(float(w & 0xfu), float(w & 0xf0u), float(w & 0xf00u), float(w & 0xf000u));
+  }
+  uint w, h = 0;
+  if (LOW == 8) {
+    w = row[d0 / 4];
+  } else if (LOW == 4) {
+    w = ((const device ushort*)row)[d0 / 4];
+  } else if (LOW == 2) {
+    w = ((const device uchar*)row)[d0 / 4];
   } else {
-    uint w = ((const device uchar*)row)[d0 / 4];
-    float4 x = float4(float(w & 3u), float(w & 12u), float(w & 48u), float(w & 192u));
+    w = uint(((const device uchar*)row)[d0 / 8]) >> (d0 & 4);
+  }
+  if (HIGH == 1) {
+    h = uint(((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 8]) >> (d0 & 4);
+  } else if (HIGH == 2) {
+    h = ((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 4];
+  }
+  constexpr uint M = (1u << LOW % 16) - 1u, MH = (1u << HIGH) - 1u;
+  float4 x;
+  if (BITS > 32) {
+    x.x = otq_entry<BITS>(book, (w & M) | (h & MH) << LOW);
+    x.y = otq_entry<BITS>(book, (w >> LOW & M) | (h >> HIGH & MH) << LOW);
+    x.z = otq_entry<BITS>(book, (w >> 2 * LOW & M) | (h >> 2 * HIGH & MH) << LOW);
+    x.w = otq_entry<BITS>(book, (w >> 3 * LOW & M) | (h >> 3 * HIGH & MH) << LOW);
+  } else {
+    x = float4(float(w & M), float(w & M << LOW), float(w & M << 2 * LOW), float(w & M << 3 * LOW));
     if (BITS == 3) {
-      uint h = uint(((const device uchar*)(row + D / 16))[d0 / 8]) >> (d0 & 4);
       x += float4(float(h & 1u), float(h & 2u), float(h & 4u), float(h & 8u)) * float4(4.0f, 8.0f, 16.0f, 32.0f);
     }
-    return x;
   }
+  return x;
 }
 
 // Field bits of otq_four's weights.
 template <int BITS>
 METAL_FUNC constexpr int otq_field() {
-  return BITS == 16 ? 0 : BITS == 3 ? 2 : BITS;
+  return BITS >= 16 ? 0 : otq_low<BITS>();
 }
 
 // R floats that all lanes read from one place.

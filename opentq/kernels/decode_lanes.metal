@@ -10,7 +10,7 @@
 // Bytes: codes and scales of the visible packed tokens once, dense columns once, one float partial [DV + 2] per row and
 // team. Inputs are whole buffers, row-contiguous; how much of them counts stands in lens = (packed, sinks, tail start).
 //
-// Template: KB, KG, VB, VG bits and groups; DK, DV; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a
+// Template: KB, KG, VB, VG bits (as in common.metal) and groups; DK, DV; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a
 // simdgroup hands over at a time; WIN window; CAP softcap. meta = {L, gqa, KV heads, dense columns, packed rows, window,
 // causal}; real = {scale, softcap}. Output: acc float [rows, splits, DV], stat float [rows, splits, 2] = (max, sum).
 
@@ -18,7 +18,7 @@
 template <int KPL, int R>
 struct OtqKeys {
   const device uint* row[KPL];
-  const device half2* scale[KPL];
+  const device half* scale[KPL];
   float s[KPL][R];
 };
 
@@ -30,7 +30,7 @@ struct OtqAcc {
 
 template <int BITS, int D, int GROUP, int R, int KPL, int QB>
 METAL_FUNC void otq_scores(
-    thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum) {
+    thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum, float book) {
   constexpr int UNIT = D % 32 == 0 ? 32 : 16;
   constexpr int PER = (GROUP < D ? GROUP : D) / UNIT;
 #pragma clang loop unroll(full)
@@ -63,7 +63,7 @@ METAL_FUNC void otq_scores(
         otq_rows<R>(q + (u * UNIT + d) * R, x);
 #pragma clang loop unroll(full)
         for (int k = 0; k < KPL; k++) {
-          float f = unit[k].get(d);
+          float f = unit[k].get(d, book);
           if (BITS == 16) {
             f *= float(1u << otq_shift<QB>(d));  // q carries the weights of the packed format
           }
@@ -87,28 +87,30 @@ METAL_FUNC void otq_scores(
       otq_rows<R>(qsum + g * R, x);
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
-        float2 sz = float2(keys.scale[k][g]);
+        float2 sz = float2(otq_scale<BITS>(keys.scale[k], g));
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          keys.s[k][r] = fma(part[k][r], sz.x, fma(x[r], sz.y, keys.s[k][r]));
+          keys.s[k][r] = BITS > 32 ? part[k][r] * sz.x : fma(part[k][r], sz.x, fma(x[r], sz.y, keys.s[k][r]));
         }
       }
     }
   }
 }
 
-// acc += p * v for every KP-th of n keys from `first` on; this lane's four dims begin at d0.
+// acc += p * v for every KP-th of n keys from `first` on, rounded up to KP; this lane's four dims begin at d0. GAP: keys in
+// [gap.x, gap.y) or above gap.z have no row, or one that was never written; their p is 0, and 0 times a NaN is not.
 template <int BITS, int D, int VB, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
-    const device uint* rows, int3 gap, int n, int first, int d0, const threadgroup float* p, thread OtqAcc<R>& acc) {
+    const device uint* rows, int3 gap, int n, int first, int d0, const threadgroup float* p, float book,
+    thread OtqAcc<R>& acc) {
   constexpr int W = otq_words<BITS, D>();
   const device uint* row = rows + first * W;
   p += first * STRIDE;
 #pragma clang loop unroll_count(8)
-  for (int x = first; x < n; x += KP) {
-    // Columns in the gap between sinks and tail were never written; their p is 0, and 0 times a NaN is not.
-    int at = GAP && x >= gap.x && x < gap.y ? min(gap.y, gap.z) : x;
-    float4 v = otq_four<BITS, D>(GAP ? rows + at * W : row, d0);
+  for (int i = 0; i < n; i += KP) {  // as many times in all lanes, so that they can look up together
+    int x = i + first;
+    int at = min(x >= gap.x && x < gap.y ? gap.y : x, gap.z);
+    float4 v = otq_four<BITS, D>(GAP ? rows + at * W : row, d0, book);
     if (BITS == 16 && VB != 16) {
       v *= float4(1.0f, float(1u << otq_field<VB>()), float(1u << (2 * otq_field<VB>())), float(1u << (3 * otq_field<VB>())));
     }
@@ -212,16 +214,17 @@ struct OtqZeros {
 
   const device uint* k_head = (const device uint*)k_codes + size_t(head) * capacity * KW;
   const device uint* v_head = (const device uint*)v_codes + size_t(head) * capacity * VW;
-  const device half2* ks_head = (const device half2*)k_scales + size_t(head) * capacity * GK;
-  const device half2* vs_head = (const device half2*)v_scales + size_t(head) * capacity * GV;
+  const device half* ks_head = k_scales + size_t(head) * capacity * (GK * otq_halves<KB>());
+  const device half* vs_head = v_scales + size_t(head) * capacity * (GV * otq_halves<VB>());
   const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
   const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
 
-  const int d0 = member * DIMS + 4 * (lane % (32 / KP));
-  const bool busy = lane % (32 / KP) < LANES;
+  const float k_book = KB > 32 ? books[lane] : 0.0f, v_book = VB > 32 ? books[32 + lane] : 0.0f;
+  const bool busy = lane % (32 / KP) < LANES;  // the others do what the last one does, and do not write
+  const int d0 = member * DIMS + 4 * min(lane % (32 / KP), LANES - 1);
   const int half_of = KP == 2 ? lane / 16 : 0;
   const int pair = lane + 32 * member;  // this lane's first (row, group) pair
-  const int my_group = min(d0, DV - 4) / VG;
+  const int my_group = d0 / VG;
 
   OtqAcc<R> acc;
   OtqZeros<R, GV, PAIRS> zero;
@@ -248,12 +251,12 @@ struct OtqZeros {
       key[k] = base + k * 32 * DS + (lane / SUB) * SPAN + member * SUB + lane % SUB;
       int safe = min(key[k], limit - 1);
       keys.row[k] = dense ? dk_head + safe * (DK / 2) : k_head + safe * KW;
-      keys.scale[k] = ks_head + safe * (KB == 16 || dense ? 0 : GK);
+      keys.scale[k] = ks_head + safe * (dense ? 0 : GK * otq_halves<KB>());
     }
     if (dense) {
-      otq_scores<16, DK, DK, R, KPL, KB>(keys, qs, qsum_shared);
+      otq_scores<16, DK, DK, R, KPL, KB>(keys, qs, qsum_shared, k_book);
     } else {
-      otq_scores<KB, DK, KG, R, KPL, KB>(keys, qs, qsum_shared);
+      otq_scores<KB, DK, KG, R, KPL, KB>(keys, qs, qsum_shared, k_book);
     }
 
     if (CAP) {
@@ -346,7 +349,7 @@ struct OtqZeros {
           for (int g = 0; g < GV; g++) {
             float2 sz = float2(1.0f, 0.0f);
             if (VB != 16 && !dense) {
-              sz = float2(vs_head[min(key[k], limit - 1) * GV + g]);
+              sz = float2(otq_scale<VB>(vs_head, min(key[k], limit - 1) * GV + g));
             }
             zs[slot * GV + g] = sz.y;
 #pragma clang loop unroll(full)
@@ -365,28 +368,20 @@ struct OtqZeros {
           threadgroup_barrier(mem_flags::mem_threadgroup);
         }
         if (dense) {
-          if (busy) {
-            int3 gap = int3(sink, tail_start, Td - 1) - from;
-            otq_values<16, DV, VB, R, KP, GV * R, true>(
-                dv_head + from * (DV / 2), gap, n, half_of, d0, pv + my_group * R, acc);
+          int3 gap = int3(sink, tail_start, Td - 1) - from;
+          otq_values<16, DV, VB, R, KP, GV * R, true>(
+              dv_head + from * (DV / 2), gap, n, half_of, d0, pv + my_group * R, v_book, acc);
+        } else if (n == SPAN) {  // the usual case, with a length known to the compiler
+          otq_values<VB, DV, VB, R, KP, GV * R, false>(
+              v_head + from * VW, int3(0), SPAN, half_of, d0, pv + my_group * R, v_book, acc);
+          if (VB < 16) {
+            zero.add(ps, zs, SPAN, pair, 32 * DS);
           }
         } else {
-          if (n == SPAN) {  // the usual case, with a length known to the compiler
-            if (busy) {
-              otq_values<VB, DV, VB, R, KP, GV * R, false>(
-                  v_head + from * VW, int3(0), SPAN, half_of, d0, pv + my_group * R, acc);
-            }
-            if (VB != 16) {
-              zero.add(ps, zs, SPAN, pair, 32 * DS);
-            }
-          } else {
-            if (busy) {
-              otq_values<VB, DV, VB, R, KP, GV * R, false>(
-                  v_head + from * VW, int3(0), n, half_of, d0, pv + my_group * R, acc);
-            }
-            if (VB != 16) {
-              zero.add(ps, zs, n, pair, 32 * DS);
-            }
+          otq_values<VB, DV, VB, R, KP, GV * R, true>(
+              v_head + from * VW, int3(0, 0, n - 1), n, half_of, d0, pv + my_group * R, v_book, acc);
+          if (VB < 16) {
+            zero.add(ps, zs, n, pair, 32 * DS);
           }
         }
         if (DS == 1) {

@@ -21,6 +21,8 @@ BODY = "// ---- body\n"
 THREADGROUP_BYTES = 32768
 """Threadgroup memory that every Apple GPU has."""
 MAX_SPLITS = 1024
+BOOK = 32
+"""Added to the bits of a codebook codec; also the entries of a book that a simdgroup holds, one in each lane."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Kernel:
     outputs: tuple[str, ...]
 
 
-_CACHE = ("k_codes", "k_scales", "v_codes", "v_scales", "dense_k", "dense_v", "lens", "meta", "real")
+_CACHE = ("k_codes", "k_scales", "v_codes", "v_scales", "dense_k", "dense_v", "lens", "meta", "real", "books")
 KERNELS = {
     "decode_lanes": Kernel("decode_lanes.metal", ("q", *_CACHE), ("partial", "stat")),
     "matrix": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out", "stat")),
@@ -117,7 +119,7 @@ def kernel(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values as a kernel sees them: bits (16 for halves), group, head dim."""
+    """Keys or values as a kernel sees them: bits (16 for halves, `BOOK + b` for codebooks of b bits), group, head dim."""
 
     bits: int
     group: int

@@ -24,17 +24,17 @@ STRIDES = {
     "decode_lanes": [
         ("safe * KW", "safe * (KW + 1)"),
         ("size_t(head) * capacity * VW", "size_t(head) * capacity * (VW - 1)"),
-        ("size_t(head) * capacity * GK", "size_t(head) * capacity * (GK + 1)"),
-        ("vs_head[min(key[k], limit - 1) * GV + g]", "vs_head[min(key[k], limit - 1) * GV]"),
+        ("size_t(head) * capacity * (GK * otq", "size_t(head) * capacity * ((GK + 1) * otq"),
+        ("min(key[k], limit - 1) * GV + g)", "min(key[k], limit - 1) * GV)"),
         ("q[q0 + r * DK + d]", "q[q0 + r * DK + (d ^ 1)]"),
         ("size_t(head) * Td * (DK / 2)", "size_t(head) * Td * (DV / 4)"),
         ("lens[3 * b + 2]", "lens[3 * b + 1]"),
     ],
     "matrix": [
         ("rows + at * W", "rows + at * (W + 1)"),
-        ("scales[at * G + d0 / GROUP]", "scales[at * G]"),
+        ("at * G + d0 / GROUP)", "at * G)"),
         ("tile + t * 8 * (DV + 8) + d * 8, DV + 8", "tile + t * 8 * (DV + 8) + d * 8, DV"),
-        ("size_t(head) * capacity * GV", "size_t(head) * capacity"),
+        ("size_t(head) * capacity * (GV * otq", "size_t(head) * capacity * ((GV + 1) * otq"),
     ],
     "merge": [
         ("partial[(first + s) * DV + d]", "partial[(first + s) * DV + d / 2]"),
