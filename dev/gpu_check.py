@@ -1,12 +1,13 @@
 """Everything that only a GPU can prove about the CUDA kernels, in one go: right, clean, and how fast.
 
-    python dev/gpu_check.py [--quick] [--out results/cuda.jsonl] [--only check,sanitize,time,ncu]
+    python dev/gpu_check.py [--quick] [--out results/cuda.jsonl] [--only check,model,time,ncu,rivals]
 
-Checks conformance shapes and random cases against fp32 attention over the same decoded values, runs compute-sanitizer
-(memcheck, racecheck, synccheck) over a small driver, times decode, prefill and packing beside their rivals in this same
-process, and appends one JSON row per figure, each with the device, versions, command, date and the hash of the kernel
-sources. Ends with `N passed, 0 failed`, and with status 1 if anything failed. CI holds the newest row's hash against
-the sources, so a kernel can't change without its proof being renewed.
+Checks random cases against fp32 attention over the same decoded values while compute-sanitizer (memcheck, racecheck,
+synccheck) watches a small driver, generates with a model through the compressed cache, times decode, prefill and
+packing beside their rivals in this same process, and reads the decode kernel's bandwidth with ncu. One JSON row per
+figure, each with the device, versions, command, date and the hash of the kernel sources; one table of the figures
+against the goals. Ends with `N passed, 0 failed` (tests; a goal is not a test), and with status 1 if anything failed.
+CI holds the newest row's hash against the sources, so a kernel can't change without its proof being renewed.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 os.environ["MLX_ENABLE_TF32"] = "0"
 
 import mlx.core as mx  # noqa: E402
-from gpu import conform, driver, profile, timing  # noqa: E402
+import torch  # noqa: E402
+from gpu import conform, driver, generate, goals, profile, timing  # noqa: E402
 
 from opentq.kernels import cuda  # noqa: E402
 
-PARTS = ("check", "sanitize", "time", "ncu")
+PARTS = ("check", "model", "time", "ncu", "rivals")
 
 
 class Log:
@@ -46,6 +48,7 @@ class Log:
             "kernels": cuda.source_hash(),
             **machine(),
         }
+        self.rows: list[dict] = []
         out.parent.mkdir(parents=True, exist_ok=True)
 
     def test(self, what: str, ok: bool, detail: str = "") -> None:
@@ -55,8 +58,9 @@ class Log:
             print(f"FAILED {what}: {detail}", flush=True)
 
     def row(self, what: str, **values) -> None:
+        self.rows.append({"what": what, **values, **self.common})
         with self.out.open("a") as file:
-            file.write(json.dumps({"what": what, **values, **self.common}) + "\n")
+            file.write(json.dumps(self.rows[-1]) + "\n")
 
 
 def machine() -> dict:
@@ -66,10 +70,7 @@ def machine() -> dict:
         subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0].split(", ")
     )
     versions = {"mlx": mx.__version__, "python": platform.python_version(), "driver": driver_version}
-    torch = timing.torch_or_none()
-    if torch is not None:
-        versions["torch"] = torch.__version__
-    return {"device": name, "versions": versions}
+    return {"device": name, "versions": {**versions, "torch": torch.__version__}}
 
 
 def main() -> int:
@@ -90,16 +91,27 @@ def main() -> int:
     words = ["python dev/gpu_check.py"] + ["--quick"] * options.quick + [f"--only {options.only}"]
     log = Log(options.out, " ".join(words + ([f"--cases {options.cases}"] if options.cases else [])))
     print(f"{log.common['device']}, {log.common['versions']}, kernels {log.common['kernels']}", flush=True)
+    command = [sys.executable, __file__]
+
+    def check() -> None:
+        """Sanitizers and conformance at the same time: neither is a timing."""
+        watched = profile.start(command)
+        conform.collect(log, conform.start(command, options.cases or (300 if options.quick else 10_000), options.quick))
+        profile.collect(log, watched)
+
     steps = {
-        "check": lambda: conform.run(log, options.cases or (300 if options.quick else 10_000), options.quick),
-        "sanitize": lambda: profile.sanitize(log, [sys.executable, __file__]),
-        "time": lambda: timing.run(log, options.quick),
-        "ncu": lambda: profile.ncu(log, [sys.executable, __file__]),
+        "check": check,
+        "model": lambda: generate.run(log),
+        "time": lambda: timing.run(log, torch, options.quick),
+        "ncu": lambda: profile.ncu(log, command),
+        "rivals": lambda: timing.run_slow_rivals(log),
     }
     for part in parts:
         start = time.perf_counter()
         steps[part]()
         print(f"[{part}: {time.perf_counter() - start:.0f} s]", flush=True)
+    if "time" in parts:
+        print(goals.table(log.rows))
     log.row("summary", parts=parts, passed=log.passed, failed=log.failed, quick=options.quick)
     print(f"{log.passed} passed, {log.failed} failed")
     return 1 if log.failed else 0

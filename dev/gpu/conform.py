@@ -1,13 +1,17 @@
 """Conformance on the GPU: kernels against fp32 attention over the same decoded values, on fixed and on random cases.
 
-A compiled kernel is a choice of widths, groups, dims, dtype and row tile; lengths, windows, sinks, batches and the rest
-are run-time values. So random cases walk over a list of variants and draw many run-time situations for each.
+A compiled kernel is a choice of codecs, dims, dtype and row tile; lengths, windows, sinks, batches and the rest are
+run-time values. So random cases walk over a list of variants and draw many run-time situations for each. The variants
+are dealt out to several processes, because compiling a kernel takes a processor and running it hardly takes a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,17 +19,22 @@ import mlx.core as mx
 from opentq.attention import fused_cuda, reference
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.codecs.affine import Affine
-from opentq.kernels.cuda_layout import MmaLayout
+from opentq.codecs.base import Codec
+from opentq.codecs.turbo import Turbo
+from opentq.kernels.cuda_layout import layout_for
 from tests.oracle import _naive
 
 CAPACITY = 1024
 """Tokens in the packed buffers of the cases."""
+PROCESSES = 8
+TOGETHER = 20
+"""Cases evaluated at once."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    k: Affine
-    v: Affine
+    k: Codec
+    v: Codec
     dims: tuple[int, int]
     gqa: int = 4
     kv_heads: int = 2
@@ -38,7 +47,7 @@ class Variant:
 
 
 def variants(quick: bool) -> list[Variant]:
-    a = Affine
+    a, t = Affine, Turbo
     found = [
         Variant(a(4), a(4), (128, 128), gqa=8),
         Variant(a(4), a(4), (128, 128), gqa=8, batch=3, lengths=(1,)),
@@ -52,6 +61,10 @@ def variants(quick: bool) -> list[Variant]:
         Variant(a(8, 64), a(8, 64), (256, 256), gqa=4, dtype=mx.bfloat16),
         Variant(a(4), a(4), (512, 512), gqa=8),
         Variant(a(4), a(4), (64, 64), gqa=4, lengths=(1, 64, 200)),
+        Variant(t(4), t(4), (128, 128), gqa=8, lengths=(1, 2, 70)),
+        Variant(t(5), t(3), (128, 128), gqa=8, dtype=mx.bfloat16),
+        Variant(t(3), t(2), (80, 112), gqa=5, batch=2),
+        Variant(a(8), t(4), (64, 64), gqa=4),
     ]
     if quick:
         return found
@@ -63,6 +76,8 @@ def variants(quick: bool) -> list[Variant]:
     for gqa in (1, 7, 32, 64):
         found.append(Variant(a(4, 64), a(4, 64), (64, 64), gqa=gqa, kv_heads=1, lengths=(1, 5, 16)))
     found.append(Variant(a(4), a(4), (256, 256), gqa=2, lengths=(1, 7, 90)))
+    found += [Variant(t(b), t(6 - b), (96, 96), gqa=3, dtype=(mx.float16, mx.bfloat16)[b % 2]) for b in range(1, 6)]
+    found += [Variant(t(4), t(4), (d, d), gqa=4, batch=2, lengths=(1, 9)) for d in (64, 192, 256)]
     return found
 
 
@@ -73,7 +88,8 @@ class Data:
         mx.random.seed(seed)
         self.sides, self.layouts = [], []
         for name, codec, dim in (("k", variant.k, variant.dims[0]), ("v", variant.v, variant.dims[1])):
-            layout = MmaLayout(name, codec.bits, codec.group, dim)
+            layout = layout_for(name, codec, dim)
+            assert layout is not None
             y = mx.random.normal((variant.batch, variant.kv_heads, CAPACITY, dim)) + 0.3
             y = (y * mx.exp(mx.random.normal((1, 1, 1, dim)) * 0.5)).astype(mx.float16)
             stored = layout.encode(codec, y)
@@ -113,47 +129,76 @@ def situation(variant: Variant, data: Data, rng: random.Random) -> AttnArgs:
     )
 
 
-def margin(args: AttnArgs, out: mx.array, atol: float = 2e-5) -> tuple[float, float]:
-    """(worst error, what the rule allows): twice the error of naive attention in the same dtype."""
+def margin(args: AttnArgs, out: mx.array, atol: float = 2e-5) -> tuple[mx.array, mx.array]:
+    """(worst error, what the rule allows), scalars: twice the error of naive attention in the same dtype."""
     ref = reference.attend(args)
     naive = mx.abs(_naive(args).astype(mx.float32) - ref).max()
     worst = mx.abs(out.astype(mx.float32) - ref).max()
-    finite = mx.isfinite(out).all()
-    mx.eval(naive, worst, finite)
-    return (worst.item() if finite.item() else float("nan")), 2 * naive.item() + atol
+    return mx.where(mx.isfinite(out).all(), worst, float("nan")), 2 * naive + atol
 
 
-def run(log, cases: int, quick: bool) -> None:
-    rng = random.Random(20)
-    todo = variants(quick)
-    share = -(-cases // len(todo))
-    top, done = 0.0, 0
-    for index, variant in enumerate(todo):
-        data = Data(variant, index)
-        for layout, codec, y, stored in data.layouts:
-            same = mx.array_equal(layout.store(codec.encode(y))[0], stored[0]).item()
-            log.test(f"pack {layout.name} is bit for bit the codec's", same)
-        peak, failed, started = 0.0, log.failed, time.perf_counter()
-        for _ in range(share):
-            args = situation(variant, data, rng)
+def results(variant: Variant, index: int, cases: int) -> Iterator[tuple[float, float, str]]:
+    """(worst error, allowed error, the call in words) of `cases` random calls of one variant."""
+    rng, data = random.Random(20 + index), Data(variant, index)
+    for layout, codec, y, stored in data.layouts:
+        same = mx.array_equal(layout.store(codec.encode(y))[0], stored[0]).item()
+        yield 0.0 if same else float("nan"), 1.0, f"pack {layout.name} bit for bit"
+    for start in range(0, cases, TOGETHER):
+        calls = [situation(variant, data, rng) for _ in range(min(TOGETHER, cases - start))]
+        found = []
+        for args in calls:
             out = fused_cuda.attend(args)
             if out is None:
-                log.test(f"attend {variant}", False, "not served")
-                continue
-            worst, allowed = margin(args, out)
-            peak = max(peak, worst / allowed)
-            log.test(f"attend {variant}", worst <= allowed, f"error {worst:.2e} above {allowed:.2e}: {args.describe()}")
-            done += 1
-        top = max(top, peak)
-        seconds = time.perf_counter() - started
-        log.row(
-            "conformance",
-            variant=str(variant),
-            dtype=str(variant.dtype).removeprefix("mlx.core."),
-            cases=share,
-            failed=log.failed - failed,
-            worst_share_of_allowed=round(peak, 2),
-            seconds=round(seconds, 1),
+                raise RuntimeError(f"not served: {args.describe()}")
+            found.append(margin(args, out))
+        mx.eval(found)
+        for args, (worst, allowed) in zip(calls, found):
+            yield worst.item(), allowed.item(), args.describe()
+
+
+def work(part: int, parts: int, cases: int, quick: bool) -> None:
+    """One process: every `parts`-th variant; prints a JSON line for each."""
+    todo = variants(quick)
+    for index in range(part, len(todo), parts):
+        variant, started = todo[index], time.perf_counter()
+        found = list(results(variant, index, cases))
+        shares = [worst / allowed for worst, allowed, _ in found]
+        failed = [f"error {w:.2e} above {a:.2e}: {what}" for w, a, what in found if not w <= a]
+        row = {"variant": str(variant), "dtype": str(variant.dtype).removeprefix("mlx.core."), "cases": cases}
+        row |= {"failed": len(failed), "worst_share_of_allowed": round(max(shares), 2), "checks": len(found)}
+        row |= {"seconds": round(time.perf_counter() - started, 1), "failures": failed[:3]}
+        print(json.dumps(row), flush=True)
+
+
+def start(command: list[str], cases: int, quick: bool) -> list[subprocess.Popen]:
+    """The processes, running."""
+    share = -(-cases // len(variants(quick)))
+    return [
+        subprocess.Popen(
+            [*command, "--driver", f"conform {i} {PROCESSES} {share} {int(quick)}"], stdout=subprocess.PIPE, text=True
         )
-        print(f"  {variant}: {share} cases, worst {peak:.2f} of what is allowed, {seconds:.0f} s", flush=True)
-    print(f"{done} random cases over {len(todo)} kernels, worst at {top:.2f} of the allowed error")
+        for i in range(PROCESSES)
+    ]
+
+
+def collect(log, jobs: list[subprocess.Popen]) -> None:
+    """What the processes found, as tests and rows."""
+    top, done, kernels = 0.0, 0, 0
+    for job in jobs:
+        output = job.communicate()[0]
+        log.test("conformance process", job.returncode == 0, f"exit status {job.returncode}")
+        for line in output.splitlines():
+            if not line.startswith("{"):
+                continue
+            row = json.loads(line)
+            failures, checks = row.pop("failures"), row.pop("checks")
+            log.passed += checks - row["failed"]
+            log.failed += row["failed"]
+            log.row("conformance", **row)
+            share, seconds = row["worst_share_of_allowed"], row["seconds"]
+            said = (
+                f"{row['cases']} cases, {row['failed']} failed, worst {share:.2f} of what is allowed, {seconds:.0f} s"
+            )
+            print(f"  {row['variant']}: {said}", *failures, sep="\n    ", flush=True)
+            top, done, kernels = max(top, row["worst_share_of_allowed"]), done + row["cases"], kernels + 1
+    print(f"{done} random cases over {kernels} variants, worst at {top:.2f} of the allowed error", flush=True)

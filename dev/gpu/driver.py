@@ -7,24 +7,30 @@ import random
 import mlx.core as mx
 
 from opentq.attention import fused_cuda
+from opentq.codecs.affine import Affine
 
 from . import conform
 
 
 def run(what: str) -> None:
+    """`profile`, `small`, or `conform PART PARTS CASES QUICK`."""
+    if what.startswith("conform"):
+        part, parts, cases, quick = map(int, what.split()[1:])
+        conform.work(part, parts, cases, bool(quick))
+        return
     if what == "profile":
-        from . import timing
+        from . import graph, timing
 
-        case = timing.DecodeCase(n=131072)
-        step = case.ours(1)
+        step = timing.ours(graph.Shape(131072, Affine(4), Affine(4)), sets=1)
         for _ in range(3):
-            mx.eval(step(case.q))
+            mx.eval(step(timing.queries(graph.Shape(131072, Affine(4), Affine(4)))))
         return
     rng = random.Random(5)
-    for variant in conform.variants(quick=True)[:4]:
+    todo = conform.variants(quick=True)
+    for variant in [*todo[:3], *todo[-4:-1]]:
         data = conform.Data(variant, 1)
         for _ in range(3):
-            mx.eval(fused_cuda.attend(conform.situation(variant, data, rng)))
-    variant = conform.variants(quick=True)[-1]
-    args = conform.situation(variant, conform.Data(variant, 2), rng)
-    mx.eval(fused_cuda.prefill(args))
+            mx.eval(fused_cuda.decode(conform.situation(variant, data, rng)))
+    for variant in todo[-5:-3]:  # affine and codebook
+        args = conform.situation(variant, conform.Data(variant, 2), rng)
+        mx.eval(fused_cuda.prefill(args))

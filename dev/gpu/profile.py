@@ -18,20 +18,25 @@ METRICS = {
 }
 
 
-def sanitize(log, command: list[str]) -> None:
-    """Every tool must exit clean over the driver's launches of our kernels."""
+def start(command: list[str]) -> dict[str, subprocess.Popen]:
+    """Every sanitizer over the driver's launches of our kernels, running. Empty where the tool is not installed."""
     if shutil.which("compute-sanitizer") is None:
-        log.test("compute-sanitizer is installed", False, "not found on PATH")
-        return
+        return {}
     jobs = {}
     for tool in TOOLS:
         watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=opentq"]
         jobs[tool] = subprocess.Popen(
             [*watch, *command, "--driver", "small"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+    return jobs
+
+
+def collect(log, jobs: dict[str, subprocess.Popen]) -> None:
+    """Every tool must have exited clean."""
+    log.test("compute-sanitizer is installed", bool(jobs), "not found on PATH")
     for tool, job in jobs.items():
         output = job.communicate()[0]
-        summary = [line for line in output.splitlines() if "SUMMARY" in line]
+        summary = [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line]
         print(f"  {tool}: {'; '.join(summary)}", flush=True)
         log.test(f"compute-sanitizer {tool}", job.returncode == 0, output[-1500:])
         log.row("sanitizer", tool=tool, clean=job.returncode == 0, summary="; ".join(summary))

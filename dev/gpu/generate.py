@@ -1,0 +1,60 @@
+"""A model end to end: what mlx-lm generates through the compressed cache with the kernels and on the portable path."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+
+import opentq
+from opentq.model import load
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llama"
+PROMPT, TOKENS = 1000, 64
+
+
+@contextlib.contextmanager
+def kernels(mode: str):
+    """`OPENTQ_KERNELS` for a while."""
+    os.environ["OPENTQ_KERNELS"] = mode
+    try:
+        yield
+    finally:
+        del os.environ["OPENTQ_KERNELS"]
+
+
+def run(log) -> None:
+    """Greedy tokens must be equal, and every compressed layer must say that the CUDA kernels served it."""
+    model, tokenizer = load(str(MODEL))
+    text = (MODEL.parent / "README.md").read_text() + (MODEL.parent / "train.py").read_text()
+    prompt = mx.array(tokenizer.encode(text)[:PROMPT])
+    for spec in ("int4", "tq4", "k8v4", "tq5/tq3"):
+        found, served, seconds = {}, set(), 0.0
+        for mode in ("native", "tiled"):
+            opentq.compress(model, spec)
+            with kernels(mode):
+                start = time.perf_counter()
+                found[mode] = [int(token) for token, _ in generate_step(prompt, model, max_tokens=TOKENS)]
+                seconds = seconds or time.perf_counter() - start
+            if mode == "native":
+                served = {row.served_by for row in opentq.report(model).rows if row.calls}
+            opentq.uninstall(model)
+        same = sum(a == b for a, b in zip(found["native"], found["tiled"]))
+        log.test(f"{spec}: the kernels served every layer", served == {"cuda"}, str(served))
+        log.test(f"{spec}: tokens equal to the portable path", same == TOKENS, f"{same} of {TOKENS}")
+        log.row(
+            "generate",
+            kv=spec,
+            served_by=sorted(served),
+            prompt=len(prompt),
+            tokens=TOKENS,
+            equal=same,
+            seconds=round(seconds, 2),
+        )
+        print(
+            f"  {MODEL.name} {spec}: served by {', '.join(sorted(served))}, {same} of {TOKENS} tokens equal", flush=True
+        )
