@@ -54,7 +54,8 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
 
     Everything in mlx-lm that asks the model for caches (generate, stream_generate, speculative decoding, batches)
     then uses them. Calling it again replaces the spec. "auto" is what is recommended for the model's family
-    (`evaluate/recommended.toml`). `self_test` runs one token through the model.
+    (`evaluate/recommended.toml`). `self_test` runs one token through the model. On a CPU the model's half-precision
+    weights become float32, because only such products are fast there; `uninstall` leaves them so.
 
     Raises:
         SpecError: the spec can't be read.
@@ -70,6 +71,7 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
     plans = decide(own(), spec, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
     record = Installation(spec, plans, stats, original, own, traits.lends)
+    settle(model)
     install_shim()
     seams.enter(model)
     model.make_cache = lambda: make_caches(record)
@@ -81,6 +83,13 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
             uninstall(model)
             raise
     return record.plans
+
+
+def settle(model: Any) -> None:
+    """On the CPU only float32 matrix products are fast: models run in float32 there."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
 
 
 def uninstall(model: Any = None) -> None:

@@ -50,7 +50,7 @@ def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any
         raise ModelError(
             f"the weights of {path!r} can't be read ({_first_line(error)}); download them again"
         ) from error
-    settle(model)
+    hooks.settle(model)
     if spec is not None:
         hooks.compress(model, spec)
     return model, tokenizer
@@ -64,13 +64,6 @@ def ranks() -> int:
 def is_first_rank() -> bool:
     """Whether this process speaks for all ranks."""
     return ranks() == 1 or mx.distributed.init().rank() == 0
-
-
-def settle(model: Any) -> None:
-    """On the CPU only float32 matrix products are fast: models run in float32 there."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
 
 
 def check_folder(path: str) -> None:

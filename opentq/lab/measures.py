@@ -96,10 +96,10 @@ def speed(s: Settings) -> Result:
     model, _ = load(s["model"])
     if s["weights"]:
         nn.quantize(model, group_size=32, bits=s["weights"])
-    if s["dtype"] != "default":
-        model.set_dtype(getattr(mx, s["dtype"]))
     if s["kv"] != "native":
         hooks.compress(model, s["kv"])
+    if s["dtype"] != "default":
+        model.set_dtype(getattr(mx, s["dtype"]))
     tokens = mx.array([[5 + (s["seed"] + i) * 7919 % 1000 for i in range(s["depth"])]])
     caches = make_prompt_cache(model)
     mx.eval(model.parameters())
