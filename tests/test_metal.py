@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from opentq.attention import dispatch, fused_metal
+from opentq.bench import metal_tune, run
 from opentq.codecs import Affine
+from opentq.errors import UserError
 from opentq.kernels import metal
 from opentq.spec import KVSpec
 
@@ -248,6 +250,59 @@ def test_every_tuning_is_right(tune, monkeypatch):
     """What `--tune` may try on a device."""
     monkeypatch.setattr(metal, "tuning", lambda: tune)
     oracle.judge(step("int4", Shape(), 203, 1))
+
+
+# ---- tuning
+
+
+@pytest.fixture
+def m9(monkeypatch, tmp_path):
+    """A GPU of a generation that nobody has measured, and its owner's empty configuration."""
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(metal, "architecture", lambda: "applegpu_g99s")
+    metal._known.cache_clear()
+    yield tmp_path / "opentq" / "metal.json"
+    metal._known.cache_clear()
+
+
+def seconds(tune: metal.Tuning) -> float:
+    """A GPU on which the matrix variant with 24 simdgroups is best, and the lane layout likes 8 teams."""
+    if tune.variant == "matrix":
+        return 1 + abs(tune.simdgroups - 24)
+    return 2 + abs(tune.teams - 8) + abs(tune.keys - 1) + abs(tune.handover - 8) / 8 + abs(tune.simdgroups - 16)
+
+
+def test_tune_finds_the_fastest_and_the_kernels_use_it(m9, monkeypatch):
+    monkeypatch.setattr(metal_tune, "SHAPES", ((4, 2, 64),))
+    monkeypatch.setattr(metal_tune, "CONTEXTS", (65, 130))
+    monkeypatch.setattr(metal_tune.kernel.Ours, "call", lambda self: metal.tuning())
+    monkeypatch.setattr(run, "interleave", lambda calls, *_: [run.Timing((seconds(c()),)) for c in calls])
+    assert metal.tuning() == metal.Tuning()
+    lines = list(metal_tune.tune(2, 0.0, 0.0))
+    assert "applegpu_g99s" in lines[0] and lines[1].startswith("matrix") and str(m9) in lines[-1]
+    assert len(lines) > 12 and sum("in use" in line for line in lines[1:-1]) == 1
+    assert (metal.tuning().variant, metal.tuning().simdgroups) == ("matrix", 24)
+    lanes = next(line for line in lines if line.startswith("lanes"))
+    assert "teams 8 keys 1 handover  8 simdgroups 16" in lanes
+    with metal.trying(metal.Tuning(teams=1)):
+        assert metal.tuning().teams == 1
+    monkeypatch.setattr(metal, "architecture", lambda: "applegpu_g13s")
+    metal.keep(metal.Tuning(keys=1))
+    assert metal.tuning() == metal.Tuning(keys=1) and set(metal.measured()) == {"applegpu_g99s", "applegpu_g13s"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"applegpu_g99s": {"teams": 3}}', '{"applegpu_g99s": {"what": 3}}'])
+def test_a_damaged_tuning_file_is_named(m9, text):
+    m9.parent.mkdir()
+    m9.write_text(text)
+    with pytest.raises(UserError, match=f"{m9} is damaged.*--tune again"):
+        metal.tuning()
+
+
+def test_tune_needs_metal():
+    with pytest.raises(UserError, match="no Metal here"):
+        next(metal_tune.tune(2, 0.0, 0.0))
 
 
 # ---- counts

@@ -170,7 +170,7 @@ def _bits(kv: PackedKV) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _books(k_bits: int, k_dim: int, v_bits: int, v_dim: int) -> mx.array:
-    """The codebooks of keys and of values, float32 `[64]`: what each of 32 lanes holds, zeros where there is no book."""
+    """Codebooks of keys and of values, float32 `[64]`: what each of 32 lanes holds, zeros where there is no book."""
     entries: list[float] = []
     for bits, dim in ((k_bits, k_dim), (v_bits, v_dim)):
         book = codebooks.sphere(bits, dim)[-metal.BOOK :] if bits else (0.0,)  # of 64 entries the upper half

@@ -3,18 +3,24 @@
 A kernel is one `.metal` file: helper functions, then a line `// ---- body`, then the body of the kernel; MLX writes the
 signature. Every kernel takes whole, over-allocated, row-contiguous buffers plus lengths in a small array, so nothing is
 ever copied, and nothing that changes from step to step is a template argument. `Tuning` holds the numbers that only a
-measurement on the device can choose, in a table keyed by GPU generation.
+measurement on the device can choose: `opentq bench kernel --tune` writes them to `tuning_file()`, by GPU; for others
+there is a table keyed by GPU generation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from ..errors import UserError
 
 HERE = Path(__file__).parent
 BODY = "// ---- body\n"
@@ -45,7 +51,7 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """What to measure on a device: `opentq bench kernel --tune` fills a row of `TUNED`.
+    """What to measure on a device: `opentq bench kernel --tune` does. Raises ValueError for what no kernel can be.
 
     Attributes:
         variant: decode by "lanes" or "matrix".
@@ -60,6 +66,21 @@ class Tuning:
     keys: int = 2
     handover: int = 16
     simdgroups: int = 12
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Metal tuning: {name} {getattr(self, name)!r} is not one of {allowed}")
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "variant": ("lanes", "matrix"),
+    "teams": (1, 2, 4, 8),
+    "keys": (1, 2),
+    "handover": (4, 8, 16, 32),
+    "simdgroups": (4, 8, 12, 16, 24, 32, 48, 64),
+}
+"""What a tuning may say."""
 
 
 TUNED: dict[str, Tuning] = {
@@ -82,8 +103,54 @@ def architecture() -> str:
 
 
 def tuning() -> Tuning:
-    """The tuning of this device's generation, or the default for an unknown one."""
-    return next((t for key, t in TUNED.items() if key in architecture()), Tuning())
+    """A tuning under trial, else the one measured on this GPU, else its generation's, else the default."""
+    return _trial or _known()
+
+
+@functools.cache
+def _known() -> Tuning:
+    by_generation = next((t for key, t in TUNED.items() if key in architecture()), Tuning())
+    return measured().get(architecture(), by_generation)
+
+
+_trial: Tuning | None = None
+
+
+@contextlib.contextmanager
+def trying(tune: Tuning) -> Iterator[None]:
+    """Decode by `tune` meanwhile."""
+    global _trial
+    before, _trial = _trial, tune
+    try:
+        yield
+    finally:
+        _trial = before
+
+
+def tuning_file() -> Path:
+    """Where measured tunings are kept: `$XDG_CONFIG_HOME/opentq/metal.json`, by default in `~/.config`."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "opentq" / "metal.json"
+
+
+def measured() -> dict[str, Tuning]:
+    """What `tuning_file()` says, by architecture. Raises UserError for a file that is none."""
+    path = tuning_file()
+    if not path.exists():
+        return {}
+    try:
+        return {name: Tuning(**fields) for name, fields in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, or run opentq bench kernel --tune again") from error
+
+
+def keep(tune: Tuning) -> Path:
+    """Write `tune` down for this GPU, beside those of others; returns the file."""
+    path = tuning_file()
+    known = {**measured(), architecture(): tune}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: asdict(t) for name, t in known.items()}, indent=1) + "\n")
+    _known.cache_clear()
+    return path
 
 
 def cores() -> int:
@@ -119,7 +186,7 @@ def kernel(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values as a kernel sees them: bits (16 for halves, `BOOK + b` for codebooks of b bits), group, head dim."""
+    """Keys or values as a kernel sees them: bits (16 for halves, `BOOK + b` for books of b bits), group, head dim."""
 
     bits: int
     group: int
