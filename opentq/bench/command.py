@@ -30,8 +30,15 @@ def kernel(
     seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = 0,
     output: Output = "md",
     results: Results = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Find the fastest Metal variant and keep it; no table.")] = False,
 ) -> None:
     """One layer's attention of one query token: time, bandwidth, error against float64, memory."""
+    if tune:
+        from . import metal_tune
+
+        for line in metal_tune.tune(windows, warm, window):
+            typer.echo(line)
+        return
     from . import kernel as kernels
 
     sizes = _numbers(shape, "--shape")
