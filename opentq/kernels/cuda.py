@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,6 +243,11 @@ CALL = (
     *((name, "float") for name in ("scale", "softcap")),
 )
 """Names and types of `opentq::Call`, decode's scalars."""
+
+
+def single(x: float) -> float:
+    """`x` rounded to float32: as a scalar of a kernel MLX refuses a float that would have to be rounded."""
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def short(ctype: str) -> str:
