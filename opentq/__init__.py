@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .kernels import blas
 
-blas.prepare()
+blas.before_mlx()
 
 __version__ = "0.1.0"
 

@@ -176,14 +176,22 @@ def test_without_a_compiler_the_portable_path_serves(tmp_path):
 # ---- the float32 product
 
 PRODUCT = """
+    import opentq
     from opentq.kernels import blas
-    found = blas.prepare()
-    import mlx.core as mx, numpy as np
+    import numpy as np
+    assert blas._status is None, "decided when MLX is loaded, not earlier"
+    import mlx.core as mx
     mx.set_default_device(mx.cpu)
-    a, b = (np.random.default_rng(i).standard_normal((65, 65)).astype(np.float32) for i in (0, 1))
-    for x, y in ((a, b), (a.T, b), (a, b.T)):
-        assert np.allclose(np.array(mx.array(x) @ mx.array(y)), x @ y, atol=1e-4)
-    assert blas.status() == found
+    for rows, inner, columns in ((65, 65, 65), (1, 1000, 3001), (1501, 1000, 1), (333, 90, 400), (400, 2000, 37)):
+        a = np.random.default_rng(0).standard_normal((rows, inner)).astype(np.float32)
+        b = np.random.default_rng(1).standard_normal((inner, columns)).astype(np.float32)
+        want = a @ b
+        across_a, across_b = (mx.array(x.T.copy()).T for x in (a, b))
+        for x, y in ((mx.array(a), mx.array(b)), (across_a, mx.array(b)), (mx.array(a), across_b)):
+            got = np.array(x @ y)
+            assert np.allclose(got, want, atol=1e-3), (rows, inner, columns)
+            assert np.array_equal(got, np.array(x @ y))
+    found = blas.status()
     print(found.kind, found.detail)
 """
 
@@ -199,6 +207,45 @@ def test_a_fast_product_is_found_and_right():
         assert kind == "reference"
     else:
         assert kind == "openblas" and "openblas" in detail
+
+
+GEMM = """
+    import ctypes, itertools
+    import numpy as np
+    import opentq, mlx.core
+    from opentq.kernels import blas, build
+    shim = build.load("blas", blas.SOURCES)
+    library = ctypes.CDLL(blas.status().detail)
+    threads = library.scipy_openblas_get_num_threads64_() if "scipy" in library._name else None
+    f, i, p = ctypes.c_float, ctypes.c_int, ctypes.c_void_p
+    shim.cblas_sgemm.argtypes = [i] * 6 + [f, p, i, p, i, f, p, i]
+    rng = np.random.default_rng(0)
+    kinds = (101, 102), (111, 112), (111, 112)
+    for (m, n, k), order, ta, tb in itertools.product([(70, 500, 600), (900, 40, 100)], *kinds):
+        a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((m, k), (k, n), (m, n)))
+        want = 1.5 * (a @ b) - 0.5 * c
+        def stored(x, transposed):  # with 3 spare numbers a line
+            x = x.T if transposed != (order == 102) else x
+            padded = np.full((x.shape[0], x.shape[1] + 3), np.nan, np.float32)
+            padded[:, :-3] = x
+            return padded
+        A, B, C = stored(a, ta == 112), stored(b, tb == 112), stored(c, False)
+        la, lb, lc = (x.shape[1] for x in (A, B, C))
+        shim.cblas_sgemm(order, ta, tb, m, n, k, 1.5, A.ctypes.data, la, B.ctypes.data, lb, -0.5, C.ctypes.data, lc)
+        got = C[:, :-3].T if order == 102 else C[:, :-3]
+        assert np.allclose(got, want, atol=1e-3), (m, n, k, order, ta, tb)
+        assert np.isnan(C[:, -3:]).all()
+    assert threads is None or library.scipy_openblas_get_num_threads64_() == threads, "numpy keeps its threads"
+    print("right")
+"""
+
+
+@reference_blas
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_products_in_pieces_are_right(threads):
+    if python("import opentq, mlx.core; from opentq.kernels import blas; print(blas.status().kind)") != "openblas":
+        pytest.skip("no fast product here")
+    assert python(GEMM, OPENTQ_THREADS=threads) == "right"
 
 
 @reference_blas
@@ -219,7 +266,7 @@ def test_without_it_the_reference_serves_and_is_reported(env, said):
 
 @reference_blas
 def test_mlx_imported_first_is_reported():
-    out = python("import mlx.core\nfrom opentq.kernels import blas\nprint(blas.prepare())")
+    out = python("import mlx.core\nfrom opentq.kernels import blas\nprint(blas.status())")
     assert "import opentq first" in out
 
 

@@ -129,7 +129,7 @@ def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> 
 def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = ()) -> None:
     """Compile `sources` in parallel and link them to `target`, which appears in one step.
 
-    A source is a file of this folder, with its own definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4 -DOPENTQ_LOOKUP=0".
+    A source is a file of this folder, with its own definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4".
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import sys
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from . import build
+from .threads import physical_cores, threads
+
+__all__ = ["Call", "Dense", "Format", "Grid", "Packed", "available", "call", "physical_cores", "status", "threads"]
 
 log = logging.getLogger("opentq")
 
@@ -182,28 +182,3 @@ def rows_view(x: mx.array) -> np.ndarray:
     if found.shape[-1] > 1 and found.strides[-1] != found.itemsize:
         found = np.ascontiguousarray(found)
     return found
-
-
-def threads() -> int:
-    """Threads a kernel may use: `OPENTQ_THREADS`, or the physical cores this process may run on."""
-    wanted = os.environ.get("OPENTQ_THREADS", "")
-    if not wanted:
-        return physical_cores()
-    if not wanted.isdigit() or int(wanted) < 1:
-        raise ValueError(f"OPENTQ_THREADS={wanted!r} is not a number of threads: use 1 or more, or leave it unset")
-    return min(int(wanted), 256)
-
-
-@functools.cache
-def physical_cores() -> int:
-    """Physical cores among the CPUs that this process may use."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, (os.cpu_count() or 2) // (1 if sys.platform == "darwin" else 2))
-    usable = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in usable:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            return len(usable)
-    return max(1, len(cores))

@@ -1,6 +1,6 @@
 """The CPU's storage layout: blocks of 64 tokens in the order that byte dot products read them (described bit by bit in
-blocks.h), one uint8 array `[B, H, T / 64, bytes]` holding codes, scales and zeros without padding. It holds affine codes
-and those of a codebook.
+blocks.h), one uint8 array `[B, H, T / 64, bytes]` holding codes, scales and zeros without padding. Codes are affine or
+those of a codebook.
 
 The compiled kernels move whole buffers. The numpy functions do the same, slower: they are the layout's definition in
 ten lines each, read caches on machines without a compiler, and judge the kernels in the tests.
