@@ -72,7 +72,7 @@ struct Rows {
   float* q;         // [count][dim_k], times scale * log2(e)
   int32_t* q8;      // [count][dim_k / 4][hi, lo]: 4 signed bytes each
   float* q_step;    // [count]: q ~ q_step * v, and the unit of packed scores
-  float* q_sum;     // [count][groups_k]: sum of q over the group in units of q_step, for the zeros
+  float* q_sum;     // [count][groups_k]: sum of these integers over the group, for the zeros
   // running softmax
   float* top;       // [count + 16]: largest score so far
   float* weight;    // [count][W]: lane-wise sums of probabilities
@@ -114,16 +114,14 @@ struct Rows {
     // Below 1e-30 a query adds nothing to a score that fp32 could hold.
     const float largest = std::max(hmax(most), 1e-30f), inverse = LEVELS / largest;
     q_step[r] = largest / LEVELS;
-    for (int g = 0; g < groups_k; g++) {
-      F sum = set1(0.f);
-      for (int d = g * group; d < std::min((g + 1) * group, dim_k); d += W) sum = add(sum, load(x + d));
-      q_sum[size_t(r) * groups_k + g] = hsum(sum) * inverse;
-    }
+    float* sum = q_sum + size_t(r) * groups_k;
+    std::fill_n(sum, groups_k, 0.f);
     int32_t* out = q8 + size_t(r) * dim_k / 2;
     for (int d = 0; d < dim_k; d += 4, out += 2) {
       int8_t hi[4], lo[4];
       for (int i = 0; i < 4; i++) {
-        const float y = std::nearbyint(x[d + i] * inverse) + 128.f;
+        const float rounded = std::nearbyint(x[d + i] * inverse), y = rounded + 128.f;
+        sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
         const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
         hi[i] = int8_t(v >> 8), lo[i] = int8_t((v & 255) - 128);
       }
