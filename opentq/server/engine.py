@@ -1,9 +1,9 @@
 """The engine: one thread that does all of the model's work, one small step at a time.
 
-Each turn gives every running answer its next token, then reads one piece of one waiting prompt. Pieces have one
-size, chosen at the start so that a piece takes at most twice as long as a decode step: a running answer is never slowed
-down more than threefold, however long a prompt is that someone sends. Prompts take turns by two rules, alternately: the
-one with least left to read (short questions pass long documents), and the one that came first (nobody starves).
+Each turn gives every running answer its next token, then reads one piece of one waiting prompt if that is within the
+time that `pace` allows: a running answer is not slowed down more than threefold, however long a prompt is that someone
+sends. Prompts take turns by two rules, alternately: the one with least left to read (short questions pass long
+documents), and the one that came first (nobody starves).
 
 Prompts are read alone, on single caches; then the sequence joins the batch of its shelf (`admission.shelf`).
 """
@@ -20,23 +20,22 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationBatch, StopSequences, _merge_caches
+from mlx_lm.generate import StopSequences, _merge_caches
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import greedy_sampler
 
 from .admission import shelf
 from .ask import Chosen, Done, Progress, Sampling, Step, Usage
+from .decoding import Choice, Decoding
 from .errors import ApiError
 from .grammar import Constraint
 from .output import Parser
+from .pace import Pace
 from .prefix import PrefixStore, exact_trim
-from .sampling import Processor, Sampler, make_processors, make_sampler
+from .sampling import KeyedSampler, Processor, make_processors
 
 log = logging.getLogger("opentq.serve")
 
 Event = Progress | Step | Done | ApiError
-STALL = 3.0
-PIECES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass(eq=False)
@@ -78,25 +77,6 @@ class Job:
         )
 
 
-class Decoding(GenerationBatch):
-    """mlx-lm's running batch. Finished caches are not copied out: prefixes were remembered when the prompt was read."""
-
-    def extract_cache(self, idx: int) -> list[Any]:
-        return []
-
-
-@dataclass
-class Timing:
-    """What the engine measured: seconds of a decode step and of a piece, as running means."""
-
-    step: float = 0.0
-    piece: float = 0.0
-
-    def note(self, name: str, seconds: float) -> None:
-        old = getattr(self, name)
-        setattr(self, name, seconds if not old else 0.9 * old + 0.1 * seconds)
-
-
 class Engine:
     """Runs jobs on a model. `submit`, `cancel` and `close` may be called from any thread; `run` is the thread."""
 
@@ -105,13 +85,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.store = store
         self.step = step
-        self.timing = Timing()
+        self.pace = Pace()
         self.reading: list[Job] = []
         self.shelves: dict[int, tuple[Decoding, list[Job]]] = {}
         self.at_work: Job | None = None
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
-        self._turn = 0
+        self._pieces = 0
         self._closed = False
 
     # ---- from other threads
@@ -137,10 +117,12 @@ class Engine:
                 self.store.shelf.write_one()
                 continue
             self._read_inbox(block=idle)
-            self._turn += 1
-            for key in sorted(self.shelves):
-                self._decode(key)
-            if self.reading:
+            if self.shelves:
+                tic = time.perf_counter()
+                for key in sorted(self.shelves):
+                    self._decode(key)
+                self.pace.decoded(time.perf_counter() - tic)
+            if self.reading and not (self.shelves and self.pace.debt):
                 self._read_piece(self._next_reader())
 
     def finish(self) -> None:
@@ -191,7 +173,8 @@ class Engine:
         self.at_work = None
 
     def _next_reader(self) -> Job:
-        if self._turn % 2:
+        self._pieces += 1
+        if self._pieces % 2:
             return self.reading[0]
         return min(self.reading, key=lambda j: len(j.tokens) - j.read)
 
@@ -203,7 +186,7 @@ class Engine:
             tic = time.perf_counter()
             self.model(mx.array([job.tokens[job.read : end]]), cache=job.caches)
             mx.eval([c.state for c in job.caches or ()])
-            self.timing.note("piece", time.perf_counter() - tic)
+            self.pace.read(time.perf_counter() - tic, bool(self.shelves))
             job.read = end
             if end in job.snapshots:
                 names = job.names[: end // self.store.step]
@@ -216,22 +199,13 @@ class Engine:
     def _join(self, job: Job) -> None:
         self.reading.remove(job)
         single = job.caches or []
-        processors: list[Processor] = make_processors(job.sampling, len(job.tokens))
+        how = job.sampling
+        processors: list[Processor] = make_processors(how, len(job.tokens))
         if job.constraint:
             processors.append(job.constraint)
-        sampler: Sampler = make_sampler(job.sampling)
-        batch = Decoding(
-            self.model,
-            [id(job)],
-            mx.array(job.tokens[-1:]),
-            _merge_caches([single]),
-            [job.tokens[:-1] if processors else []],
-            [sampler],
-            greedy_sampler,
-            [processors],
-            [self._eos],
-            [job.max_tokens],
-        )
+        choice = Choice(KeyedSampler(how) if how.temperature else None, how.logit_bias, job.logprobs is not None)
+        caches = _merge_caches([single])
+        batch = Decoding(self.model, id(job), job.tokens, caches, choice, processors, self._eos, job.max_tokens)
         job.first = time.perf_counter()
         job.caches = None
         key = shelf(job.total)
@@ -248,9 +222,7 @@ class Engine:
     def _decode(self, key: int) -> None:
         """The next token of every answer on a shelf."""
         batch, jobs = self.shelves[key]
-        tic = time.perf_counter()
         responses = batch.next()
-        self.timing.note("step", time.perf_counter() - tic)
         over = []
         for job, r in zip(list(jobs), responses):
             job.generated += 1
@@ -303,25 +275,3 @@ class Engine:
             else:
                 return  # it ended by itself meanwhile, and said so
         job.post(job, error)
-
-
-def choose_step(model: Any, limit: int = PIECES[-1]) -> int:
-    """The largest piece that takes at most twice as long as a decode step, so that a step is stalled to 3x at most."""
-
-    def seconds(length: int, repeats: int) -> float:
-        caches = make_prompt_cache(model)
-        x = mx.zeros((1, length), dtype=mx.int32)
-        best = float("inf")
-        for _ in range(repeats + 1):
-            tic = time.perf_counter()
-            mx.eval(model(x, cache=caches), [c.state for c in caches])
-            best = min(best, time.perf_counter() - tic)
-        return best
-
-    bound = (STALL - 1) * seconds(1, 5)
-    chosen = PIECES[0]
-    for length in PIECES[1:]:
-        if length > limit or seconds(length, 1) > bound:
-            break
-        chosen = length
-    return chosen

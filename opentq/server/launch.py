@@ -23,7 +23,8 @@ from ..model import load, make_cache
 from ..spec import KVSpec
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
-from .engine import Engine, choose_step
+from .engine import Engine
+from .pace import choose_step
 from .prefix import PrefixStore
 from .pricing import Prices, appraise, model_context
 from .service import Service, Settings

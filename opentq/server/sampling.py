@@ -59,7 +59,6 @@ def make_processors(how: Sampling, prompt_tokens: int) -> list[Processor]:
         frequency_context_size=whole,
     )
     everything = make_logits_processors(
-        logit_bias=dict(how.logit_bias),
         repetition_penalty=None if how.repetition_penalty == 1 else how.repetition_penalty,
         repetition_context_size=whole,
     )

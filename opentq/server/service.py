@@ -217,7 +217,7 @@ class Service:
     def _retry_after(self) -> int:
         """Seconds until the first running answer can be expected to end, at the present pace."""
         left = min((j.max_tokens - j.generated for j in self.admission.running if isinstance(j, Job)), default=1)
-        return int(min(max(left * self.engine.timing.step, 1), 60))
+        return int(min(max(left * self.engine.pace.step, 1), 60))
 
     # ---- events, from the engine's thread to the clients
 
@@ -273,8 +273,8 @@ class Service:
         m.budget.set(a.budget)
         m.prefixes.set(self.engine.store.nbytes)
         m.active.set(mx.get_active_memory())
-        m.step.set(self.engine.timing.step)
-        m.piece.set(self.engine.timing.piece)
+        m.step.set(self.engine.pace.step)
+        m.piece.set(self.engine.pace.piece)
         return m
 
     def health(self) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""How fast prompts may be read beside running answers: a budget of time, measured while it is spent.
+
+Prompts are read in pieces of one size, because what a cache holds depends on the pieces it was read in. The size is
+chosen at the start, so that a piece takes at most twice as long as a decode step. But pieces take longer deep in a
+long prompt, and with every model and machine in its own way: so each decode step allows only as much reading as keeps
+the mean time between two tokens within `STALL` times what it is when no prompt is being read.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+STALL = 3.0
+PIECES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+class Pace:
+    """Seconds as running means: of a decode step (all batches), of an idle one, of a piece; and what reading owes.
+
+    Attributes:
+        debt: seconds of reading that decode steps have not yet allowed.
+    """
+
+    def __init__(self) -> None:
+        self.step = self.idle = self.piece = self.debt = 0.0
+        self._alone = True  # no piece was read since the last decode step
+
+    def decoded(self, seconds: float) -> None:
+        """Every running answer got a token."""
+        self.step = _mean(self.step, seconds)
+        if self._alone:
+            self.idle = _mean(self.idle, seconds)
+        self._alone = True
+        self.debt = max(0.0, self.debt - (STALL - 1) * (self.idle or seconds))
+
+    def read(self, seconds: float, running: bool) -> None:
+        """A piece was read, with or without `running` answers that waited for it."""
+        self.piece = _mean(self.piece, seconds)
+        self._alone = False
+        self.debt = self.debt + seconds if running else 0.0
+
+
+def _mean(old: float, new: float) -> float:
+    return 0.9 * old + 0.1 * new if old else new
+
+
+def choose_step(model: Any, limit: int = PIECES[-1]) -> int:
+    """The largest piece that takes at most `STALL - 1` times as long as a decode step."""
+
+    def seconds(length: int, repeats: int) -> float:
+        caches = make_prompt_cache(model)
+        x = mx.zeros((1, length), dtype=mx.int32)
+        best = float("inf")
+        for _ in range(repeats + 1):
+            tic = time.perf_counter()
+            mx.eval(model(x, cache=caches), [c.state for c in caches])
+            best = min(best, time.perf_counter() - tic)
+        return best
+
+    bound = (STALL - 1) * seconds(1, 5)
+    chosen = PIECES[0]
+    for length in PIECES[1:]:
+        if length > limit or seconds(length, 1) > bound:
+            break
+        chosen = length
+    return chosen
