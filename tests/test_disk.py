@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from opentq.attention import backends
 from opentq.caches import disk
-from opentq.caches.command import JOIN, app
+from opentq.caches.command import JOIN, resume, app
 from opentq.caches.single import OpenTQCache
 from opentq.generation import Request, encode_prompt, run
 from opentq.hooks import compress, install_shim
@@ -241,5 +241,7 @@ def test_build_info_use(tmp_path):
     answer = json.loads(used.stdout.splitlines()[-1])
     assert answer["prompt_tokens"] < 30 < answer["cached_tokens"]
     lm, tokenizer = load(str(model), kv="int8")
-    tokens = encode_prompt(tokenizer, document.read_text() + JOIN + "The 7th box holds")
-    assert run(lm, tokenizer, Request(tokens, max_tokens=12)).text == answer["text"]
+    whole = document.read_text() + JOIN + "The 7th box holds"
+    assert run(lm, tokenizer, Request(encode_prompt(tokenizer, whole), max_tokens=12)).text == answer["text"]
+    (_, rest), (_, same) = (resume(file, lm, tokenizer, str(model), q) for q in ("The 7th box holds", whole))
+    assert rest == same, "a prompt that brings the text along is the same prompt"

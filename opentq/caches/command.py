@@ -132,6 +132,7 @@ def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> 
     """Caches filled from `file`, and the tokens of `cached text + question` that are left to process.
 
     Args:
+        question: what follows the cached text; it may begin with the whole of that text.
         path: where `model` was loaded from, to check that the file belongs to it.
 
     Raises CacheFileError when the file is not for this model, spec and template.
@@ -150,7 +151,8 @@ def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> 
         spec=str(record.spec) if record else "f16",
     )
     prompt = cached.manifest.prompt
-    whole = prompt["text"] + JOIN + question if question else prompt["text"]
+    # A question may bring the text along, as in a run without the file.
+    whole = question if question.startswith(prompt["text"]) else prompt["text"] + (question and JOIN + question)
     return cached.fit(encode_prompt(tokenizer, whole, system=prompt["system"], raw=prompt["raw"]))
 
 
