@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from opentq.attention import backends
 from opentq.caches import disk
-from opentq.caches.command import JOIN, resume, app
+from opentq.caches.command import JOIN, app, resume
 from opentq.caches.single import OpenTQCache
 from opentq.generation import Request, encode_prompt, run
 from opentq.hooks import compress, install_shim
