@@ -12,6 +12,7 @@ import typer
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from ..generation import Result
     from .disk import Manifest
 
 app = typer.Typer(
@@ -117,15 +118,18 @@ def use(
     request = Request(rest, max_tokens=max_tokens, temp=temp, caches=caches)
     result = run(lm, tokenizer, request, on_text=lambda piece: print(piece, end="", flush=True))
     print()
-    first = ready + result.prompt_seconds
-    print(
-        f"{result.summary()} · cache read in {ready:.2f} s, first token after {first:.2f} s, "
-        f"{len(manifest.tokens)} tokens from the file",
-        file=sys.stderr,
-    )
+    line, times = first_token(result, ready, len(manifest.tokens))
+    print(line, file=sys.stderr)
     if as_json:
-        times = {"cache_seconds": round(ready, 4), "first_token_seconds": round(first, 4)}
-        print(json.dumps({"model": manifest.model, "cached_tokens": len(manifest.tokens), **times, **result.as_dict()}))
+        print(json.dumps({"model": manifest.model, **times, **result.as_dict()}))
+
+
+def first_token(result: Result, ready: float, cached: int) -> tuple[str, dict[str, float]]:
+    """A run that began after a file, as a line for people and as fields: `ready` seconds to read `cached` tokens."""
+    first = ready + result.prompt_seconds
+    line = f"{result.summary()} · {cached} tokens read from the file in {ready:.2f} s, first token after {first:.2f} s"
+    times = {"cache_seconds": round(ready, 4), "first_token_seconds": round(first, 4)}
+    return line, {"cached_tokens": cached, **times}
 
 
 def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> tuple[list[Any], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,7 @@ def generate(
     from ..generation import Request, check_context, check_trims, encode_prompt, run
     from ..model import is_first_rank, load
     from ..reporting import report
-    from ..spec import spec_from_flags
+    from ..spec import KVSpec, spec_from_flags
 
     spec = spec_from_flags(kv, kv_bits, kv_group_size)
     text = read_prompt(prompt, prompt_option, prompt_file)
@@ -58,6 +59,10 @@ def generate(
         raise UserError("no model given: use --model FOLDER or --model org/name")
     if prompt_cache and (draft_model or system_prompt or ignore_chat_template):
         raise UserError("--prompt-cache decides the template and the system prompt, and works without a draft model")
+    if prompt_cache:
+        from ..caches.disk import read_manifest
+
+        spec = spec or KVSpec.parse(read_manifest(prompt_cache)[0].spec)
     writer = open_output(output) if is_first_rank() else None
     lm, tokenizer = load(model, kv=spec or AUTO, tokenizer_config={"trust_remote_code": trust_remote_code or None})
     draft = load(draft_model, kv=spec or AUTO)[0] if draft_model else None
@@ -66,14 +71,15 @@ def generate(
     speaks = is_first_rank()
     if verbose and speaks:
         print(report(lm), file=sys.stderr)
-    caches, cached = None, 0
+    caches, cached, started = None, 0, time.perf_counter()
     if prompt_cache:
-        from ..caches.command import resume
+        from ..caches.command import first_token, resume
 
         caches, tokens = resume(prompt_cache, lm, tokenizer, model, text)
         cached = max(c.size() for c in caches)
     else:
         tokens = encode_prompt(tokenizer, text, system=system_prompt, raw=ignore_chat_template)
+    ready = time.perf_counter() - started
     request = Request(
         tokens=tokens,
         caches=caches,
@@ -99,9 +105,13 @@ def generate(
     if writer:
         with writer:
             writer.write(result.text)
-    print(result.summary(), file=sys.stderr)
+    times = {}
+    line = result.summary()
+    if prompt_cache:
+        line, times = first_token(result, ready, cached)
+    print(line, file=sys.stderr)
     if as_json:
-        print(json.dumps({"model": model, "kv": result.kv_spec, **result.as_dict()}))
+        print(json.dumps({"model": model, "kv": result.kv_spec, **times, **result.as_dict()}))
 
 
 def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str:
