@@ -105,7 +105,7 @@ def generate(
     if writer:
         with writer:
             writer.write(result.text)
-    times = {}
+    times: dict[str, float] = {}
     line = result.summary()
     if prompt_cache:
         line, times = first_token(result, ready, cached)
