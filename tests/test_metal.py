@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opentq.attention import dispatch, fused_metal
-from opentq.bench import metal_tune, run
+from opentq.bench import device, metal_tune, run
 from opentq.codecs import Affine
 from opentq.errors import UserError
 from opentq.kernels import metal
@@ -18,7 +18,7 @@ from opentq.spec import KVSpec
 
 from . import oracle
 from .matrix import Shape
-from .msl import cost, mlx_sources
+from .msl import cost, launch, mlx_sources
 from .msl.harness import LANES, MATRIX, gpu, needs_emulator, reports, step  # noqa: F401
 
 pytestmark = needs_emulator
@@ -290,6 +290,20 @@ def test_tune_finds_the_fastest_and_the_kernels_use_it(m9, monkeypatch):
     monkeypatch.setattr(metal, "architecture", lambda: "applegpu_g13s")
     metal.keep(metal.Tuning(keys=1))
     assert metal.tuning() == metal.Tuning(keys=1) and set(metal.measured()) == {"applegpu_g99s", "applegpu_g13s"}
+
+
+def test_doctor_judges_both_variants(monkeypatch):
+    """`opentq doctor --bench` by the code that will run on a Mac, kernels in the emulator."""
+    monkeypatch.setattr(metal, "architecture", lambda: "applegpu_g13s")
+    monkeypatch.setattr(metal, "tuning", lambda: metal._trial or LANES)
+    small = {"specs": ("tq4/int3",), "shapes": ((4, 2, 64),), "options": (), "tokens": 130, "timed": ("int4",)}
+    before = len(launch.launches)
+    records = list(device.examine(replace(device.QUICK, **small, contexts=(130,), prompt=20)))
+    assert not any(device.failed(r) for r in records)
+    assert records[0]["tuning"]["variant"] == "lanes"
+    for kind in ("conformance", "kernel"):
+        assert {r["variant"] for r in records if r["kind"] == kind} == {"lanes", "matrix"}
+    assert {name for name, _ in launch.launches[before:]} >= {f"opentq_{name}" for name in metal.KERNELS}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"applegpu_g99s": {"teams": 3}}', '{"applegpu_g99s": {"what": 3}}'])
