@@ -1,4 +1,4 @@
-"""`opentq doctor --bench`: it runs for real on this machine, a wrong kernel fails it, and its file tells nothing private."""
+"""`opentq doctor --bench`: it runs for real, a wrong kernel fails it, and its file tells nothing private."""
 
 from __future__ import annotations
 
