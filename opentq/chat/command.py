@@ -37,6 +37,7 @@ def chat(
     from pathlib import Path
 
     from ..evaluate.recommend import AUTO, advice
+    from ..memory.wiring import wired_for
     from ..model import load
     from ..server.pricing import model_context
     from ..spec import spec_from_flags
@@ -56,4 +57,5 @@ def chat(
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
     if sys.stdin.isatty():
         use_history()
-    Console(Conversation(lm, tokenizer, context, system_prompt, settings), Path(path).name).run()
+    with wired_for([lm], context):
+        Console(Conversation(lm, tokenizer, context, system_prompt, settings), Path(path).name).run()

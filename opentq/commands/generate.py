@@ -49,6 +49,7 @@ def generate(
     """Generate text from a prompt."""
     from ..evaluate.recommend import AUTO, advice
     from ..generation import Request, check_context, check_trims, encode_prompt, run
+    from ..memory.wiring import wired_for
     from ..model import is_first_rank, load
     from ..reporting import report
     from ..spec import KVSpec, spec_from_flags
@@ -98,7 +99,9 @@ def generate(
     check_context(request)
     if speaks and (line := advice(lm, spec)):
         print(line, file=sys.stderr)
-    result = run(lm, tokenizer, request, on_text=(lambda piece: print(piece, end="", flush=True)) if speaks else None)
+    on_text = (lambda piece: print(piece, end="", flush=True)) if speaks else None
+    with wired_for([m for m in (lm, draft) if m is not None], cached + len(tokens) + max_tokens, prefill_step_size):
+        result = run(lm, tokenizer, request, on_text=on_text)
     if not speaks:
         return
     print(flush=True)
