@@ -88,21 +88,37 @@ def test_kernel_rows_are_right():
 def test_stored_is_what_went_in():
     problem = kernel.Problem.random((4, 2, 64), 200)
     arm = kernel.Ours("f16:sink=4", problem)
-    for got, exact in zip(arm.stored(), (problem.k, problem.v)):
-        np.testing.assert_array_equal(got, exact)
+    for got, exact in zip(arm.stored(1), (problem.k, problem.v)):
+        np.testing.assert_array_equal(got, exact[:1])
+
+
+def test_long_contexts_are_checked_in_some_heads(monkeypatch):
+    monkeypatch.setattr(kernel, "CHECKED", 300 * 64)
+    whole, part = kernel.bench((4, 2, 64), [150, 300], ["int4"], **QUICK)
+    assert (whole["checked_heads"], part["checked_heads"]) == (2, 1)
+    assert whole["error"] < 2e-3 and part["error"] < 2e-3 < part["error_with_codec"]
+
+
+def test_an_arm_that_takes_too_long_says_so():
+    rows = list(kernel.bench((4, 2, 64), [64, 128, 1 << 14], ["int4"], **QUICK, budget=1e-9))
+    assert rows[0]["note"].startswith("timed once: 2 windows would take") and rows[0]["windows_ms"] == [rows[0]["ms"]]
+    assert all(r["ms"] is None and r["note"].startswith("left out: a call would take") for r in rows[1:])
+    assert "left out" in table.render(rows, "md") and charts(rows)
 
 
 @pytest.mark.parametrize("rival", ["llama.cpp", "ort"])
 def test_rivals_attend_to_what_they_store(rival):
     try:
-        arms = find(rival)
+        entries = find(rival)(64)
     except UserError as error:
         assert "pip install" in str(error)
         return
     problem = kernel.Problem.random((8, 2, 64), 100)
-    for arm in arms(problem, 2):
+    for entry in entries:
+        arm = entry.make(problem, 2)
         out = np.array(arm.call(), np.float64).reshape(8, 64)
-        exact = kernel.attend_float64(problem.q, *arm.stored(), problem.scale)
+        exact = kernel.attend_float64(problem.q, *arm.stored(2), problem.scale)
+        assert np.array_equal(arm.stored(1)[0], arm.stored(2)[0][:1])
         assert kernel.relative(out, exact) < 2e-2, arm.kv
         assert kernel.relative(exact, kernel.attend_float64(problem.q, problem.k, problem.v, problem.scale)) < 0.5
 
@@ -138,6 +154,15 @@ def test_model_rows(config):
     assert deep["tg4", "f16"]["served_by"] == "mlx-lm" and deep["tg4", "int4"]["served_by"] != "mlx-lm"
     assert all(r["tokens_per_s"] > 0 and r["peak_bytes"] > r["weight_bytes"] for r in rows)
     assert rows[0]["fill"] == "" and deep["tg4", "int4"]["fill"] == "random"
+
+
+def test_parallel_sequences_are_one_batch(config):
+    built = build.build(config, "random-4bit", layers=2)
+    rows = list(models.bench(built, ["f16", "int4"], [300], [32], [4], repetitions=2, fill="random", parallel=3))
+    assert [r["test"] for r in rows] == ["tg4x3", "tg4x3"], "prompts are not a batch's"
+    one = list(models.bench(built, ["int4"], [300], [], [4], repetitions=1, fill="random"))[0]
+    assert 2.5 < rows[1]["kv_bytes"] / one["kv_bytes"] < 3.5 and rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+    assert all(r["tokens_per_s"] > 0 and r["peak_bytes"] > r["weight_bytes"] for r in rows)
 
 
 def test_random_fill_equals_prefill_in_size(config):

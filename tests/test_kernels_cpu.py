@@ -153,7 +153,9 @@ def check(args: AttnArgs) -> None:
     error = np.abs(np.array(out.astype(mx.float32)) - judge).max()
     naive = naive_error(args)
     tiny = 1e-6 * np.abs(judge).max() + 1e-7  # naive may be exact: one key with all the weight
-    if error > 2 * naive + tiny:  # or lucky in its few roundings, as two keys of one row depend on one: ask its neighbours
+    if (
+        error > 2 * naive + tiny
+    ):  # or lucky in its few roundings, as two keys of one row depend on one: ask its neighbours
         naive = max(naive, *(naive_error(replace(args, q=args.q * factor)) for factor in (0.98, 0.99, 1.01)))
     assert error <= 2 * naive + tiny, f"error {error:.2e}, naive fp16 {naive:.2e}"
 

@@ -77,7 +77,8 @@ def _model(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
                     lambda r: max(r["depth"], 1),
                     lambda r, key=key, unit=unit: None if r[key] is None else r[key] / unit,
                 )
-                out.append((Chart(f"{name}-{test}-{key}", title, "depth, tokens", label, lines), own))
+                log = key == "tokens_per_s"
+                out.append((Chart(f"{name}-{test}-{key}", title, "depth, tokens", label, lines, log_y=log), own))
     return out
 
 

@@ -27,6 +27,7 @@ def kernel(
     windows: Annotated[int, typer.Option(min=2, help="Timed windows per arm.")] = 7,
     warm: Annotated[float, typer.Option(min=0, help="Seconds of warm-up per arm.")] = 1.0,
     window: Annotated[float, typer.Option(min=0, help="Least seconds per window.")] = 0.25,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds an arm may take; slower ones are timed once.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = 0,
     output: Output = "md",
     results: Results = None,
@@ -44,7 +45,7 @@ def kernel(
     sizes = _numbers(shape, "--shape")
     contexts = [parse_count(c) for c in ctx.split(",")]
     rivals = [a for a in against.split(",") if a]
-    _emit(kernels.bench(sizes, contexts, split_list(kv), rivals, windows, warm, window, seed), output, results)
+    _emit(kernels.bench(sizes, contexts, split_list(kv), rivals, windows, warm, window, seed, budget), output, results)
 
 
 @bench.command()
@@ -58,6 +59,7 @@ def model(
     fill: Annotated[str, typer.Option(help="How caches get to a depth: prefill, or random vectors.")] = "",
     weights: Annotated[str, typer.Option(help="random-4bit or random-f16; for shapes.")] = "",
     layers: Annotated[int, typer.Option(min=0, help="With random weights: only so many layers; 0 is all.")] = 0,
+    parallel: Annotated[int, typer.Option(min=1, help="Sequences generated as one batch; skips prompts.")] = 1,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per prefill chunk.")] = 2048,
     memory_limit: Annotated[str, typer.Option(help="Stop an arm that needs more, such as 64GB.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
@@ -81,6 +83,7 @@ def model(
         fill or ("prefill" if built.tokenizer else "random"),
         prefill_step_size,
         limit,
+        parallel,
     )
     _emit(records, output, results)
 

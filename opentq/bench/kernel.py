@@ -2,13 +2,14 @@
 
 All arms attend to the same random keys and values. Ours go through `OpenTQCache`, so that what is timed is what serves
 a model. Two errors are given, both relative to float64: `error` against attention over the very bytes an arm stores
-(its arithmetic), `error_with_codec` against attention over the vectors before they were encoded.
+(its arithmetic), `error_with_codec` against attention over the vectors before they were encoded. Of long contexts only
+some KV heads are checked, as each row says. An arm that would take too long is timed once or left out: its row says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -19,10 +20,16 @@ from ..errors import UserError
 from ..kernels import cpu
 from ..spec import KVSpec
 from . import run
-from .rivals import find
+from .rivals import Entry, find
 
 FILL = 4096
 """Tokens written to a cache at a time."""
+
+CHECKED = 1 << 25
+"""Keys are compared with float64 in so many KV heads that this many of their numbers are seen (at least one head)."""
+
+BUDGET = 20.0
+"""Seconds that an arm's windows may take at one context."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Arm(Protocol):
     def call(self) -> Any:
         """Attend and wait: an array of Hq * D numbers."""
 
-    def stored(self) -> tuple[np.ndarray, np.ndarray]:
-        """What is stored, decoded: float32 `k`, `v` `[Hkv, N, D]` in the problem's basis."""
+    def stored(self, heads: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the first KV heads store, decoded: float32 `k`, `v` `[heads, N, D]` in the problem's basis."""
 
 
 class Ours:
@@ -93,8 +100,7 @@ class Ours:
                 mx.eval(self.cache.state)
         self.q = mx.array(problem.q[None, :, None]).astype(mx.float16)
         mx.eval(self.q)
-        self.scratch: int | None = None
-        self.scratch = _scratch(self.call)
+        self.scratch = scratch_of(self.call)
         self.served_by = self.cache.stats.served_by
 
     @property
@@ -109,15 +115,20 @@ class Ours:
         mx.eval(out)
         return out
 
-    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+    def stored(self, heads: int) -> tuple[np.ndarray, np.ndarray]:
         packed, sink, tail = self.step.lens[0]
         out = []
-        for side, dense in ((self.step.k, self.step.dense_k), (self.step.v, self.step.dense_v)):
+        for whole, every in ((self.step.k, self.step.dense_k), (self.step.v, self.step.dense_v)):
+            side, dense = replace(whole, arrays=tuple(a[:, :heads] for a in whole.arrays)), every[:, :heads]
             middle = [side.decode(a, b, mx.float32) for a, b in _pieces(packed)]
             ends = [d.astype(mx.float32) for d in (dense[:, :, :sink], dense[:, :, tail:])]
             parts = [p for p in (ends[0], *middle, ends[1]) if p.size]
             out.append(np.concatenate([np.array(side.codec.unrotate(p))[0] for p in parts], axis=1))
         return out[0], out[1]
+
+
+def _ours(spec: str) -> Callable[[Problem, int], Ours]:
+    return lambda problem, threads: Ours(spec, problem)
 
 
 def _steps(start: int, stop: int, context: int) -> list[tuple[int, int]]:
@@ -129,9 +140,8 @@ def _pieces(tokens: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + FILL, tokens)
 
 
-def _scratch(call: Callable[[], Any]) -> int:
+def scratch_of(call: Callable[[], Any]) -> int:
     """MLX memory that a call needs beyond what is there before it."""
-    call()
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -148,6 +158,7 @@ def bench(
     warm: float = run.WARM_SECONDS,
     window: float = run.WINDOW_SECONDS,
     seed: int = 0,
+    budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
     """Records for every context and arm. Raises UserError for a bad shape or a rival that is not installed."""
     if len(shape) != 3 or min(shape) < 1 or shape[0] % shape[1]:
@@ -156,36 +167,56 @@ def bench(
             "query heads must be a multiple of KV heads"
         )
     specs = [str(KVSpec.parse(s)) for s in kv]
-    rivals = [find(name) for name in against]
-    bandwidth = run.read_bandwidth()
+    entries = [Entry("opentq", spec, _ours(spec)) for spec in specs]
+    for name in against:
+        entries += find(name)(shape[2])
+    seconds_per_token: dict[Entry, float] = {}
     for context in contexts:
         problem = Problem.random(shape, context, seed)
-        arms: list[Arm] = [Ours(spec, problem) for spec in specs]
-        for rival in rivals:
-            arms += rival(problem, cpu.threads())
-        timings = run.interleave([arm.call for arm in arms], windows, warm, window)
-        exact = attend_float64(problem.q, problem.k, problem.v, problem.scale)
-        for arm, timing in zip(arms, timings):
-            out = np.asarray(arm.call(), np.float64).reshape(problem.q_heads, problem.dim)
-            own = attend_float64(problem.q, *arm.stored(), problem.scale)
-            yield run.record(
-                "kernel",
-                shape=list(shape),
-                context=context,
-                engine=arm.engine,
-                kv=arm.kv,
-                ms=timing.median * 1e3,
-                ms_sd=timing.sd * 1e3,
-                windows_ms=[t * 1e3 for t in timing.windows],
-                bytes=arm.nbytes,
-                gb_per_s=arm.nbytes / timing.median / 1e9,
-                bandwidth_share=arm.nbytes / timing.median / bandwidth,
-                read_bandwidth=bandwidth,
-                error=relative(out, own),
-                error_with_codec=relative(out, exact),
-                scratch_bytes=arm.scratch,
-                served_by=arm.served_by,
+        heads = max(1, min(problem.kv_heads, CHECKED // (context * problem.dim)))
+        k, v = problem.k[:heads], problem.v[:heads]
+        q = problem.q[: heads * problem.q_heads // problem.kv_heads]
+        exact = attend_float64(q, k, v, problem.scale)
+        arms: list[Arm | None] = []
+        firsts, notes = [], []
+        for entry in entries:
+            expected = seconds_per_token.get(entry, 0.0) * context
+            note = f"left out: a call would take about {expected:.0f} s" if expected > budget else ""
+            arm = None if note else entry.make(problem, cpu.threads())
+            first = expected if arm is None else run.seconds(arm.call)
+            seconds_per_token[entry] = first / context
+            if arm is not None and first * (windows + 1) > budget:
+                note = f"timed once: {windows} windows would take {first * windows:.0f} s"
+            arms.append(arm)
+            firsts.append(first)
+            notes.append(note)
+        many = [i for i, note in enumerate(notes) if not note]
+        timings = dict(zip(many, run.interleave([arms[i].call for i in many], windows, warm, window)))  # type: ignore[union-attr]
+        for i, (entry, arm) in enumerate(zip(entries, arms)):
+            fields = {"shape": list(shape), "context": context, "engine": entry.engine, "kv": entry.kv}
+            if arm is None:
+                yield run.record("kernel", **fields, **dict.fromkeys(FIGURES), served_by="", note=notes[i])
+                continue
+            timing = timings.get(i, run.Timing((firsts[i],)))
+            out = np.asarray(arm.call(), np.float64).reshape(problem.q_heads, problem.dim)[: len(q)]
+            rate = arm.nbytes / timing.median
+            figures = (
+                *(timing.median * 1e3, timing.sd * 1e3, [t * 1e3 for t in timing.windows]),
+                *(arm.nbytes, rate / 1e9, rate / run.read_bandwidth(), run.read_bandwidth()),
+                *(relative(out, attend_float64(q, *arm.stored(heads), problem.scale)), relative(out, exact), heads),
+                arm.scratch,
             )
+            fields |= dict(zip(FIGURES, figures, strict=True))
+            yield run.record("kernel", **fields, served_by=arm.served_by, note=notes[i])
+
+
+FIGURES = (
+    *("ms", "ms_sd", "windows_ms"),
+    *("bytes", "gb_per_s", "bandwidth_share", "read_bandwidth"),
+    *("error", "error_with_codec", "checked_heads"),
+    "scratch_bytes",
+)
+"""What a row measures; all None in the row of an arm that was left out."""
 
 
 def attend_float64(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:

@@ -93,7 +93,7 @@ def read_bandwidth(mebibytes: int = 512, rounds: int = 5) -> float:
     if mx.default_device() == mx.Device(mx.gpu):
         x = mx.ones((mebibytes << 18,), mx.float32)
         mx.eval(x, x.max())
-        best = min(_seconds(lambda: mx.eval([x.max() for _ in range(8)])) / 8 for _ in range(rounds))
+        best = min(seconds(lambda: mx.eval([x.max() for _ in range(8)])) / 8 for _ in range(rounds))
         return x.nbytes / best
     data = np.ones(mebibytes << 18, np.float32)
     parts = np.array_split(data, cpu.threads())
@@ -106,10 +106,11 @@ def read_bandwidth(mebibytes: int = 512, rounds: int = 5) -> float:
             t.join()
 
     one_pass()
-    return data.nbytes / min(_seconds(one_pass) for _ in range(rounds))
+    return data.nbytes / min(seconds(one_pass) for _ in range(rounds))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -62,12 +62,16 @@ KERNEL = [
     "MB",
     "scratch MB",
     "served by",
+    "note",
 ]
 MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB", "vs f16", "fill"]
 LONG = ["arm", "context", "prefill t/s", "decode t/s", "KV GB", "peak GB", "needle", "note"]
 
 
 def _kernel(r: Record) -> list[str]:
+    note = r.get("note", "")
+    if r["ms"] is None:
+        return [r["engine"], r["kv"], f"{r['context']:,}", *[""] * (len(KERNEL) - 4), note]
     return [
         r["engine"],
         r["kv"],
@@ -80,6 +84,7 @@ def _kernel(r: Record) -> list[str]:
         f"{r['bytes'] / 1e6:.1f}",
         "" if r["scratch_bytes"] is None else f"{r['scratch_bytes'] / 1e6:.1f}",
         r["served_by"],
+        note,
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,19 @@ if TYPE_CHECKING:
 MODULES = {"mlx": "mlx_sdpa", "mlx-lm": "mlx_lm_quantized", "llama.cpp": "llama_cpp", "ort": "ort"}
 
 
-def find(name: str) -> Callable[[Problem, int], list[Arm]]:
-    """The function `(problem, threads) -> arms` of a rival. Raises UserError for an unknown or missing one."""
+@dataclass(frozen=True)
+class Entry:
+    """An engine with one KV format; `make(problem, threads)` fills its cache."""
+
+    engine: str
+    kv: str
+    make: Callable[[Problem, int], Arm]
+
+
+def find(name: str) -> Callable[[int], list[Entry]]:
+    """The function `head dim -> entries` of a rival. Raises UserError for an unknown or missing one."""
     if name not in MODULES:
         raise UserError(f"--against {name!r} is not known: use {', '.join(MODULES)}")
     module = import_module(f".{MODULES[name]}", __name__)
     module.require()
-    return module.arms
+    return module.entries

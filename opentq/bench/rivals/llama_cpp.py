@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import UserError
+from . import Entry
 
 if TYPE_CHECKING:
     from ..kernel import Problem
@@ -105,20 +107,18 @@ def library() -> Library:
     return Library(folder)
 
 
-def arms(problem: Problem, threads: int) -> list[Ggml]:
+def entries(dim: int) -> list[Entry]:
     """f16, q8_0 and q4_0 for keys and values alike."""
-    if problem.dim % BLOCK:
-        raise UserError(
-            f"--against llama.cpp: its q8_0 and q4_0 need a head dim that {BLOCK} divides, not {problem.dim}"
-        )
-    return [Ggml(problem, kv, threads) for kv in TYPES]
+    if dim % BLOCK:
+        raise UserError(f"--against llama.cpp: its q8_0 and q4_0 need a head dim that {BLOCK} divides, not {dim}")
+    return [Entry("llama.cpp", kv, partial(Ggml, kv)) for kv in TYPES]
 
 
 class Ggml:
     engine = "llama.cpp"
     served_by = "ggml_flash_attn_ext"
 
-    def __init__(self, problem: Problem, kv: str, threads: int):
+    def __init__(self, kv: str, problem: Problem, threads: int):
         self.kv, self.problem = kv, problem
         lib = self.lib = library()
         row = lib.row_size(TYPES[kv], problem.dim)
@@ -160,9 +160,9 @@ class Ggml:
         count = self.problem.q_heads * self.problem.dim
         return np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.lib.data(self.out)))
 
-    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+    def stored(self, heads: int) -> tuple[np.ndarray, np.ndarray]:
         p = self.problem
-        k, v = (DECODE[self.kv](r).reshape(p.kv_heads, p.context, p.dim) for r in self.rows)
+        k, v = (DECODE[self.kv](r[: heads * p.context]).reshape(heads, p.context, p.dim) for r in self.rows)
         return k, v
 
     def __del__(self) -> None:

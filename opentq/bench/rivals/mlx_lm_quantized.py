@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
+
+from . import Entry
 
 if TYPE_CHECKING:
     from ..kernel import Problem
@@ -18,17 +21,21 @@ def require() -> None:
     """mlx-lm is always there."""
 
 
-def arms(problem: Problem, threads: int) -> list[Quantized]:
-    """8 and 4 bits."""
-    return [Quantized(problem, 8), Quantized(problem, 4)]
+def entries(dim: int) -> list[Entry]:
+    """8 and 4 bits, on as many threads as MLX likes."""
+    return [Entry("mlx-lm", f"kv-bits {bits}", _make(bits)) for bits in (8, 4)]
+
+
+def _make(bits: int) -> Callable[[Problem, int], Quantized]:
+    return lambda problem, threads: Quantized(bits, problem)
 
 
 class Quantized:
     engine = "mlx-lm"
     served_by = "quantized_scaled_dot_product_attention"
 
-    def __init__(self, problem: Problem, bits: int):
-        from ..kernel import _scratch
+    def __init__(self, bits: int, problem: Problem):
+        from ..kernel import scratch_of
 
         self.kv, self.bits, self.scale = f"kv-bits {bits}", bits, problem.scale
         # The CPU's quantised products are for float32 models; on a GPU the model is in half precision.
@@ -38,7 +45,7 @@ class Quantized:
             mx.quantize(mx.array(x[None]).astype(dtype), group_size=GROUP, bits=bits) for x in (problem.k, problem.v)
         )
         mx.eval(self.q, self.k, self.v)
-        self.scratch = _scratch(self.call)
+        self.scratch = scratch_of(self.call)
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +61,9 @@ class Quantized:
         mx.eval(out)
         return out
 
-    def stored(self) -> tuple[np.ndarray, np.ndarray]:
-        k, v = (mx.dequantize(*x, group_size=GROUP, bits=self.bits).astype(mx.float32) for x in (self.k, self.v))
-        return np.array(k[0]), np.array(v[0])
+    def stored(self, heads: int) -> tuple[np.ndarray, np.ndarray]:
+        def decoded(side: tuple[mx.array, ...]) -> np.ndarray:
+            codes, scales, biases = (a[0, :heads] for a in side)
+            return np.array(mx.dequantize(codes, scales, biases, GROUP, self.bits).astype(mx.float32))
+
+        return decoded(self.k), decoded(self.v)

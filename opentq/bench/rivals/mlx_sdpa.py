@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
+from . import Entry
+
 if TYPE_CHECKING:
     from ..kernel import Problem
+
+
+DTYPES = {"f16": mx.float16, "f32": mx.float32}
 
 
 def require() -> None:
     """MLX is always there."""
 
 
-def arms(problem: Problem, threads: int) -> list[MLX]:
-    """fp16 and float32."""
-    return [MLX(problem, mx.float16, "f16"), MLX(problem, mx.float32, "f32")]
+def entries(dim: int) -> list[Entry]:
+    """fp16 and float32, on as many threads as MLX likes."""
+    return [Entry("mlx", kv, _make(kv)) for kv in DTYPES]
+
+
+def _make(kv: str) -> Callable[[Problem, int], MLX]:
+    return lambda problem, threads: MLX(kv, problem)
 
 
 class MLX:
     engine = "mlx"
     served_by = "mx.fast.scaled_dot_product_attention"
 
-    def __init__(self, problem: Problem, dtype: mx.Dtype, kv: str):
-        from ..kernel import _scratch
+    def __init__(self, kv: str, problem: Problem):
+        from ..kernel import scratch_of
 
-        self.kv, self.scale = kv, problem.scale
+        self.kv, self.scale, dtype = kv, problem.scale, DTYPES[kv]
         self.q = mx.array(problem.q[None, :, None]).astype(dtype)
         self.k, self.v = (mx.array(x[None]).astype(dtype) for x in (problem.k, problem.v))
         mx.eval(self.q, self.k, self.v)
-        self.scratch = _scratch(self.call)
+        self.scratch = scratch_of(self.call)
 
     @property
     def nbytes(self) -> int:
@@ -42,5 +52,6 @@ class MLX:
         mx.eval(out)
         return out
 
-    def stored(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(self.k[0].astype(mx.float32)), np.array(self.v[0].astype(mx.float32))
+    def stored(self, heads: int) -> tuple[np.ndarray, np.ndarray]:
+        k, v = (x[0, :heads].astype(mx.float32) for x in (self.k, self.v))
+        return np.array(k), np.array(v)

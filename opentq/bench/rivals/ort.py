@@ -6,11 +6,13 @@ The cache is bound as past and as present, so that nothing is copied: a call wri
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import UserError
+from . import Entry
 
 if TYPE_CHECKING:
     from ..kernel import Problem
@@ -25,9 +27,9 @@ def require() -> None:
         raise UserError(f"--against ort needs {' and '.join(missing)}: pip install 'onnxruntime>=1.31' 'onnx>=1.17'")
 
 
-def arms(problem: Problem, threads: int) -> list[Ort]:
+def entries(dim: int) -> list[Entry]:
     """float32, int8 and int4."""
-    return [Ort(problem, kv, threads) for kv in BITS]
+    return [Entry("ort", kv, partial(Ort, kv)) for kv in BITS]
 
 
 class Ort:
@@ -35,7 +37,7 @@ class Ort:
     served_by = "GroupQueryAttention"
     scratch = None
 
-    def __init__(self, problem: Problem, kv: str, threads: int):
+    def __init__(self, kv: str, problem: Problem, threads: int):
         import onnxruntime
 
         self.kv, self.problem = kv, problem
@@ -44,7 +46,8 @@ class Ort:
         options.intra_op_num_threads = threads
         model = _model(problem, bits)
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        (k, k_scale, self._k), (v, v_scale, self._v) = (_encode(x, bits) for x in (problem.k, problem.v))
+        (k, k_scale), (v, v_scale) = (_encode(x, bits) for x in (problem.k, problem.v))
+        self.scales = k_scale, v_scale
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         cache = {"key": value(k[None]), "value": value(v[None])}
         self.nbytes = k.nbytes + v.nbytes
@@ -71,8 +74,10 @@ class Ort:
         self.session.run_with_iobinding(self.binding)
         return self.output.numpy()
 
-    def stored(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._k, self._v
+    def stored(self, heads: int) -> tuple[np.ndarray, np.ndarray]:
+        sides = zip((self.problem.k, self.problem.v), self.scales)
+        k, v = (x[:heads] if self.kv == "f32" else _codes(x[:heads], s, BITS[self.kv]) * s for x, s in sides)
+        return k, v
 
 
 def _model(problem: Problem, bits: int) -> bytes:
@@ -107,15 +112,24 @@ def _model(problem: Problem, bits: int) -> bytes:
     return helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
 
 
-def _encode(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(stored, scale `[1]`, decoded); int4 holds two values a byte, the even one low, offset by 8."""
+def _encode(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """(stored, scale `[1]`); int4 holds two values a byte, the even one low, offset by 8."""
     if bits == 32:
-        return np.ascontiguousarray(x), np.ones(1, np.float32), x
+        return np.ascontiguousarray(x), np.ones(1, np.float32)
     top = 2 ** (bits - 1) - 1
-    scale = np.abs(x).max(keepdims=True).reshape(1).astype(np.float32) / top
-    codes = np.clip(np.round(x / scale), -top - 1, top).astype(np.int8)
-    decoded = codes * scale
-    if bits == 8:
-        return codes, scale, decoded
-    halves = (codes + 8).astype(np.uint8)
-    return halves[..., 0::2] | (halves[..., 1::2] << 4), scale, decoded
+    scale = np.array([max(x.max(), -x.min())], np.float32) / top
+    heads = []
+    for head in x:  # one at a time: what this needs besides is small
+        codes = _codes(head, scale, bits)
+        if bits == 4:
+            halves = (codes + 8).view(np.uint8)
+            codes = halves[..., 0::2] | (halves[..., 1::2] << 4)
+        heads.append(codes)
+    return np.stack(heads), scale
+
+
+def _codes(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
+    """int8, the shape of x."""
+    top = 2 ** (bits - 1) - 1
+    codes = np.rint(x / scale)
+    return np.clip(codes, -top - 1, top, out=codes).astype(np.int8)
