@@ -34,8 +34,8 @@ class OverLimit(Exception):
 class Arm:
     """One KV format at one depth: its caches, and what was measured on them."""
 
-    def __init__(self, built: Built, kv: str, step: int, limit: int):
-        self.built, self.kv, self.step, self.limit = built, kv, step, limit
+    def __init__(self, built: Built, kv: str, step: int, limit: int, parallel: int = 1):
+        self.built, self.kv, self.step, self.limit, self.parallel = built, kv, step, limit, parallel
         self.caches = make_caches(built.model, kv)
         self.depth = 0
         self.peak = 0
@@ -53,6 +53,9 @@ class Arm:
             # One real token first: it makes every cache and its recurrent state the right shape.
             prefill(self.built.model, self.caches, self._tokens(1), self.step, self._check)
             fill_random(self.caches, depth - 1, self._check)
+        if self.parallel > 1:
+            self.caches = [c.merge([c] * self.parallel) for c in self.caches]
+            mx.eval([c.state for c in self.caches])
         self.depth = depth
 
     def prompt(self, count: int, others: int) -> float:
@@ -60,14 +63,18 @@ class Arm:
         return self._timed(lambda caches: self._prompt(caches, count), others)
 
     def generate(self, count: int, others: int) -> float:
-        """Seconds to generate `count` tokens, as `mlx_lm.generate` does."""
-        return self._timed(lambda caches: self._generate(caches, count), others)
+        """Seconds to generate `count` tokens, as `mlx_lm.generate` does, or `count` for each parallel sequence."""
+        generate = self._generate if self.parallel == 1 else self._generate_batch
+        return self._timed(lambda caches: generate(caches, count), others)
 
     def _timed(self, work: Callable[[list[Any]], None], others: int) -> float:
-        """Run on the caches and put them back as they were; `others` are the bytes of other arms' caches."""
-        trims = all(c.is_trimmable() for c in self.caches)
+        """Run on the caches and put them back as they were; `others` are the bytes of other arms' caches.
+
+        Batches are not put back: every repetition is a few tokens deeper.
+        """
+        trims = self.parallel > 1 or all(c.is_trimmable() for c in self.caches)
         caches = self.caches if trims else copy.deepcopy(self.caches)
-        before = [c.offset for c in caches] if trims else []
+        before = [c.offset for c in caches] if trims and self.parallel == 1 else []
         mx.eval([c.state for c in caches])
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -91,6 +98,13 @@ class Arm:
 
         for _ in generate_step(self._tokens(1)[0], self.built.model, max_tokens=count, prompt_cache=caches):
             pass
+
+    def _generate_batch(self, caches: list[Any], count: int) -> None:
+        token = mx.broadcast_to(self._tokens(1), (self.parallel, 1))
+        for _ in range(count):
+            token = mx.argmax(self.built.model(token, cache=caches)[:, -1:], axis=-1)
+            mx.async_eval(token)
+        mx.eval(token)
 
     def _tokens(self, count: int) -> mx.array:
         """The same synthetic tokens for every arm: `[1, count]`."""
@@ -168,16 +182,18 @@ def bench(
     fill: str = "prefill",
     step: int = 2048,
     limit: int = 0,
+    parallel: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """One record per test, depth and KV format."""
+    """One record per test, depth and KV format; `parallel` sequences of the same depth are generated as one batch."""
     specs = [str(KVSpec.parse(s)) for s in kv]
     if fill not in FILLS:
         raise UserError(f"--fill {fill!r} is not known: use {' or '.join(FILLS)}")
     if limit:
         mx.set_memory_limit(limit)
-    tests = [("pp", n) for n in prompts] + [("tg", n) for n in generates]
+    tests = [("pp", n) for n in prompts if parallel == 1] + [("tg", n) for n in generates]
+    side = f"x{parallel}" if parallel > 1 else ""
     for depth in depths:
-        arms = [Arm(built, spec, step, limit) for spec in specs]
+        arms = [Arm(built, spec, step, limit, parallel) for spec in specs]
         for arm in arms:
             _try(arm, arm.fill, depth, fill)
         for kind, count in tests:
@@ -190,10 +206,10 @@ def bench(
                     work = arm.prompt if kind == "pp" else arm.generate
                     seconds = _try(arm, work, count, others)
                     if turn and seconds is not None:
-                        samples[arm.kv].append(count / seconds)
+                        samples[arm.kv].append(parallel * count / seconds)
             base = samples.get(YARDSTICK) or []
             for arm in arms:
-                yield _record(built, arm, f"{kind}{count}", depth, fill if depth else "", samples[arm.kv], base)
+                yield _record(built, arm, f"{kind}{count}{side}", depth, fill if depth else "", samples[arm.kv], base)
 
 
 def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> Any:
