@@ -3,7 +3,8 @@
 Prompts are read in pieces of one size, because what a cache holds depends on the pieces it was read in. The size is
 chosen at the start, so that a piece takes at most twice as long as a decode step. But pieces take longer deep in a
 long prompt, and with every model and machine in its own way: so each decode step allows only as much reading as keeps
-the mean time between two tokens within `STALL` times what it is when no prompt is being read.
+the mean time between two tokens within `STALL` times what it is when no prompt is being read, and a piece that takes
+longer is followed by steps without one, so that most times are not stretched at all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 STALL = 3.0
+SHARE = 0.9 * (STALL - 1)
+"""Idle decode steps' worth of reading that every decode step allows: a margin is left for what is not measured."""
 PIECES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -35,13 +38,17 @@ class Pace:
         if self._alone:
             self.idle = _mean(self.idle, seconds)
         self._alone = True
-        self.debt = max(0.0, self.debt - (STALL - 1) * (self.idle or seconds))
+        self.idle = self.idle or seconds
+        self.debt = max(0.0, self.debt - SHARE * self.idle)
 
     def read(self, seconds: float, running: bool) -> None:
         """A piece was read, with or without `running` answers that waited for it."""
         self.piece = _mean(self.piece, seconds)
         self._alone = False
-        self.debt = self.debt + seconds if running else 0.0
+        allowed = SHARE * self.idle
+        self.debt += seconds if seconds <= allowed else max(seconds, 2.5 * allowed)  # two more steps at least
+        if not running:
+            self.debt = 0.0
 
 
 def _mean(old: float, new: float) -> float:
