@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,23 @@ def nvidia() -> str:
     text = markdown(["shape", "batch", "context", "us", "TB/s", "of read bandwidth"], body)
     last = rows[-1]
     return f"{text}\n\n{last['device']}, {last['date'][:10]}; {last['harness']}, the kernel without a framework."
+
+
+@table
+def plan_llama() -> str:
+    """What `opentq plan` answers for the 70B shape, word for word."""
+    return planned("meta-llama/Llama-3.1-70B", "16k,64k,128k")
+
+
+@table
+def plan_gemma() -> str:
+    return planned("gemma-4-31b", "64k,128k,256k")
+
+
+def planned(model: str, contexts: str) -> str:
+    arguments = ["plan", model, "--ctx", contexts, "--memory", "64GB"]
+    done = subprocess.run([sys.executable, "-m", "opentq.cli", *arguments], capture_output=True, text=True, check=True)
+    return f"```\n$ opentq {' '.join(arguments)}\n{done.stdout.strip()}\n```"
 
 
 def main() -> int:
