@@ -2,8 +2,8 @@
 
 Decode and short blocks (and everything the second way can't take) go through `decode.cu`: one launch, whatever
 the head dims, widths, windows, sinks and lengths. A prompt chunk of many rows is bound by arithmetic, and there the
-vendor's fp16 kernel is the best there is: a few KV heads of this one layer are laid out in fp16, attended, and dropped
-before the next ones, so that at most `SCRATCH` bytes (or one head, if that is more) are ever unpacked.
+vendor's fp16 kernel is the best there is: a quarter of the KV heads of this one layer is laid out in fp16, attended,
+and dropped, with one quarter in work and the next one asked for.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..kernels import cuda
 from ..kernels.cuda_layout import RECORD, MmaLayout
 from .args import AttnArgs
 
-SCRATCH = 512 << 20
-"""Bytes of unpacked keys and values that prefill may hold."""
+AT_ONCE = 32 << 20
+"""Bytes of unpacked keys and values up to which a layer's heads are attended together."""
 
 SERVED = (mx.float16, mx.bfloat16)
 
@@ -108,22 +108,23 @@ def scalars(args: AttnArgs) -> cuda.Scalars:
 
 def ragged(args: AttnArgs) -> bool:
     """Whether sequences differ in length; otherwise their lengths go with the call, and nobody waits for memory."""
-    return any(lens != args.lens[0] for lens in args.lens)
+    return len(args.lens) > 1 and any(lens != args.lens[0] for lens in args.lens)
 
 
 def prefill(args: AttnArgs) -> mx.array:
-    """A few KV heads of one sequence at a time: unpacked to q's dtype, attended by `mx.fast`, dropped."""
+    """Some KV heads of one sequence at a time: unpacked to q's dtype, attended by `mx.fast`, dropped."""
     done = []
     for b, (packed, sink, tail_start) in enumerate(args.lens):
         tokens = packed + sink + args.dense_k.shape[2] - tail_start
-        per_head = tokens * (args.k.head_dim + args.v.head_dim) * 2
-        groups = -(-args.kv_heads // max(1, SCRATCH // per_head))
-        step = -(-args.kv_heads // groups)
+        size = args.kv_heads * tokens * (args.k.head_dim + args.v.head_dim) * 2
+        step = args.kv_heads if size <= AT_ONCE else max(1, args.kv_heads // 4)
         parts = []
         for first in range(0, args.kv_heads, step):
             parts.append(_attend_heads(args, b, range(first, min(first + step, args.kv_heads))))
-            if groups > 1:
-                mx.eval(parts[-1])  # unpacked heads must not pile up in one lazy graph
+            if step < args.kv_heads:
+                # Two steps' heads exist at a time, and the GPU always has one to work on.
+                mx.async_eval(parts[-1])
+                mx.eval(parts[-2:-1])
         done.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1))
     return done[0] if len(done) == 1 else mx.concatenate(done, axis=0)
 

@@ -28,6 +28,8 @@ FILES = ("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh", "decode.cu"
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
+IN_FLIGHT = 32 * 1024
+"""Bytes that a multiprocessor should have asked for at any time; more only spread the accesses."""
 MAX_SPLITS = 160
 """Beyond this the merge of the partial results takes longer than the splits save."""
 CTYPES = {mx.float16: "opentq::f16", mx.bfloat16: "opentq::bf16", mx.float32: "float", mx.uint32: "unsigned"}
@@ -112,7 +114,11 @@ class KernelSource:
 
 
 class Kernel:
-    """A compiled `KernelSource`, ready to launch."""
+    """A compiled `KernelSource`, ready to launch.
+
+    MLX keeps modules by name and reads the code only for a name that is new to it, but copies it on every call, which
+    is a third of what a call costs. So the first call is evaluated at once, and later ones bring no code.
+    """
 
     def __init__(self, source: KernelSource):
         self.source = source
@@ -126,7 +132,7 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        return mx.fast.precompiled_cuda_kernel(
+        made = mx.fast.precompiled_cuda_kernel(
             name=self.source.name,
             compiled_source=self.code,
             inputs=inputs,
@@ -138,6 +144,10 @@ class Kernel:
             shared_memory=self.source.shared,
             ensure_row_contiguous=True,
         )
+        if self.code:
+            mx.eval(made)
+            self.code = b""
+        return made
 
 
 @dataclass(frozen=True)
@@ -156,14 +166,14 @@ class Geometry:
 
     @classmethod
     def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int) -> Geometry:
-        """Eight warps and two stages unless shared memory says otherwise: measured best, `dev/kernels/cuda.md`."""
+        """Eight warps and two stages, unless shared memory says otherwise or records are small: measured best."""
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
         stage = 4 * (k.record_words + v.record_words)
         warps = 8
         while warps > 1 and 2 * warps * stage > 200 * 1024:
             warps //= 2
-        stages = max(2, min(4, 80 * 1024 // (warps * stage)))
+        stages = max(2, min(4, -(-IN_FLIGHT // (warps * stage))))
         return cls(k, v, dtype, tiles, warps, stages)
 
     @property
@@ -185,7 +195,7 @@ class Geometry:
     @property
     def resident(self) -> int:
         """Blocks per multiprocessor: two where registers (one row tile, D up to 128) and shared memory allow."""
-        small = self.tiles == 1 and max(self.k.head_dim, self.v.head_dim) <= 128
+        small = self.tiles == 1 and max(self.k.head_dim, self.v.head_dim) <= 128 and self.warps <= 8
         return 2 if small and 2 * (self.shared + 1024) <= SHARED_LIMIT else 1
 
     def splits(self, tiles: int, records: int, strips: int, multiprocessors: int) -> int:

@@ -18,7 +18,8 @@
 // and the last block to arrive at the ticket of its row tile merges them: no second launch.
 //
 // Inputs: q [B, Hq, L, Dk] T; k, v: records [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int
-// [B, 3] = (packed, sink, tail_start), read where sequences differ; sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls.
+// [B, 3] = (packed, sink, tail_start), read where sequences differ; sinks float [Hq] (NaN in the first: none); tickets
+// u32, zero between calls.
 // Outputs: out [B, Hq, L, Dv] T; scratch [tiles, splits, 8 NT, Dv + 2] float, unused with one split.
 // Bytes moved: packed tokens x (record bytes / 32) per KV head and row tile, plus dense columns; nothing else of size.
 #include "decode_warp.cuh"

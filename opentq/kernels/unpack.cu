@@ -15,8 +15,8 @@
 namespace opentq {
 
 template <class F, bool KEYS, class T>
-__device__ __forceinline__ void unpack(const u32* records, const f16* dense, const int* where, T* y, int blocks,
-                                       int heads, int columns, int tokens) {
+__device__ __forceinline__ void unpack(const u32* __restrict__ records, const f16* __restrict__ dense, const int* where,
+                                       T* __restrict__ y, int blocks, int heads, int columns, int tokens) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32, head = where[1] + blockIdx.y;
   const int packed = where[2], sink = where[3], tail_start = where[4], n_records = (packed + 31) / 32;
