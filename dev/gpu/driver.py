@@ -21,9 +21,10 @@ def run(what: str) -> None:
     if what == "profile":
         from . import graph, timing
 
-        step = timing.ours(graph.Shape(131072, Affine(4), Affine(4)), sets=1)
+        shape = graph.Shape(131072, Affine(4), Affine(4))
+        step = timing.ours(shape)
         for _ in range(3):
-            mx.eval(step(timing.queries(graph.Shape(131072, Affine(4), Affine(4)))))
+            mx.eval(step(timing.queries(shape)))
         return
     rng = random.Random(5)
     todo = conform.variants(quick=True)

@@ -103,6 +103,8 @@ def goals(rows: list[Row]) -> Iterator[Goal]:
         yield at_least(f"prefill 2,048 rows after {n // 1024}K, speed of fp16", theirs["us"] / mine["us"], 0.95, times)
         sizes = [r["kv_bytes"] + r["scratch_bytes"] for r in (mine, theirs)]
         yield at_most("  K/V and scratch, of fp16's", sizes[0] / sizes[1], 1.0, times)
+    for r in f.of("error"):
+        yield at_most(f"relative error {r['k']} at 128K, of fp16 SDPA's", r["ours"] / r["fp16_sdpa"], 2.0, times)
     worst = max(r["worst_share_of_allowed"] for r in f.of("conformance")) if f.of("conformance") else None
     if worst is not None:
         yield at_most("decode error, of twice naive fp16's", worst, 1.0, times)

@@ -82,7 +82,7 @@ def rotate(call: Callable[[mx.array, tuple], mx.array], data: Sequence) -> Step:
 # ---- engines: a shape -> what one step does
 
 
-def ours(shape: Shape, sets: int = 0) -> Step:
+def packed_sets(shape: Shape, sets: int = 0) -> list[list[PackedKV]]:
     data = []
     for _ in range(sets or shape.sets(shape.bytes)):
         pair = []
@@ -92,8 +92,12 @@ def ours(shape: Shape, sets: int = 0) -> Step:
             pair.append(PackedKV(codec, layout, layout.encode(codec, normal(shape)), shape.dim))
             mx.eval(pair[-1].arrays)
         data.append(pair)
-    dense = [mx.random.normal((shape.batch, shape.kv_heads, shape.length, shape.dim)).astype(mx.float16) for _ in "kv"]
-    mx.eval(dense)
+    return data
+
+
+def ours(shape: Shape, data: list[list[PackedKV]] | None = None, dense: list[mx.array] | None = None) -> Step:
+    data = data or packed_sets(shape)
+    dense = dense or newest(shape)
     lens = ((shape.n, 0, 0),) * shape.batch
     scale = shape.dim**-0.5
 
@@ -103,6 +107,13 @@ def ours(shape: Shape, sets: int = 0) -> Step:
         return out
 
     return rotate(call, data)
+
+
+def newest(shape: Shape) -> list[mx.array]:
+    """Keys and values of the query tokens themselves, fp16."""
+    dense = [mx.random.normal((shape.batch, shape.kv_heads, shape.length, shape.dim)).astype(mx.float16) for _ in "kv"]
+    mx.eval(dense)
+    return dense
 
 
 def mlx_sdpa(shape: Shape, mask: str | None = None) -> Step:
@@ -182,6 +193,8 @@ def run(log, torch, quick: bool) -> None:
             row(Shape(32768, INT4, INT4, length=length), rivals=False)
     for n in (8192, 32768, 131072):
         prefill_row(log, Shape(n, INT4, INT4, length=2048))
+    for codec in (INT4, Turbo(4)):
+        error_row(log, Shape(131072, codec, codec))
     pack_row(log, 2048)
     weights_row(log)
     compile_rows(log)
@@ -210,10 +223,10 @@ def prefill_row(log, shape: Shape) -> None:
     for name in ("ours", "mlx_sdpa"):
         whole = Shape(shape.n + shape.length, INT4, INT4, length=shape.length)
         q = queries(shape)
-        step = ours(shape, sets=1) if name == "ours" else one_set_sdpa(whole)
+        step = ours(shape, packed_sets(shape, sets=1)) if name == "ours" else one_set_sdpa(whole)
         held = mx.get_active_memory()
         mx.reset_peak_memory()
-        seconds = chained(step, q, 2, 5)
+        seconds = chained(step, q, 4, 5)
         scratch = mx.get_peak_memory() - held
         size = int(shape.bytes if name == "ours" else whole.fp16_bytes)
         found[name] = seconds, size + scratch
@@ -225,6 +238,31 @@ def prefill_row(log, shape: Shape) -> None:
     print(f"  prefill {shape.length} rows after {shape.n}: ours {mine * 1e3:.2f} ms, fp16 {theirs * 1e3:.2f} ms, "
           f"{theirs / mine:.2f}x its speed; K/V + scratch {my_bytes / 1e6:.0f} against {their_bytes / 1e6:.0f} MB",
           flush=True)  # fmt: skip
+
+
+def error_row(log, shape: Shape) -> None:
+    """Errors of our decode and of fp16 SDPA over the decoded values, both against fp32, with spread-out scores."""
+    q, data, dense = queries(shape), packed_sets(shape, sets=1), newest(shape)
+    k, v = (
+        mx.concatenate([kv.decode(0, shape.n, mx.float32), new.astype(mx.float32)], axis=2)
+        for kv, new in zip(data[0], dense)
+    )
+    scale = shape.dim**-0.5
+    scores = (4 * q.astype(mx.float32)).reshape(shape.kv_heads, shape.gqa, shape.dim) @ k[0].swapaxes(-1, -2) * scale
+    exact = (mx.softmax(scores, axis=-1) @ v[0]).reshape(q.shape)
+    mine = ours(shape, data, dense)(4 * q)
+    theirs = mx.fast.scaled_dot_product_attention(4 * q, k.astype(mx.float16), v.astype(mx.float16), scale=scale)
+    errors = [mx.linalg.norm(x.astype(mx.float32) - exact) / mx.linalg.norm(exact) for x in (mine, theirs)]
+    mx.eval(errors)
+    row = {"ours": errors[0].item(), "fp16_sdpa": errors[1].item()}
+    log.row("error", **row, **shape.row())
+    log.test(f"error of {shape.k} at {shape.n} tokens", row["ours"] <= 2 * row["fp16_sdpa"], str(row))
+    print(
+        f"  relative error, {shape.k} at {shape.n}: ours {row['ours']:.1e}, fp16 SDPA {row['fp16_sdpa']:.1e}",
+        flush=True,
+    )
+    del k, v, scores
+    mx.clear_cache()
 
 
 def one_set_sdpa(shape: Shape) -> Step:

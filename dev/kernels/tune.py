@@ -25,8 +25,9 @@ from opentq.codecs.turbo import Turbo  # noqa: E402
 from opentq.kernels import cuda  # noqa: E402
 
 N = 131072
-SHAPES = [graph.Shape(N, codec, codec) for codec in (Turbo(4), Turbo(3), Affine(2), Affine(4))]
-GEOMETRIES = [(8, 2), (8, 3), (12, 2), (16, 2)]  # warps, stages
+SHAPES = [graph.Shape(N, codec, codec) for codec in (Turbo(4), Turbo(3), Turbo(2), Affine(2), Affine(4))]
+SHAPES += [graph.Shape(N, Affine(4), Affine(4), dim=64)]
+GEOMETRIES = [(8, 2), (8, 4), (12, 2), (16, 2)]  # warps, stages
 SPLITS = (12, 16, 32)
 
 
