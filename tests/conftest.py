@@ -19,6 +19,24 @@ def kernels(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small random model with a byte-level tokenizer and a chat template, in a folder."""
+    from .tiny_model import write
+
+    return write(tmp_path_factory.mktemp("tiny-chat"))
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """`opentq serve` on that model, in a thread."""
+    from .server_support import serving, wait_for
+
+    with serving(folder, names=("tiny",), keep_alive=0.1) as running:
+        yield running
+        wait_for(running.quiet)
+
+
 @pytest.fixture
 def tiny_llama():
     """A random 2-layer Llama with grouped queries: fast, and it exercises the whole seam."""

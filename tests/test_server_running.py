@@ -1,0 +1,286 @@
+"""`opentq serve` over time: prefixes, admission, people who go away, long prompts, the end and the next start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from opentq.caches import disk
+
+from .server_support import LONG, NO_END, Running, Slow, Streaming, content, reachable, serving, wait_for
+from .tiny_model import write
+
+# ---- prefixes
+
+
+def test_reuse_equals_fresh_and_is_reported(server):
+    def ask(turns, **body):
+        roles = ["user", "assistant"]
+        messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+        data = server.post(messages=messages, max_tokens=30, **body).json()
+        return data["choices"][0]["message"]["content"], data["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    store = server.service.engine.store
+    turns = [LONG[:700], "first answer", LONG[100:300], "second answer", "and now?"]
+    for n in (1, 3, 5):
+        again, cached = ask(turns[:n])
+        assert cached % 64 == 0
+        if n > 1:
+            assert cached >= 640
+        store.shrink(0)
+        fresh, nothing = ask(turns[:n])
+        assert nothing == 0 and fresh == again
+    # A prompt that parts in the middle reuses what is shared.
+    _, cached = ask([LONG[:700], "another answer", "something else"])
+    assert cached >= 640
+    text, cached = ask([LONG[:500] + "different end"])
+    store.shrink(0)
+    assert cached == 448 and ask([LONG[:500] + "different end"]) == (text, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv"),
+    [("gemma3_text", "int4"), ("gemma3_text", "int4:window=compress"), ("llama", "int4:recent=70"), ("llama", None)],
+)
+def test_reuse_equals_fresh_for_every_kind_of_cache(tmp_path, kind, kv):
+    """Windows and recent fp16 tokens can't be cut at any point: they are remembered where prompts end and part."""
+    with serving(write(tmp_path / "model", kind), kv=kv, prompt_cache_dir=tmp_path / "kept") as server:
+        store = server.service.engine.store
+        prompts = [LONG[:700], LONG[:700] + "and more", LONG[:500] + "another end", LONG[:500] + "a third end"]
+        answers = []
+        for prompt in prompts:
+            data = server.chat(prompt, max_tokens=16).json()
+            answers.append(data["choices"][0]["message"]["content"])
+            cached = data["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == 448, "the third of its kind begins where the first two parted"
+        for prompt, answer in zip(prompts, answers):
+            store.shrink(0)
+            store.shelf = None
+            assert content(server.chat(prompt, max_tokens=16)) == answer
+
+
+def test_prefix_budget_is_kept(folder):
+    with serving(folder, prompt_cache_bytes=400_000) as server:
+        store = server.service.engine.store
+        for n in range(6):
+            content(server.chat(LONG[n * 100 : n * 100 + 1000], max_tokens=2))
+            assert store.nbytes <= 400_000
+        assert 0 < len(store) < 6
+
+
+# ---- admission
+
+
+def test_context_limit_names_both_numbers(server):
+    refused = server.chat("x" * 5000, max_tokens=100)
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["code"] == "context_length_exceeded"
+    assert "4096" in error["message"] and "5003" in error["message"]
+    refused = server.chat("x", max_tokens=5000).json()["error"]
+    assert refused["code"] == "context_length_exceeded" and refused["param"] == "max_tokens"
+
+
+def test_memory_budget_queues_then_refuses(folder):
+    with serving(folder, queue=1) as server:
+        admission = server.service.admission
+        admission.budget = int(1.5 * admission.price(2000))
+        streams = [Streaming(server, "hold", max_tokens=1900) for _ in range(2)]
+        wait_for(lambda: len(admission.waiting) == 1)
+        refused = server.chat("third", max_tokens=1900)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "overloaded"
+        streams[0].close()
+        wait_for(lambda: len(admission.running) == 1 and not admission.waiting)
+        streams[1].close()
+        wait_for(server.quiet)
+        assert server.chat("after").status_code == 200
+
+
+# ---- cancels
+
+
+def test_cancel_touches_nobody_else(server):
+    alone = Streaming(server, "steady", max_tokens=300).rest()
+    steady = Streaming(server, "steady", max_tokens=300)
+    steady.until("content")
+    for n in range(4):
+        victim = Streaming(server, f"victim {n}" + LONG[: 900 * (n % 2)], max_tokens=2000)
+        if n < 2:
+            victim.until("content")
+        victim.close()
+    wait_for(lambda: len(server.service.admission.running) == 1)
+    assert steady.rest() in alone[-len(alone) :] and len(server.service.engine.shelves) <= 1
+    wait_for(server.quiet)
+
+
+def test_cancel_in_the_middle_of_a_prompt(server):
+    engine = server.service.engine
+    slow = Slow(engine)
+    with slow:
+        stream = Streaming(server, LONG[::-1], max_tokens=10)
+        wait_for(lambda: any(0 < j.read < len(j.tokens) - 200 for j in engine.reading))
+        stream.close()
+        wait_for(lambda: not engine.reading)
+    wait_for(server.quiet)
+    # A client that does not stream is noticed, too.
+    with slow:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json={"prompt": LONG[5:]}, timeout=0.3)
+        wait_for(server.quiet)
+
+
+# ---- fairness
+
+
+def test_keep_alive_while_a_prompt_is_read(server):
+    with Slow(server.service.engine):
+        stream = Streaming(server, LONG[1000:2500], max_tokens=3)
+        assert stream.until("keep-alive") == ": keep-alive"
+        assert stream.rest() is not None
+        lines = Streaming(server, LONG[900:2500], "/v1/messages", max_tokens=3, logit_bias=None).lines
+        assert sum(line == "event: ping" for line in lines) > 1
+
+
+def test_a_short_prompt_passes_a_long_one(server):
+    with Slow(server.service.engine):
+        long = Streaming(server, LONG[7:] + "the end", max_tokens=2)
+        wait_for(lambda: server.service.engine.reading)
+        assert server.chat("short", max_tokens=2).status_code == 200
+        assert server.service.engine.reading, "the long prompt is still being read"
+        long.close()
+    wait_for(server.quiet)
+
+
+def test_running_answers_go_on_while_a_prompt_is_read(server):
+    engine = server.service.engine
+    steady = Streaming(server, "steady", max_tokens=400)
+    steady.until("content")
+    other = Streaming(server, LONG[3:], max_tokens=2)
+    wait_for(lambda: engine.reading)
+    job = next(iter(engine.shelves.values()))[1][0]
+    tokens, read = job.generated, engine.reading[0].read
+    wait_for(lambda: not engine.reading)
+    # One piece of 64 tokens per step of the running answer.
+    assert job.generated - tokens >= (len(LONG) - read) // 64 - 1
+    steady.close()
+    other.close()
+    wait_for(server.quiet)
+
+
+def test_one_bad_request_fails_alone(server, monkeypatch):
+    steady = Streaming(server, "steady", max_tokens=200)
+    steady.until("content")
+    engine = server.service.engine
+    inner = engine._read_piece
+
+    def fail(job):
+        engine.at_work = job
+        if len(job.tokens) == 21:
+            raise RuntimeError("out of luck")
+        inner(job)
+
+    monkeypatch.setattr(engine, "_read_piece", fail)
+    failed = server.chat("x" * 18)
+    assert failed.status_code == 500 and failed.json()["error"]["code"] == "engine_error"
+    assert "luck" not in failed.text
+    assert len(steady.rest()) > 20
+    assert server.chat("again").status_code == 200
+    wait_for(server.quiet)
+
+
+# ---- the end
+
+
+def test_drain_lets_answers_end_and_cancels_the_rest(folder):
+    server = Running(folder, drain=1.5)
+    short = Streaming(server, "short", max_tokens=20)
+    endless = Streaming(server, "endless", max_tokens=4000)
+    endless.until("content")
+    with Slow(server.service.engine, 0):
+        loop_call = server.service.call_soon
+        inner = server.service.engine._decode
+        server.service.engine._decode = lambda key: (time.sleep(0.01), inner(key))
+        loop_call(server.server.begin_drain)
+        wait_for(lambda: server.service.draining)
+        refused = server.chat("too late")
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        assert len(short.rest()) > 0
+        assert "shutting_down" in endless.until("error")
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+
+
+# ---- prefixes on disk
+
+
+def test_prefixes_survive_a_restart_whole(folder, tmp_path):
+    ask = {"max_tokens": 30}
+    with serving(folder, prompt_cache_dir=tmp_path) as server:
+        fresh = content(server.chat(LONG[:900], **ask))
+        content(server.chat(LONG[:900] + "more of it", **ask))
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 1, "the longer prefix stands for the shorter one"
+    with serving(folder, prompt_cache_dir=tmp_path) as server:
+        again = server.chat(LONG[:900], **ask)
+        assert content(again) == fresh and again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 896
+    # A file that was damaged is dropped, and the prompt is read again.
+    data = bytearray(files[0].read_bytes())
+    data[-100] ^= 1
+    files[0].write_bytes(data)
+    with serving(folder, prompt_cache_dir=tmp_path) as server:
+        again = server.chat(LONG[:900], **ask)
+        assert content(again) == fresh and again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    # Prefixes of another spec are others; a budget of nothing keeps nothing.
+    with serving(folder, prompt_cache_dir=tmp_path, kv="int8", prompt_cache_dir_bytes=0) as server:
+        again = server.chat(LONG[:900], **ask)
+        assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_a_process_stops_cleanly_and_a_killed_one_leaves_whole_files(folder, tmp_path):
+    command = [sys.executable, "-m", "opentq", "serve", str(folder), "--memory", "4GB", "--prefill-step-size", "64"]
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    command += ["--port", str(port), "--prompt-cache-dir", str(tmp_path)]
+    url = f"http://127.0.0.1:{port}"
+
+    def start():
+        # OpenBLAS's threads spin: beside other work on the machine one is faster than several.
+        env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        for line in process.stdout:
+            if "serving" in line:
+                break
+        wait_for(lambda: reachable(url))
+        return process
+
+    def ask(n):
+        body = {"messages": [{"role": "user", "content": LONG[n * 50 : n * 50 + 900]}], "max_tokens": 4}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+
+    process = start()
+    for n in range(6):
+        ask(n)
+    process.kill()  # most likely while the sixth prefix is being written
+    process.communicate()
+    for index in tmp_path.rglob("*.json"):
+        disk.load(index.with_suffix(".safetensors"))
+    process = start()
+    assert ask(0)["usage"]["prompt_tokens_details"]["cached_tokens"] == 896
+    assert not list(tmp_path.rglob(".*.tmp*"))
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 300, "stream": True, "logit_bias": NO_END}
+    ) as r:
+        lines = r.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and "Traceback" not in out, out
