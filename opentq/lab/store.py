@@ -94,14 +94,25 @@ class Store:
 
     def claim(self) -> tuple[Any, Settings] | None:
         """The next trial for this process, or None when nothing is left."""
+        with self._turn():
+            return self._next()
+
+    def _next(self) -> tuple[Any, Settings] | None:
         while self._in_state("WAITING"):
             trial = self.optuna.ask()
             trial.set_user_attr("worker", [HOST, os.getpid(), born(os.getpid())])
             if "settings" in trial.user_attrs:
                 return trial, json.loads(trial.user_attrs["settings"])
-            # Another worker was quicker, and Optuna made a new trial instead.
+            # A worker of another machine was quicker, and Optuna made a new trial instead.
             self.optuna.tell(trial, state=self._state("FAIL"))
         return self._search()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One worker of this machine at a time: SQLite locks no rows, and two may be handed the same trial."""
+        with (self.folder / f"{self.study.name}.turn").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _search(self) -> tuple[Any, Settings] | None:
         search = self.study.search
