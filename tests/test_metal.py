@@ -259,6 +259,7 @@ def test_every_tuning_is_right(tune, monkeypatch):
 def m9(monkeypatch, tmp_path):
     """A GPU of a generation that nobody has measured, and its owner's empty configuration."""
     monkeypatch.undo()
+    monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(metal, "architecture", lambda: "applegpu_g99s")
     metal._known.cache_clear()
