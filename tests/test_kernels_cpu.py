@@ -6,6 +6,7 @@ naive attention in the same numerical class, which is fp16 here (the queries are
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -395,7 +396,7 @@ def test_threads_setting_is_checked(monkeypatch, value):
 
 def test_default_threads_are_physical_cores(monkeypatch):
     monkeypatch.delenv("OPENTQ_THREADS", raising=False)
-    assert 1 <= cpu.threads() == cpu.physical_cores() <= (cpu.os.cpu_count() or 1)
+    assert 1 <= cpu.threads() == cpu.physical_cores() <= (os.cpu_count() or 1)
 
 
 # ---- any call
