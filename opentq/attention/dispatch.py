@@ -27,7 +27,7 @@ class NoAttention(RuntimeError):
     """No candidate serves these arguments."""
 
 
-_winners: dict[tuple, str] = {}
+_logged: set[tuple] = set()
 
 
 def attend(args: AttnArgs) -> tuple[mx.array, str]:
@@ -35,9 +35,9 @@ def attend(args: AttnArgs) -> tuple[mx.array, str]:
     for name, function in candidates():
         out = function(args)
         if out is not None:
-            key = args.shape_key()
-            if _winners.get(key) != name:
-                _winners[key] = name
+            key = (name, args.shape_key())
+            if key not in _logged:
+                _logged.add(key)
                 log.info("attention by %s: %s", name, args.describe())
             return out, name
     mode = os.environ.get("OPENTQ_KERNELS", "")

@@ -20,7 +20,7 @@ from .contenders import NATIVE, enter
 from .corpus import KINDS, Corpus
 from .forward import Tick, greedy, nothing, prefill
 from .needle import Grid, ask, make
-from .records import Record, Records
+from .records import Record, Records, about
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def run(
     tick: Tick = nothing,
 ) -> list[Record]:
     """One record per contender; old ones where the file has them."""
-    text = {"name": corpus.name, "digest": corpus.digest}
-    settings = {"kind": "generate", "model": model_id, "text": text, "task": asdict(task)}
+    settings = about("generate", model_id, corpus, task=asdict(task))
     expected: list[list[int]] = []
     found = []
     for name in names:

@@ -14,7 +14,7 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from .corpus import Corpus
-    from .records import Records
+    from .records import Record, Records
 
 app = typer.Typer(name="eval", help="Measure what a compressed KV cache costs a model.", no_args_is_help=True)
 
@@ -56,8 +56,7 @@ def fidelity(
     protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
     work = _prepare(model, kv, text, output, records)
     passes = len(work.names) + ("native" not in work.names)
-    with progress("fidelity", passes * protocol.sequences * (protocol.length - 1)) as tick:
-        found = task.run(*work.model, work.corpus, work.names, protocol, work.records, tick)
+    found = work.run(task, protocol, passes * protocol.sequences * (protocol.length - 1))
     print(show.fidelity(found, output))
 
 
@@ -91,8 +90,7 @@ def needle(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
     work = _prepare(model, kv, text, output, records)
-    with progress("needle", len(work.names) * sum(whole) * len(parts) * trials) as tick:
-        found = task.run(*work.model, work.corpus, work.names, grid, work.records, tick)
+    found = work.run(task, grid, len(work.names) * sum(whole) * len(parts) * trials)
     print(show.needle(found, output))
     if plot is not None:
         heat_map(found, plot)
@@ -119,8 +117,7 @@ def generate(
 
     job = task.Task(context, tokens, prompts, questions, distractors, prefill_step_size, seed)
     work = _prepare(model, kv, text, output, records)
-    with progress("generate", (len(work.names) + 1) * prompts * (context + tokens)) as tick:
-        found = task.run(*work.model, work.corpus, work.names, job, work.records, tick)
+    found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
     print(show.agreement(found, output))
 
 
@@ -146,8 +143,7 @@ def layers(
     rivals = [n for n in work.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
     if rivals:
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
-    with progress("layers", (len(work.names) + 1) * sequences * context) as tick:
-        found = task.run(*work.model, work.corpus, work.names, view, work.records, tick)
+    found = work.run(task, view, (len(work.names) + 1) * sequences * context)
     print(show.layers(found, output))
 
 
@@ -158,6 +154,11 @@ class Work(NamedTuple):
     corpus: Corpus
     names: list[str]
     records: Records
+
+    def run(self, task: Any, job: Any, tokens: int) -> list[Record]:
+        """The records of `task.run` for `job`, with a progress bar over about that many tokens."""
+        with progress(task.__name__.rpartition(".")[2], tokens) as tick:
+            return task.run(*self.model, self.corpus, self.names, job, self.records, tick)
 
 
 def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path | None) -> Work:

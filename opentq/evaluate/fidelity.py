@@ -21,7 +21,7 @@ from . import metrics
 from .contenders import NATIVE, Contender, enter
 from .corpus import Corpus
 from .forward import Tick, forced, nothing, prefill
-from .records import Record, Records
+from .records import Record, Records, about
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,8 @@ def run(
     tick: Tick = nothing,
 ) -> list[Record]:
     """Measure each contender at each depth; returns their records in order, old ones where the file has them."""
-    settings = {
-        "kind": "fidelity",
-        "model": model_id,
-        "text": {"name": corpus.name, "digest": corpus.digest},
-        "protocol": asdict(protocol) | {"depths": list(protocol.depths)},
-    }
+    described = asdict(protocol) | {"depths": list(protocol.depths)}
+    settings = about("fidelity", model_id, corpus, protocol=described)
     missing = [n for n in names if any(not records.find(_key(settings, n, d)) for d in protocol.depths)]
     if missing:
         rows = corpus.tokens(tokenizer, protocol.sequences, protocol.length, protocol.seed)

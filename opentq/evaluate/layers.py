@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..spec import KVSpec
 from .corpus import Corpus
 from .forward import Tick, nothing, prefill
-from .records import Record, Records
+from .records import Record, Records, about
 from .simulate import SimulatedCache
 
 
@@ -81,8 +81,7 @@ def run(
 ) -> list[Record]:
     """One record per spec and compressed layer, in order; old ones where the file has them."""
     rows = corpus.tokens(tokenizer, view.sequences, view.context, view.seed)
-    text = {"name": corpus.name, "digest": corpus.digest}
-    settings = {"kind": "layers", "model": model_id, "text": text, "view": asdict(view)}
+    settings = about("layers", model_id, corpus, view=asdict(view))
     return measure(model, mx.array(rows), [KVSpec.parse(n) for n in names], view, settings, records, tick)
 
 

@@ -18,7 +18,7 @@ from .contenders import enter
 from .corpus import KINDS, Corpus, Needle, needle
 from .forward import Tick, greedy, nothing, prefill
 from .metrics import wilson
-from .records import Record, Records
+from .records import Record, Records, about
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,8 @@ def run(
     tick: Tick = nothing,
 ) -> list[Record]:
     """One record per contender, length and depth, in order; old ones where the file has them."""
-    settings = {
-        "kind": "needle",
-        "model": model_id,
-        "text": {"name": corpus.name, "digest": corpus.digest},
-        "what": grid.kind,
-        "distractors": grid.distractors,
-        "trials": grid.trials,
-        "prefill": grid.prefill,
-        "answer": grid.answer,
-        "seed": grid.seed,
-        "simulate": grid.simulate,
-    }
+    shared = {n: getattr(grid, n) for n in ("distractors", "trials", "prefill", "answer", "seed", "simulate")}
+    settings = about("needle", model_id, corpus, what=grid.kind, **shared)
     found = []
     made: dict[tuple[int, float, int], Needle] = {}
     for name in names:

@@ -14,10 +14,13 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
 
 Record = dict[str, Any]
 
@@ -78,6 +81,11 @@ def environment() -> Record:
     command = " ".join([name, *sys.argv[1:]])
     kernels = os.environ.get("OPENTQ_KERNELS", "")
     return {**_environment(), "command": command, "kernels": kernels or "default"}
+
+
+def about(kind: str, model: Record, corpus: Corpus, **more: Any) -> Record:
+    """What identifies a result of `kind`: the model, the text that it read, and the task's own settings."""
+    return {"kind": kind, "model": model, "text": {"name": corpus.name, "digest": corpus.digest}, **more}
 
 
 def model_name(path: str) -> Record:
