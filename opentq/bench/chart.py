@@ -11,10 +11,22 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a label and its points, by rising x."""
+    """One line: a label and its points, by rising x; or points with names of their own, and a line through some."""
 
     label: str
     points: tuple[tuple[float, float], ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> tuple[tuple[float, float], ...]:
+        """What is joined: all points, or the lower front of named ones (none to the left of a point is lower)."""
+        if not self.names:
+            return self.points
+        front: list[tuple[float, float]] = []
+        for point in self.points:
+            if not front or point[1] < front[-1][1]:
+                front.append(point)
+        return tuple(front)
 
 
 @dataclass(frozen=True)
@@ -104,18 +116,27 @@ def _long(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
 
 
 def _quality(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
-    """Mean KL against bits per value, from `opentq eval fidelity`'s records; one line per depth."""
+    """Mean KL against bits per value, from `opentq eval fidelity`'s records: a point per spec, a front per depth."""
     rows = [r for r in records if (r.get("settings") or {}).get("kind") == "fidelity"]
     out = []
     for model in dict.fromkeys(r["settings"]["model"]["name"] for r in rows):
-        own = [r for r in rows if r["settings"]["model"]["name"] == model and r["settings"]["spec"] != "native"]
-        lines = _series(
-            own,
-            lambda r: f"{r['settings']['depth']:,} tokens",
-            lambda r: r["bits"],
-            lambda r: r["kl_mean"][0] or None,
+        own = [r for r in rows if r["settings"]["model"]["name"] == model and r["kl_mean"][0] > 0]
+        found: dict[int, dict[str, tuple[float, float]]] = {}
+        for r in own:
+            point = r["bits"], r["kl_mean"][0]
+            found.setdefault(r["settings"]["depth"], {})[r["settings"]["spec"]] = point
+        lines = []
+        for depth, specs in sorted(found.items()):
+            names, points = zip(*sorted(specs.items(), key=lambda item: item[1]))
+            lines.append(Series(f"{depth:,} tokens", points, names))
+        chart = Chart(
+            f"quality-{model}",
+            f"Quality of {model}",
+            "bits per value",
+            "mean KL to fp16, nats",
+            tuple(lines),
+            False,
+            True,
         )
-        title = f"Quality of {model}"
-        chart = Chart(f"quality-{model}", title, "bits per value", "mean KL to fp16, nats", lines, False, True)
         out.append((chart, own))
     return out

@@ -20,7 +20,8 @@ def save(chart: Chart, path: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for series in chart.series:
-        axes.plot(*zip(*series.points), marker="o", markersize=4, label=series.label)
+        (line,) = axes.plot(*zip(*series.line), marker="o", markersize=4, label=series.label)
+        axes.plot(*zip(*series.points), "o", markersize=2.5, color=line.get_color())
     if chart.limit:
         axes.axhline(chart.limit[0], linestyle="--", color="tab:red", linewidth=1, label=chart.limit[1])
     if chart.log_x:

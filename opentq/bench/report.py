@@ -27,7 +27,7 @@ th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem; text-align:
 .text { text-align: left; }
 figure { margin: 1.5rem 0; max-width: 44rem; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-.tick { text-anchor: middle; } .side { text-anchor: end; } svg .key { fill: var(--text); }
+.tick { text-anchor: middle; } .side { text-anchor: end; } svg .key { fill: var(--text); } svg .name { font-size: 9px; }
 .grid { stroke: var(--rule); stroke-width: 1; } .limit { stroke: var(--c5); stroke-dasharray: 6 4; }
 .line { fill: none !important; stroke-width: 2; }
 details { font-size: 13px; color: var(--soft); } pre { overflow-x: auto; font-size: 11px; }
@@ -55,7 +55,7 @@ def page(records: Sequence[dict[str, Any]], title: str = "opentq benchmarks") ->
 def _where(records: Sequence[dict[str, Any]]) -> str:
     """Devices, versions and commands, each once."""
     lines = []
-    for key, label in (("device", "Measured on"), ("date", "Between"), ("commit", "Commit"), ("command", "Commands")):
+    for key, label in (("device", "Measured on"), ("date", "Between"), ("commit", "Commit")):
         found = sorted({str(r[key]) for r in records if r.get(key)})
         if key == "date" and found:
             found = [found[0], found[-1]] if found[0] != found[-1] else found[:1]
@@ -63,7 +63,11 @@ def _where(records: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{label}: " + "; ".join(map(escape, found)))
     versions = {name: v for r in records for name, v in (r.get("versions") or {}).items()}
     lines.append(", ".join(f"{name} {v}" for name, v in sorted(versions.items())))
-    return "<p>" + "<br>".join(lines) + "</p>"
+    commands = sorted({str(r["command"]) for r in records if r.get("command")})
+    listed = (
+        f"<details><summary>{len(commands)} commands</summary><pre>{escape(chr(10).join(commands))}</pre></details>"
+    )
+    return f"<p>{'<br>'.join(lines)}</p>{listed if commands else ''}"
 
 
 def _figure(chart: Chart, behind: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from html import escape
+from itertools import zip_longest
 
 from .chart import Chart
 
@@ -73,11 +74,14 @@ def draw(chart: Chart) -> str:
         parts.append(f'<text class="y" x="{LEFT + 4}" y="{at - 4:.1f}">{escape(chart.limit[1])}</text>')
     for i, series in enumerate(chart.series):
         style = f"c{i % COLOURS}"
-        path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in series.points)
+        path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in series.line)
         parts.append(f'<polyline class="line {style}" points="{path}"/>')
-        for a, b in series.points:
-            title = f"<title>{escape(series.label)}: {a:g}, {b:.4g}</title>"
+        for (a, b), name in zip_longest(series.points, series.names):
+            title = f"<title>{escape(name or series.label)}: {a:g}, {b:.4g}</title>"
             parts.append(f'<circle class="{style}" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="3.5">{title}</circle>')
+        labelled = [(p, n) for p, n in zip(series.points, series.names) if p in series.line] if not i else []
+        for (a, b), name in labelled:
+            parts.append(f'<text class="name" x="{x.at(a) + 5:.1f}" y="{y.at(b) - 5:.1f}">{escape(name)}</text>')
         row = TOP + 8 + 18 * i
         parts.append(f'<circle class="{style}" cx="{WIDTH - RIGHT + 16}" cy="{row}" r="4"/>')
         parts.append(f'<text class="key" x="{WIDTH - RIGHT + 26}" y="{row + 4}">{escape(series.label)}</text>')
