@@ -8,14 +8,13 @@
 
 namespace otq {
 
-constexpr int VECTORS = W == 16 ? 4 : W == 8 ? 2 : 4;  // vectors per row in the register block
-
 // out[r][0 .. NV*W) (+)= sum_k a[r][k] * b[k][0 .. NV*W)
 template <int NR, int NV, bool ADD>
-INLINE void outer(const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride) {
+INLINE void outer(Ahead& ahead, const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride) {
   F x[NR][NV];
   UNROLL for (int r = 0; r < NR; r++) UNROLL for (int j = 0; j < NV; j++) x[r][j] = ADD ? load(out + r * out_stride + W * j) : set1(0.f);
   for (int k = 0; k < depth; k++) {
+    if (k % AHEAD_DEPTH == 0) ahead.step();
     F y[NV];
     UNROLL for (int j = 0; j < NV; j++) y[j] = load(b + size_t(k) * b_stride + W * j);
     UNROLL for (int r = 0; r < NR; r++) {
@@ -27,38 +26,35 @@ INLINE void outer(const float* a, int a_stride, const float* b, int b_stride, in
 }
 
 template <int NR, bool ADD>
-INLINE void outer_columns(const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride,
-                          int columns) {
+INLINE void outer_columns(Ahead& ahead, const float* a, int a_stride, const float* b, int b_stride, int depth, float* out,
+                          int out_stride, int columns) {
   int j = 0;
   for (; j + VECTORS * W <= columns; j += VECTORS * W)
-    outer<NR, VECTORS, ADD>(a, a_stride, b + j, b_stride, depth, out + j, out_stride);
-  for (; j < columns; j += W) outer<NR, 1, ADD>(a, a_stride, b + j, b_stride, depth, out + j, out_stride);
+    outer<NR, VECTORS, ADD>(ahead, a, a_stride, b + j, b_stride, depth, out + j, out_stride);
+  for (; j < columns; j += W) outer<NR, 1, ADD>(ahead, a, a_stride, b + j, b_stride, depth, out + j, out_stride);
 }
 
 // out [n][columns] (+)= a [n][depth] * b [depth][columns]; columns a multiple of 16
 template <bool ADD>
-void product(const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride, int n, int columns) {
+void product(Ahead& ahead, const float* a, int a_stride, const float* b, int b_stride, int depth, float* out, int out_stride, int n,
+             int columns) {
   for (int r = 0; r < n; r += 4, a += 4 * a_stride, out += 4 * out_stride) {
     const int left = n - r;
-    if (left == 1) outer_columns<1, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
-    else if (left == 2) outer_columns<2, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
-    else if (left == 3) outer_columns<3, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
-    else outer_columns<4, ADD>(a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    if (left == 1) outer_columns<1, ADD>(ahead, a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    else if (left == 2) outer_columns<2, ADD>(ahead, a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    else if (left == 3) outer_columns<3, ADD>(ahead, a, a_stride, b, b_stride, depth, out, out_stride, columns);
+    else outer_columns<4, ADD>(ahead, a, a_stride, b, b_stride, depth, out, out_stride, columns);
   }
 }
 
 // 64 fp16 tokens, `stride` numbers apart, as floats: keys [dim_k][64], values [64][dim_v]. Tokens that no row sees (not in
-// `any`) may not exist or hold anything, so they are zeros here. The next 64 are asked for meanwhile.
+// `any`) may not exist or hold anything, so they are zeros here.
 inline void widen_keys(Rows& rows, const uint16_t* k, int64_t stride, uint64_t any) {
   static const uint16_t nothing[16] = {};
   for (int t0 = 0; t0 < 64; t0 += 16) {
     const uint16_t* tokens[16];
     for (int d = 0; d < rows.dim_k; d += 16) {
-      for (int t = 0; t < 16; t++) {
-        const uint16_t* token = k + (t0 + t) * stride + d;
-        tokens[t] = any >> (t0 + t) & 1 ? token : nothing;
-        if (d % 32 == 0) __builtin_prefetch(token + 64 * stride, 0, 2);
-      }
+      for (int t = 0; t < 16; t++) tokens[t] = any >> (t0 + t) & 1 ? k + (t0 + t) * stride + d : nothing;
       transpose_half(tokens, rows.dense_k + size_t(d) * 64 + t0, 64);
     }
   }
@@ -72,14 +68,13 @@ inline void widen_values(Rows& rows, const uint16_t* v, int64_t stride, uint64_t
       std::fill_n(out, rows.dim_v, 0.f);
       continue;
     }
-    for (int d = 0; d < rows.dim_v; d += 32) __builtin_prefetch(token + 64 * stride + d, 0, 2);
     for (int d = 0; d < rows.dim_v; d += W) store(out + d, load_half(token + d));
   }
 }
 
 // Scores of rows [r0, r0 + n) against the widened keys, in units of 1.
 inline void dense_scores(Rows& rows, int r0, int n) {
-  product<false>(rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
+  product<false>(rows.ahead, rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
 }
 
 // Scores in units of `step` -> probabilities in their place, and the sums of the state.
@@ -100,7 +95,7 @@ inline void softmax_dense(Rows& rows, int r0, int n, const float* step) {
 
 // acc += probabilities * the first `tokens` widened values.
 inline void dense_values(Rows& rows, int r0, int n, int tokens) {
-  product<true>(rows.scores, 64, rows.dense_v, rows.dim_v, tokens, rows.acc + size_t(r0) * rows.dim_v, rows.dim_v, n, rows.dim_v);
+  product<true>(rows.ahead, rows.scores, 64, rows.dense_v, rows.dim_v, tokens, rows.acc + size_t(r0) * rows.dim_v, rows.dim_v, n, rows.dim_v);
 }
 
 // Which dense columns a row sees: [sink_low, sink_high) and [low, high).

@@ -74,6 +74,8 @@ INLINE uint16_t float_to_half(float f) {
   return sign | uint16_t((x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13);
 }
 
+typedef uint16_t Eight __attribute__((vector_size(16)));  // fp16 numbers; widen8 stores them as floats
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(OPENTQ_NO_AVX512)
 
 constexpr int W = 16, MAX_ROWS = 4;
@@ -90,7 +92,7 @@ INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE void store_half(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
+INLINE void widen8(Eight x, float* out) { _mm256_storeu_ps(out, _mm256_cvtph_ps((__m128i)x)); }
 INLINE float hmax(F x) { return _mm512_reduce_max_ps(x); }
 INLINE float hmin(F x) { return _mm512_reduce_min_ps(x); }
 INLINE float hsum(F x) { return _mm512_reduce_add_ps(x); }
@@ -150,7 +152,7 @@ INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-INLINE void store_half(uint16_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, 0)); }
+INLINE void widen8(Eight x, float* out) { store(out, _mm256_cvtph_ps((__m128i)x)); }
 INLINE float hmax(F x) {
   __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   a = _mm_max_ps(a, _mm_movehl_ps(a, a));
@@ -217,7 +219,10 @@ INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 INLINE F max(F a, F b) { return vmaxnmq_f32(a, b); }
 INLINE F min(F a, F b) { return vminnmq_f32(a, b); }
 INLINE F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-INLINE void store_half(uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+INLINE void widen8(Eight x, float* out) {
+  const float16x8_t h = vreinterpretq_f16_u16((uint16x8_t)x);
+  store(out, vcvt_f32_f16(vget_low_f16(h))), store(out + 4, vcvt_f32_f16(vget_high_f16(h)));
+}
 INLINE float hmax(F x) { return vmaxnmvq_f32(x); }
 INLINE float hmin(F x) { return vminnmvq_f32(x); }
 INLINE float hsum(F x) { return vaddvq_f32(x); }
@@ -292,7 +297,7 @@ INLINE F min(F a, F b) { return (F)pick(a < b, (I)a, (I)b); }
 INLINE F load_half(const uint16_t* p) {
   return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
 }
-INLINE void store_half(uint16_t* p, F x) { for (int l = 0; l < W; l++) p[l] = float_to_half(x[l]); }
+INLINE void widen8(Eight x, float* out) { for (int l = 0; l < 8; l++) out[l] = half_to_float(x[l]); }
 INLINE float hmax(F x) { return std::fmax(std::fmax(x[0], x[1]), std::fmax(x[2], x[3])); }
 INLINE float hmin(F x) { return std::fmin(std::fmin(x[0], x[1]), std::fmin(x[2], x[3])); }
 INLINE float hsum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
@@ -350,26 +355,20 @@ template <int BITS> struct Book {
 };
 #endif
 
-// 16 rows of 16 fp16 numbers -> 16 columns of 16 floats, `stride` apart.
-typedef uint16_t Eight __attribute__((vector_size(16)));
+// 16 rows of 16 fp16 numbers -> 16 columns of 16 floats, `stride` apart: 8 x 8 at a time by three perfect shuffles.
 INLINE void transpose_half(const uint16_t* const* rows, float* out, int stride) {
-  UNROLL for (int half = 0; half < 2; half++) {
-    Eight x[2][8], y[8];
-    UNROLL for (int side = 0; side < 2; side++) {
-      UNROLL for (int i = 0; i < 8; i++) std::memcpy(&x[side][i], rows[8 * side + i] + 8 * half, 16);
-      UNROLL for (int round = 0; round < 3; round++) {  // three perfect shuffles transpose 8 x 8
-        UNROLL for (int i = 0; i < 4; i++) {
-          y[2 * i] = __builtin_shufflevector(x[side][i], x[side][i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-          y[2 * i + 1] = __builtin_shufflevector(x[side][i], x[side][i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-        }
-        UNROLL for (int i = 0; i < 8; i++) x[side][i] = y[i];
+  for (int corner = 0; corner < 4; corner++) {
+    const int row = corner % 2 * 8, column = corner / 2 * 8;
+    Eight x[8], y[8];
+    UNROLL for (int i = 0; i < 8; i++) std::memcpy(&x[i], rows[row + i] + column, 16);
+    UNROLL for (int round = 0; round < 3; round++) {
+      UNROLL for (int i = 0; i < 4; i++) {
+        y[2 * i] = __builtin_shufflevector(x[i], x[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+        y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
       }
+      UNROLL for (int i = 0; i < 8; i++) x[i] = y[i];
     }
-    UNROLL for (int i = 0; i < 8; i++) {
-      uint16_t column[16];
-      std::memcpy(column, &x[0][i], 16), std::memcpy(column + 8, &x[1][i], 16);
-      for (int t = 0; t < 16; t += W) store(out + (8 * half + i) * stride + t, load_half(column + t));
-    }
+    UNROLL for (int i = 0; i < 8; i++) widen8(x[i], out + (column + i) * stride + row);
   }
 }
 

@@ -44,6 +44,9 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
+constexpr int VECTORS = W == 16 ? 4 : W == 8 ? 2 : 4;  // dense products: vectors per row in the register block (dense.h),
+constexpr int AHEAD_DEPTH = 8;                         // and multiply-adds of each between two steps
+
 // Asks for the next block's cache lines a few at a time, between the products of this one: a hardware prefetcher stops at
 // every 4 KB page, and 160 requests at once would stall.
 struct Ahead {
@@ -54,14 +57,14 @@ struct Ahead {
     for (; n > 0 && k < k_end; n--, k += 64) __builtin_prefetch(k, 0, 2);
     for (; n > 0 && v < v_end; n--, v += 64) __builtin_prefetch(v, 0, 2);
   }
-  // Raw blocks are asked for where they are widened (dense.h).
   void start(const Packed& keys, const uint8_t* k_block, const Packed& values, const uint8_t* v_block, int rows) {
-    const int64_t k_bytes = keys.form == RAW ? 0 : keys.block_bytes(), v_bytes = values.form == RAW ? 0 : values.block_bytes();
-    k = k_block, k_end = k + k_bytes, v = v_block, v_end = v + v_bytes;
-    // One step per group of keys and per pair of value tiles, for each group of rows.
-    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = rows <= MAX_ROWS / 2 ? 1 : 2;
-    const int steps = tiles * PARTS * ((k_bytes ? passes * keys.groups() : 0) + (v_bytes ? (values.tiles() + 1) / 2 : 0));
-    pace = steps ? int((k_bytes + v_bytes) / 64 / steps) + 1 : 0;
+    k = k_block, k_end = k + keys.block_bytes(), v = v_block, v_end = v + values.block_bytes();
+    // Codes take one step per group of keys and per pair of value tiles, for each group of rows; raw tokens as they multiply.
+    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = rows <= MAX_ROWS / 2 ? 1 : 2, quads = (rows + 3) / 4;
+    const int k_steps = keys.form == RAW ? quads * 64 / (VECTORS * W) * (keys.dim / AHEAD_DEPTH) : tiles * PARTS * passes * keys.groups();
+    const int v_steps =
+        values.form == RAW ? quads * 64 / AHEAD_DEPTH * std::max(1, values.dim / (VECTORS * W)) : tiles * PARTS * ((values.tiles() + 1) / 2);
+    pace = int((keys.block_bytes() + values.block_bytes()) / 64 / (k_steps + v_steps)) + 1;
   }
 };
 
