@@ -108,7 +108,7 @@ def test_every_shape_has_a_geometry_that_fits():
             for rows in (1, 8, 9, 16, 64, 1024):
                 g = geometry(k, (8, 32), (dim, dim), rows=rows)
                 assert g.shared <= cuda.SHARED_LIMIT
-                assert g.stages >= 2 and g.warps in (1, 2, 4, 8)
+                assert g.stages >= 2 and g.warps in (1, 2, 4, 8, 12)
                 # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
                 assert dim // 16 * g.tiles * 4 <= 128
                 assert g.resident * (g.shared + 1024) <= cuda.SHARED_LIMIT
@@ -119,6 +119,8 @@ def test_the_headline_shape_gets_what_was_measured_best():
     assert (g.tiles, g.warps, g.stages, g.resident) == (1, 8, 2, 2)
     assert g.splits(8, 131072 // 32, 4, 132) == 16
     assert g.grid(1, 8, 8, 16) == (16, 8, 1)
+    light = geometry((3, BOOK), (3, BOOK))
+    assert (light.tiles, light.warps, light.stages, light.resident) == (1, 12, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +317,28 @@ def test_decode_over_a_real_cache_after_a_trim(monkeypatch):
     args = args_of(handles, queries(shape, 2, dtype=mx.float16), causal=True)
     assert args.k.layout == layouts[0] and args.max_packed % BLOCK == 0
     judge(args, emulated_attend(args, 2))
+
+
+@pytest.mark.parametrize("at_once", [0, 1 << 30])
+def test_prefill_attends_some_heads_at_a_time(monkeypatch, at_once):
+    """The kernel that unpacks runs in the emulator; the steps and their order are the real ones."""
+
+    def unpack(layout, records, dense, lens, b, heads, dtype):
+        source = cuda.unpack_source(layout, cuda.CTYPES[dtype])
+        packed, sink, tail_start = lens
+        tokens = packed + sink + dense.shape[2] - tail_start
+        scalars = (b, heads.start, *lens, records.shape[2], dense.shape[1], dense.shape[2], tokens)
+        blocks = (-(-(-(-packed // 32) + -(-dense.shape[2] // 32)) // 4), len(heads), 1)
+        asked.append(len(heads))
+        shape = (1, len(heads), tokens, layout.head_dim)
+        return emulator.run(source, blocks, [records, dense], [(shape, dtype)], scalars)[0][0]
+
+    asked: list[int] = []
+    monkeypatch.setattr(cuda, "unpack", unpack)
+    monkeypatch.setattr(fused_cuda, "AT_ONCE", at_once)
+    args = packed_args(Turbo(4), INT4, (64, 64), (4, 2), 70, [(90, 3, 3), (64, 3, 5)], 80)
+    judge_finite_part(args, fused_cuda.prefill(args))
+    assert asked == ([4] * 4 if at_once else [1] * 16)
 
 
 def test_compiled_kernels_are_kept(monkeypatch, tmp_path):

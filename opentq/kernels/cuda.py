@@ -30,6 +30,8 @@ SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
 IN_FLIGHT = 32 * 1024
 """Bytes that a multiprocessor should have asked for at any time; more only spread the accesses."""
+LIGHT = 3600
+"""Bytes of a record of keys and one of values below which more warps pay."""
 MAX_SPLITS = 160
 """Beyond this the merge of the partial results takes longer than the splits save."""
 CTYPES = {mx.float16: "opentq::f16", mx.bfloat16: "opentq::bf16", mx.float32: "float", mx.uint32: "unsigned"}
@@ -114,11 +116,7 @@ class KernelSource:
 
 
 class Kernel:
-    """A compiled `KernelSource`, ready to launch.
-
-    MLX keeps modules by name and reads the code only for a name that is new to it, but copies it on every call, which
-    is a third of what a call costs. So the first call is evaluated at once, and later ones bring no code.
-    """
+    """A compiled `KernelSource`, ready to launch."""
 
     def __init__(self, source: KernelSource):
         self.source = source
@@ -132,7 +130,7 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        made = mx.fast.precompiled_cuda_kernel(
+        return mx.fast.precompiled_cuda_kernel(
             name=self.source.name,
             compiled_source=self.code,
             inputs=inputs,
@@ -144,10 +142,6 @@ class Kernel:
             shared_memory=self.source.shared,
             ensure_row_contiguous=True,
         )
-        if self.code:
-            mx.eval(made)
-            self.code = b""
-        return made
 
 
 @dataclass(frozen=True)
@@ -166,11 +160,13 @@ class Geometry:
 
     @classmethod
     def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int) -> Geometry:
-        """Eight warps and two stages, unless shared memory says otherwise or records are small: measured best."""
+        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; twelve warps where records are light, as
+        arithmetic then takes as long as bytes do. Fewer where shared memory ends, more stages where records are tiny.
+        """
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
         stage = 4 * (k.record_words + v.record_words)
-        warps = 8
+        warps = 12 if stage <= LIGHT and tiles == 1 else 8
         while warps > 1 and 2 * warps * stage > 200 * 1024:
             warps //= 2
         stages = max(2, min(4, -(-IN_FLIGHT // (warps * stage))))
