@@ -1,9 +1,9 @@
 """Times of decode, prefill and packing beside their rivals, in one process.
 
 Two harnesses. "graph" replays the kernel alone from a CUDA graph (`graph.py`), beside torch's. "mlx" is what a model
-gets: the median of several runs, a run being many calls in one `mx.eval`, each fed the output of the call before it, so
-that nothing overlaps and launches are amortised as in a model. In both, calls take their keys and values in turn from
-sets that together are several times the L2 cache.
+gets: the median of several runs, a run being many calls in one evaluation, each fed the output of the call before it,
+while Python builds the next run, as generation does: the slower of GPU and host. In both, calls take their keys and
+values in turn from sets that together are several times the L2 cache.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from .graph import Shape
 Step = Callable[[mx.array], mx.array]
 
 
-def chained(step: Step, first: mx.array, calls: int, runs: int = 5) -> float:
-    """Median seconds per call of `x = step(x)`."""
-    samples = []
-    for i in range(runs + 2):
-        start = time.perf_counter()
-        x = first
+def chained(step: Step, first: mx.array, calls: int, runs: int = 9) -> float:
+    """Median seconds per call of `x = step(x)`, `calls` of them per evaluation, the next ones built meanwhile."""
+    samples, x, pending = [], first, first
+    last = time.perf_counter()
+    for _ in range(runs + 3):
         for _ in range(calls):
             x = step(x)
-        mx.eval(x)
-        mx.synchronize()
-        if i >= 2:
-            samples.append((time.perf_counter() - start) / calls)
-    return statistics.median(samples)
+        mx.async_eval(x)
+        mx.eval(pending)
+        now = time.perf_counter()
+        samples.append((now - last) / calls)
+        last, pending = now, x
+    mx.eval(x)
+    return statistics.median(samples[3:])
 
 
 @functools.cache
@@ -204,7 +205,7 @@ def run_slow_rivals(log) -> None:
     """Apart and last: MLX compiles kernels of its own for these two, which has taken more than a minute."""
     shape = Shape(131072, INT4, INT4)
     for engine in (dequantize_sdpa, mlx_lm_quantized):
-        seconds = chained(engine(shape), queries(shape), 4, 3)
+        seconds = chained(engine(shape), queries(shape), 4, 4)
         log.row(
             "decode",
             engine=engine.__name__,
@@ -226,7 +227,7 @@ def prefill_row(log, shape: Shape) -> None:
         step = ours(shape, packed_sets(shape, sets=1)) if name == "ours" else one_set_sdpa(whole)
         held = mx.get_active_memory()
         mx.reset_peak_memory()
-        seconds = chained(step, q, 4, 5)
+        seconds = chained(step, q, 3, 6)
         scratch = mx.get_peak_memory() - held
         size = int(shape.bytes if name == "ours" else whole.fp16_bytes)
         found[name] = seconds, size + scratch
