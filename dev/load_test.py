@@ -314,7 +314,7 @@ def main() -> int:
     parser.add_argument("--disconnect", type=float, default=0.2, help="share of requests that are left unfinished")
     parser.add_argument("--distinct", type=int, default=12, help="different requests of the soak")
     parser.add_argument("--longest", type=int, default=7500, help="tokens of the longest prompts, about")
-    parser.add_argument("--answer", type=int, default=128, help="tokens per answer for throughput")
+    parser.add_argument("--answer", type=int, default=256, help="tokens per answer for throughput")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=2, help="long prompts for stall")
     parser.add_argument("--memory", default="6GB")

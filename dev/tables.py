@@ -109,6 +109,33 @@ def planned(model: str, contexts: str) -> str:
     return f"```\n$ opentq {' '.join(arguments)}\n{done.stdout.strip()}\n```"
 
 
+@table
+def server() -> str:
+    """The load test: last record of every part, for opentq's and mlx-lm's servers; the soak in words."""
+    found = latest(records("server"), "part", "server")
+    if ("throughput", "opentq") not in found:
+        return "No record yet."
+    body = []
+    for name in dict.fromkeys(server for _, server in found):
+        speed, stall = found.get(("throughput", name), {}), found.get(("stall", name), {})
+        label = f"opentq `{speed.get('kv', '')}`" if name == "opentq" else f"{name}'s, float32 weights"
+        speeds = [f"{speed['one']:.0f}", f"{speed['eight']:.0f} ({speed['ratio']:.1f}x)"] if speed else ["", ""]
+        gaps = [f"{stall['idle_ms']:.0f} ms", f"{stall['busy_median_ms']:.0f} ms ({stall['ratio']:.1f}x)"]
+        gaps += [f"{stall['mean_ratio']:.1f}x", f"{stall['busy_p99_ms']:.0f} ms"]
+        body.append([label, *speeds, *(gaps if stall else [""] * 4)])
+    head = ["server, `tiny-llama`", "one stream at 4K, tokens/s", "eight streams", "between tokens"]
+    head += ["while 8K are read", "mean", "p99"]
+    text = markdown(head, body)
+    if soak := found.get(("soak", "opentq")):
+        counts = ", ".join(f"{n} {what}" for what, n in sorted(soak["outcomes"].items()))
+        text += (
+            f"\n\n{soak['clients']} clients for {soak['seconds'] / 60:.0f} minutes, prompts up to 8K tokens: {counts}; "
+            f"{soak['wrong']} answers other than alone, {soak['leaked']} sequences leaked, memory "
+            f"{soak['active_growth']:+.1%} afterwards."
+        )
+    return f"{text}\n\n{machine(list(found.values()))}; `python dev/load_test.py --against-mlx-lm`."
+
+
 def main() -> int:
     stale = []
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
