@@ -10,7 +10,7 @@ from opentq import hooks
 from opentq.errors import UserError
 from opentq.recipe import Recipe, text
 from opentq.spec import KVSpec, SpecError
-from opentq.tuning.sensitivity import Choice, Sensitivity, choices, frontier, probes
+from opentq.tuning.sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 from opentq.tuning.tune import Goal, Tuner
 
 from .conftest import random_llama
@@ -58,29 +58,32 @@ def test_a_recipe_serves_a_model():
 
 
 def test_probes_change_one_side_of_one_block():
-    asked = list(probes(3, [[0, 1], [2]], 32))
-    assert len(asked) == 2 * 2 * 3
-    assert asked[0] == (0, "k", 4, 32, "k4v8|k4v8|int8")
-    assert asked[-1] == (1, "v", 2, 32, "int8|int8|k8v2")
-    assert {c.group for c in choices(64)} == {32, 64} and {c.group for c in choices(32)} == {32}
+    asked = list(probes(3, [[0, 1], [2]]))
+    assert len(asked) == 2 * 2 * 5
+    assert asked[0] == (0, "k", 6, "tq6/int8:nc|tq6/int8:nc|int8")
+    assert asked[-1] == (1, "v", 2, "int8|int8|int8/tq2:nc")
+    assert all(str(KVSpec.parse(str(choice))) == str(choice) for choice in CHOICES)
 
 
 def test_the_frontier_spends_bits_where_they_matter():
-    weak = {(side, bits, 32): 1e-4 / bits for side in "kv" for bits in (4, 3, 2)}
-    strong = {**weak, **{("k", bits, 32): 1.0 / bits for bits in (4, 3, 2)}}
-    options = choices(32)
-    bits = {c: KVSpec.parse(str(c)).bits_per_value(32) for c in options}
-    recipes = frontier([Sensitivity(strong), Sensitivity(weak)], options, bits)
-    assert recipes[0] == [Choice(8, 8, 32)] * 2 and recipes[-1] == [Choice(2, 2, 32)] * 2
+    weak = {(side, bits): 1e-4 / bits for side in "kv" for bits in (6, 5, 4, 3, 2)}
+    strong = {**weak, **{("k", bits): 1.0 / bits for bits in (6, 5, 4, 3, 2)}}
+    bits = {c: KVSpec.parse(str(c)).bits_per_value(32) for c in CHOICES}
+    recipes = frontier([Sensitivity(strong), Sensitivity(weak)], bits)
+    assert recipes[0] == [Choice(8, 8)] * 2 and recipes[-1] == [Choice(2, 2)] * 2
     middle = [r for r in recipes if r[0].keys == 8 and r[1].keys == 2]
     assert middle and any(r[0].values == 2 for r in middle)
+
+
+def width(codec: str) -> int:
+    return int(codec.strip("intq"))
 
 
 class Known(Tuner):
     """A tuner whose measurements are a formula: keys of layer 1 are fragile, everything else hardly matters."""
 
     def __init__(self, goal: Goal, held_out_factor: float = 1.0):
-        self.goal, self.factor, self.suffix, self.head_dim = goal, held_out_factor, "", 64
+        self.goal, self.factor, self.suffix = goal, held_out_factor, ""
         self.blocks = [[0], [1], [2]]
         self.plans = hooks.compress(random_llama(layers=3), "int4")
         self.protocol = type("P", (), {"seed": 0, "depths": (64,)})
@@ -95,7 +98,7 @@ class Known(Tuner):
             layers = KVSpec.parse(name).layers if "|" in name else (KVSpec.parse(name),) * 3
             kl = (
                 sum(
-                    (100 if i == 1 else 1) * 4.0 ** -int(s.keys[3:]) + 4.0 ** -int(s.values[3:])
+                    (100 if i == 1 else 1) * 4.0 ** -width(s.keys) + 4.0 ** -width(s.values)
                     for i, s in enumerate(layers)
                 )
                 / 100
@@ -113,7 +116,7 @@ def test_the_tuner_protects_the_fragile_layer():
     winner = tuner.run(generations=3)
     assert winner.kl <= 0.02 and winner.saving > 0.1
     layers = [KVSpec.parse(layer) for layer in winner.layers]
-    assert int(layers[1].keys[3:]) > int(layers[0].keys[3:])
+    assert width(layers[1].keys) > width(layers[0].keys)
     assert any("best so far" in line for line in tuner.said)
 
 

@@ -10,60 +10,56 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BITS = (8, 4, 3, 2)
-GROUPS = (32, 64)
+BITS = (8, 6, 5, 4, 3, 2)
+"""8 bits are integers in groups; fewer are codebooks with the right length, the best at every size
+(`docs/studies/codecs.md`)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one block of layers can be: key bits, value bits, group."""
+    """What one block of layers can be: key bits and value bits."""
 
     keys: int
     values: int
-    group: int
 
     def __str__(self) -> str:
-        head = f"int{self.keys}" if self.keys == self.values else f"k{self.keys}v{self.values}"
-        return head if self.group == 32 else f"{head}:g{self.group}"
+        keys, values = ("int8" if bits == 8 else f"tq{bits}" for bits in (self.keys, self.values))
+        head = keys if keys == values else f"{keys}/{values}"
+        return head if head == "int8" else f"{head}:nc"
 
 
-def choices(head_dim: int) -> list[Choice]:
-    """All choices; groups wider than the head are the head."""
-    groups = [g for g in GROUPS if g <= head_dim] or [GROUPS[0]]
-    return [Choice(k, v, g) for k in BITS for v in BITS for g in groups]
+CHOICES = tuple(Choice(k, v) for k in BITS for v in BITS)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Measured KL of one block alone: `kl["k", bits, group]` and `kl["v", bits, group]`; 8 bits are none."""
+    """Measured KL of one block alone: `kl["k", bits]` and `kl["v", bits]`; 8 bits are none."""
 
-    kl: dict[tuple[str, int, int], float]
+    kl: dict[tuple[str, int], float]
 
     def predicted(self, choice: Choice) -> float:
-        sides = (("k", choice.keys), ("v", choice.values))
-        return sum(self.kl.get((side, bits, choice.group), 0.0) for side, bits in sides)
+        return self.kl.get(("k", choice.keys), 0.0) + self.kl.get(("v", choice.values), 0.0)
 
 
-def probes(count: int, blocks: list[list[int]], head_dim: int) -> Iterator[tuple[int, str, int, int, str]]:
-    """(block, side, bits, group, recipe in one line) of every measurement."""
-    for group in [g for g in GROUPS if g <= head_dim] or [GROUPS[0]]:
-        for number, block in enumerate(blocks):
-            for side in ("k", "v"):
-                for bits in BITS[1:]:
-                    own = Choice(bits, 8, group) if side == "k" else Choice(8, bits, group)
-                    yield number, side, bits, group, "|".join(str(own) if i in block else "int8" for i in range(count))
+def probes(count: int, blocks: list[list[int]]) -> Iterator[tuple[int, str, int, str]]:
+    """(block, side, bits, recipe in one line) of every measurement."""
+    for number, block in enumerate(blocks):
+        for side in ("k", "v"):
+            for bits in BITS[1:]:
+                own = Choice(bits, 8) if side == "k" else Choice(8, bits)
+                yield number, side, bits, "|".join(str(own) if i in block else "int8" for i in range(count))
 
 
-def frontier(sensitivities: list[Sensitivity], options: list[Choice], bits: dict[Choice, float]) -> list[list[Choice]]:
+def frontier(sensitivities: list[Sensitivity], bits: dict[Choice, float]) -> list[list[Choice]]:
     """Recipes on the predicted frontier of KL and bits: for every exchange rate each block takes its best choice."""
     found: list[list[Choice]] = []
     for exponent in range(-60, 21):
         rate = 10 ** (exponent / 8)
-        recipe = [_best(s, options, bits, rate) for s in sensitivities]
+        recipe = [_best(s, bits, rate) for s in sensitivities]
         if recipe not in found:
             found.append(recipe)
     return found
 
 
-def _best(sensitivity: Sensitivity, options: list[Choice], bits: dict[Choice, float], rate: float) -> Choice:
-    return min(options, key=lambda c: sensitivity.predicted(c) + rate * bits[c])
+def _best(sensitivity: Sensitivity, bits: dict[Choice, float], rate: float) -> Choice:
+    return min(CHOICES, key=lambda c: sensitivity.predicted(c) + rate * bits[c])

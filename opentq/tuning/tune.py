@@ -22,14 +22,15 @@ from ..memory.device import GIB, here
 from ..policy import LayerPlan
 from ..recipe import Recipe
 from ..spec import KVSpec
-from .sensitivity import GROUPS, Choice, Sensitivity, choices, frontier, probes
+from .sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 
 BLOCKS = 16
 """Layers of deep models are tuned in at most so many blocks of neighbours."""
 
-UNIFORM = [
-    f"{head}{group}" for head in ("int8", "k8v4", "int4", "k4v3", "int3", "k3v2", "int2") for group in ("", ":g64")
-]
+INTEGERS = ["int8", "k8v4", "int4", "int4:g64", "int3:g64", "int2:g64"]
+CODEBOOKS = ["tq6/tq4:nc", "tq5/tq3:nc", "tq4:nc", "tq4/tq3:nc", "tq3:nc", "tq3/tq2:nc", "tq2:nc"]
+UNIFORM = INTEGERS + CODEBOOKS
+"""What one spec for all layers can do: the recipe is compared with the smallest of these that reaches its quality."""
 GENERATION = 8
 
 
@@ -91,7 +92,6 @@ class Tuner:
         count = len(self.plans)
         size = -(-count // min(count, BLOCKS))
         self.blocks = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
-        self.head_dim = max(p.key_dim for p in self.plans)
 
     def _plans(self, spec: KVSpec) -> list[LayerPlan]:
         hooks.uninstall(self.model)
@@ -124,28 +124,26 @@ class Tuner:
 
     def sensitivities(self) -> list[Sensitivity]:
         """Measure every block alone."""
-        asked = list(probes(len(self.plans), self.blocks, self.head_dim))
+        asked = list(probes(len(self.plans), self.blocks))
         lines = ["|".join(layer + self.suffix for layer in line.split("|")) for *_, line in asked]
         self.say(f"sensitivities: {len(lines)} measurements of {len(self.blocks)} blocks of layers")
         found = self.measure(lines)
-        out: list[dict[tuple[str, int, int], float]] = [{} for _ in self.blocks]
-        for (block, side, bits, group, _), line in zip(asked, lines):
-            out[block][side, bits, group] = found[line][1]
+        out: list[dict[tuple[str, int], float]] = [{} for _ in self.blocks]
+        for (block, side, bits, _), line in zip(asked, lines):
+            out[block][side, bits] = found[line][1]
         for layers, kl in zip(self.blocks, out):
-            at4 = {side: kl[side, 4, min(GROUPS)] for side in ("k", "v")}
-            self.say(f"  layers {layers[0]}-{layers[-1]}: KL at 4 bits: keys {at4['k']:.1e}, values {at4['v']:.1e}")
+            self.say(f"  layers {layers[0]}-{layers[-1]}: KL at 4 bits: keys {kl['k', 4]:.1e}, values {kl['v', 4]:.1e}")
         return [Sensitivity(kl) for kl in out]
 
     def search(self, generations: int) -> list[tuple[float, float, list[str]]]:
         """(bits, KL, layers) of everything measured, smallest first."""
         optuna = need_optuna()
-        options = choices(self.head_dim)
         dims = self.plans[0].key_dim, self.plans[0].value_dim
-        bits = {c: KVSpec.parse(str(c)).bits_per_value(*dims) for c in options}
-        known = {str(c): c for c in options}
+        bits = {c: KVSpec.parse(str(c)).bits_per_value(*dims) for c in CHOICES}
+        known = {str(c): c for c in CHOICES}
         study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.TPESampler(seed=0))
         sensitivities = self.sensitivities()
-        for recipe in self._promising(frontier(sensitivities, options, bits), sensitivities):
+        for recipe in self._promising(frontier(sensitivities, bits), sensitivities):
             study.enqueue_trial({f"block{i}": str(c) for i, c in enumerate(recipe)})
         found: dict[str, tuple[float, float, list[str]]] = {}
         best, idle = float("inf"), 0
@@ -216,8 +214,7 @@ class Tuner:
             if held_out > self.goal.max_kl:
                 self.say(f"{bits:.3f} bits: KL {kl:.4f}, but {held_out:.4f} on held-out text; the next one")
                 continue
-            equal = [(b, n) for n, (b, k) in uniform.items() if k <= max(kl, self.goal.max_kl)]
-            best = min(equal, default=(16.0, "f16"))
+            best = self._smallest(uniform)
             return Winner(layers, bits, kl, {"kl": held_out, **self.needles(name)}, best[1], best[0])
         near = min(found, key=lambda f: f[1])
         memory = f" and {self.goal.memory / GIB:.1f} GiB" if self.goal.memory else ""
@@ -225,6 +222,13 @@ class Tuner:
             f"no recipe stays within KL {self.goal.max_kl:g}{memory}; the most exact one has {near[0]:.2f} bits and "
             f"KL {near[1]:.4f}: allow more with --max-kl, or use --kv f16"
         )
+
+    def _smallest(self, uniform: dict[str, tuple[float, float]]) -> tuple[float, str]:
+        """(bits, spec): the smallest uniform spec that satisfies the goal on both texts, as a recipe must."""
+        for name, (bits, kl) in sorted(uniform.items(), key=lambda item: item[1][0]):
+            if kl <= self.goal.max_kl and self.measure([name], self.protocol.seed + 1000)[name][1] <= self.goal.max_kl:
+                return bits, name
+        return 16.0, "f16"
 
     def needles(self, name: str) -> dict[str, Any]:
         """Planted facts found with the recipe and with the model's own cache."""
