@@ -151,7 +151,9 @@ async def throughput(server: Server, args: argparse.Namespace) -> dict:
                 start = max(r.times[1] for r in replies)
                 end = min(r.times[-1] for r in replies)
                 count = sum(start < t <= end for r in replies for t in r.times[1:])
-                found.append(count / (end - start) if end > start else 0.0)
+                if end <= start:
+                    raise SystemExit("the streams did not run together: give a larger --answer")
+                found.append(count / (end - start))
             rates[streams] = statistics.median(found)
     return {"one": round(rates[1], 1), "eight": round(rates[8], 1), "ratio": round(rates[8] / rates[1], 2)}
 
