@@ -68,6 +68,40 @@ def headline() -> str:
 
 
 @table
+def cpu_kernel() -> str:
+    """One layer's attention for one new token on the CPU, every engine in one run; the last commit's rows only."""
+    rows = [r for r in records("kernel-cpu") if r["shape"] == [64, 8, 128]]
+    if not rows:
+        return "No record yet."
+    rows = [r for r in rows if r["commit"] == rows[-1]["commit"]]
+    found = latest(rows, "engine", "kv", "context")
+    contexts = sorted({r["context"] for r in rows})
+    last = contexts[-1]
+    ours = (found.get(("opentq", "int4", last)) or {}).get("ms")
+    notes: list[str] = []
+    body = []
+    for engine, kv in dict.fromkeys((r["engine"], r["kv"]) for r in rows):
+        cells = []
+        for context in contexts:
+            record = found.get((engine, kv, context))
+            note = (record or {}).get("note", "")
+            if note and (text := f"{engine} {kv} at {context // 1024}K: {note}") not in notes:
+                notes.append(text)
+            ms = (record or {}).get("ms")
+            cells.append("" if ms is None else f"{ms:.3g}" + ("*" if note else ""))
+        end = found.get((engine, kv, last)) or {}
+        ratio = f"{end['ms'] / ours:.2g}x" if ours and end.get("ms") else ""
+        errors = [found[engine, kv, c]["error"] for c in contexts if (found.get((engine, kv, c)) or {}).get("ms")]
+        error = f"{max(errors):.1e}" if errors else ""
+        body.append([f"{engine} `{kv}`" if engine == "opentq" else f"{engine} {kv}", *cells, ratio, error])
+    head = [f"ms at {c // 1024}K" for c in contexts]
+    text = markdown(["one layer, 64/8 heads, D 128", *head, f"to int4 at {last // 1024}K", "arithmetic error"], body)
+    footnote = f" * {'; '.join(notes)}." if notes else ""
+    threads = f"{rows[-1]['threads']} threads"
+    return f"{text}\n\n{machine(rows)}, {threads}; `opentq bench kernel`, commit {rows[-1]['commit']}.{footnote}"
+
+
+@table
 def nvidia() -> str:
     """The decode kernel alone on Hopper, best geometry of each shape."""
     rows = [r for r in records("cuda") if r["what"] == "decode kernel" and r["n"] >= 1024]
