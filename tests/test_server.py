@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,22 @@ def test_openai_client(server):
     assert text.choices[0].text and text.usage.prompt_tokens == 9
     ids = server.openai.completions.create(model="tiny", prompt=[70, 71, 72], max_tokens=3, temperature=0)
     assert ids.usage.prompt_tokens == 3
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/server.md"])
+def test_snippets_work_as_written(folder, page, capsys):
+    """The curl line and the Python of the pages, with another port."""
+    blocks = re.findall(r"```(?:python)?\n(.*?)```", (Path(__file__).parents[1] / page).read_text(), re.S)
+    curl = next(b for b in blocks if b.startswith("curl"))
+    python = next(b for b in blocks if "OpenAI(" in b)
+    with serving(folder, names=("tiny-llama",), max_tokens=20) as server:
+        here = f"127.0.0.1:{server.port}"
+        if shutil.which("curl"):
+            command = curl.replace("127.0.0.1:8080", here)
+            out = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+            assert json.loads(out)["choices"][0]["message"]["content"]
+        exec(python.replace("127.0.0.1:8080", here), {})
+        assert capsys.readouterr().out.strip()
 
 
 def test_streaming_equals_not_streaming(server):
