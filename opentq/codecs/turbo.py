@@ -80,7 +80,10 @@ class Turbo:
         codes = nearest(y / divisor, codebooks.sphere(self.bits, y.shape[-1]))
         points = lookup(codes, codebooks.sphere(self.bits, y.shape[-1]))
         if self.fit == "norm":
-            scale = mx.minimum(rms(y) / rms(points), FP16_MAX).astype(mx.float16)
+            # Squares of whole numbers add up exactly in any order, so that kernels make the same bits.
+            entries, step = codebooks.integers(self.bits, y.shape[-1])
+            squares = lookup(codes, tuple(float(e * e) for e in entries)).sum(-1, keepdims=True)
+            scale = mx.minimum(rms(y) / (mx.sqrt(squares / y.shape[-1]) * step), FP16_MAX).astype(mx.float16)
         elif self.fit == "unbiased":
             # A codebook value has the sign of its coordinate, so the product is 0 only for y = 0.
             product = (y / divisor * points).mean(-1, keepdims=True)

@@ -59,8 +59,11 @@ struct Call {
 // What one packed token is made of.
 struct Format {
   int32_t bits, group, dim, is_values;
-  int32_t form, pad;
-  const float* cuts;  // BOOK, to quantise only: 2^bits - 1 boundaries between entries, in units of the scale
+  int32_t form, norm;     // norm: the scale keeps the vector's length, not the codes' (BOOK, as the rest; to quantise only)
+  const float* cuts;      // 2^bits - 1 boundaries between entries, in units of the scale
+  const uint8_t* book;    // as in Packed
+  float step;
+  int32_t pad;
   int groups() const { return (dim + group - 1) / group; }
   int params() const { return form == AFFINE ? 2 * groups() : 1; }  // fp16 numbers
   int64_t code_bytes() const { return int64_t(8) * bits * dim; }
@@ -84,8 +87,9 @@ struct Grid {
 
 // All return 0, or 1 when memory ran out.
 EXPORT int opentq_attend(const otq::Call* call);
-// x [B, H, 64 n, D] of `dtype`, strides in elements -> blocks, contiguous. BOOK: with scales [B, H, 64 n], contiguous.
-EXPORT int opentq_pack(const otq::Format* f, const otq::Grid* n, const void* x, const uint16_t* scales, uint8_t* blocks);
+// x [B, H, 64 n, D] of `dtype`, strides in elements -> blocks, contiguous. BOOK: with |x| / sqrt(D),
+// [B, H, 64 n], contiguous.
+EXPORT int opentq_pack(const otq::Format* f, const otq::Grid* n, const void* x, const float* lengths, uint8_t* blocks);
 // codes uint32 [B, H, 64 n, words] and scales fp16 [B, H, 64 n, params], contiguous -> blocks, contiguous.
 EXPORT int opentq_store(const otq::Format* f, const otq::Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks);
 // blocks, strides in bytes -> codes and scales, contiguous.

@@ -96,8 +96,11 @@ class Format(ctypes.Structure):
         ("dim", c_int32),
         ("is_values", c_int32),
         ("form", c_int32),
-        ("pad", c_int32),
+        ("norm", c_int32),
         ("cuts", c_void_p),
+        ("book", c_void_p),
+        ("step", c_float),
+        ("pad", c_int32),
     ]
 
 

@@ -118,25 +118,26 @@ class CpuBlocks:
         if y.shape[3] != self.head_dim:
             raise ValueError(f"layout {self.name} can't hold vectors of {y.shape[3]} channels")
         blocks = _whole_blocks(self.name, y.shape[2])
-        other_scale = isinstance(codec, turbo.Turbo) and codec.fit != "length"  # known once codes are
-        if y.dtype not in cpu.DTYPES or other_scale or not cpu.available():
+        fit = codec.fit if isinstance(codec, turbo.Turbo) else ""
+        if y.dtype not in cpu.DTYPES or fit == "unbiased" or not cpu.available():
             return self.store(codec.encode(y))
-        scales = None if self.group else _length(y)
-        mx.eval(y, *([] if scales is None else [scales]))
+        lengths = turbo.rms(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX)) if fit else mx.zeros(0)
+        mx.eval(y, lengths)
         x = cpu.rows_view(y)
         out = np.empty((*y.shape[:2], blocks, self.block_bytes), np.uint8)
         strides = [s // x.itemsize for s in x.strides[:3]]
         grid = cpu.Grid(*y.shape[:2], blocks, *strides, cpu.DTYPES[y.dtype], cpu.threads())
-        given = None if scales is None else cpu.view(scales)
-        where = None if given is None else given.ctypes.data
-        cpu.call("opentq_pack", self._format(), grid, x.ctypes.data, where, out.ctypes.data)
+        given = cpu.view(lengths)
+        form = self._format(fit == "norm")
+        cpu.call("opentq_pack", form, grid, x.ctypes.data, given.ctypes.data, out.ctypes.data)
         return (mx.array(out),)
 
-    def _format(self) -> cpu.Format:
+    def _format(self, norm: bool = False) -> cpu.Format:
         if self.group:
             return cpu.Format(self.bits, self.group, self.head_dim, self.kind == "v", cpu.AFFINE)
-        cuts = _cuts(self.bits, self.head_dim)
-        return cpu.Format(self.bits, self.head_dim, self.head_dim, self.kind == "v", cpu.BOOK, cuts=cuts.ctypes.data)
+        cuts, (entries, step) = _cuts(self.bits, self.head_dim), book(self.bits, self.head_dim)
+        values, dim = self.kind == "v", self.head_dim
+        return cpu.Format(self.bits, dim, dim, values, cpu.BOOK, norm, cuts.ctypes.data, entries.ctypes.data, step)
 
     def view(self, where: tuple[int | None, int, int, int]) -> cpu.Packed:
         """What the kernels read: address and strides in bytes of batch, head and block."""
@@ -168,11 +169,6 @@ def planes(bits: int) -> tuple[tuple[int, int], ...]:
     """(width, first bit) of the planes in which codes of `bits` bits are stored."""
     low, high = packing.PLANES.get(bits, (bits, 0))
     return ((low, 0), (high, low)) if high else ((low, 0),)
-
-
-def _length(y: mx.array) -> mx.array:
-    """The scale that `Turbo` stores by default: |y| / sqrt(D), fp16 `[B, H, T, 1]`."""
-    return turbo.rms(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX)).astype(mx.float16)
 
 
 def _whole_blocks(name: str, tokens: int) -> int:

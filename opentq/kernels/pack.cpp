@@ -7,8 +7,8 @@
 //   AFFINE (codecs/affine.py): clip to +-65504, scale = fp16((max - min) / (2^bits - 1)), zero = fp16(min), code =
 //   clip(round_half_even((x - zero) / scale)); a group whose scale rounds to 0 gets zero = fp16((min + max) / 2) and
 //   codes 0. (A zero may differ in sign: -0 for +0.)
-//   BOOK (codecs/turbo.py): the scale comes with the call, because a mean depends on the order of its sum; code = how many
-//   boundaries lie below x / scale.
+//   BOOK (codecs/turbo.py): the length comes with the call, because a mean depends on the order of its sum; scale =
+//   fp16(length), code = how many boundaries lie below x / scale; norm: scale = fp16(length / length of the entries).
 #include <vector>
 
 #include "blocks.h"
@@ -142,7 +142,8 @@ static void quantise_affine(const Format& f, const float* x, int t, Codes& c) {
   }
 }
 
-static void quantise_book(const Format& f, const float* x, uint16_t scale, int t, Codes& c) {
+static void quantise_book(const Format& f, const float* x, float length, int t, Codes& c) {
+  uint16_t scale = float_to_half(length);
   const F limit = set1(65504.f), bottom = set1(-65504.f), one = set1(1.f);
   const F unit = set1(scale & 0x7fff ? half_to_float(scale) : 1.f);
   uint8_t* code = c.code.data() + size_t(t) * f.dim;
@@ -156,6 +157,11 @@ static void quantise_book(const Format& f, const float* x, uint16_t scale, int t
       istore(v + i, round_int(count));
     }
     for (int i = 0; i < 16; i++) code[d + i] = uint8_t(v[i]);
+  }
+  if (f.norm) {
+    int squares = 0;  // exact
+    for (int d = 0; d < f.dim; d++) squares += (f.book[code[d]] - 128) * (f.book[code[d]] - 128);
+    scale = float_to_half(std::min(length / (std::sqrt(float(squares) / float(f.dim)) * f.step), 65504.f));
   }
   c.param[size_t(t)] = scale;
 }
@@ -195,14 +201,14 @@ template <class Body> static int for_blocks(const Grid& n, Body body) {
 
 using namespace otq;
 
-EXPORT int opentq_pack(const Format* f, const Grid* n, const void* x, const uint16_t* scales, uint8_t* blocks) {
+EXPORT int opentq_pack(const Format* f, const Grid* n, const void* x, const float* lengths, uint8_t* blocks) {
   return for_blocks(*n, [&](int64_t i, int64_t batch, int64_t head, int64_t block) {
     Codes c(*f);
     std::vector<float> row(size_t(f->dim));
     for (int t = 0; t < 64; t++) {
       const int64_t at = batch * n->batch_stride + head * n->head_stride + (64 * block + t) * n->token_stride;
       to_floats(x, at, f->dim, n->dtype, row.data());
-      if (f->form == BOOK) quantise_book(*f, row.data(), scales[64 * i + t], t, c);
+      if (f->form == BOOK) quantise_book(*f, row.data(), lengths[64 * i + t], t, c);
       else quantise_affine(*f, row.data(), t, c);
     }
     write_block(*f, c, blocks + i * f->block_bytes());

@@ -60,7 +60,7 @@ struct Coding {
     const int bits = book ? number - BOOKS : number, count = 1 << std::min(bits, 6);
     for (int i = 0; i < 64; i++) entries[i] = uint8_t(1 + 254 * (i % count) / (count - 1));
     for (int i = 0; i + 1 < count; i++) cuts[i] = STEP * ((entries[i] + entries[i + 1]) / 2.f - 128);
-    f = {bits, book ? dim : group, dim, values, book ? BOOK : AFFINE, 0, cuts};
+    f = {bits, book ? dim : group, dim, values, book ? BOOK : AFFINE, 0, cuts, entries, STEP, 0};
   }
   int64_t block_bytes() const { return raw ? 128 * f.dim : f.block_bytes(); }
   // As attention reads `slots` tokens of every head.
@@ -90,11 +90,11 @@ static bool pack(const Coding& c, const std::vector<float>& x, int rows, int tok
     }
     return true;
   }
-  std::vector<uint16_t> lengths(n);
+  std::vector<float> lengths(n);
   for (size_t t = 0; t < n; t++) {
     double sum = 0;
     for (int d = 0; d < f.dim; d++) sum += double(x[t * f.dim + d]) * x[t * f.dim + d];
-    lengths[t] = to_half(std::sqrt(sum / f.dim));
+    lengths[t] = float(std::sqrt(sum / f.dim));
   }
   if (opentq_pack(&f, &grid, x.data(), lengths.data(), blocks)) return false;
   std::vector<uint32_t> codes(n * f.words());
