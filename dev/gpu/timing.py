@@ -221,20 +221,24 @@ def run_slow_rivals(log) -> None:
 def prefill_row(log, shape: Shape) -> None:
     """A chunk of tokens after n packed ones, beside fp16 attention over all of them; time and peak memory."""
     found = {}
+    whole = Shape(shape.n + shape.length, INT4, INT4, length=shape.length)
+    q = queries(shape)
     for name in ("ours", "mlx_sdpa"):
-        whole = Shape(shape.n + shape.length, INT4, INT4, length=shape.length)
-        q = queries(shape)
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
         step = ours(shape, packed_sets(shape, sets=1)) if name == "ours" else one_set_sdpa(whole)
-        held = mx.get_active_memory()
+        held = mx.get_active_memory() - before
+        mx.eval(step(q))
+        mx.synchronize()
         mx.reset_peak_memory()
+        mx.eval(step(q))
+        peak = mx.get_peak_memory() - before
         seconds = chained(step, q, 3, 6)
-        scratch = mx.get_peak_memory() - held
-        size = int(shape.bytes if name == "ours" else whole.fp16_bytes)
-        found[name] = seconds, size + scratch
-        row = {"engine": name, "us": round(seconds * 1e6, 1), "kv_bytes": size, "scratch_bytes": int(scratch)}
+        found[name] = seconds, peak
+        row = {"engine": name, "us": round(seconds * 1e6, 1), "kv_bytes": int(held), "scratch_bytes": int(peak - held)}
         log.row("prefill", **row, **shape.row())
         del step
-        mx.clear_cache()
     (mine, my_bytes), (theirs, their_bytes) = found["ours"], found["mlx_sdpa"]
     print(f"  prefill {shape.length} rows after {shape.n}: ours {mine * 1e3:.2f} ms, fp16 {theirs * 1e3:.2f} ms, "
           f"{theirs / mine:.2f}x its speed; K/V + scratch {my_bytes / 1e6:.0f} against {their_bytes / 1e6:.0f} MB",
