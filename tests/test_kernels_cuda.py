@@ -13,8 +13,9 @@ import pytest
 
 from opentq.attention import backends, dispatch, fused_cuda
 from opentq.attention.args import AttnArgs, PackedKV
+from opentq.caches import single
 from opentq.caches.single import OpenTQCache
-from opentq.codecs import codebooks, packing
+from opentq.codecs import Raw, codebooks, packing, rotation
 from opentq.codecs.affine import Affine
 from opentq.codecs.turbo import Turbo
 from opentq.kernels import cuda, cuda_layout, nvrtc
@@ -317,6 +318,37 @@ def test_decode_over_a_real_cache_after_a_trim(monkeypatch):
     args = args_of(handles, queries(shape, 2, dtype=mx.float16), causal=True)
     assert args.k.layout == layouts[0] and args.max_packed % BLOCK == 0
     judge(args, emulated_attend(args, 2))
+
+
+@pytest.mark.parametrize("dim, dtype", [(32, mx.float32), (128, mx.float16), (512, mx.bfloat16)])
+def test_rotate_is_the_hadamard_transform(dim, dtype):
+    x = mx.random.normal((2, 3, 5, dim)).astype(dtype)
+    source = cuda.rotate_source(dim, cuda.CTYPES[dtype])
+    (got,), _ = emulator.run(source, (8, 1, 1), [x], [(x.shape, dtype)], (30,))
+    want = rotation.rotate(x).astype(mx.float32)
+    assert mx.allclose(got.astype(mx.float32), want, rtol=2 * mx.finfo(dtype).eps, atol=1e-6)
+    assert not cuda.rotates(80) and not cuda.rotates(16) and not cuda.rotates(1024)
+
+
+@pytest.mark.parametrize("k, v, dims", [(INT4, Turbo(4), (64, 128)), (Affine(8, rotated=False), INT4, (80, 32))])
+def test_extend_rotates_what_is_new_and_copies_the_rest(k, v, dims):
+    rotated = [fused_cuda.hadamard(codec, dim) for codec, dim in zip((k, v), dims)]
+    old = [mx.random.normal((2, 3, 7, dim)).astype(mx.float16) for dim in dims]
+    new = [(mx.random.normal((2, 3, 4, dim)) * 100).astype(mx.bfloat16) for dim in dims]
+    new[0][0, 0, 0] = 1e30  # must stay finite
+    source = cuda.extend_source((dims[0], rotated[0]), (dims[1], rotated[1]), "opentq::bf16")
+    shapes = [((2, 3, 11, dim), mx.float16) for dim in dims]
+    got, _ = emulator.run(source, (17, 2, 1), [*old, *new], shapes, (6, 7, 4))
+    for side, codec, mine in zip(range(2), (k, v), got):
+        assert mx.array_equal(mine[:, :, :7], old[side])
+        assert mx.allclose(mine[:, :, 7:], single.dense(codec, new[side]), rtol=2e-3, atol=0.1)
+
+
+def test_who_extends():
+    assert fused_cuda.hadamard(INT4, 80) is None and fused_cuda.hadamard(Turbo(4, "haar"), 64) is None
+    assert fused_cuda.hadamard(Turbo(4, "none"), 80) is False and fused_cuda.hadamard(Raw(), 64) is None
+    columns = (mx.zeros((1, 1, 1, 64), mx.float16),) * 2
+    assert fused_cuda.extend((INT4, INT4), columns, columns) is None, "no GPU here"
 
 
 @pytest.mark.parametrize("at_once", [0, 1 << 30])

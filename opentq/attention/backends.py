@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,6 +16,9 @@ from ..codecs.base import Codec
 from ..kernels import blas, build, cpu
 from ..kernels.layout import CANONICAL, Layout
 from .args import AttnArgs
+
+Pair = tuple[Any, Any]
+"""Something of keys and the same of values."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Backend:
-    """Fused kernels: `attend` returns None for calls that they do not serve, `layouts` the storage that they want."""
+    """Fused kernels: `attend` returns None for calls that they do not serve, `layouts` the storage that they want.
+
+    `extend(codecs, dense, fresh)`, where there is one, puts new keys and values behind the fp16 columns in one launch,
+    rotated; None for codecs that it does not serve.
+    """
 
     name: str
     attend: Callable[[AttnArgs], mx.array | None]
     layouts: Callable[[Codec, Codec, tuple[int, int]], tuple[Layout, Layout]]
+    extend: Callable[[Pair, Pair, Pair], Pair | None] = lambda codecs, dense, fresh: None
 
 
 def active() -> Backend | None:
@@ -49,16 +58,21 @@ def _backend(dialect: str) -> Backend | None:
 
         return Backend("cpu", fused_cpu.attend, fused_cpu.layouts) if cpu.available() else None
     if dialect == "cuda":
-        from ..kernels import cuda_layout
         from . import fused_cuda
 
-        return Backend("cuda", fused_cuda.attend, lambda k, v, dims: cuda_layout.layouts(k, v, dims) or PLAIN)
+        return Backend("cuda", fused_cuda.attend, _cuda_layouts, fused_cuda.extend)
     from . import fused_metal
 
     return Backend("metal", fused_metal.attend, fused_metal.layouts)
 
 
 PLAIN = (CANONICAL, CANONICAL)
+
+
+def _cuda_layouts(k: Codec, v: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
+    from ..kernels import cuda_layout
+
+    return cuda_layout.layouts(k, v, dims) or PLAIN
 
 
 def layout_named(name: str) -> Layout:

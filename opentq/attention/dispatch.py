@@ -17,6 +17,7 @@ from ..codecs.base import Codec
 from ..kernels.layout import Layout
 from . import backends, tiled
 from .args import AttnArgs
+from .backends import Pair
 
 log = logging.getLogger("opentq")
 
@@ -65,6 +66,12 @@ def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layo
     """The storage layouts that this machine's kernels want for keys and values of `dims = (Dk, Dv)`."""
     backend = backends.active() if kernel_mode() != "tiled" else None
     return backend.layouts(k_codec, v_codec, dims) if backend else backends.PLAIN
+
+
+def extend(codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:
+    """fp16 columns of keys and values with new vectors behind them, rotated, in one launch; None without a kernel."""
+    backend = backends.active() if kernel_mode() != "tiled" else None
+    return backend.extend(codecs, dense, fresh) if backend else None
 
 
 def kernel_mode() -> str:

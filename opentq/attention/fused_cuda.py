@@ -12,11 +12,14 @@ import functools
 
 import mlx.core as mx
 
+from ..codecs.affine import Affine
+from ..codecs.base import Codec
+from ..codecs.turbo import Turbo
 from ..kernels import cuda
 from ..kernels.cuda_layout import RECORD, MmaLayout
 from .args import AttnArgs
 
-AT_ONCE = 32 << 20
+AT_ONCE = 64 << 20
 """Bytes of unpacked keys and values up to which a layer's heads are attended together."""
 
 SERVED = (mx.float16, mx.bfloat16)
@@ -37,6 +40,26 @@ def attend(args: AttnArgs) -> mx.array | None:
     if prefers_prefill(args):
         return prefill(args)
     return decode(args)
+
+
+def extend(
+    codecs: tuple[Codec, Codec], dense: tuple[mx.array, mx.array], fresh: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array] | None:
+    """Columns of keys and values with new vectors behind them, rotated as codecs do, or None: another rotation."""
+    rotated = tuple(hadamard(codec, d.shape[-1]) for codec, d in zip(codecs, dense))
+    if not cuda.available() or None in rotated or not dense[0].size or fresh[0].dtype != fresh[1].dtype:
+        return None
+    return cuda.extend(bool(rotated[0]), bool(rotated[1]), dense, fresh)
+
+
+def hadamard(codec: Codec, dim: int) -> bool | None:
+    """Whether `codec` applies the kernels' rotation to vectors of `dim` channels; None for any other rotation."""
+    kind = None
+    if isinstance(codec, Affine):
+        kind = "hadamard" if codec.rotated else "none"
+    elif isinstance(codec, Turbo):
+        kind = codec.rotation
+    return {"none": False, "hadamard": True if cuda.rotates(dim) else None}.get(kind or "")
 
 
 def prefers_prefill(args: AttnArgs) -> bool:

@@ -88,8 +88,7 @@ class OpenTQCache(_BaseCache):
         if self.dense_k is None:
             self._start(keys, values)
         assert self.dense_k is not None and self.dense_v is not None
-        dense_k = mx.concatenate([self.dense_k, shifted(dense(self.k_codec, keys), self.center)], axis=2)
-        dense_v = mx.concatenate([self.dense_v, dense(self.v_codec, values)], axis=2)
+        dense_k, dense_v = self._extended(keys, values)
         lens = self._lengths(keys.shape[0])
         self._lent = None
         before = self.packed_k.arrays, self.packed_v.arrays
@@ -103,6 +102,16 @@ class OpenTQCache(_BaseCache):
         if self.lends:
             self._lent = handles
         return handles
+
+    def _extended(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The fp16 columns with the new tokens behind them."""
+        assert self.dense_k is not None and self.dense_v is not None
+        codecs, held = (self.k_codec, self.v_codec), (self.dense_k, self.dense_v)
+        done = dispatch.extend(codecs, held, (keys, values)) if self.center is None else None
+        if done is not None:
+            return done
+        new_k, new_v = shifted(dense(self.k_codec, keys), self.center), dense(self.v_codec, values)
+        return mx.concatenate([self.dense_k, new_k], axis=2), mx.concatenate([self.dense_v, new_v], axis=2)
 
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
         return Step(

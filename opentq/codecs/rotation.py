@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -18,6 +19,9 @@ import mlx.core as mx
 def rotate(x: mx.array) -> mx.array:
     """`[..., D]` -> `R x`, in x's dtype (float32 inside)."""
     dim = x.shape[-1]
+    kernel = _kernel(dim)
+    if kernel and x.size:
+        return kernel(x)
     y = x.astype(mx.float32)
     y = mx.hadamard_transform(y) if is_power_of_two(dim) else y @ matrix(dim).T
     return y.astype(x.dtype)
@@ -26,10 +30,22 @@ def rotate(x: mx.array) -> mx.array:
 def unrotate(y: mx.array) -> mx.array:
     """`[..., D]` -> `R^T y`, in y's dtype: the inverse of `rotate`."""
     dim = y.shape[-1]
+    kernel = _kernel(dim)
+    if kernel and y.size:
+        return kernel(y)
     x = y.astype(mx.float32)
     # A Sylvester-Hadamard matrix is symmetric, so it is its own inverse.
     x = mx.hadamard_transform(x) if is_power_of_two(dim) else x @ matrix(dim)
     return x.astype(y.dtype)
+
+
+def _kernel(dim: int) -> Callable[[mx.array], mx.array] | None:
+    """One launch instead of three operations, on NVIDIA GPUs: the transform is its own inverse."""
+    if mx.default_device() != mx.gpu:
+        return None
+    from ..kernels import cuda
+
+    return cuda.rotate if cuda.available() and cuda.rotates(dim) else None
 
 
 @functools.cache

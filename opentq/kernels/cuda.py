@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from . import nvrtc
 from .cuda_layout import BLOCK, RECORD, MmaLayout
 
 HERE = Path(__file__).parent
-FILES = ("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh", "decode.cu", "pack_affine.cu", "unpack.cu")
+FILES = ("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh", "decode.cu", "pack_affine.cu")
+FILES += ("unpack.cu", "rotate.cu")
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
@@ -124,8 +126,8 @@ class Kernel:
 
     def __call__(
         self,
-        inputs: list[mx.array],
-        outputs: list[tuple[tuple[int, ...], mx.Dtype]],
+        inputs: Sequence[mx.array],
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
         scalars: Scalars,
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
@@ -343,6 +345,74 @@ def unpack(
     shape = (1, len(heads), tokens, layout.head_dim)
     kernel = compiled(unpack_source(layout, CTYPES[dtype]))
     return kernel([records, dense], [(shape, dtype)], scalars, (-(-units // 4), len(heads), 1))[0]
+
+
+@functools.cache
+def rotate_source(dim: int, dtype: str) -> KernelSource:
+    """Vectors of `dim` channels, rotated; four per block."""
+    return KernelSource(
+        name=f"opentq_rotate_{short(dtype)}_{dim}",
+        file="rotate.cu",
+        inputs=(("x", dtype),),
+        outputs=(("y", dtype),),
+        scalars=(("vectors", "int"),),
+        body=f"  opentq::rotate<{dtype}, {dim}>(x, y, vectors);",
+        threads=128,
+        shared=0,
+    )
+
+
+Side = tuple[int, bool]
+"""Head dim, and whether the codec rotates."""
+
+
+@functools.cache
+def extend_source(k: Side, v: Side, dtype: str) -> KernelSource:
+    """fp16 columns of keys and of values with new vectors behind them; four columns per block."""
+
+    def call(dim: int, rotated: bool, old: str, fresh: str, out: str) -> str:
+        flag = "true" if rotated else "false"
+        return f"opentq::extend<{dtype}, {dim}, {flag}>({old}, {fresh}, {out}, heads, columns, length);"
+
+    return KernelSource(
+        name=f"opentq_extend_{short(dtype)}_{k[0]}_{int(k[1])}_{v[0]}_{int(v[1])}",
+        file="rotate.cu",
+        inputs=(("old_k", "opentq::f16"), ("old_v", "opentq::f16"), ("keys", dtype), ("values", dtype)),
+        outputs=(("dense_k", "opentq::f16"), ("dense_v", "opentq::f16")),
+        scalars=(("heads", "int"), ("columns", "int"), ("length", "int")),
+        body=(
+            f"  if (blockIdx.y == 0) {call(*k, 'old_k', 'keys', 'dense_k')}\n"
+            f"  if (blockIdx.y == 1) {call(*v, 'old_v', 'values', 'dense_v')}"
+        ),
+        threads=128,
+        shared=0,
+    )
+
+
+def rotates(dim: int) -> bool:
+    """Whether `rotate` serves vectors of this many channels."""
+    return 32 <= dim <= 512 and not dim & (dim - 1)
+
+
+def rotate(x: mx.array) -> mx.array:
+    """`codecs.rotation.rotate` on the GPU, in one launch: `[..., D]` of float16, bfloat16 or float32."""
+    vectors = x.size // x.shape[-1]
+    kernel = compiled(rotate_source(x.shape[-1], CTYPES[x.dtype]))
+    return kernel([x], [(x.shape, x.dtype)], (vectors,), (-(-vectors // 4), 1, 1))[0]
+
+
+def extend(
+    k_rotated: bool, v_rotated: bool, dense: tuple[mx.array, mx.array], fresh: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array]:
+    """fp16 columns `[B, H, T, D]` of keys and values with `fresh` vectors `[B, H, L, D]` behind them, rotated."""
+    batch, heads, columns, _ = dense[0].shape
+    length = fresh[0].shape[2]
+    k, v = ((d.shape[-1], rotated) for d, rotated in zip(dense, (k_rotated, v_rotated)))
+    kernel = compiled(extend_source(k, v, CTYPES[fresh[0].dtype]))
+    shapes = [((batch, heads, columns + length, dim), mx.float16) for dim, _ in (k, v)]
+    blocks = -(-batch * heads * (columns + length) // 4)
+    out = kernel([*dense, *fresh], shapes, (batch * heads, columns, length), (blocks, 2, 1))
+    return out[0], out[1]
 
 
 @functools.cache
