@@ -46,8 +46,8 @@ class Running:
         self.options = Options(
             str(folder), **{"kv": "int4", "memory": 4 << 30, "prefill_step": 64, "port": 0, **options}
         )
-        self.service, self.prices = make_service(self.options)
-        self.server = Server(self.service, self.options)
+        service, self.prices = make_service(self.options)
+        self.server = Server(service, self.options)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self.socket.getsockname()[1]
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.socket])))
@@ -57,6 +57,10 @@ class Running:
         self.client = httpx.Client(base_url=self.url, timeout=60, headers=key)
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=options.get("api_key") or "none", max_retries=0)
         wait_for(lambda: self.server.started)
+
+    @property
+    def service(self):
+        return self.server.service
 
     def post(self, path="/v1/chat/completions", **body):
         return self.client.post(path, json=body)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -284,3 +286,43 @@ def test_a_process_stops_cleanly_and_a_killed_one_leaves_whole_files(folder, tmp
         assert [line for line in lines if line][-1] == "data: [DONE]"
     out = process.communicate(timeout=30)[0]
     assert process.returncode == 0 and "Traceback" not in out, out
+
+
+# ---- several models
+
+
+def test_a_listed_model_is_loaded_by_name(folder, tmp_path):
+    other, broken = write(tmp_path / "other", seed=1), write(tmp_path / "broken", seed=2)
+    with serving(other) as alone:
+        expected = content(alone.chat("who are you"))
+    with serving(folder, names=("tiny",), loadable=(str(other), str(broken))) as server:
+        first = content(server.chat("who are you", model="tiny"))
+        names = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
+        assert names[0] == "tiny" and {"other", "broken"} < set(names)
+        steady = Streaming(server, "steady", max_tokens=300)
+        steady.until("content")
+        refused = server.chat("x", model="other")
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        steady.close()
+        wait_for(lambda: not server.service.busy)
+        assert content(server.chat("who are you", model="other")) == expected != first
+        assert server.chat("x", model="other").json()["model"] == "other"
+        # Weights that don't fit their config: the model before comes back.
+        config = json.loads((broken / "config.json").read_text())
+        (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 320}))
+        failed = server.chat("x", model="broken")
+        assert failed.status_code == 507 and failed.json()["error"]["code"] == "model_error"
+        assert content(server.chat("who are you", model="other")) == expected
+        assert server.chat("x", model=str(tmp_path / "nowhere")).status_code == 404
+        assert content(server.chat("who are you", model="tiny")) == first
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_old_one_goes(folder, tmp_path):
+    other = write(tmp_path / "other", seed=1)
+    with serving(folder, names=("tiny",), loadable=(str(other),)) as server:
+        known = server.server.roster._known
+        known["other"] = replace(known["other"], memory=1 << 20)
+        service = server.service
+        refused = server.chat("x", model="other")
+        assert refused.status_code == 507 and refused.json()["error"]["code"] == "model_too_large"
+        assert server.service is service and server.chat("x").status_code == 200

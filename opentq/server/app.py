@@ -24,6 +24,7 @@ from . import anthropic, openai
 from .ask import Ask, Done, Step
 from .errors import ApiError, bad
 from .openapi import document
+from .roster import Roster
 from .schema import parse
 from .service import Service, Stream
 from .sse import frame
@@ -54,9 +55,9 @@ class Access:
     max_body: int = 32 << 20
 
 
-def build(service: Service, access: Access) -> Starlette:
+def build(roster: Roster, access: Access) -> Starlette:
     """The ASGI application."""
-    routes = Routes(service, access)
+    routes = Routes(roster, access)
     middleware = [Middleware(Guard, access=access)]
     if access.origins:
         cors = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
@@ -120,11 +121,15 @@ def _host_name(host: str) -> str:
 class Routes:
     """One method per route."""
 
-    def __init__(self, service: Service, access: Access):
-        self.service = service
+    def __init__(self, roster: Roster, access: Access):
+        self.roster = roster
         self.access = access
-        self.name = service.settings.names[0]
         self.fingerprint = f"opentq-{__version__}"
+
+    @property
+    def service(self) -> Service:
+        """What runs the model that is loaded."""
+        return self.roster.service
 
     async def health(self, request: Request) -> Response:
         return JSONResponse(self.service.health())
@@ -136,11 +141,11 @@ class Routes:
         return JSONResponse(document(__version__))
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model(n) for n in self.service.settings.names]})
+        return JSONResponse({"object": "list", "data": [self._model(n) for n in self.roster.names]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self.service.settings.names:
+        if name not in self.roster.names:
             raise ApiError(404, f"model {name[:100]!r} is not served here", "model", "model_not_found")
         return JSONResponse(self._model(name))
 
@@ -157,11 +162,12 @@ class Routes:
 
     async def _openai(self, request: Request, read: Callable[[dict[str, Any]], Ask], chat: bool) -> Response:
         ask = await self._read(request, read)
-        stream = await self.service.open(ask)
+        service = await self.roster.find(ask)
+        stream = await service.open(ask)
         head = openai.Head(
             id=("chatcmpl-" if chat else "cmpl-") + stream.id,
             created=int(time.time()),
-            model=ask.model or self.name,
+            model=ask.model or service.settings.names[0],
             fingerprint=self.fingerprint,
             chat=chat,
             include_usage=ask.include_usage,
@@ -172,8 +178,9 @@ class Routes:
 
     async def messages(self, request: Request) -> Response:
         ask = await self._read(request, anthropic.read)
-        stream: Stream = await self.service.open(ask)
-        model = ask.model or self.name
+        service = await self.roster.find(ask)
+        stream: Stream = await service.open(ask)
+        model = ask.model or service.settings.names[0]
         if ask.stream:
             feed = anthropic.Feed(stream.id, model, len(stream.job.tokens))
             return EventStream(stream, feed, self.service.settings.keep_alive)
@@ -181,7 +188,7 @@ class Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         ask = await self._read(request, lambda body: anthropic.read(body, count_only=True))
-        count = await asyncio.get_running_loop().run_in_executor(None, self.service.count, ask)
+        count = await asyncio.get_running_loop().run_in_executor(None, (await self.roster.find(ask)).count, ask)
         return JSONResponse({"input_tokens": count})
 
     async def _read(self, request: Request, read: Callable[[dict[str, Any]], Ask]) -> Ask:

@@ -64,6 +64,9 @@ def serve(
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "32MB",
     keep_alive: Annotated[float, typer.Option(help="Seconds of silence before a keep-alive is sent.")] = 5.0,
     drain: Annotated[float, typer.Option(help="Seconds that running answers get when the server is stopped.")] = 30.0,
+    allow_model_loading: Annotated[
+        list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")
     ] = False,
@@ -122,6 +125,7 @@ def serve(
         keep_alive=keep_alive,
         drain=drain,
         trust_remote_code=trust_remote_code,
+        loadable=tuple(allow_model_loading or ()),
     )
     check(options)
     service, prices = make_service(options)

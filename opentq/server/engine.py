@@ -130,6 +130,11 @@ class Engine:
         while self.store.shelf and self.store.shelf.waiting:
             self.store.shelf.write_one()
 
+    def forget(self) -> None:
+        """After `finish`: let model, prefixes and caches go."""
+        self.model = self.store = None  # type: ignore[assignment]
+        self.shelves.clear()
+
     def recover(self, error: BaseException) -> None:
         """After `run` failed: end the job at work, or all running answers if it was theirs, with an error each."""
         failed = [self.at_work] if self.at_work else [j for _, jobs in self.shelves.values() for j in jobs]

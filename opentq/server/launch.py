@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..evaluate.recommend import AUTO, advice
 from ..kernels.layout import FLUSH
 from ..memory.device import GIB
-from ..model import load, make_cache
+from ..model import check_folder, load, make_cache
 from ..spec import KVSpec
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
@@ -27,6 +27,7 @@ from .engine import Engine
 from .pace import choose_step
 from .prefix import PrefixStore
 from .pricing import Prices, appraise, model_context
+from .roster import Roster
 from .service import Service, Settings
 from .shelf import DiskShelf, Identity, model_folder, settled_step
 
@@ -66,6 +67,13 @@ class Options:
     keep_alive: float = 5.0
     drain: float = 30.0
     trust_remote_code: bool = False
+    loadable: tuple[str, ...] = ()
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names that requests may give: the model's own, and the path or repository as it was given."""
+        short = Path(self.model).name
+        return self.names or ((short,) if short == self.model else (short, self.model))
 
 
 def check(options: Options) -> None:
@@ -78,6 +86,10 @@ def check(options: Options) -> None:
     step = options.prefill_step
     if step is not None and (step < 1 or (FLUSH % step and step % FLUSH)):
         raise UserError(f"--prefill-step-size {step} must divide 64, the tokens packed together, or be a multiple")
+    for folder in options.loadable:
+        check_folder(folder)
+        if not Path(folder).expanduser().is_dir():
+            raise UserError(f"--allow-model-loading {folder} is not a folder")
 
 
 def make_service(options: Options) -> tuple[Service, Prices]:
@@ -132,7 +144,7 @@ def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Price
     engine = Engine(model, tokenizer, store, step)
     vocab = int(model(mx.array([[0]])).shape[-1])
     settings = Settings(
-        names=options.names or default_names(options.model),
+        names=options.served_names,
         max_context=longest,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -142,12 +154,6 @@ def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Price
         keep_alive=options.keep_alive,
     )
     return Service(engine, admission, settings, vocab, pool), prices
-
-
-def default_names(model: str) -> tuple[str, ...]:
-    """The names that requests may give: the model's own, and the path or repository as it was given."""
-    short = Path(model).name
-    return (short,) if short == model else (short, model)
 
 
 def access(options: Options) -> Access:
@@ -161,8 +167,9 @@ class Server(uvicorn.Server):
     """uvicorn with a drain of our own: running answers end, the rest get an error each; a second signal is final."""
 
     def __init__(self, service: Service, options: Options):
+        self.roster = Roster(service, options, lambda o: make_service(o)[0])
         config = uvicorn.Config(
-            build(service, access(options)),
+            build(self.roster, access(options)),
             host=options.host,
             port=options.port,
             http="h11",
@@ -176,15 +183,19 @@ class Server(uvicorn.Server):
             backlog=1024,
         )
         super().__init__(config)
-        self.service = service
         self.options = options
         self._draining: asyncio.Task[None] | None = None
+
+    @property
+    def service(self) -> Service:
+        return self.roster.service
 
     async def serve(self, sockets: Any = None) -> None:
         self.service.start()
         try:
             await super().serve(sockets)
         finally:
+            await self.roster.settle()
             self.service.close()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -200,6 +211,7 @@ class Server(uvicorn.Server):
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
+        await self.roster.settle()
         await self.service.drain(self.options.drain)
         self.should_exit = True
 

@@ -135,6 +135,11 @@ class Service:
         self._pool.submit(self.engine.finish)
         self._pool.shutdown(wait=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is being answered or waits."""
+        return bool(self._streams)
+
     # ---- requests
 
     async def open(self, ask: Ask) -> Stream:
