@@ -349,7 +349,7 @@ def test_litellm(server):
 
 
 @pytest.mark.slow
-def test_schemathesis(folder):
+def test_schemathesis(folder, tmp_path):
     command = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if command is None:
         pytest.skip("schemathesis is not installed")
@@ -361,5 +361,6 @@ def test_schemathesis(folder):
             capture_output=True,
             text=True,
             timeout=540,
+            cwd=tmp_path,
         )
     assert run.returncode == 0, run.stdout[-3000:]

@@ -56,7 +56,7 @@ def _post(summary: str, schema: Schema) -> dict[str, Any]:
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {JSON: {"schema": schema}}},
-        "responses": {"200": answer, **_errors("400", "401", "403", "404", "408", "413", "415", "503")},
+        "responses": {"200": answer, **_errors("400", "401", "403", "404", "408", "413", "415", "503", "507")},
     }
 
 
