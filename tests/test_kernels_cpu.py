@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from opentq.attention import fused_cpu, reference
 from opentq.attention.args import AttnArgs, PackedKV
+from opentq.caches.single import OpenTQCache
 from opentq.codecs import Affine, Codec, Raw, Turbo
 from opentq.kernels import build, cpu
 from opentq.kernels.cpu_layout import CpuBlocks, load_numpy, store_numpy
@@ -349,6 +350,16 @@ def test_infinite_values_and_queries_end():
             x = np.array(getattr(args, name))
             x[..., 3] = bad
             assert fused_cpu.attend(replace(args, **{name: mx.array(x)})).shape == args.q.shape
+
+
+@pytest.mark.parametrize("spec", ["f16", "int4", "int4/f16", "f16/tq3", "tq4", "tq5/tq3:nc:center", "tq6/int2:sink=4"])
+def test_caches_of_these_specs_are_served_here(spec, monkeypatch):
+    monkeypatch.setenv("OPENTQ_KERNELS", "native")
+    cache = OpenTQCache(spec)
+    for length in (300, 40, 1):
+        k, v, q = (mx.random.normal((1, heads, length, 64)) for heads in (2, 2, 8))
+        out = cache.update_and_fetch(k, v)[0].step.attend(q, scale=0.125, mask="causal")
+        assert mx.isfinite(out).all().item() and cache.stats.served_by == "cpu"
 
 
 def test_what_is_not_for_these_kernels():
