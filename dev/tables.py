@@ -62,9 +62,31 @@ def headline() -> str:
         held = mine[tests[0]]
         label = "mlx-lm's own (float32 on the CPU)" if kv == "f16" else f"opentq `{kv}`"
         body.append([label, f"{held['kv_bytes'] / 1e6:.1f} MB", f"{held['peak_bytes'] / 1e6:.0f} MB", *speeds])
-    units = [f"{'prefill' if t.startswith('pp') else 'decode'} tokens/s" for t in tests]
+    units = [words(t) for t in tests]
     text = markdown(["KV cache, `tiny-llama` at 8,192 tokens", "KV held", "peak with weights", *units], body)
     return f"{text}\n\n{machine(rows)}; `opentq bench model`."
+
+
+def words(test: str) -> str:
+    """`pp512`, `tg32`, `tg32x8` in words."""
+    kind, parallel = test[:2], test.partition("x")[2]
+    return f"{'prefill' if kind == 'pp' else 'decode'} tokens/s" + (f", {parallel} sequences" if parallel else "")
+
+
+@table
+def peaks() -> str:
+    """models/tiny-llama: peak memory of one prefill chunk of 512 tokens at growing depth, weights included."""
+    rows = [r for r in records("model-cpu") if r["test"] == "pp512" and r["depth"] >= 2048 and r["peak_bytes"]]
+    found = latest(rows, "kv", "depth")
+    depths = sorted({r["depth"] for r in rows})
+    names = [kv for kv in dict.fromkeys(r["kv"] for r in rows) if all((kv, d) in found for d in depths)]
+    body = [
+        ["mlx-lm's own" if kv == "f16" else f"opentq `{kv}`"]
+        + [f"{found[kv, d]['peak_bytes'] / 1e6:.0f} MB" for d in depths]
+        for kv in names
+    ]
+    head = ["peak of 512 prompt tokens", *(f"at {d // 1024}K" for d in depths)]
+    return f"{markdown(head, body)}\n\n{machine(rows)}; `opentq bench model`."
 
 
 @table
