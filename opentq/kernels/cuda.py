@@ -25,8 +25,11 @@ from . import nvrtc
 from .cuda_layout import BLOCK, RECORD, MmaLayout
 
 HERE = Path(__file__).parent
-FILES = ("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh", "decode.cu", "pack_affine.cu")
-FILES += ("unpack.cu", "rotate.cu")
+FILES = (
+    *("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
+    *("decode.cu", "pack_affine.cu", "unpack.cu", "rotate.cu"),
+)
+
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper."""
@@ -307,7 +310,7 @@ def unpack_source(layout: MmaLayout, dtype: str) -> KernelSource:
             "      records, dense, where, y, blocks, heads, columns, tokens);"
         ),
         threads=128,
-        shared=0,
+        shared=4 * 16 * (2 * layout.head_dim + 16),
     )
 
 
