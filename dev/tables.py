@@ -125,27 +125,56 @@ def cpu_kernel() -> str:
 
 @table
 def nvidia() -> str:
-    """The decode kernel alone on Hopper, best geometry of each shape."""
-    rows = [r for r in records("cuda") if r["what"] == "decode kernel" and r["n"] >= 1024]
-    best: dict[tuple, dict[str, Any]] = {}
-    for r in rows:
-        key = (r["n"], r["batch"], r["q_heads"], r["kv_heads"], r["dim"], r["k"], r["v"])
-        if key not in best or r["us"] < best[key]["us"]:
-            best[key] = r
-    body = [
-        [
-            f"{r['q_heads']}/{r['kv_heads']} heads, D {r['dim']}, {r['k']} / {r['v']}",
-            str(r["batch"]),
-            f"{r['n'] // 1024}K",
-            f"{r['us']:.1f}",
-            f"{r['gb_per_s'] / 1000:.2f}",
-            f"{r['share_of_read']:.0%}",
-        ]
-        for r in best.values()
-    ]
-    text = markdown(["shape", "batch", "context", "us", "TB/s", "of read bandwidth"], body)
-    last = rows[-1]
-    return f"{text}\n\n{last['device']}, {last['date'][:10]}; {last['harness']}, the kernel without a framework."
+    """The decode kernel on Hopper beside the best fp16 attention of the same run."""
+    rows = [r for r in records("cuda") if r["what"] == "decode"]
+    mine = {key: r for key, r in latest(rows, "device", *DECODE, "harness", "engine").items() if key[-2:] == GRAPH}
+    others = [r for r in rows if r["engine"] in ("mlx_sdpa", "torch-cudnn", "torch-flash")]
+    fp16 = latest(others, "device", *SHAPE, "harness", "engine")
+    body = []
+    for r in sorted(mine.values(), key=lambda r: r["device"]):
+        if not r["device"].startswith("NVIDIA H100") and (r["n"], r["k"], r["q_heads"]) != (131072, "int4:g32", 64):
+            continue
+        if r["n"] not in (1024, 8192, 32768, 131072) or r["length"] > 1 or r["k"] == "int4:g64":
+            continue
+        same = tuple(r[k] for k in ("device", *SHAPE))
+        rivals = {k[-1]: other["us"] for k, other in fp16.items() if k[: len(same)] == same}
+        best = min(rivals, key=lambda name: rivals[name])
+        codecs = r["k"] if r["k"] == r["v"] else f"{r['k']} / {r['v']}"
+        device = r["device"].removeprefix("NVIDIA ").split()[0]
+        body.append(
+            [
+                f"{device}, {r['q_heads']}/{r['kv_heads']} heads, D {r['dim']}, {codecs}",
+                f"{r['batch']} x {r['n'] // 1024}K",
+                f"{r['us']:.1f}",
+                f"{r['gb_per_s'] / 1000:.2f}",
+                f"{rivals[best]:.1f} ({best})",
+                f"{rivals[best] / r['us']:.2f}x",
+            ]
+        )
+    text = markdown(["one layer, one new token", "batch x context", "us", "TB/s", "best fp16, us", "faster"], body)
+    return f"{text}\n\n{machine(rows)}, torch {rows[-1]['versions']['torch']}; `python dev/gpu_check.py`."
+
+
+SHAPE = ("n", "batch", "q_heads", "kv_heads", "dim", "length")
+DECODE = (*SHAPE, "k", "v")
+GRAPH = ("graph", "ours")
+
+
+@table
+def nvidia_model() -> str:
+    """All of Llama-3.1-70B's shape on one card, KV cache filled to depth."""
+    rows = records("model-cuda")
+    found = latest(rows, "device", "kv", "depth", "test")
+    body = []
+    for (device, kv, depth, test), r in sorted(found.items()):
+        if not test.startswith("tg"):
+            continue
+        speed = f"{r['tokens_per_s']:.1f}" if r["tokens_per_s"] else r["note"]
+        held = [f"{r[k] / 1e9:.1f} GB" if r[k] else "" for k in ("kv_bytes", "peak_bytes")]
+        label = "mlx-lm's own fp16" if kv == "f16" else f"opentq `{kv}`"
+        body.append([device.removeprefix("NVIDIA "), label, f"{depth // 1024}K" if depth else "0", speed, *held])
+    head = ["Llama-3.1-70B's shape, random 4-bit weights", "KV cache", "depth", "tokens/s", "KV held", "peak"]
+    return f"{markdown(head, body)}\n\n{machine(rows)}; `{rows[-1]['command']}`."
 
 
 @table

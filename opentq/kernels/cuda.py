@@ -310,7 +310,7 @@ def unpack_source(layout: MmaLayout, dtype: str) -> KernelSource:
             "      records, dense, where, y, blocks, heads, columns, tokens);"
         ),
         threads=128,
-        shared=4 * 16 * (2 * layout.head_dim + 16),
+        shared=0,
     )
 
 

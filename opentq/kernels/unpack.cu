@@ -7,7 +7,7 @@
 // A block of 4 warps; warp i of the grid takes record i (32 tokens) of the packed region, then groups of 32 dense
 // columns. Codes come as mma fragments (record.cuh); x = number * scale + zero in fp32, rounded once to T, half or
 // bfloat16. In K a fragment register holds two neighbouring dims of a key; in V two keys of a dim, turned by one 8 x 8
-// transpose. A strip of 16 tokens is collected in shared memory and leaves in 16-byte pieces of whole rows. Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D]
+// transpose. Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D]
 // half, where int [8] = (sequence, first head, packed, sink, tail_start). Output: y [heads, tokens, D] T.
 // Bytes moved: the records read, tokens * D * sizeof(T) written.
 #include "record.cuh"
@@ -23,53 +23,36 @@ __device__ __forceinline__ void unpack(const u32* __restrict__ records, const f1
   const size_t kv = (size_t)where[0] * heads + head;
   y += (size_t)blockIdx.y * tokens * F::D;
   if (unit < n_records) {
-    constexpr int ROW = F::D / 2 + 4;  // words; +4: no bank conflict
-    u32* stage = reinterpret_cast<u32*>(shared_memory()) + threadIdx.x / 32 * 16 * ROW;
     const u32* record = records + (kv * blocks * 2 + unit) * F::RECORD;
     const u16* scales = reinterpret_cast<const u16*>(record + F::SCALES);
     const u16* zeros = reinterpret_cast<const u16*>(record + F::ZEROS);
+    auto zero = [&](int at) { return F::ZEROED ? half_bits(zeros[at]) : 0.f; };
     Fragments<F> fragments;
 #pragma unroll
-    for (int strip = 0; strip < 2; ++strip) {
-      float s[2][F::GROUPS], o[2][F::GROUPS] = {};  // of keys g, g+8
-      if constexpr (KEYS)
-        for (int i = 0; i < 2; ++i) {
-          key_scales<F::GROUPS>(s[i], scales + (16 * strip + g + 8 * i) * F::GROUPS);
-          if constexpr (F::ZEROED) key_scales<F::GROUPS>(o[i], zeros + (16 * strip + g + 8 * i) * F::GROUPS);
-        }
+    for (int i = 0; i < 2 * F::TILES; ++i) {
+      const int strip = i / F::TILES, tile = i % F::TILES, group = tile * 16 / F::GROUP;
+      u32 a[4];
+      fragments.tile(a, record, lane, i);
 #pragma unroll
-      for (int tile = 0; tile < F::TILES; ++tile) {
-        const int group = tile * 16 / F::GROUP;
-        u32 a[4];
-        fragments.tile(a, record, lane, strip * F::TILES + tile);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float unit_value = UNIT * F::STEP / (r % 2 ? F::LIFT : 1.f);
-          float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
-          int row, dim;
-          if constexpr (KEYS) {
-            row = g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
-            x = fmaf(x, s[r % 2][group], o[r % 2][group]), z = fmaf(z, s[r % 2][group], o[r % 2][group]);
-          } else {
-            row = g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
-            const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
-            const u32 scale = *reinterpret_cast<const u32*>(scales + at);
-            const u32 zero = F::ZEROED ? *reinterpret_cast<const u32*>(zeros + at) : 0u;
-            x = fmaf(x, low_half(scale), low_half(zero)), z = fmaf(z, high_half(scale), high_half(zero));
-          }
-          u32 pair = pack_pair(y, x, z);
-          if constexpr (!KEYS) pair = transpose8x8(pair);
-          stage[row * ROW + dim / 2] = pair;
+      for (int r = 0; r < 4; ++r) {
+        const float unit_value = UNIT * F::STEP / (r % 2 ? F::LIFT : 1.f);
+        float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
+        int token, dim;
+        if constexpr (KEYS) {
+          token = 16 * strip + g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
+          const float s = half_bits(scales[token * F::GROUPS + group]), o = zero(token * F::GROUPS + group);
+          x = fmaf(x, s, o), z = fmaf(z, s, o);
+        } else {
+          const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
+          x = fmaf(x, half_bits(scales[at]), zero(at));
+          z = fmaf(z, half_bits(scales[at + 1]), zero(at + 1));
+          token = 16 * strip + g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
         }
+        u32 pair = pack_pair(y, x, z);
+        if constexpr (!KEYS) pair = transpose8x8(pair);
+        token += 32 * unit;
+        if (token < packed) *reinterpret_cast<u32*>(y + (size_t)(sink + token) * F::D + dim) = pair;
       }
-      sync_warp();
-      for (int i = lane; i < 16 * F::D / 8; i += 32) {
-        const int row = i / (F::D / 8), piece = i % (F::D / 8), token = 32 * unit + 16 * strip + row;
-        if (token < packed)
-          *reinterpret_cast<uint4*>(y + (size_t)(sink + token) * F::D + 8 * piece) =
-              *reinterpret_cast<const uint4*>(stage + row * ROW + 4 * piece);
-      }
-      sync_warp();
     }
     return;
   }
