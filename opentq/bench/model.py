@@ -204,23 +204,25 @@ def bench(
                         continue
                     others = sum(a.nbytes for a in arms if a is not arm)
                     work = arm.prompt if kind == "pp" else arm.generate
-                    seconds = _try(arm, work, count, others)
-                    if turn and seconds is not None:
+                    seconds, _ = run.undisturbed(lambda: _try(arm, work, count, others))  # noqa: B023 called at once
+                    if turn and not arm.note:
                         samples[arm.kv].append(parallel * count / seconds)
             base = samples.get(YARDSTICK) or []
             for arm in arms:
                 yield _record(built, arm, f"{kind}{count}{side}", depth, fill if depth else "", samples[arm.kv], base)
 
 
-def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> Any:
+def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> float:
     """Run; when memory is over the limit, the arm is out, its caches are dropped, and its rows say why."""
+    if arm.note:
+        return 0.0
     try:
         return work(*args)
     except OverLimit as error:
         arm.note = str(error)
         arm.caches = []
         mx.clear_cache()
-        return None
+        return 0.0
 
 
 def _record(
