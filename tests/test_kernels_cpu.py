@@ -504,7 +504,10 @@ def test_avx2(tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("isa,march", [("neon-dotprod", "armv8.2-a+dotprod"), ("neon-i8mm", "armv8.6-a")])
+@pytest.mark.parametrize(
+    "isa,march",
+    [("neon-dotprod", "armv8.2-a+dotprod"), pytest.param("neon-i8mm", "armv8.6-a", marks=pytest.mark.slow)],
+)
 def test_neon(tmp_path, isa, march):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None:

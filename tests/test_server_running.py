@@ -201,14 +201,14 @@ def test_one_bad_request_fails_alone(server, monkeypatch):
 
 
 def test_drain_lets_answers_end_and_cancels_the_rest(folder):
-    server = Running(folder, drain=1.5)
+    server = Running(folder, drain=5.0)
     short = Streaming(server, "short", max_tokens=20)
     endless = Streaming(server, "endless", max_tokens=4000)
     endless.until("content")
     with Slow(server.service.engine, 0):
         loop_call = server.service.call_soon
         inner = server.service.engine._decode
-        server.service.engine._decode = lambda key: (time.sleep(0.01), inner(key))
+        server.service.engine._decode = lambda key: (time.sleep(0.02), inner(key))
         loop_call(server.server.begin_drain)
         wait_for(lambda: server.service.draining)
         refused = server.chat("too late")

@@ -204,7 +204,8 @@ def bench(
                         continue
                     others = sum(a.nbytes for a in arms if a is not arm)
                     work = arm.prompt if kind == "pp" else arm.generate
-                    seconds, _ = run.undisturbed(lambda: _try(arm, work, count, others))  # noqa: B023 called at once
+                    tries = run.TRIES if parallel == 1 else 1  # a batch would grow with every try
+                    seconds, _ = run.undisturbed(lambda: _try(arm, work, count, others), tries)  # noqa: B023
                     if turn and not arm.note:
                         samples[arm.kv].append(parallel * count / seconds)
             base = samples.get(YARDSTICK) or []

@@ -91,10 +91,10 @@ def interleave(
     return [Timing(tuple(t for t, _ in taken), max(share for _, share in taken)) for taken in samples]
 
 
-def undisturbed(measure: Callable[[], float]) -> tuple[float, float]:
-    """What `measure` returns, and the share of the machine's time stolen meanwhile: the calmest of up to `TRIES`."""
+def undisturbed(measure: Callable[[], float], tries: int = TRIES) -> tuple[float, float]:
+    """What `measure` returns, and the share of the machine's time stolen meanwhile: the calmest of up to `tries`."""
     best = 0.0, math.inf
-    for _ in range(TRIES):
+    for _ in range(tries):
         before, start = stolen(), time.perf_counter()
         value = measure()
         share = (stolen() - before) / (time.perf_counter() - start) / (os.cpu_count() or 1)
