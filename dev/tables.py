@@ -53,7 +53,7 @@ def headline() -> str:
         return "No record yet."
     found = latest(rows, "kv", "test")
     names = list(dict.fromkeys(r["kv"] for r in rows))
-    tests = sorted({r["test"] for r in rows})
+    tests = sorted({r["test"] for r in rows}, key=lambda test: (test[:2], "x" in test))
     base = {t: found[names[0], t]["tokens_per_s"] for t in tests}
     body = []
     for kv in names:
@@ -64,7 +64,8 @@ def headline() -> str:
         body.append([label, f"{held['kv_bytes'] / 1e6:.1f} MB", f"{held['peak_bytes'] / 1e6:.0f} MB", *speeds])
     units = [words(t) for t in tests]
     text = markdown(["KV cache, `tiny-llama` at 8,192 tokens", "KV held", "peak with weights", *units], body)
-    return f"{text}\n\n{machine(rows)}; `opentq bench model`."
+    threads = ", ".join(f"{words(t)} on {found[names[0], t]['threads']} threads" for t in tests)
+    return f"{text}\n\n{machine(rows)}; {threads}; `opentq bench model`."
 
 
 def words(test: str) -> str:

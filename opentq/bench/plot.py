@@ -19,8 +19,9 @@ def save(chart: Chart, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for series in chart.series:
-        (line,) = axes.plot(*zip(*series.line), marker="o", markersize=4, label=series.label)
+    for i, series in enumerate(chart.series):
+        style = ("-", "--", ":")[i // 10 % 3]  # matplotlib has ten colours
+        (line,) = axes.plot(*zip(*series.line), style, marker="o", markersize=4, label=series.label)
         axes.plot(*zip(*series.points), "o", markersize=2.5, color=line.get_color())
     if chart.limit:
         axes.axhline(chart.limit[0], linestyle="--", color="tab:red", linewidth=1, label=chart.limit[1])
@@ -32,7 +33,7 @@ def save(chart: Chart, path: Path) -> Path:
     if not chart.log_y:
         axes.set_ylim(0)
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
-    axes.title.set_fontsize(10)
+    axes.title.set_fontsize(8)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
