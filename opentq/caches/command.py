@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..options import Model
 
 if TYPE_CHECKING:
     from ..generation import Result
@@ -28,7 +29,7 @@ JOIN = "\n\n"
 @app.command()
 def build(
     file: Annotated[Path, typer.Argument(help="Where to write the cache.")],
-    model: Annotated[str, typer.Option("--model", help="Model folder or Hugging Face repository.")] = "",
+    model: Model = "",
     text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads stdin.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="The text itself.")] = None,
     kv: Annotated[str | None, typer.Option(help="KV spec; default: recommended for the model.")] = None,

@@ -8,17 +8,15 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face repository.")] = "",
-    model_option: Annotated[str, typer.Option("--model", help="The same, as an option.")] = "",
-    kv: Annotated[
-        str | None,
-        typer.Option(help="KV spec: f16, int4, k8v4, ...; 'off': mlx-lm's cache; default: recommended for the model."),
-    ] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
-    kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
+    model: ModelArgument = "",
+    model_option: ModelAgain = "",
+    kv: KVOrOff = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = None,
     system_prompt: Annotated[str, typer.Option(help="System message.")] = "",
     max_context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
     max_tokens: Annotated[
@@ -29,9 +27,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a model in the terminal, on a compressed cache."""
     from pathlib import Path

@@ -11,19 +11,20 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..options import KVBits, KVGroupSize, Model
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads standard input.")] = None,
-    model: Annotated[str, typer.Option("--model", help="Model folder or Hugging Face repository.")] = "",
+    model: Model = "",
     prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     kv: Annotated[
         str | None,
         typer.Option(help="KV spec: f16, int4, k8v4, int4:g64, ... or a recipe; default: recommended for the model."),
     ] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
-    kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")] = 256,
     temp: Annotated[float, typer.Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 0 or 1 is off.")] = 0.0,

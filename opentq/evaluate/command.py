@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ..errors import UserError
+from ..options import Model
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -20,7 +21,6 @@ app = typer.Typer(name="eval", help="Measure what a compressed KV cache costs a 
 
 SPECS = "int4,int4:norot,tq4,tq3,tq3p,polar4,qjl,k8v4"
 
-Model = Annotated[str, typer.Option("--model", help="Model folder or Hugging Face repository.")]
 Specs = Annotated[
     str, typer.Option("--kv", help="Specs, comma-separated; also native, mlx4, mlx8 (mlx-lm's --kv-bits), q4_0.")
 ]

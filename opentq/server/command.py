@@ -10,19 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode
 
 LEVELS = ("debug", "info", "warning", "error")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face repository.")] = "",
-    model_option: Annotated[str, typer.Option("--model", help="The same, as an option.")] = "",
-    kv: Annotated[
-        str | None,
-        typer.Option(help="KV spec: f16, int4, k8v4, ...; 'off': mlx-lm's cache; default: recommended for the model."),
-    ] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")] = None,
-    kv_group_size: Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")] = None,
+    model: ModelArgument = "",
+    model_option: ModelAgain = "",
+    kv: KVOrOff = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = None,
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind to.")] = 8080,
     api_key: Annotated[
@@ -67,9 +65,7 @@ def serve(
     allow_model_loading: Annotated[
         list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model: OpenAI and Anthropic APIs, continuous batching, compressed KV cache."""
