@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from opentq.codecs import REGISTRY, Affine, codebooks, packing, rotation, sketch
+from opentq.codecs.base import Coded
 from opentq.codecs.outliers import Outliers
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
@@ -193,6 +194,23 @@ def test_fields_are_little_endian_and_three_bits_are_two_planes():
 
 
 # ---- codebooks
+
+
+@pytest.mark.parametrize("spec", ["tq4", "tq3:nc", "tq2.5", "tq3.5:ub", "tq2p", "tq4p", "qjl2", "qjl4:sketch=gauss"])
+def test_books_and_projected_queries_say_what_decoding_says(spec):
+    """`Coded`: what kernels multiply is what attention over decoded keys multiplies."""
+    dim, (codec, _) = 64, KVSpec.parse(spec).codecs()
+    assert isinstance(codec, Coded)
+    q, keys = (codec.rotate(mx.random.normal((1, 2, n, dim))) for n in (5, 64))
+    *codes, scales = packed = codec.encode(keys)
+    books, projected = codec.books(dim), codec.project(q)
+    assert projected.shape[-1] == sum(book.dim for book in books)
+    scores, at = mx.array(0.0), 0
+    for i, (book, code) in enumerate(zip(books, codes, strict=True)):
+        entries = mx.array(book.entries)[packing.unpack(code, book.bits, book.dim)] * book.step
+        part = projected[..., at : at + book.dim] @ entries.swapaxes(-1, -2)
+        scores, at = scores + part * scales[..., i][:, :, None], at + book.dim
+    assert mx.allclose(scores, q @ codec.decode(packed, mx.float32, dim).swapaxes(-1, -2), atol=1e-4)
 
 
 def test_codebooks_are_those_of_the_paper():

@@ -75,6 +75,12 @@ class AttnArgs:
     softcap: float = 0.0
 
     @property
+    def projected(self) -> mx.array:
+        """The queries that multiply packed codes (`codecs.base.Coded`), `[B, Hq, L, E]`; dense keys always take `q`."""
+        project = getattr(self.k.codec, "project", None)
+        return project(self.q) if project else self.q
+
+    @property
     def kv_heads(self) -> int:
         return self.dense_k.shape[1]
 

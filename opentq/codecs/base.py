@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
+from .codebooks import Book
+
 Packed = tuple[mx.array, ...]
 """The arrays of one codec, each `[B, H, T, ...]`: the token axis is always axis 2."""
 
@@ -42,3 +44,18 @@ class Codec(Protocol):
 
     def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
         """Packed arrays -> rotated vectors `[B, H, T, D]`."""
+
+
+@runtime_checkable
+class Coded(Codec, Protocol):
+    """A codec whose vectors are runs of codebook entries with a scale each, so that kernels use codes as they lie.
+
+    The inner product with a query is `sum_i scale_i <p_i, entries_i[codes_i]>`, where `p`, the projected query, is cut
+    like the books. Packed arrays: the codes of every run, then the scales of all runs, float16 `[B, H, T, runs]`.
+    """
+
+    def books(self, head_dim: int) -> tuple[Book, ...]:
+        """One book, or two of the same `dim`; together as long as a projected query."""
+
+    def project(self, q: mx.array) -> mx.array:
+        """Rotated queries `[..., D]` -> `[..., sum of dims]`, same dtype: themselves, unless codes are of a sketch."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,6 +43,28 @@ def integers(bits: int, dim: int) -> tuple[tuple[int, ...], float]:
     step = exact[-1] / 127
     upper = [round(value / step) for value in exact[len(exact) // 2 :]]
     return (*(-entry for entry in reversed(upper)), *upper), step
+
+
+@dataclass(frozen=True)
+class Book:
+    """What a kernel looks up for a run of `dim` codes of `bits` bits that share a scale: `entries[code] * step`.
+
+    Entries are signed bytes, ascending and odd (`entries[-1 - c] == -entries[c]`).
+    """
+
+    bits: int
+    dim: int
+    entries: tuple[int, ...]
+    step: float
+
+    @classmethod
+    def of_sphere(cls, bits: int, dim: int) -> Book:
+        return cls(bits, dim, *integers(bits, dim))
+
+    @classmethod
+    def of_signs(cls, dim: int) -> Book:
+        """One bit: -1 or 1."""
+        return cls(1, dim, (-127, 127), 1 / 127)
 
 
 def _sphere(bits: int, dim: int) -> Codebook:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from . import packing, sketch
 from .base import FP16_MAX, Packed, finite
+from .codebooks import Book
 from .turbo import check_dim, rms
 
 
@@ -64,6 +65,13 @@ class QJL:
         bits = packing.unpack(signs, 1, self.ratio * head_dim)
         estimate = sketch.expand(bits, self._matrix(head_dim), self.orthogonal)
         return finite(scales.astype(mx.float32) * estimate, dtype)
+
+    def books(self, head_dim: int) -> tuple[Book, ...]:
+        return (Book.of_signs(self.ratio * head_dim),)
+
+    def project(self, q: mx.array) -> mx.array:
+        """Queries `[..., D]` -> `[..., ratio * D]`."""
+        return sketch.project(q, self._matrix(q.shape[-1]), self.orthogonal)
 
     def _matrix(self, dim: int) -> mx.array:
         return sketch.matrix(self.ratio * dim, dim, self.orthogonal)

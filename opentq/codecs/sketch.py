@@ -35,9 +35,17 @@ def haar(dim: int) -> mx.array:
 
 def expand(signs: mx.array, projection: mx.array, orthogonal: bool) -> mx.array:
     """Bits `[..., m]` of `sign(S r)` -> the unbiased estimate of `sqrt(D) * r / |r|`, float32 `[..., D]`."""
+    return (signs.astype(mx.float32) * 2 - 1) @ projection * _coefficient(projection, orthogonal)
+
+
+def project(q: mx.array, projection: mx.array, orthogonal: bool) -> mx.array:
+    """`[..., D]` -> `[..., m]`, same dtype, whose inner product with signs as +-1 is q's with what `expand` makes."""
+    return (q.astype(mx.float32) @ projection.T * _coefficient(projection, orthogonal)).astype(q.dtype)
+
+
+def _coefficient(projection: mx.array, orthogonal: bool) -> float:
     rows, dim = projection.shape
-    coefficient = math.sqrt(dim) / (rows * mean_absolute(dim, orthogonal))
-    return (signs.astype(mx.float32) * 2 - 1) @ projection * coefficient
+    return math.sqrt(dim) / (rows * mean_absolute(dim, orthogonal))
 
 
 def mean_absolute(dim: int, orthogonal: bool) -> float:

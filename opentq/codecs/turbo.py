@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from . import codebooks, packing, rotation, sketch
 from .base import FP16_MAX, Packed, finite
+from .codebooks import Book
 
 BITS = (1, 2, 3, 4, 5, 6)
 ROTATIONS = ("hadamard", "haar", "none")
@@ -97,6 +98,12 @@ class Turbo:
         points = lookup(packing.unpack(codes, self.bits, head_dim), codebooks.sphere(self.bits, head_dim))
         return finite(scales.astype(mx.float32) * points, dtype)
 
+    def books(self, head_dim: int) -> tuple[Book, ...]:
+        return (Book.of_sphere(self.bits, head_dim),)
+
+    def project(self, q: mx.array) -> mx.array:
+        return q
+
 
 @dataclass(frozen=True)
 class Prod:
@@ -158,6 +165,13 @@ class Prod:
         base = self.base.decode((codes, scales[..., :1]), mx.float32, head_dim)
         left = sketch.expand(packing.unpack(signs, 1, head_dim), self._matrix(head_dim), self.orthogonal)
         return finite(base + scales[..., 1:].astype(mx.float32) * left, dtype)
+
+    def books(self, head_dim: int) -> tuple[Book, ...]:
+        return *self.base.books(head_dim), Book.of_signs(head_dim)
+
+    def project(self, q: mx.array) -> mx.array:
+        """Rotated queries `[..., D]` -> `[..., 2 D]`: themselves, and their sketch."""
+        return mx.concatenate([q, sketch.project(q, self._matrix(q.shape[-1]), self.orthogonal)], axis=-1)
 
     def _matrix(self, dim: int) -> mx.array:
         return sketch.matrix(dim, dim, self.orthogonal)
@@ -223,6 +237,12 @@ class Fractional:
         *codes, scales = packed
         pairs = zip(self.parts, codes, mx.split(scales, 2, axis=-1))
         return mx.concatenate([p.decode((c, s), dtype, head_dim // 2) for p, c, s in pairs], axis=-1)
+
+    def books(self, head_dim: int) -> tuple[Book, ...]:
+        return tuple(Book.of_sphere(part.bits, head_dim // 2) for part in self.parts)
+
+    def project(self, q: mx.array) -> mx.array:
+        return q
 
 
 def check_dim(name: str, head_dim: int) -> None:
