@@ -13,6 +13,7 @@ from mlx.utils import tree_map_with_path
 from ..errors import UserError
 from ..memory import skeleton, source
 from ..memory.device import here
+from ..memory.loaded import weight_bytes
 
 WEIGHTS = ("random-4bit", "random-f16")
 PER_LAYER = ("layer_types", "mlp_only_layers")
@@ -97,11 +98,6 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     cut = {**text, "num_hidden_layers": layers}
     cut |= {key: text[key][:layers] for key in PER_LAYER if isinstance(text.get(key), list)}
     return {**config, "text_config": cut, "num_hidden_layers": layers} if "text_config" in config else cut
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes of a model's parameters."""
-    return sum(p.nbytes for _, p in skeleton.flat(model.parameters()))
 
 
 def _sizes(config: dict[str, Any]) -> tuple[int, int]:

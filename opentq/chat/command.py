@@ -33,9 +33,9 @@ def chat(
     from pathlib import Path
 
     from ..evaluate.recommend import AUTO, advice
+    from ..memory.loaded import model_context
     from ..memory.wiring import wired_for
     from ..model import load
-    from ..server.pricing import model_context
     from ..spec import spec_from_flags
     from .console import Console, use_history
     from .conversation import Conversation, Settings

@@ -10,9 +10,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from . import device, plan
+from .loaded import layer_plans, weight_bytes
 
 
 @contextlib.contextmanager
@@ -22,11 +21,8 @@ def wired_for(models: list[Any], tokens: int, step: int = plan.PREFILL_STEP) -> 
     if machine.kind != "mac":
         yield 0
         return
-    from ..server.pricing import layer_plans
-
     needed = 0
     for model in models:
-        needed += sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # type: ignore
-        needed += plan.price(layer_plans(model), tokens, machine.float_bytes, step)
+        needed += weight_bytes(model) + plan.price(layer_plans(model), tokens, machine.float_bytes, step)
     with device.wired(needed, machine) as limit:
         yield limit

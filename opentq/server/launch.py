@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..evaluate.recommend import AUTO, advice
 from ..kernels.layout import FLUSH
 from ..memory.device import GIB
+from ..memory.loaded import model_context
 from ..model import check_folder, load, make_cache
 from ..spec import KVSpec
 from .admission import Admission
@@ -26,7 +27,7 @@ from .app import MAX_HEADERS, Access, build
 from .engine import Engine
 from .pace import choose_step
 from .prefix import PrefixStore
-from .pricing import Prices, appraise, model_context
+from .pricing import Prices, appraise
 from .roster import Roster
 from .service import Service, Settings
 from .shelf import DiskShelf, Identity, model_folder, settled_step

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from .. import hooks
 from ..attention.tiled import SCRATCH
 from ..errors import UserError
 from ..memory import plan
 from ..memory.device import GIB, here
-from ..policy import LayerPlan, members, shaped
+from ..memory.loaded import layer_plans, weight_bytes
+from ..policy import LayerPlan
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def appraise(model: Any, step: int, memory: int | None, context: int) -> Prices:
     """
     device = here()
     plans = tuple(layer_plans(model))
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # type: ignore
+    weights = weight_bytes(model)
     limit = device.usable if memory is None else memory
     growing = max((plan.held(p, context, device.float_bytes, step) for p in plans), default=0)
     reading = measure_reading(model, step) + SCRATCH + growing
@@ -67,17 +66,6 @@ def appraise(model: Any, step: int, memory: int | None, context: int) -> Prices:
     return prices
 
 
-def layer_plans(model: Any) -> list[LayerPlan]:
-    """The plans that `compress` made; for a model left alone, one native plan per cache."""
-    record = hooks.installed(model)
-    if record:
-        return record.plans
-    caches = make_prompt_cache(model)
-    mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
-    slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
-    return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
-
-
 def measure_reading(model: Any, step: int) -> int:
     """Bytes that reading one piece takes at its peak, beyond what was held before."""
     caches = make_prompt_cache(model)
@@ -86,11 +74,3 @@ def measure_reading(model: Any, step: int) -> int:
     model(mx.zeros((1, step), dtype=mx.int32), cache=caches)
     mx.eval([c.state for c in caches])
     return max(0, mx.get_peak_memory() - before)
-
-
-def model_context(model: Any) -> int:
-    """Tokens that the model was made for; 0 when its arguments don't say."""
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None)
-    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
-    return int(found or getattr(args, "max_position_embeddings", None) or 0)

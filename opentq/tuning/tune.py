@@ -19,6 +19,7 @@ from ..evaluate.records import Records, model_name
 from ..lab.store import need_optuna
 from ..memory import plan
 from ..memory.device import GIB, here
+from ..memory.loaded import weight_bytes
 from ..policy import LayerPlan
 from ..recipe import Recipe
 from ..spec import KVSpec
@@ -180,8 +181,6 @@ class Tuner:
     def fits(self, layers: list[str]) -> bool:
         """Whether a recipe satisfies the bounds on memory and speed."""
         if self.goal.memory:
-            from ..bench.build import weight_bytes
-
             device = here()
             held = plan.price(self._plans(Recipe.of(layers)), self.goal.context, device.float_bytes)
             if weight_bytes(self.model) + held + plan.RESERVE > self.goal.memory:

@@ -1,0 +1,36 @@
+"""What a loaded model says of its memory: the bytes of its weights, how its caches grow, and the context it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from .. import hooks
+from ..policy import LayerPlan, members, shaped
+from .skeleton import flat
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.nbytes for _, p in flat(model.parameters()))
+
+
+def layer_plans(model: Any) -> list[LayerPlan]:
+    """The plans that `compress` made; for a model left alone, one native plan per cache."""
+    record = hooks.installed(model)
+    if record:
+        return record.plans
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
+    slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
+    return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
+
+
+def model_context(model: Any) -> int:
+    """Tokens that the model was made for; 0 when its arguments don't say."""
+    args = getattr(model, "args", None)
+    text = getattr(args, "text_config", None)
+    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
+    return int(found or getattr(args, "max_position_embeddings", None) or 0)
