@@ -18,21 +18,16 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from .. import hooks
 from ..errors import UserError
 from ..model import cache_bytes, fp16_bytes, make_cache
-from ..server.ask import Ask, Delta, Sampling
+from ..server.ask import Ask, Delta, Draw
 from ..server.output import Parser
 from ..server.prompt import Prompter
 from ..server.sampling import make_sampler
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Draw):
     """What /set changes. `max_tokens` 0: as many as fit."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
     max_tokens: int = 0
 
 
@@ -128,9 +123,7 @@ class Conversation:
 
     def _generate(self, tokens: list[int], state: str) -> Iterator[Delta]:
         parser = Parser(self.tokenizer, state)
-        s = self.settings
         room = self.context - len(tokens)
-        sampler = make_sampler(Sampling(s.temperature, s.top_p, s.top_k, s.min_p, s.seed))
         rest = tokens[self._reuse(tokens) :]
         written: list[int] = []
         start = first = time.perf_counter()
@@ -139,8 +132,8 @@ class Conversation:
             self.model,
             self.tokenizer,
             rest,
-            max_tokens=min(s.max_tokens or room, room),
-            sampler=sampler,
+            max_tokens=min(self.settings.max_tokens or room, room),
+            sampler=make_sampler(self.settings),
             prompt_cache=self.caches,
         )
         try:

@@ -7,14 +7,20 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. `seed` None draws a fresh one; temperature 0 is greedy."""
+class Draw:
+    """How a token is drawn from the model's probabilities. `seed` None takes a fresh one; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampling(Draw):
+    """How the tokens of a request are chosen: what is done to the logits, and the draw."""
+
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0

@@ -14,13 +14,13 @@ from functools import partial
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_top_p, greedy_sampler, make_logits_processors
 
-from .ask import Sampling
+from .ask import Draw, Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 
 
-def make_sampler(how: Sampling) -> Sampler:
+def make_sampler(how: Draw) -> Sampler:
     """A function from log probabilities `[1, V]` to a token `[1]`; greedy ones are one shared object, so they batch."""
     if how.temperature == 0:
         return greedy_sampler
@@ -30,7 +30,7 @@ def make_sampler(how: Sampling) -> Sampler:
 class KeyedSampler:
     """Samples with a key that it splits at every step. top_p, min_p and top_k apply in mlx-lm's order."""
 
-    def __init__(self, how: Sampling):
+    def __init__(self, how: Draw):
         self.how = how
         self.key = mx.random.key(secrets.randbits(63) if how.seed is None else how.seed)
 
