@@ -17,14 +17,16 @@ from opentq.caches import single
 from opentq.caches.single import OpenTQCache
 from opentq.codecs import Raw, codebooks, packing, rotation
 from opentq.codecs.affine import Affine
-from opentq.codecs.turbo import Turbo
+from opentq.codecs.qjl import QJL
+from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels import cuda, cuda_layout, nvrtc
-from opentq.kernels.cuda_layout import BLOCK, BOOK, MmaLayout, layout_for
+from opentq.kernels.cuda_layout import BLOCK, BOOK, SIGNS, MmaLayout, Run, layout_for
 
 from .cuda import emulator
 from .matrix import Shape
 from .oracle import args_of, fill, judge, queries, vectors
 
+INT4 = Affine(4)
 RECORDS = Path(__file__).parent.parent / "results" / "cuda.jsonl"
 
 
@@ -46,8 +48,9 @@ def test_the_newest_gpu_record_is_of_these_kernels():
 # ---- storage layout
 
 
-def codecs() -> list[Affine | Turbo]:
-    return [*(Affine(bits, 32) for bits in (2, 3, 4, 8)), Affine(4, 64), Affine(8, 128), *map(Turbo, range(1, 6))]
+def codecs() -> list:
+    affine = [*(Affine(bits, 32) for bits in (2, 3, 4, 8)), Affine(4, 64), Affine(8, 128)]
+    return [*affine, *map(Turbo, range(1, 6)), *map(Fractional, (1.5, 2.5, 3.5)), *map(Prod, (2, 4)), QJL(1), QJL(3)]
 
 
 @pytest.mark.parametrize("codec", codecs(), ids=str)
@@ -55,11 +58,14 @@ def codecs() -> list[Affine | Turbo]:
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_the_layout_is_a_permutation_of_the_canonical_bits(side, codec, dim):
     layout = layout_for(side, codec, dim)
+    if layout is None:
+        assert (isinstance(codec, Fractional) and dim % 32) or (isinstance(codec, Prod | QJL) and side == "v")
+        return
     packed = codec.encode(mx.random.normal((2, 3, 128, dim)))
     stored = layout.store(packed)
     assert stored[0].shape == (2, 3, 2, 2 * layout.record_words)
     assert stored[0].nbytes == sum(a.nbytes for a in packed)
-    for mine, theirs in zip(layout.load(stored), packed):
+    for mine, theirs in zip(layout.load(stored), packed, strict=True):
         assert mx.array_equal(mine, theirs)
 
 
@@ -71,7 +77,7 @@ def test_a_code_lies_where_the_contract_says():
         values = np.zeros((1, 1, 64, 64), np.uint32)
         values[0, 0, key, dim] = 9
         packed = (packing.pack(mx.array(values), 4), mx.zeros((1, 1, 64, 4), mx.float16))
-        words = np.array(MmaLayout(side, 4, 32, 64).store(packed)[0]).reshape(-1)
+        words = np.array(layout_for(side, Affine(4), 64).store(packed)[0]).reshape(-1)
         lane, register = 4 * (row % 8) + column % 8 // 2, row // 8 + 2 * (column // 8)
         word = 4 + dim // 16  # tiles of strip 1 follow the four of strip 0
         at = word // 4 * 128 + lane * 4 + word % 4
@@ -80,34 +86,39 @@ def test_a_code_lies_where_the_contract_says():
 
 
 def test_layout_names_are_read_back_and_others_are_refused():
-    for layout in (MmaLayout("v", 3, 64, 112), MmaLayout("k", 4, BOOK, 128)):
-        assert cuda_layout.layout_named(layout.name) == layout
-        assert backends.layout_named(layout.name) == layout
+    for layout in filter(None, (layout_for(side, codec, 96) for side in "kv" for codec in codecs())):
+        assert cuda_layout.layout_named(layout.name) == backends.layout_named(layout.name) == layout
+    assert layout_for("k", Prod(3), 128).name == "mma64-k-2t128+1s128-d128"
+    assert cuda_layout.layout_named("canonical") is cuda_layout.layout_named("mma64-k-d128") is None
     assert cuda_layout.layouts(Affine(4), Turbo(6), (128, 128)) is None, "64 magnitudes do not fit the registers"
-    assert cuda_layout.layouts(Turbo(4), Affine(8), (128, 64)) == (
-        MmaLayout("k", 4, BOOK, 128),
-        MmaLayout("v", 8, 32, 64),
-    )
-    assert cuda_layout.layout_named("canonical") is None
     assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) is None
-    assert cuda_layout.layouts(Affine(4), Affine(8), (128, 64)) == (
-        MmaLayout("k", 4, 32, 128),
-        MmaLayout("v", 8, 32, 64),
+    assert cuda_layout.layouts(QJL(8), Affine(8), (128, 128)) is None, "1,024 signs"
+    assert cuda_layout.layouts(Fractional(2.5), Turbo(4), (80, 80)) is None, "half a tile"
+    assert cuda_layout.layouts(Turbo(4), Affine(8), (128, 64)) == (
+        MmaLayout("k", 128, (Run(4, BOOK, 128),)),
+        MmaLayout("v", 64, (Run(8, 32, 64),)),
+    )
+    assert cuda_layout.layouts(QJL(2), Fractional(2.5), (64, 128)) == (
+        MmaLayout("k", 64, (Run(1, SIGNS, 128),)),
+        MmaLayout("v", 128, (Run(3, BOOK, 64), Run(2, BOOK, 64))),
     )
 
 
 # ---- launch geometry
 
 
-def geometry(k=(4, 32), v=(4, 32), dims=(128, 128), dtype="opentq::f16", rows=8) -> cuda.Geometry:
-    return cuda.Geometry.choose(MmaLayout("k", *k, dims[0]), MmaLayout("v", *v, dims[1]), dtype, rows)
+def geometry(k=INT4, v=INT4, dims=(128, 128), dtype="opentq::f16", rows=8) -> cuda.Geometry:
+    return cuda.Geometry.choose(*cuda_layout.layouts(k, v, dims), dtype, rows)
 
 
 def test_every_shape_has_a_geometry_that_fits():
     for dim in (64, 80, 96, 112, 128, 192, 256, 512):
-        for k in ((2, 32), (3, 32), (4, 32), (8, 32), (1, BOOK), (5, BOOK)):
+        for k in (Affine(2), Affine(3), INT4, Affine(8), Turbo(1), Turbo(5), Prod(4), QJL(4)):
             for rows in (1, 8, 9, 16, 64, 1024):
-                g = geometry(k, (8, 32), (dim, dim), rows=rows)
+                if layout_for("k", k, dim) is None:
+                    assert isinstance(k, Prod | QJL) and dim >= 192
+                    continue
+                g = geometry(k, Affine(8), (dim, dim), rows=rows)
                 assert g.shared <= cuda.SHARED_LIMIT
                 assert g.stages >= 2 and g.warps in (1, 2, 4, 8, 12)
                 # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
@@ -120,7 +131,7 @@ def test_the_headline_shape_gets_what_was_measured_best():
     assert (g.tiles, g.warps, g.stages, g.resident) == (1, 8, 2, 2)
     assert g.splits(8, 131072 // 32, 4, 132) == 16
     assert g.grid(1, 8, 8, 16) == (16, 8, 1)
-    light = geometry((3, BOOK), (3, BOOK))
+    light = geometry(Turbo(3), Turbo(3))
     assert (light.tiles, light.warps, light.stages, light.resident) == (1, 12, 2, 1)
 
 
@@ -145,7 +156,7 @@ def test_splits_never_fill_more_than_the_machine_or_drop_below_one():
 
 def test_a_source_spells_its_instance_and_its_signature():
     source = geometry().source()
-    assert source.name == "opentq_decode_f16_mma64_k4_g32_d128_mma64_v4_g32_d128_1_8_2"
+    assert source.name == "opentq_decode_f16_mma64_k_4g32_d128_mma64_v_4g32_d128_1_8_2"
     instance = "opentq::decode<opentq::f16, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
     assert f"{instance}{source.shared}>(" in source.body
     unit = source.translation_unit()
@@ -157,9 +168,23 @@ def test_a_source_spells_its_instance_and_its_signature():
 
 def test_a_codebook_reaches_the_kernel_as_bytes_and_a_step():
     book, step = codebooks.integers(3, 128)
-    kind = cuda.format_type(MmaLayout("k", 3, BOOK, 128))
+    kind = cuda.format_type(layout_for("k", Turbo(3), 128))
     word = sum(entry << (8 * i) for i, entry in enumerate(book[4:]))
     assert kind == f"opentq::Book<128, 3, 0x{word:08x}u, 0x00000000u, 0x00000000u, 0x00000000u, {round(step * 2**31)}>"
+
+
+def test_two_runs_and_sketches_are_made_of_books():
+    def kind(codec):
+        return cuda.format_type(layout_for("k", codec, 128))
+
+    sign = "1, 0x7f7f7f7fu, 0u, 0u, 0u, 16909320>"
+    assert kind(Fractional(2.5)) == f"opentq::Pair<{half_book(3)}, {half_book(2)}, 128>"
+    assert kind(Prod(3)) == f"opentq::Pair<{kind(Turbo(2))}, opentq::Book<128, {sign}, 128>"
+    assert kind(QJL(2)) == f"opentq::Sketch<opentq::Book<256, {sign}, 128>"
+
+
+def half_book(bits: int) -> str:
+    return cuda.format_type(layout_for("k", Turbo(bits), 64))
 
 
 def test_the_source_hash_covers_every_kernel_file():
@@ -172,10 +197,12 @@ def test_the_source_hash_covers_every_kernel_file():
 def test_nvcc_compiles_the_kernels_without_warnings(tmp_path):
     sources = [
         geometry().source(),
-        geometry((5, BOOK), (3, BOOK)).source(),
-        geometry((8, 64), (3, 32), (80, 112), "opentq::bf16", 20).source(),
-        cuda.pack_source(MmaLayout("v", 3, 64, 80), "opentq::f16"),
-        cuda.unpack_source(MmaLayout("k", 4, BOOK, 128), "opentq::bf16"),
+        geometry(Turbo(5), Turbo(3)).source(),
+        geometry(Prod(3), Fractional(2.5)).source(),
+        geometry(Affine(8, 64), Affine(3), (80, 112), "opentq::bf16", 20).source(),
+        cuda.pack_source(layout_for("v", Affine(3, 64), 80), "opentq::f16"),
+        cuda.pack_source(layout_for("k", Fractional(2.5), 128), "opentq::f16", norm=True),
+        cuda.unpack_source(layout_for("k", Turbo(4), 128), "opentq::bf16"),
     ]
     for source in sources:
         (tmp_path / "k.cu").write_text(source.translation_unit())
@@ -190,33 +217,51 @@ def test_nvcc_compiles_the_kernels_without_warnings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "side, bits, group, dim, dtype",
+    "side, codec, dim, dtype",
     [
-        ("k", 4, 32, 128, mx.float16),
-        ("v", 3, 64, 80, mx.bfloat16),
-        ("v", 8, 128, 64, mx.float32),
-        ("k", 2, 32, 96, mx.float16),
+        ("k", Affine(4), 128, mx.float16),
+        ("v", Affine(3, 64), 80, mx.bfloat16),
+        ("v", Affine(8, 128), 64, mx.float32),
+        ("k", Affine(2), 96, mx.float16),
+        ("v", Turbo(1), 80, mx.bfloat16),
+        ("k", Turbo(2, fit="norm"), 112, mx.float16),
+        ("v", Turbo(3, fit="norm"), 64, mx.float16),
+        ("k", Turbo(4), 128, mx.float32),
+        ("k", Turbo(5, fit="norm"), 80, mx.bfloat16),
+        ("v", Fractional(2.5, fit="norm"), 96, mx.float16),
+        ("k", Fractional(3.5), 128, mx.bfloat16),
     ],
+    ids=str,
 )
-def test_pack_is_bit_for_bit_the_codec(side, bits, group, dim, dtype):
-    layout, codec = MmaLayout(side, bits, group, dim), Affine(bits, group)
+def test_pack_is_bit_for_bit_the_codec(side, codec, dim, dtype):
+    layout = layout_for(side, codec, dim)
     y = mx.random.normal((1, 2, 128, dim)) * 3
     y[0, 0, 5], y[0, 0, 6] = 1.5, 0  # constant groups
     y[0, 1, 7] = y[0, 1, 7] * 1e-7
+    y[0, 1, 8, : dim // 2] = 60000
     y = y.astype(dtype)
     (want,) = layout.store(codec.encode(y))
-    (got,), _ = emulator.run(cuda.pack_source(layout, cuda.CTYPES[dtype]), (8, 1, 1), [y], [(want.shape, mx.uint32)])
+    source = cuda.pack_source(layout, cuda.CTYPES[dtype], getattr(codec, "fit", "") == "norm")
+    inputs = [y] if layout.zeroed else [y, cuda.lengths(layout, y)]
+    (got,), _ = emulator.run(source, (8, 1, 1), inputs, [(want.shape, mx.uint32)])
     assert mx.array_equal(got, want)
+
+
+def test_what_the_pack_kernel_makes():
+    assert all(map(cuda_layout.packs, (INT4, Turbo(4), Turbo(3, fit="norm"), Fractional(1.5))))
+    assert not any(map(cuda_layout.packs, (Turbo(4, fit="unbiased"), Prod(3), QJL(2), Raw())))
 
 
 @pytest.mark.parametrize(
     "side, codec, dtype",
     [("k", Affine(4), mx.float16), ("v", Affine(3), mx.bfloat16)]
-    + [("kv"[bits % 2], Turbo(bits), (mx.float16, mx.bfloat16)[bits // 3]) for bits in range(1, 6)],
+    + [("kv"[bits % 2], Turbo(bits), (mx.float16, mx.bfloat16)[bits // 3]) for bits in range(1, 6)]
+    + [("k", Fractional(3.5), mx.float16), ("v", Fractional(2.5), mx.float16)],
     ids=str,
 )
 def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
-    layout, dim = layout_for(side, codec, 80), 80
+    dim = 96 if isinstance(codec, Fractional) else 80
+    layout = layout_for(side, codec, dim)
     packed, sink, tail_start, columns = 100, 3, 5, 30
     canonical = codec.encode(mx.random.normal((2, 3, 128, dim)))
     (records,) = layout.store(canonical)
@@ -254,16 +299,15 @@ def packed_args(k, v, dims, heads, length, lens, columns, dtype=mx.float16, **op
     sides = []
     for side, codec, dim in (("k", k, dims[0]), ("v", v, dims[1])):
         layout = layout_for(side, codec, dim)
-        codes, scales = codec.encode(mx.random.normal((batch, kv_heads, capacity, dim)) + 0.3)
+        *codes, scales = codec.encode(mx.random.normal((batch, kv_heads, capacity, dim)) + 0.3)
         exists = mx.arange(capacity).reshape(1, 1, -1, 1) < mx.array([n for n, _, _ in lens]).reshape(-1, 1, 1, 1)
         scales = mx.where(exists, scales, mx.array(float("nan"), mx.float16))
-        sides.append(PackedKV(codec, layout, layout.store((codes, scales)), dim))
+        sides.append(PackedKV(codec, layout, layout.store((*codes, scales)), dim))
     dense = [mx.random.normal((batch, kv_heads, columns, dim)).astype(mx.float16) for dim in dims]
     q = mx.random.normal((batch, kv_heads * gqa, length, dims[0])).astype(dtype)
     return AttnArgs(q, *sides, *dense, tuple(lens), scale=dims[0] ** -0.5, causal=True, **options)
 
 
-INT4 = Affine(4)
 CASES = {
     "headline shape": (1, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 0, 0)], 20)),
     "many splits": (7, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 4, 4)], 50, sinks=mx.ones((8,)))),
@@ -280,6 +324,20 @@ CASES = {
     "tq2/tq1": (1, lambda: packed_args(Turbo(2), Turbo(1), (96, 64), (2, 2), 1, [(100, 0, 0), (37, 0, 0)], 9)),
     "k8tq4": (2, lambda: packed_args(Affine(8), Turbo(4), (64, 64), (1, 4), 5, [(90, 0, 0)], 9, window=60)),
     "tq3 and int2 of 512": (1, lambda: packed_args(Turbo(3), Affine(2), (512, 512), (1, 8), 1, [(70, 0, 0)], 9)),
+    "tq2.5": (3, lambda: packed_args(Fractional(2.5), Fractional(2.5), (128, 128), (1, 8), 1, [(300, 4, 4)], 50)),
+    "tq3.5/tq1.5, bf16": (
+        1,
+        lambda: packed_args(
+            Fractional(3.5), Fractional(1.5), (96, 64), (2, 1), 2, [(100, 0, 0), (37, 2, 4)], 9, mx.bfloat16
+        ),
+    ),
+    "tq3p/tq3.5": (2, lambda: packed_args(Prod(3), Fractional(3.5), (64, 64), (2, 1), 1, [(90, 3, 3)], 20, window=70)),
+    "tq4p, bf16": (1, lambda: packed_args(Prod(4), Turbo(4), (80, 80), (1, 5), 2, [(70, 0, 0)], 9, mx.bfloat16)),
+    "tq2p of 128": (2, lambda: packed_args(Prod(2), Turbo(2), (128, 128), (1, 8), 1, [(130, 0, 0)], 20)),
+    "qjl2/int4": (2, lambda: packed_args(QJL(2), INT4, (64, 64), (1, 8), 1, [(300, 4, 4), (37, 4, 9)], 50)),
+    "qjl1": (1, lambda: packed_args(QJL(1), INT4, (80, 64), (1, 3), 2, [(70, 0, 0)], 20, softcap=20.0)),
+    "qjl4 of 128": (1, lambda: packed_args(QJL(4), Turbo(3), (128, 128), (1, 16), 1, [(70, 0, 0)], 9)),
+    "a sketch's chunk of rows": (1, lambda: packed_args(Prod(3), INT4, (64, 64), (1, 2), 40, [(90, 3, 3)], 60)),
     "D 512": (1, lambda: packed_args(INT4, INT4, (512, 512), (1, 8), 1, [(70, 0, 0)], 9)),
     "a chunk of rows": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(90, 3, 3)], 60, window=37)),
     "nothing packed": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(0, 0, 0)], 60)),
@@ -298,16 +356,16 @@ def judge_finite_part(args: AttnArgs, out: mx.array) -> None:
     """The rule, after the NaN beyond the packed tokens is cleared for the sake of the judge."""
     clean = []
     for kv in (args.k, args.v):
-        codes, scales = kv.layout.load(kv.arrays)
+        *codes, scales = kv.layout.load(kv.arrays)
         scales = mx.where(mx.isnan(scales), 0, scales)
-        clean.append(PackedKV(kv.codec, kv.layout, kv.layout.store((codes, scales)), kv.head_dim))
+        clean.append(PackedKV(kv.codec, kv.layout, kv.layout.store((*codes, scales)), kv.head_dim))
     values = {name: getattr(args, name) for name in AttnArgs.__dataclass_fields__}
     judge(AttnArgs(**{**values, "k": clean[0], "v": clean[1]}), out)
 
 
 def test_decode_over_a_real_cache_after_a_trim(monkeypatch):
     """The cache writes, trims inside a block and grows in this layout, and the kernel reads what it left."""
-    layouts = (MmaLayout("k", 4, 32, 64), MmaLayout("v", 4, 32, 64))
+    layouts = cuda_layout.layouts(INT4, INT4, (64, 64))
     monkeypatch.setattr(dispatch, "layouts", lambda k, v, dims: layouts)
     shape = Shape(q_heads=4, kv_heads=2)
     k, v = vectors(shape, 320)
@@ -346,6 +404,8 @@ def test_extend_rotates_what_is_new_and_copies_the_rest(k, v, dims):
 
 def test_who_extends():
     assert fused_cuda.hadamard(INT4, 80) is None and fused_cuda.hadamard(Turbo(4, "haar"), 64) is None
+    assert fused_cuda.hadamard(Prod(3), 64) is True and fused_cuda.hadamard(Fractional(2.5), 64) is None
+    assert fused_cuda.hadamard(QJL(2), 80) is False
     assert fused_cuda.hadamard(Turbo(4, "none"), 80) is False and fused_cuda.hadamard(Raw(), 64) is None
     columns = (mx.zeros((1, 1, 1, 64), mx.float16),) * 2
     assert fused_cuda.extend((INT4, INT4), columns, columns) is None, "no GPU here"
@@ -390,3 +450,6 @@ def test_who_is_not_served():
     args = packed_args(INT4, INT4, (64, 64), (1, 2), 1, [(0, 0, 0)], 4)
     assert fused_cuda.attend(args) is None, "no GPU here"
     assert not fused_cuda.prefers_prefill(args)
+    long = packed_args(INT4, INT4, (64, 64), (1, 2), 64, [(0, 0, 0)], 64)
+    assert fused_cuda.prefers_prefill(long)
+    assert not fused_cuda.prefers_prefill(packed_args(Prod(3), INT4, (64, 64), (1, 2), 64, [(0, 0, 0)], 64))

@@ -14,7 +14,9 @@ import mlx.core as mx
 
 from ..codecs.affine import Affine
 from ..codecs.base import Codec
-from ..codecs.turbo import Turbo
+from ..codecs.polar import Polar
+from ..codecs.qjl import QJL
+from ..codecs.turbo import Prod, Turbo
 from ..kernels import cuda
 from ..kernels.cuda_layout import RECORD, MmaLayout
 from .args import AttnArgs
@@ -57,15 +59,23 @@ def hadamard(codec: Codec, dim: int) -> bool | None:
     kind = None
     if isinstance(codec, Affine):
         kind = "hadamard" if codec.rotated else "none"
-    elif isinstance(codec, Turbo):
+    elif isinstance(codec, Turbo | Prod | Polar):
         kind = codec.rotation
+    elif isinstance(codec, QJL):
+        kind = "none"
     return {"none": False, "hadamard": True if cuda.rotates(dim) else None}.get(kind or "")
 
 
 def prefers_prefill(args: AttnArgs) -> bool:
-    """Whether the vendor's kernel can attend the unpacked heads: long blocks, no window, no softcap, D up to 128."""
+    """Whether the vendor's kernel can attend the unpacked heads: long blocks, no window, no softcap, D up to 128.
+
+    Sketches have no vector in the basis of q but by a matrix product per token: `decode.cu` takes their long blocks,
+    row tile after row tile, as it does all that isn't served here.
+    """
+    assert isinstance(args.k.layout, MmaLayout)
     return (
         args.q.shape[2] >= PREFILL_ROWS
+        and not args.k.layout.sketched
         and not args.window
         and not args.softcap
         and max(args.k.head_dim, args.v.head_dim) <= 128
@@ -101,7 +111,7 @@ def decode(args: AttnArgs) -> mx.array:
 def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
     """The kernel's inputs in its order."""
     return [
-        args.q,
+        query(args),
         args.k.arrays[0] if args.k.arrays else cuda.no_records(),
         args.v.arrays[0] if args.v.arrays else cuda.no_records(),
         args.dense_k,
@@ -110,6 +120,15 @@ def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
         cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
         tickets,
     ]
+
+
+def query(args: AttnArgs) -> mx.array:
+    """`[B, Hq, L, layout.query]`: channels for dense keys first, those for the codes last, where they differ."""
+    assert isinstance(args.k.layout, MmaLayout)
+    projected = args.projected
+    if projected.shape[-1] == args.k.layout.query:
+        return projected
+    return mx.concatenate([args.q, projected], axis=-1)
 
 
 def outputs(

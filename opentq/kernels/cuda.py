@@ -20,14 +20,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..codecs import codebooks
+from ..codecs import codebooks, turbo
+from ..codecs.base import FP16_MAX, Codec
 from . import nvrtc
-from .cuda_layout import BLOCK, RECORD, MmaLayout
+from .cuda_layout import BLOCK, RECORD, MmaLayout, Run
 
 HERE = Path(__file__).parent
 FILES = (
     *("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
-    *("decode.cu", "pack_affine.cu", "unpack.cu", "rotate.cu"),
+    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu"),
 )
 
 
@@ -188,7 +189,7 @@ class Geometry:
         ring = self.warps * self.stages * 4 * (self.k.record_words + self.v.record_words)
         whole = self.warps * rows * (self.v.head_dim + 4) * 4
         area = max(ring, whole if whole <= max(ring, 49152) else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
-        query = self.k.head_dim // 16 * self.tiles * 256
+        query = self.k.query // 16 * self.tiles * 256
         sums = self.tiles * (0 if not self.k.zeroed else 2 if self.k.groups > 8 else 1) * 256
         small = rows * 8 + 2 * self.warps * rows * 4 + 16
         return area + query + sums + self.warps * self.stages * 8 + small
@@ -196,7 +197,7 @@ class Geometry:
     @property
     def resident(self) -> int:
         """Blocks per multiprocessor: two where registers (one row tile, D up to 128) and shared memory allow."""
-        small = self.tiles == 1 and max(self.k.head_dim, self.v.head_dim) <= 128 and self.warps <= 8
+        small = self.tiles == 1 and max(self.k.query, self.v.head_dim) <= 128 and self.warps <= 8
         return 2 if small and 2 * (self.shared + 1024) <= SHARED_LIMIT else 1
 
     def splits(self, tiles: int, records: int, strips: int, multiprocessors: int) -> int:
@@ -268,29 +269,58 @@ def short(ctype: str) -> str:
 
 def format_type(layout: MmaLayout) -> str:
     """The C++ type of formats.cuh that reads this layout."""
-    if layout.zeroed:
-        return f"opentq::Affine<{layout.head_dim}, {layout.bits}, {layout.group}>"
-    book, step = codebooks.integers(layout.bits, layout.head_dim)
-    magnitudes = bytes(book[len(book) // 2 :]).ljust(16, b"\0")
+    formats = [_run_type(run) for run in layout.runs]
+    if len(formats) == 2:
+        return f"opentq::Pair<{formats[0]}, {formats[1]}, {layout.head_dim}>"
+    return f"opentq::Sketch<{formats[0]}, {layout.head_dim}>" if layout.sketched else formats[0]
+
+
+def _run_type(run: Run) -> str:
+    if run.zeroed:
+        return f"opentq::Affine<{run.dim}, {run.bits}, {run.group}>"
+    book = run.book
+    magnitudes = bytes(book.entries[len(book.entries) // 2 :]).ljust(16, b"\0")
     words = ", ".join(f"0x{int.from_bytes(magnitudes[i : i + 4], 'little'):08x}u" for i in range(0, 16, 4))
-    if layout.bits == 1:
+    if run.bits == 1:
         words = "0x7f7f7f7fu, 0u, 0u, 0u"  # no rank to look up: all four bytes
-    return f"opentq::Book<{layout.head_dim}, {layout.bits}, {words}, {round(step * 2**31)}>"
+    return f"opentq::Book<{run.dim}, {run.bits}, {words}, {round(book.step * 2**31)}>"
 
 
 @functools.cache
-def pack_source(layout: MmaLayout, dtype: str) -> KernelSource:
-    """Rotated vectors `[B, H, T, D]` -> records; one block of 128 threads per record of 32 tokens."""
+def pack_source(layout: MmaLayout, dtype: str, norm: bool = False) -> KernelSource:
+    """Rotated vectors `[B, H, T, D]` -> records; one block of 128 threads per record of 32 tokens.
+
+    Codebooks take the `lengths` of every run, too; `norm` is their fit.
+    """
     keys = "true" if layout.side == "k" else "false"
+    if layout.zeroed:
+        body = f"  opentq::pack_affine<{dtype}, {format_type(layout)}, {keys}>(y, records);"
+        shared = RECORD * (4 * (layout.head_dim + 1 + 2 * layout.groups) + layout.head_dim + 4)
+    else:
+        body = "\n".join(
+            _pack_run(layout, i, f"{keys}, {'true' if norm else 'false'}", dtype) for i in range(layout.groups)
+        )
+        shared = RECORD * (layout.runs[0].dim + 4)
     return KernelSource(
-        name=re.sub(r"\W+", "_", f"opentq_pack_{short(dtype)}_{layout.name}"),
-        file="pack_affine.cu",
-        inputs=(("y", dtype),),
+        name=re.sub(r"\W+", "_", f"opentq_pack_{short(dtype)}_{layout.name}{'_norm' * norm}"),
+        file="pack.cu",
+        inputs=(("y", dtype), *((("lengths", "float"),) if not layout.zeroed else ())),
         outputs=(("records", "unsigned"),),
         scalars=(),
-        body=f"  opentq::pack<{dtype}, {format_type(layout)}, {layout.bits}, {keys}>(y, records);",
+        body=body,
         threads=128,
-        shared=4 * RECORD * (layout.head_dim + 1 + 2 * layout.groups),
+        shared=shared,
+    )
+
+
+def _pack_run(layout: MmaLayout, i: int, flags: str, dtype: str) -> str:
+    """The call that encodes run i: boundaries and step go into its text, exactly."""
+    run = layout.runs[i]
+    cuts = ", ".join(f"{single(cut).hex()}f" for cut in codebooks.boundaries(codebooks.sphere(run.bits, run.dim)))
+    types = f"{dtype}, {format_type(layout)}, {_run_type(run)}, {i}, {flags}"
+    return (
+        f"  const float cuts_{i}[] = {{{cuts}}};\n"
+        f"  opentq::pack_book<{types}>(y, lengths, records, cuts_{i}, {single(run.book.step).hex()}f);"
     )
 
 
@@ -322,12 +352,20 @@ def compiled(source: KernelSource) -> Kernel:
     return Kernel(source)
 
 
-def pack(layout: MmaLayout, y: mx.array) -> mx.array:
-    """`layout.store(codec.encode(y))` on the GPU, affine layouts only: rotated `y [B, H, T, D]`, T a multiple of 64."""
+def pack(layout: MmaLayout, codec: Codec, y: mx.array) -> mx.array:
+    """`layout.store(codec.encode(y))` on the GPU for codecs that `cuda_layout.packs`: y `[B, H, T, D]`, T = 64 n."""
     batch, heads, tokens, _ = y.shape
     shape = (batch, heads, tokens // BLOCK, 2 * layout.record_words)
     records = batch * heads * tokens // RECORD
-    return compiled(pack_source(layout, CTYPES[y.dtype]))([y], [(shape, mx.uint32)], (), (records, 1, 1))[0]
+    source = pack_source(layout, CTYPES[y.dtype], getattr(codec, "fit", "") == "norm")
+    inputs = [y] if layout.zeroed else [y, lengths(layout, y)]
+    return compiled(source)(inputs, [(shape, mx.uint32)], (), (records, 1, 1))[0]
+
+
+def lengths(layout: MmaLayout, y: mx.array) -> mx.array:
+    """Root mean squares of the runs of rotated vectors, float32 `[B, H, T, runs]`, by the operations of the codecs."""
+    parts = mx.split(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX), layout.groups, axis=-1)
+    return mx.concatenate([turbo.rms(part) for part in parts], axis=-1)
 
 
 def unpack(

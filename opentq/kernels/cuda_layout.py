@@ -9,52 +9,103 @@ canonical tokens.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..codecs import packing
 from ..codecs.affine import Affine
-from ..codecs.base import Codec, Packed
-from ..codecs.turbo import Turbo
+from ..codecs.base import Codec, Coded, Packed
+from ..codecs.codebooks import Book
+from ..codecs.turbo import Fractional, Turbo
 
 BLOCK = 64
 RECORD = 32
 
-
-BOOK = 0
-"""The group of layouts whose codes index a codebook: one scale per vector, no zero."""
+BOOK, SIGNS = 0, -1
+"""The group of runs whose codes index the codebook of a sphere, or are the signs of a sketch: one scale, no zero."""
 BOOK_BITS = (1, 2, 3, 4, 5)
+MAX_CHANNELS = 512
+"""Of a vector, and of a token's codes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`dim` codes per token. `group`: channels that share a scale and a zero, or `BOOK` or `SIGNS`."""
+
+    bits: int
+    group: int
+    dim: int
+
+    @classmethod
+    def of(cls, book: Book) -> Run:
+        return cls(book.bits, SIGNS if book == Book.of_signs(book.dim) else BOOK, book.dim)
+
+    @classmethod
+    def named(cls, name: str, head_dim: int) -> Run:
+        """The inverse of `str`."""
+        bits, kind, number = int(name[0]), name[1], int(name[2:])
+        return cls(bits, number, head_dim) if kind == "g" else cls(bits, {"t": BOOK, "s": SIGNS}[kind], number)
+
+    def __str__(self) -> str:
+        kind = {BOOK: f"t{self.dim}", SIGNS: f"s{self.dim}"}.get(self.group, f"g{self.group}")
+        return f"{self.bits}{kind}"
+
+    @property
+    def zeroed(self) -> bool:
+        return self.group > 0
+
+    @property
+    def book(self) -> Book:
+        """What codes mean, where they are of a codebook."""
+        return Book.of_signs(self.dim) if self.group == SIGNS else Book.of_sphere(self.bits, self.dim)
+
+    def ranked(self, codes: mx.array) -> mx.array:
+        """Codebook codes <-> sign and rank of the magnitude, its own inverse; affine codes are left alone."""
+        if self.zeroed:
+            return codes
+        sign = 1 << (self.bits - 1)
+        return mx.where(codes < sign, codes ^ (sign - 1), codes)
 
 
 @dataclass(frozen=True)
 class MmaLayout:
-    """Codes of one side ("k" or "v"); stored as one uint32 array `[B, H, T/64, words]`, 64 tokens per row.
+    """One side ("k" or "v") of vectors of `head_dim` channels, their codes in one run or in two of the same length.
 
-    Attributes:
-        group: channels per scale and zero, or `BOOK`.
+    Stored as one uint32 array `[B, H, T/64, words]`, 64 tokens per row.
     """
 
     side: str
-    bits: int
-    group: int
     head_dim: int
+    runs: tuple[Run, ...]
 
     block = BLOCK
 
     @property
     def name(self) -> str:
-        kind = f"g{self.group}" if self.zeroed else "book"
-        return f"mma64-{self.side}{self.bits}-{kind}-d{self.head_dim}"
+        return f"mma64-{self.side}-{'+'.join(map(str, self.runs))}-d{self.head_dim}"
 
     @property
     def zeroed(self) -> bool:
         """Whether groups have a zero beside their scale."""
-        return self.group != BOOK
+        return self.runs[0].zeroed
+
+    @property
+    def sketched(self) -> bool:
+        """Whether codes are signs of projections, which multiply a projected query."""
+        return self.runs[-1].group == SIGNS
+
+    @property
+    def query(self) -> int:
+        """Channels of a query: those for dense keys first, and those for the codes last, which may be the same."""
+        channels = sum(run.dim for run in self.runs)
+        return channels + self.head_dim if self.sketched and len(self.runs) == 1 else channels
 
     @property
     def groups(self) -> int:
-        return -(-self.head_dim // (self.group or self.head_dim))
+        """Scales of a token."""
+        return -(-self.head_dim // self.runs[0].group) if self.zeroed else len(self.runs)
 
     @property
     def numbers(self) -> int:
@@ -64,16 +115,14 @@ class MmaLayout:
     @property
     def record_words(self) -> int:
         """Words of 32 tokens."""
-        return RECORD * packing.words(self.head_dim, self.bits) + RECORD // 2 * self.groups * self.numbers
+        codes = sum(packing.words(run.dim, run.bits) for run in self.runs)
+        return RECORD * codes + RECORD // 2 * self.groups * self.numbers
 
     def store(self, packed: Packed) -> tuple[mx.array, ...]:
-        codes, scales = packed
-        batch, heads, tokens, _ = codes.shape
+        *codes, scales = packed
+        batch, heads, tokens, _ = scales.shape
         lead = (batch, heads, tokens // RECORD)
-        values = self._ranked(packing.unpack(codes, self.bits, self.head_dim))
-        fields = values.reshape(*lead, *self._split_shape()).transpose(0, 1, 2, *self._order())
-        fields = fields.reshape(*lead, self.head_dim // 2, 32, 2)  # register of the record, lane, half
-        parts = [_to_lane_words(fields, plane) for plane in _planes(self.bits, self.zeroed)]
+        parts = [part for run, words in zip(self.runs, codes) for part in self._store_run(run, words, lead)]
         numbers = scales.reshape(*lead, RECORD, self.groups, self.numbers)
         for i in range(self.numbers):
             plane = numbers[..., i]
@@ -88,44 +137,49 @@ class MmaLayout:
         batch, heads, count, _ = blocks.shape
         lead = (batch, heads, 2 * count)
         record = blocks.reshape(*lead, self.record_words)
-        fields, at = mx.array(0, mx.uint32), 0
-        for plane in _planes(self.bits, self.zeroed):
-            words = 32 * -(-self.head_dim // 2 // plane.registers)
-            fields = fields | _from_lane_words(record[..., at : at + words], plane, self.head_dim // 2)
+        codes, at = [], 0
+        for run in self.runs:
+            words = RECORD * packing.words(run.dim, run.bits)
+            codes.append(self._load_run(run, record[..., at : at + words]))
             at += words
-        order = self._order()
-        shape = self._split_shape()
-        fields = fields.reshape(*lead, *(shape[i - 3] for i in order))
-        back = sorted(range(len(order)), key=lambda i: order[i])
-        values = fields.transpose(0, 1, 2, *(i + 3 for i in back))
-        tokens = count * BLOCK
-        codes = packing.pack(self._ranked(values.reshape(batch, heads, tokens, self.head_dim)), self.bits)
         numbers = mx.contiguous(record[..., at:]).view(mx.float16).reshape(*lead, self.numbers, -1)
         if self.side == "v":
             numbers = numbers.reshape(*lead, self.numbers, self.groups, 4, 2, 2, 2)
             numbers = numbers.transpose(0, 1, 2, 6, 7, 5, 8, 4, 3)
         else:
             numbers = numbers.reshape(*lead, self.numbers, RECORD, self.groups).transpose(0, 1, 2, 4, 5, 3)
-        return codes, numbers.reshape(batch, heads, tokens, self.groups * self.numbers)
+        return *codes, numbers.reshape(batch, heads, count * BLOCK, self.groups * self.numbers)
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
-        """`store(codec.encode(y))`: bit for bit, in one launch where the GPU is the device."""
+        """`store(codec.encode(y))`: bit for bit, in one launch where there is a kernel."""
         from . import cuda
 
-        if cuda.available() and isinstance(codec, Affine):
-            return (cuda.pack(self, y),)
-        return self.store(codec.encode(y))
+        return (cuda.pack(self, codec, y),) if cuda.available() and packs(codec) else self.store(codec.encode(y))
 
-    def _ranked(self, codes: mx.array) -> mx.array:
-        """Codebook codes <-> sign and rank of the magnitude, its own inverse; affine codes are left alone."""
-        if self.zeroed:
-            return codes
-        sign = 1 << (self.bits - 1)
-        return mx.where(codes < sign, codes ^ (sign - 1), codes)
+    def _store_run(self, run: Run, codes: mx.array, lead: tuple[int, ...]) -> list[mx.array]:
+        """Canonical words `[B, H, T, W]` -> the planes of `lead` records, `[*lead, words]` each."""
+        values = run.ranked(packing.unpack(codes, run.bits, run.dim))
+        fields = values.reshape(*lead, *self._split_shape(run.dim)).transpose(0, 1, 2, *self._order())
+        fields = fields.reshape(*lead, run.dim // 2, 32, 2)  # register of the record, lane, half
+        return [_to_lane_words(fields, plane) for plane in _planes(run.bits, run.zeroed)]
 
-    def _split_shape(self) -> tuple[int, ...]:
-        """How (token of the record, dim) split into strip, fragment coordinates and tile."""
-        tiles = self.head_dim // 16
+    def _load_run(self, run: Run, words: mx.array) -> mx.array:
+        """The inverse of `_store_run`, planes joined."""
+        lead = words.shape[:-1]
+        fields, at = mx.array(0, mx.uint32), 0
+        for plane in _planes(run.bits, run.zeroed):
+            size = 32 * -(-run.dim // 2 // plane.registers)
+            fields = fields | _from_lane_words(words[..., at : at + size], plane, run.dim // 2)
+            at += size
+        order, shape = self._order(), self._split_shape(run.dim)
+        fields = fields.reshape(*lead, *(shape[i - 3] for i in order))
+        back = sorted(range(len(order)), key=lambda i: order[i])
+        values = fields.transpose(0, 1, 2, *(i + 3 for i in back))
+        return packing.pack(run.ranked(values.reshape(*lead[:2], lead[2] * RECORD, run.dim)), run.bits)
+
+    def _split_shape(self, dim: int) -> tuple[int, ...]:
+        """How (token of the record, channel) split into strip, fragment coordinates and tile."""
+        tiles = dim // 16
         if self.side == "k":  # strip, key/8, g, tile, dim/8, t, half
             return (2, 2, 8, tiles, 2, 4, 2)
         return (2, 2, 4, 2, tiles, 2, 8)  # strip, key/8, t, half, tile, dim/8, g
@@ -137,6 +191,11 @@ class MmaLayout:
         return (3, 7, 4, 8, 9, 5, 6)
 
 
+def packs(codec: Codec) -> bool:
+    """Whether the pack kernel makes what `codec` makes: not sketches, whose signs come from a matrix product."""
+    return isinstance(codec, Affine) or (isinstance(codec, Turbo | Fractional) and codec.fit != "unbiased")
+
+
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[MmaLayout, MmaLayout] | None:
     """The layouts in which the CUDA kernels read these codecs, or None where they can't."""
     k, v = layout_for("k", k_codec, dims[0]), layout_for("v", v_codec, dims[1])
@@ -145,22 +204,26 @@ def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[MmaL
 
 def layout_for(side: str, codec: Codec, dim: int) -> MmaLayout | None:
     """One side's layout, or None where no kernel serves the codec or the head dim."""
-    if dim % 16 or dim > 512:
+    if dim % 16 or dim > MAX_CHANNELS:
         return None
     if isinstance(codec, Affine):
-        return MmaLayout(side, codec.bits, codec.group, dim)
-    if isinstance(codec, Turbo) and codec.bits in BOOK_BITS:
-        return MmaLayout(side, codec.bits, BOOK, dim)
-    return None
+        return MmaLayout(side, dim, (Run(codec.bits, codec.group, dim),))
+    if not isinstance(codec, Coded):
+        return None
+    layout = MmaLayout(side, dim, tuple(Run.of(book) for book in codec.books(dim)))
+    # 64 magnitudes (6 bits) do not fit the registers, and half a tile is no tile.
+    fits = all(run.bits in BOOK_BITS and run.dim % 16 == 0 for run in layout.runs)
+    small = sum(run.dim for run in layout.runs) <= MAX_CHANNELS
+    return layout if fits and small and not (side == "v" and layout.sketched) else None
 
 
 def layout_named(name: str) -> MmaLayout | None:
     """The layout that calls itself `name`, or None when it is none of these."""
-    parts = name.split("-")
-    if parts[0] != "mma64" or len(parts) != 4:
+    found = re.fullmatch(r"mma64-([kv])-((?:\d[gts]\d+\+?)+)-d(\d+)", name)
+    if not found:
         return None
-    group = BOOK if parts[2] == "book" else int(parts[2][1:])
-    return MmaLayout(parts[1][0], int(parts[1][1:]), group, int(parts[3][1:]))
+    dim = int(found[3])
+    return MmaLayout(found[1], dim, tuple(Run.named(run, dim) for run in found[2].split("+")))
 
 
 @dataclass(frozen=True)

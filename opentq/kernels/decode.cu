@@ -17,9 +17,9 @@
 // Merge. Warps merge through shared memory. With several splits, partials (fp32 numerators, maxima, sums) go to scratch
 // and the last block to arrive at the ticket of its row tile merges them: no second launch.
 //
-// Inputs: q [B, Hq, L, Dk] T; k, v: records [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int
-// [B, 3] = (packed, sink, tail_start), read where sequences differ; sinks float [Hq] (NaN in the first: none); tickets
-// u32, zero between calls.
+// Inputs: q [B, Hq, L, QUERY] T, QUERY = Dk but where codes have a query of their own (formats.cuh); k, v: records
+// [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int [B, 3] = (packed, sink, tail_start), read
+// where sequences differ; sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls.
 // Outputs: out [B, Hq, L, Dv] T; scratch [tiles, splits, 8 NT, Dv + 2] float, unused with one split.
 // Bytes moved: packed tokens x (record bytes / 32) per KV head and row tile, plus dense columns; nothing else of size.
 #include "decode_warp.cuh"
@@ -30,7 +30,7 @@ namespace opentq {
 // that the wait is shared with the one for the lengths.
 template <class T, class KF, int NT, int NW, int ZERO_PARTS>
 struct QueryStage {
-  static constexpr int STEPS = (KF::D + 31) / 32, MINE = (8 * NT + NW - 1) / NW;
+  static constexpr int STEPS = (KF::QUERY + 31) / 32, MINE = (8 * NT + NW - 1) / NW;
   T raw[MINE][STEPS];
 
   __device__ __forceinline__ void load(const T* q, int rows, int warp, int lane) {
@@ -39,8 +39,8 @@ struct QueryStage {
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         const int r = warp + k * NW, d = 32 * i + lane;
-        if (r < rows && d < KF::D) {
-          raw[k][i] = q[(size_t)r * KF::D + d];
+        if (r < rows && d < KF::QUERY) {
+          raw[k][i] = q[(size_t)r * KF::QUERY + d];
         } else {
           assign(raw[k][i], 0.f);
         }
@@ -69,9 +69,9 @@ struct QueryStage {
         x[i] *= shrink;
         const int d = 32 * i + lane;
         const u16 half = to_half_bits(x[i]);
-        sum[32 * i / KF::GROUP] += half_bits(half);  // over what the tensor core will multiply
+        if constexpr (KF::ZEROED) sum[32 * i / KF::GROUP] += half_bits(half);  // what the tensor core multiplies
         const int target = 4 * (r % 8) + d % 8 / 2;
-        if (d < KF::D) query[(((d / 16 * NT + r / 8) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = half;
+        if (d < KF::QUERY) query[(((d / 16 * NT + r / 8) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = half;
       }
       if constexpr (ZERO_PARTS > 0) store_sums(sum, sums, r, lane);
     }
@@ -122,7 +122,7 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   const int rows = min(ROWS, all_rows - r0);
   const size_t kv = (size_t)b * call.kv_heads + head;
   QueryStage<T, KF, NT, NW, P::ZERO_PARTS> stage_query;
-  stage_query.load(q + (kv * all_rows + r0) * KF::D, rows, warp, lane);
+  stage_query.load(q + (kv * all_rows + r0) * KF::QUERY, rows, warp, lane);
   const bool ragged = call.packed < 0;
   const int packed = ragged ? lens[3 * b] : call.packed, sink = ragged ? lens[3 * b + 1] : call.sink;
   const int tail_start = ragged ? lens[3 * b + 2] : call.tail_start;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   for (int n = 0; n < NT; ++n) d.f[n][0] = factor[8 * n + 2 * d.t], d.f[n][1] = factor[8 * n + 2 * d.t + 1];
   if constexpr (D::HELD) {
 #pragma unroll
-    for (int j = 0; j < KF::TILES; ++j)
+    for (int j = 0; j < D::QUERY_TILES; ++j)
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const uint2 w = reinterpret_cast<const uint2*>(query)[(j * NT + n) * 32 + lane];
@@ -184,10 +184,9 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
   if (call.causal) c1 = min(c1, (high_row - tail_pos) / 16 + 1);
   const int strips = sink_strips + max(0, c1 - c0);
   for (int i = workers - 1 - worker; i < strips; i += workers)
-    d.dense(dense_k + kv * columns * KF::D, dense_v + kv * columns * VF::D,
+    d.dense(dense_k + kv * columns * KF::DENSE, dense_v + kv * columns * VF::D,
             16 * (i < sink_strips ? i : c0 + i - sink_strips), tail_start, columns);
-  constexpr float EVEN = UNIT * VF::STEP, ODD = EVEN / VF::LIFT;  // what the numbers of even and odd registers lack
-  d.run.scale_output(1.f / EVEN, 1.f / ODD);
+  d.run.template scale_output<VF, true>();
 
   int stage = 0;
   u32 phase = 0;
@@ -201,7 +200,7 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
     if (lane == 0 && u + ST * workers < u1) fetch(stage, u + ST * workers);
     if (++stage == ST) stage = 0, phase ^= 1;
   }
-  d.run.scale_output(EVEN, ODD);
+  d.run.template scale_output<VF, false>();
 
   // Warps: maxima and sums, then the outputs, CHUNK tiles at a time.
   const int g = d.g, t = d.t;

@@ -37,7 +37,7 @@ struct Plan {
   static constexpr int MERGE_ROW = CHUNK * 16 + 4;                              // floats; +4: no bank conflict
   static constexpr int MERGE = NW * ROWS * MERGE_ROW * 4;
   static constexpr int AREA = RING > MERGE ? RING : MERGE;
-  static constexpr int QUERY = KF::TILES * NT * 64 * 4;                         // B fragments of q
+  static constexpr int QUERY = KF::QUERY / 16 * NT * 64 * 4;                    // B fragments of q
   static constexpr int ZERO_PARTS = !KF::ZEROED ? 0 : KF::GROUPS > 8 ? 2 : 1;
   static constexpr int SUMS = NT * ZERO_PARTS * 64 * 4;                         // B fragments of group sums of q
   static constexpr int BARS = NW * ST * 8;
@@ -101,12 +101,16 @@ struct Running {
         }
   }
 
-  __device__ __forceinline__ void scale_output(float even_rows, float odd_rows) {
+  // Outputs as numbers of the format V -> values, or the other way.
+  template <class V, bool BACK>
+  __device__ __forceinline__ void scale_output() {
 #pragma unroll
-    for (int j = 0; j < TILES; ++j)
+    for (int j = 0; j < TILES; ++j) {
+      const float even = UNIT * V::STEP * (j * 16 >= V::GROUP ? V::SECOND : 1.f), odd = even / V::LIFT;
+      const float f[2] = {BACK ? 1.f / even : even, BACK ? 1.f / odd : odd};
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-        o[j][n][0] *= even_rows, o[j][n][1] *= even_rows, o[j][n][2] *= odd_rows, o[j][n][3] *= odd_rows;
+      for (int n = 0; n < NT; ++n) o[j][n][0] *= f[0], o[j][n][1] *= f[0], o[j][n][2] *= f[1], o[j][n][3] *= f[1];
+    }
   }
 };
 
@@ -119,14 +123,15 @@ template <class T, class KF, class VF, int NT, int NW, int ST>
 struct Decode {
   using P = Plan<T, KF, VF, NT, NW, ST>;
   static constexpr int ROWS = P::ROWS;
-  static constexpr bool HELD = KF::TILES * NT <= 16;  // q in registers where it is small
+  static constexpr int QUERY_TILES = KF::QUERY / 16;
+  static constexpr bool HELD = QUERY_TILES * NT <= 16;  // q in registers where it is small
   static constexpr int LINKS = NT == 1 && KF::GROUP >= 64 ? 2 : 1;  // chains of mma per strip: a long one waits
 
   int lane, warp, g, t;
   const u32 *query, *sums;                // shared
   const float* factor;                    // shared: score of a row in log2 units = factor * sum q' k
   const int* position;                    // shared: logical position of each row
-  u32 held[HELD ? KF::TILES : 1][NT][2];
+  u32 held[HELD ? QUERY_TILES : 1][NT][2];
   float softcap, f[NT][2];
   int window, causal, packed, sink;
   Running<NT, VF::TILES> run;
@@ -223,7 +228,7 @@ struct Decode {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
           u32 w[2];
-          load_query(w, j, n);
+          load_query(w, KF::FIRST + j, n);
           mma(c[j % LINKS][0][n], a, w[0], w[1]);
           mma(c[j % LINKS][1][n], b, w[0], w[1]);
         }
@@ -234,7 +239,8 @@ struct Decode {
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            x[s][n][i] += scale[s][i / 2][group] * (LINKS == 2 ? c[0][s][n][i] + c[LINKS - 1][s][n][i] : c[0][s][n][i]);
+            x[s][n][i] += scale[s][i / 2][group] * (group ? KF::SECOND : 1.f) *
+                          (LINKS == 2 ? c[0][s][n][i] + c[LINKS - 1][s][n][i] : c[0][s][n][i]);
     }
     to_scores(x, UNIT * KF::STEP, UNIT * KF::STEP / KF::LIFT);
     if (masked)
@@ -289,7 +295,7 @@ struct Decode {
     for (int i = 0; i < 2; ++i) {
       exists[i] = column[i] < sink || (column[i] >= tail_start && column[i] < columns);
       const int safe = exists[i] ? column[i] : columns - 1;
-      k_row[i] = reinterpret_cast<const u32*>(k + (size_t)safe * KF::D) + t;
+      k_row[i] = reinterpret_cast<const u32*>(k + (size_t)safe * KF::DENSE) + t;
       v_row[i] = reinterpret_cast<const u32*>(v + (size_t)safe * VF::D) + t;
     }
     // All values are asked for before the first key is used, where registers allow it: one wait instead of two.
@@ -303,7 +309,7 @@ struct Decode {
     for (int i = 0; i < 4 * AHEAD; ++i) ahead[i / 4][i % 4] = value(i / 4, i % 4);
     float x[1][NT][4] = {};
 #pragma unroll
-    for (int j = 0; j < KF::TILES; ++j) {
+    for (int j = 0; j < KF::DENSE / 16; ++j) {
       const u32 a[4] = {k_row[0][8 * j], k_row[1][8 * j], k_row[0][8 * j + 4], k_row[1][8 * j + 4]};
 #pragma unroll
       for (int n = 0; n < NT; ++n) {

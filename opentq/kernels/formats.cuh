@@ -1,28 +1,33 @@
 // What the words of a record mean: one type per codec family, and everything that the kernels ask of it.
 //
 // A format gives the sizes of its records, and `fragment`: the words of a tile -> an A operand of fp16 denormals,
-// value = number * 2^-24, exact. What the numbers lack is said by two constants: odd registers (rows 8..15 of the
+// value = number * 2^-24, exact. `low` and `high` are the way back: the bits of a code in its word of either plane, for
+// register k of the word and half h. What the numbers lack is said by two constants: odd registers (rows 8..15 of the
 // operand) are LIFT times too large, and all of them are counted in units of STEP. Both are factors of rows, so they
 // are taken back in fp32. NUMBERS is 2 where every group of channels has a scale and a zero, 1 where it has only a
-// scale.
+// scale. Where the format is of two runs of codes, SECOND is the step of the second in units of STEP.
+// Codes may meet another query than dense keys do. A row of the query has QUERY channels, the first DENSE of them for
+// dense keys; those for the codes begin with tile FIRST.
 #include "warp.cuh"
 
 namespace opentq {
 
 [[maybe_unused]] constexpr float UNIT = 16777216.f;  // 2^24: one over the value of number 1 as an fp16 denormal
 
-template <int DIM, int PLANE_, bool SECOND, int GROUP_, int NUMBERS_>
+template <int DIM, int PLANE_, bool MORE, int GROUP_, int NUMBERS_>
 struct Sizes {
   static constexpr int D = DIM, PLANE = PLANE_, GROUP = GROUP_ < DIM ? GROUP_ : DIM, NUMBERS = NUMBERS_;
   static constexpr int TILES = D / 16;                       // per strip
   static constexpr int GROUPS = (D + GROUP - 1) / GROUP;
   static constexpr int LOW = (TILES * PLANE + 1) / 2;        // words per lane and record, first plane
-  static constexpr int HIGH = SECOND ? (TILES + 1) / 2 : 0;
+  static constexpr int HIGH = MORE ? (TILES + 1) / 2 : 0;
   static constexpr int SCALES = 32 * (LOW + HIGH);           // word offset of the scales in a record
   static constexpr int ZEROS = SCALES + 16 * GROUPS;
   static constexpr int RECORD = SCALES + 16 * GROUPS * NUMBERS;  // words
   static constexpr int BYTES = 4 * RECORD;
   static constexpr bool ZEROED = NUMBERS == 2;
+  static constexpr float SECOND = 1.f;
+  static constexpr int DENSE = D, QUERY = D, FIRST = 0;
   static_assert(D % 16 == 0, "head dims are multiples of 16");
 };
 
@@ -33,9 +38,19 @@ struct Sizes {
 //   3 bits: its low two bits as above; its high bit in the second plane, bit 4 (i%4) + r/2 + 2 (r%2) + 16 h
 // A code is used where it lies: `word & mask` is a pair of denormals, with no conversion at all; one step to the left
 // (odd registers) it is LIFT times larger.
-template <int DIM, int BITS, int GROUP_>
-struct Affine : Sizes<DIM, BITS == 3 ? 2 : BITS, BITS == 3, GROUP_, 2> {
+template <int DIM, int BITS_, int GROUP_>
+struct Affine : Sizes<DIM, BITS_ == 3 ? 2 : BITS_, BITS_ == 3, GROUP_, 2> {
+  static constexpr int BITS = BITS_;
   static constexpr float LIFT = BITS == 8 ? 1.f : BITS == 4 ? 16.f : 4.f, STEP = 1.f;
+
+  static __device__ __forceinline__ u32 low(u32 code, int k, int h) {
+    if constexpr (BITS == 8) return code << (8 * k + 16 * h);
+    if constexpr (BITS == 4) return code << (4 * k + 16 * h);
+    return (code & 3u) << (8 * (k / 4) + 2 * (k % 4) + 16 * h);
+  }
+  static __device__ __forceinline__ u32 high(u32 code, int k, int h) {
+    return (code >> 2) << (4 * (k / 4) + k % 4 / 2 + 2 * (k % 2) + 16 * h);
+  }
 
   static __device__ __forceinline__ void fragment(u32 (&a)[4], u32 word, u32 more, int i) {
     if constexpr (BITS == 8) {
@@ -70,7 +85,24 @@ struct Affine : Sizes<DIM, BITS == 3 ? 2 : BITS, BITS == 3, GROUP_, 2> {
 template <int DIM, int BITS, u32 M0, u32 M1, u32 M2, u32 M3, int STEP_2_31>
 struct Book : Sizes<DIM, BITS == 1 ? 1 : BITS / 2 * 2, BITS == 3 || BITS == 5, DIM, 1> {
   static constexpr float LIFT = 1.f, STEP = STEP_2_31 / 2147483648.f;
+  static constexpr u32 RANKS = 1u << (BITS - 1);
   static_assert(BITS <= 5, "a register pair holds eight magnitudes, two pairs sixteen");
+
+  // A code of the canonical format (the index of its entry) as it is stored, and the magnitude of a stored code's entry.
+  static __device__ __forceinline__ u32 ranked(u32 code) { return code >> (BITS - 1) ? code : code ^ (RANKS - 1); }
+  static __device__ __forceinline__ u32 entry(u32 code) { return magnitudes(code & (RANKS - 1)) & 0xffu; }
+
+  static __device__ __forceinline__ u32 low(u32 code, int k, int h) {
+    const int i = k / 4, r = k % 4, sign = 8 * (2 * (r % 2) + h);
+    if constexpr (BITS == 1) return high(code, k, h);
+    const u32 rank = (code & (RANKS - 1)) << (4 * (2 * r + h) + (BITS > 3 ? 0 : 2 * i));
+    if constexpr (BITS == 3 || BITS == 5) return rank;
+    return rank | (code >> (BITS - 1)) << (sign + (BITS == 2 ? 5 + 2 * i : 7) - 4 * (r / 2));
+  }
+  static __device__ __forceinline__ u32 high(u32 code, int k, int h) {
+    const int i = k / 4, r = k % 4;
+    return (code >> (BITS - 1)) << (8 * (2 * (r % 2) + h) + 7 - 2 * i - r / 2);
+  }
 
   static __device__ __forceinline__ u32 magnitudes(u32 ranks) {  // of the four lower nibbles
     if constexpr (BITS == 1) return M0;
@@ -96,6 +128,24 @@ struct Book : Sizes<DIM, BITS == 1 ? 1 : BITS / 2 * 2, BITS == 3 || BITS == 5, D
       a[2 * half] = permute(size, minus, 0x5140u), a[2 * half + 1] = permute(size, minus, 0x7362u);
     }
   }
+};
+
+// Two runs of codebook codes of equal length, each a group with its own scale: the codes of the first, those of the
+// second, the scales. DENSE channels are those of both runs, or of one where both describe the same vector.
+template <class F1, class F2, int DENSE_>
+struct Pair {
+  static constexpr int D = F1::D + F2::D, GROUP = F1::D, GROUPS = 2, NUMBERS = 1, TILES = D / 16;
+  static constexpr int SCALES = F1::SCALES + F2::SCALES, ZEROS = SCALES + 32, RECORD = ZEROS, BYTES = 4 * RECORD;
+  static constexpr bool ZEROED = false;
+  static constexpr float LIFT = 1.f, STEP = F1::STEP, SECOND = F2::STEP / F1::STEP;
+  static constexpr int DENSE = DENSE_, QUERY = D, FIRST = 0;
+  static_assert(F1::D == F2::D && F1::GROUPS == 1 && F2::GROUPS == 1 && F1::LIFT == 1.f && F2::LIFT == 1.f);
+};
+
+// Codes of keys in a basis of their own: rows of the query are [q, what multiplies the codes].
+template <class F, int DENSE_>
+struct Sketch : F {
+  static constexpr int DENSE = DENSE_, QUERY = DENSE_ + F::D, FIRST = DENSE_ / 16;
 };
 
 }  // namespace opentq

@@ -11,6 +11,7 @@
 // value lies is the format's affair: `formats.cuh`.
 // The words of a plane lie as [word/4][lane][word%4], so that one 16-byte load per lane fetches four and a warp reads
 // 512 bytes without a bank conflict; a remainder of n words lies as [lane][n].
+// Where codes are of two runs (`Pair`), the words of the first are followed by those of the second.
 // After the codes come the scales of the record and then, in formats that have them, its zeros, fp16:
 //   K: [32 keys][G]                    V: [G][32 keys], key at 8 t + 4 strip + 2 (key/8 % 2) + key%2, t = key%8 / 2
 // A record has the bytes of 32 canonical tokens.
@@ -60,6 +61,23 @@ struct Fragments {
     }
     if constexpr (F::HIGH > 0) more = high.word(record + 32 * F::LOW, lane, i / 4, first || i % 16 == 0);
     F::fragment(a, word, more, i);
+  }
+};
+
+template <class F1, class F2, int DENSE, int START>
+struct Fragments<Pair<F1, F2, DENSE>, START> {
+  static constexpr int TILES = F1::TILES;  // of either, per strip
+  static_assert(START % (2 * TILES) == 0, "a strip");
+  Fragments<F1, START / 2> one;
+  Fragments<F2, START / 2> two;
+
+  __device__ __forceinline__ void tile(u32 (&a)[4], const u32* record, int lane, int i) {
+    const int strip = i / (2 * TILES), j = i % (2 * TILES);
+    if (j < TILES) {
+      one.tile(a, record, lane, strip * TILES + j);
+    } else {
+      two.tile(a, record + F1::SCALES, lane, strip * TILES + j - TILES);
+    }
   }
 };
 

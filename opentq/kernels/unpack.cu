@@ -35,7 +35,7 @@ __device__ __forceinline__ void unpack(const u32* __restrict__ records, const f1
       fragments.tile(a, record, lane, i);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float unit_value = UNIT * F::STEP / (r % 2 ? F::LIFT : 1.f);
+        const float unit_value = UNIT * F::STEP * (group ? F::SECOND : 1.f) / (r % 2 ? F::LIFT : 1.f);
         float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
         int token, dim;
         if constexpr (KEYS) {

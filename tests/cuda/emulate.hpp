@@ -31,6 +31,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { int x = 1, y = 1, z = 1; };
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 inline Dim3 threadIdx, blockIdx, gridDim;
