@@ -79,10 +79,9 @@ def layout_named(name: str) -> Layout:
     """The layout that wrote a saved cache: every layout can be read on every machine. Raises ValueError."""
     if name == CANONICAL.name:
         return CANONICAL
-    from ..kernels import cuda_layout
-    from ..kernels.cpu_layout import CpuBlocks
+    from ..kernels import cpu_layout, cuda_layout
 
-    layout = CpuBlocks.named(name) or cuda_layout.layout_named(name)
+    layout = cpu_layout.layout_named(name) or cuda_layout.layout_named(name)
     if layout is None:
         raise ValueError(f"storage layout {name!r} is not known to this version of opentq")
     return layout

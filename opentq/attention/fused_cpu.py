@@ -1,6 +1,6 @@
 """Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (kernels/attend.cpp).
 
-Serves affine and codebook codecs stored in the CPU's blocked layout, and raw fp16, in any pairing of keys and values;
+Serves affine and codebook codecs stored in the CPU's blocked layouts, and raw fp16, in any pairing of keys and values;
 any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for masks given as arrays. Inputs are evaluated
 here, because the kernel reads their memory.
 
@@ -10,13 +10,18 @@ one per group and block of values), everything else is fp32: the error is that o
 
 from __future__ import annotations
 
+import ctypes
+from typing import cast
+
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.base import Codec
+from ..codecs.affine import Affine
+from ..codecs.base import Codec, Coded
 from ..codecs.raw import Raw
 from ..kernels import build, cpu
-from ..kernels.cpu_layout import TOKENS, CpuBlocks
+from ..kernels.cpu_blocks import TOKENS
+from ..kernels.cpu_layout import CpuLayout, Place, layout_for
 from ..kernels.layout import CANONICAL, Layout
 from .args import AttnArgs, PackedKV
 
@@ -25,32 +30,36 @@ def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None when this call isn't for the CPU kernels."""
     if not _serves(args):
         return None
-    arrays = [args.q, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
+    packed = args.max_packed > 0
+    projected = args.projected if packed else args.q
+    arrays = [args.q, projected, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
     if args.sinks is not None:
         arrays.append(args.sinks)
     mx.eval(arrays)
     batch, heads, length, _ = args.q.shape
     _check(args)
     q, dense_k, dense_v = (cpu.rows_view(a) for a in (args.q, args.dense_k, args.dense_v))
+    packed_q = q if projected is args.q else cpu.rows_view(projected)
     lens = np.array(args.lens, np.int32)
     sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
     out = np.empty((batch, heads, length, args.v.head_dim), q.dtype)
-    packed = args.max_packed > 0
-    keep = [cpu.rows_view(side.arrays[0]) if packed else None for side in (args.k, args.v)]
+    k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
     call = cpu.Call(
         batch,
         args.kv_heads,
         args.gqa,
         length,
         args.dense_k.shape[2],
-        q.ctypes.data,
-        *(s // q.itemsize for s in q.strides[:3]),
+        cpu.Queries(*_strided(q)),
+        cpu.Queries(*_strided(packed_q)),
         cpu.DTYPES[args.q.dtype],
         args.causal,
-        _packed(args.k, keep[0]),
-        _packed(args.v, keep[1]),
-        _dense(dense_k),
-        _dense(dense_v),
+        args.k.head_dim,
+        args.v.head_dim,
+        _packed(args.k, k),
+        _packed(args.v, v),
+        cpu.Dense(*_strided(dense_k)),
+        cpu.Dense(*_strided(dense_v)),
         lens.ctypes.data,
         None if sinks is None else sinks.ctypes.data,
         out.ctypes.data,
@@ -75,11 +84,11 @@ def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layo
 def _layout(kind: str, codec: Codec, dim: int) -> Layout | None:
     if isinstance(codec, Raw):
         return None if dim % 16 else CANONICAL
-    return CpuBlocks.of(kind, codec, dim)
+    return layout_for(kind, codec, dim)
 
 
 def _readable(side: PackedKV) -> bool:
-    return isinstance(side.layout, CpuBlocks) or (isinstance(side.codec, Raw) and side.head_dim % 16 == 0)
+    return isinstance(side.layout, CpuLayout) or (isinstance(side.codec, Raw) and side.head_dim % 16 == 0)
 
 
 def _serves(args: AttnArgs) -> bool:
@@ -100,18 +109,26 @@ def _check(args: AttnArgs) -> None:
         if not 0 <= sink <= tail <= columns - length or packed < 0:
             raise ValueError(f"lengths {(packed, sink, tail)} don't fit {columns} dense columns and {length} queries")
         for side in (args.k, args.v):
-            rows = side.arrays[0].shape[2] if side.arrays else 0
+            rows = min((a.shape[2] for a in side.arrays), default=0)
             if packed > rows * side.layout.block:
                 raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
 
 
-def _packed(side: PackedKV, view: np.ndarray | None) -> cpu.Packed:
-    batch, head, row = (0, 0, 0) if view is None else view.strides[:3]
-    data = None if view is None else view.ctypes.data
-    if isinstance(side.layout, CpuBlocks):
-        return side.layout.view((data, batch, head, row))
-    return cpu.Packed(data, batch, head, TOKENS * row, 16, side.head_dim, side.head_dim, cpu.RAW)
+def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]:
+    """One or two runs as the kernel reads them, or without views what it must know of nothing."""
+    where: list[Place] = [(v.ctypes.data, v.strides[0], v.strides[1], v.strides[2]) for v in views]
+    where = where or [(None, 0, 0, 0)] * 2
+    runs = (cpu.Packed * 2)()
+    if isinstance(side.layout, CpuLayout):
+        books = () if isinstance(side.codec, Affine) else cast(Coded, side.codec).books(side.head_dim)
+        for i, run in enumerate(side.layout.runs):
+            runs[i] = run.view(where[i], books[i] if books else None)
+    else:
+        data, batch, head, row = where[0]
+        runs[0] = cpu.Packed(data, batch, head, TOKENS * row, 16, side.head_dim, side.head_dim, cpu.RAW)
+    return runs
 
 
-def _dense(view: np.ndarray) -> cpu.Dense:
-    return cpu.Dense(view.ctypes.data, *(s // view.itemsize for s in view.strides[:3]))
+def _strided(view: np.ndarray) -> tuple[int, ...]:
+    """Address, and strides in elements of all axes but the last."""
+    return view.ctypes.data, *(s // view.itemsize for s in view.strides[:3])

@@ -20,8 +20,9 @@ struct Packed {
   const uint8_t* book;  // BOOK: 64 bytes, the 2^bits entries again and again
   float step;
   int32_t pad;
+  bool coded() const { return form != RAW; }
   // Products are cut into groups: those that share a scale, and short enough for 32-bit sums (128 channels of 8 bits).
-  int groups() const { return (dim + group - 1) / group; }
+  int groups() const { return dim ? (dim + group - 1) / group : 0; }
   int tiles() const { return dim / 16; }
   int64_t code_bytes() const { return int64_t(8) * bits * dim; }
   // fp16 numbers between the parameters of one group and the next.
@@ -39,18 +40,26 @@ struct Dense {
   int64_t batch_stride, head_stride, token_stride;
 };
 
+// [B, Hq, L, channels]; strides in elements, channels contiguous.
+struct Queries {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
 // One attention call. Logical order of keys: dense columns [0, sink), packed tokens, dense columns [tail_start, columns);
 // the last `length` columns are the tokens of the queries themselves.
 struct Call {
   int64_t batch, kv_heads, gqa, length, columns;  // length = query rows per head
-  const void* q;                                  // [B, Hq, L, Dk], strides in elements, channels contiguous
-  int64_t q_batch_stride, q_head_stride, q_row_stride;
-  int32_t dtype, causal;
-  Packed k, v;
+  Queries q;                                      // [B, Hq, L, Dk], for dense and raw keys
+  Queries projected;                              // [B, Hq, L, E], for coded keys; q itself where nothing is projected
+  int32_t dtype, causal, dim_k, dim_v;            // channels of dense keys and values
+  // One run of codes, or two of the same dim (else dim is 0). The second run of keys meets the second half of a projected
+  // query; the second run of values is the second half of the channels.
+  Packed k[2], v[2];
   Dense dense_k, dense_v;
   const int32_t* lens;  // [B][packed, sink, tail_start]
   const float* sinks;   // [Hq] logits for the softmax denominator, or null
-  void* out;            // [B, Hq, L, Dv], contiguous, dtype of q
+  void* out;            // [B, Hq, L, Dv], contiguous, dtype of the queries
   float scale, softcap; // softcap 0: none
   int64_t window;       // 0: none
   int32_t threads, pad;

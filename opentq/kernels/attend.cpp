@@ -123,7 +123,7 @@ class Attention {
           const int64_t parts = std::max<int64_t>(1, (last - first + per_task - 1) / per_task);
           Group& g = groups_[size_t(group)];
           g.parts = int(parts), g.left = int(parts);
-          if (parts > 1) g.partial.reset(new float[size_t(parts * rows * (c_.v.dim + 2))]);
+          if (parts > 1) g.partial.reset(new float[size_t(parts * rows * (c_.dim_v + 2))]);
           for (int64_t p = 0; p < parts; p++)
             tasks_.push_back({b, h, row, rows, first + (last - first) * p / parts, first + (last - first) * (p + 1) / parts, group, int(p)});
         }
@@ -135,24 +135,32 @@ class Attention {
     const float factor = c_.softcap != 0.f ? c_.scale / c_.softcap : c_.scale * LOG2E;
     for (int r = 0; r < rows.count; r++) {
       const int64_t i = (t.row + r) / c_.gqa, head = t.head * c_.gqa + (t.row + r) % c_.gqa;
-      const int64_t at = t.batch * c_.q_batch_stride + head * c_.q_head_stride + i * c_.q_row_stride;
-      float* q = rows.q + size_t(r) * rows.dim_k;
-      for (int d = 0; d < rows.dim_k; d++) q[d] = factor * read(c_.q, at + d, c_.dtype);
-      if (t.first < t.last && c_.k.form != RAW) rows.quantise_query(r, c_.k.group);
+      float* q = rows.q + size_t(r) * rows.dim_q;
+      read_query(c_.q, t.batch, head, i, factor, rows.dim_q, q);
+      if (t.first == t.last || !c_.k[0].coded()) continue;
+      if (c_.projected.data != c_.q.data) {
+        q = rows.projected;
+        read_query(c_.projected, t.batch, head, i, factor, rows.runs_k * rows.dim_k, q);
+      }
+      rows.quantise_query(r, q, c_.k[0].group);
     }
+  }
+
+  void read_query(const Queries& from, int64_t batch, int64_t head, int64_t i, float factor, int dim, float* out) const {
+    const int64_t at = batch * from.batch_stride + head * from.head_stride + i * from.row_stride;
+    for (int d = 0; d < dim; d++) out[d] = factor * read(from.data, at + d, c_.dtype);
   }
 
   void task(const Task& t) {
     thread_local Arena arena;
     Rows rows;
-    rows.allocate(arena, int(t.rows), c_.k, c_.v);
+    rows.allocate(arena, int(t.rows), c_);
     rows.softcap = c_.softcap;
     load_queries(t, rows);
     if (t.first < t.last) {
       Range seen[ROW_BLOCK];
       for (int r = 0; r < rows.count; r++) seen[r] = packed_range(t.batch, (t.row + r) / c_.gqa);
-      attend_packed(rows, seen, c_.k, c_.v, c_.k.data + t.batch * c_.k.batch_stride + t.head * c_.k.head_stride,
-                    c_.v.data + t.batch * c_.v.batch_stride + t.head * c_.v.head_stride, t.first, t.last);
+      attend_packed(rows, seen, c_, t.batch, t.head, t.first, t.last);
     }
     Group& group = groups_[size_t(t.group)];
     if (t.part == group.parts - 1) {
@@ -165,22 +173,22 @@ class Attention {
     float* out = rows.dense_v;  // scratch from here on, at least dim_v + 2 long
     if (group.parts == 1) {
       for (int r = 0; r < rows.count; r++) {
-        const float sum = rows.finish(r, c_.v.group, out);
+        const float sum = rows.finish(r, c_.v[0].group, out);
         emit(t, r, out, rows.top[r], sum);
       }
       return;
     }
-    const int64_t width = c_.v.dim + 2;
+    const int64_t width = c_.dim_v + 2;
     for (int r = 0; r < rows.count; r++) {
       float* p = group.partial.get() + (t.part * t.rows + r) * width;
-      p[c_.v.dim + 1] = rows.finish(r, c_.v.group, p);
-      p[c_.v.dim] = rows.top[r];
+      p[c_.dim_v + 1] = rows.finish(r, c_.v[0].group, p);
+      p[c_.dim_v] = rows.top[r];
     }
     if (group.left.fetch_sub(1) == 1) merge(t, group, out);
   }
 
   void merge(const Task& t, const Group& group, float* out) const {
-    const int64_t dim = c_.v.dim, width = dim + 2;
+    const int64_t dim = c_.dim_v, width = dim + 2;
     for (int64_t r = 0; r < t.rows; r++) {
       float top = LOWEST, sum = 0;
       const float* p = group.partial.get() + r * width;
@@ -205,8 +213,8 @@ class Attention {
       sum = shrink * sum + std::exp2(sink - peak);
     }
     const float factor = sum > 0.f ? shrink / sum : 0.f;  // a row that sees nothing is zeros
-    const int64_t at = ((t.batch * c_.kv_heads * c_.gqa + head) * c_.length + i) * c_.v.dim;
-    for (int64_t d = 0; d < c_.v.dim; d++) write(c_.out, at + d, c_.dtype, factor == 0.f ? 0.f : acc[d] * factor);
+    const int64_t at = ((t.batch * c_.kv_heads * c_.gqa + head) * c_.length + i) * c_.dim_v;
+    for (int64_t d = 0; d < c_.dim_v; d++) write(c_.out, at + d, c_.dtype, factor == 0.f ? 0.f : acc[d] * factor);
   }
 };
 

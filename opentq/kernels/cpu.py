@@ -18,7 +18,19 @@ import numpy as np
 from . import build
 from .threads import physical_cores, threads
 
-__all__ = ["Call", "Dense", "Format", "Grid", "Packed", "available", "call", "physical_cores", "status", "threads"]
+__all__ = [
+    "Call",
+    "Dense",
+    "Format",
+    "Grid",
+    "Packed",
+    "Queries",
+    "available",
+    "call",
+    "physical_cores",
+    "status",
+    "threads",
+]
 
 log = logging.getLogger("opentq")
 
@@ -57,6 +69,12 @@ class Dense(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("token_stride", c_int64)]
 
 
+class Queries(ctypes.Structure):
+    """`struct Queries` of abi.h: strides in elements."""
+
+    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("row_stride", c_int64)]
+
+
 class Call(ctypes.Structure):
     """`struct Call` of abi.h."""
 
@@ -66,14 +84,14 @@ class Call(ctypes.Structure):
         ("gqa", c_int64),
         ("length", c_int64),
         ("columns", c_int64),
-        ("q", c_void_p),
-        ("q_batch_stride", c_int64),
-        ("q_head_stride", c_int64),
-        ("q_row_stride", c_int64),
+        ("q", Queries),
+        ("projected", Queries),
         ("dtype", c_int32),
         ("causal", c_int32),
-        ("k", Packed),
-        ("v", Packed),
+        ("dim_k", c_int32),
+        ("dim_v", c_int32),
+        ("k", Packed * 2),
+        ("v", Packed * 2),
         ("dense_k", Dense),
         ("dense_v", Dense),
         ("lens", c_void_p),

@@ -1,9 +1,8 @@
-"""The CPU's storage layout: blocks of 64 tokens in the order that byte dot products read them (described bit by bit in
-blocks.h), one uint8 array `[B, H, T / 64, bytes]` holding codes, scales and zeros without padding. Codes are affine or
-those of a codebook.
+"""The CPU's storage layouts. Codes lie in blocks of 64 tokens in the order that byte dot products read them (described
+bit by bit in blocks.h), one uint8 array `[B, H, T / 64, bytes]` for every run of codes, holding codes, scales and zeros
+without padding. Codes are affine or those of codebooks.
 
-The compiled kernels move whole buffers. The numpy functions do the same, slower: they are the layout's definition in
-ten lines each, read caches on machines without a compiler, and judge the kernels in the tests.
+The compiled kernels move whole buffers; cpu_blocks.py does the same where there is no compiler.
 """
 
 from __future__ import annotations
@@ -17,30 +16,33 @@ import numpy as np
 
 from ..codecs import codebooks, packing, turbo
 from ..codecs.affine import Affine
-from ..codecs.base import FP16_MAX, Codec, Packed
+from ..codecs.base import FP16_MAX, Codec, Coded, Packed
+from ..codecs.codebooks import Book
 from . import cpu
+from .cpu_blocks import TOKENS, load_numpy, store_numpy
 
-TOKENS = 64
+Place = tuple[int | None, int, int, int]
+"""Address, and strides in bytes of batch, head and block."""
 
 
 @dataclass(frozen=True)
 class CpuBlocks:
-    """Coded keys or values of one head dim, 64 tokens a block. `kind` is "k" or "v".
+    """One run of codes, `dim` to a token, 64 tokens a block. `kind` is "k" or "v".
 
-    `group` channels share a scale and a zero; 0 stands for the codebook of `codecs/turbo.py`, one scale a vector.
+    `group` channels share a scale and a zero; 0 stands for a codebook, one scale a token.
     """
 
     kind: str
     bits: int
     group: int
-    head_dim: int
+    dim: int
 
     block = TOKENS
 
     @property
     def name(self) -> str:
         codes = f"b{self.bits}-g{self.group}" if self.group else f"t{self.bits}"
-        return f"cpu64-{self.kind}-{codes}-d{self.head_dim}"
+        return f"cpu64-{self.kind}-{codes}-d{self.dim}"
 
     @classmethod
     def named(cls, name: str) -> CpuBlocks | None:
@@ -51,21 +53,18 @@ class CpuBlocks:
         kind, bits, group, book_bits, dim = found.groups()
         return cls(kind, int(bits or book_bits), int(group or 0), int(dim))
 
-    @classmethod
-    def of(cls, kind: str, codec: Codec, head_dim: int) -> CpuBlocks | None:
-        """The layout for what `codec` makes, or None when it can't be held."""
-        if head_dim % 16 or not isinstance(codec, Affine | turbo.Turbo):
-            return None
-        return cls(kind, codec.bits, codec.group if isinstance(codec, Affine) else 0, head_dim)
+    @property
+    def runs(self) -> tuple[CpuBlocks, ...]:
+        return (self,)
 
     @property
     def params(self) -> int:
         """fp16 numbers of one token: scale and zero of every group, or the scale."""
-        return 2 * -(-self.head_dim // self.group) if self.group else 1
+        return 2 * -(-self.dim // self.group) if self.group else 1
 
     @property
     def code_bytes(self) -> int:
-        return 8 * self.bits * self.head_dim
+        return 8 * self.bits * self.dim
 
     @property
     def block_bytes(self) -> int:
@@ -75,7 +74,7 @@ class CpuBlocks:
     @property
     def words(self) -> int:
         """Canonical uint32 words of one token's codes."""
-        return packing.words(self.head_dim, self.bits)
+        return packing.words(self.dim, self.bits)
 
     def store(self, packed: Packed) -> tuple[mx.array, ...]:
         """`(codes [B,H,T,W], scales [B,H,T,params])` -> `[B,H,T/64,bytes]`; T must be a multiple of 64."""
@@ -112,14 +111,14 @@ class CpuBlocks:
         return mx.array(codes), mx.array(scales)
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
-        """`store(codec.encode(y))` in one pass over `y [B,H,T,D]`; the same bits (a zero may differ in sign)."""
-        if CpuBlocks.of(self.kind, codec, self.head_dim) != self:
-            raise ValueError(f"layout {self.name} can't hold what codec {codec} makes")
-        if y.shape[3] != self.head_dim:
-            raise ValueError(f"layout {self.name} can't hold vectors of {y.shape[3]} channels")
+        """`store(codec.encode(y))` for `y [B,H,T,D]`, in one pass where codes are rounded coordinates; the same bits (a
+        zero may differ in sign).
+        """
+        _check(self, codec, y)
         blocks = _whole_blocks(self.name, y.shape[2])
         fit = codec.fit if isinstance(codec, turbo.Turbo) else ""
-        if y.dtype not in cpu.DTYPES or fit == "unbiased" or not cpu.available():
+        fused = isinstance(codec, Affine | turbo.Turbo) and fit != "unbiased"
+        if not fused or y.dtype not in cpu.DTYPES or not cpu.available():
             return self.store(codec.encode(y))
         lengths = turbo.rms(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX)) if fit else mx.zeros(0)
         mx.eval(y, lengths)
@@ -128,129 +127,115 @@ class CpuBlocks:
         strides = [s // x.itemsize for s in x.strides[:3]]
         grid = cpu.Grid(*y.shape[:2], blocks, *strides, cpu.DTYPES[y.dtype], cpu.threads())
         given = cpu.view(lengths)
-        form = self._format(fit == "norm")
+        form = self._format(codec, fit == "norm")
         cpu.call("opentq_pack", form, grid, x.ctypes.data, given.ctypes.data, out.ctypes.data)
         return (mx.array(out),)
 
-    def _format(self, norm: bool = False) -> cpu.Format:
+    def _format(self, codec: Codec | None = None, norm: bool = False) -> cpu.Format:
+        """What the packing kernels read; its codebook, too, where they are to make codes."""
+        values = self.kind == "v"
         if self.group:
-            return cpu.Format(self.bits, self.group, self.head_dim, self.kind == "v", cpu.AFFINE)
-        cuts, (entries, step) = _cuts(self.bits, self.head_dim), book(self.bits, self.head_dim)
-        values, dim = self.kind == "v", self.head_dim
-        return cpu.Format(self.bits, dim, dim, values, cpu.BOOK, norm, cuts.ctypes.data, entries.ctypes.data, step)
+            return cpu.Format(self.bits, self.group, self.dim, values, cpu.AFFINE)
+        form = cpu.Format(self.bits, self.dim, self.dim, values, cpu.BOOK, norm)
+        if isinstance(codec, turbo.Turbo):
+            (book,) = codec.books(self.dim)
+            form.book, form.step, form.cuts = _entries(book).ctypes.data, book.step, _cuts(book).ctypes.data
+        return form
 
-    def view(self, where: tuple[int | None, int, int, int]) -> cpu.Packed:
-        """What the kernels read: address and strides in bytes of batch, head and block."""
-        if self.group:
-            return cpu.Packed(*where, self.bits, self.group, self.head_dim, cpu.AFFINE)
-        entries, step = book(self.bits, self.head_dim)
+    def view(self, where: Place, book: Book | None) -> cpu.Packed:
+        """What attention reads: where blocks lie, and the codebook."""
+        if book is None:
+            return cpu.Packed(*where, self.bits, self.group, self.dim, cpu.AFFINE)
         # Sums of more than 128 products of keys would leave 32 bits; those of values run over 64 tokens.
-        group = min(128, self.head_dim) if self.kind == "k" else self.head_dim
-        return cpu.Packed(*where, self.bits, group, self.head_dim, cpu.BOOK, entries.ctypes.data, step)
+        group = min(128, self.dim) if self.kind == "k" else self.dim
+        return cpu.Packed(*where, self.bits, group, self.dim, cpu.BOOK, _entries(book).ctypes.data, book.step)
 
     def __deepcopy__(self, memo: dict) -> CpuBlocks:
         return self
 
 
-@functools.cache
-def book(bits: int, dim: int) -> tuple[np.ndarray, float]:
-    """A codebook as the kernels read it: 64 unsigned bytes, entry + 128, again and again; and the step of an entry."""
-    entries, step = codebooks.integers(bits, dim)
-    return np.resize(np.array(entries) + 128, 64).astype(np.uint8), step
+@dataclass(frozen=True)
+class CpuRuns:
+    """Two runs of codebook codes of the same dim, an array of blocks for each."""
+
+    runs: tuple[CpuBlocks, CpuBlocks]
+
+    block = TOKENS
+
+    @property
+    def name(self) -> str:
+        return "+".join(run.name for run in self.runs)
+
+    @property
+    def kind(self) -> str:
+        return self.runs[0].kind
+
+    def store(self, packed: Packed) -> tuple[mx.array, ...]:
+        """`(codes, codes, scales [B,H,T,2])` -> two arrays `[B,H,T/64,bytes]`; T must be a multiple of 64."""
+        *codes, scales = packed
+        return tuple(run.store((c, scales[..., i : i + 1]))[0] for i, (run, c) in enumerate(zip(self.runs, codes)))
+
+    def load(self, stored: tuple[mx.array, ...]) -> Packed:
+        """The inverse of `store`, bit for bit."""
+        codes, scales = zip(*(run.load((blocks,)) for run, blocks in zip(self.runs, stored)))
+        return *codes, mx.concatenate(list(scales), axis=-1)
+
+    def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
+        """`store(codec.encode(y))`, in one pass a run where runs are halves of the vector; the same bits."""
+        _check(self, codec, y)
+        if not isinstance(codec, turbo.Fractional):
+            return self.store(codec.encode(y))
+        halves = zip(self.runs, codec.parts, mx.split(y, 2, axis=-1))
+        return tuple(run.encode(part, half)[0] for run, part, half in halves)
+
+    def __deepcopy__(self, memo: dict) -> CpuRuns:
+        return self
+
+
+CpuLayout = CpuBlocks | CpuRuns
+
+
+def layout_for(kind: str, codec: Codec, head_dim: int) -> CpuLayout | None:
+    """The layout for what `codec` makes, as keys "k" or values "v"; None when the kernels can't hold it."""
+    if isinstance(codec, Affine):
+        return None if head_dim % 16 else CpuBlocks(kind, codec.bits, codec.group, head_dim)
+    # Codes of a sketch make scores, not values.
+    if not isinstance(codec, Coded) or not (kind == "k" or isinstance(codec, turbo.Turbo | turbo.Fractional)):
+        return None
+    books = codec.books(head_dim)
+    if any(book.dim % 16 for book in books):
+        return None
+    runs = tuple(CpuBlocks(kind, book.bits, 0, book.dim) for book in books)
+    return CpuRuns((runs[0], runs[1])) if len(runs) == 2 else runs[0]
+
+
+def layout_named(name: str) -> CpuLayout | None:
+    """The layout of that name, or None when it isn't one of these."""
+    runs = tuple(CpuBlocks.named(part) for part in name.split("+"))
+    if len(runs) == 2 and runs[0] and runs[1]:
+        return CpuRuns((runs[0], runs[1]))
+    return runs[0] if len(runs) == 1 else None
 
 
 @functools.cache
-def _cuts(bits: int, dim: int) -> np.ndarray:
-    """Boundaries between a codebook's entries."""
-    return np.array(codebooks.boundaries(codebooks.sphere(bits, dim)), np.float32)
+def _entries(book: Book) -> np.ndarray:
+    """A codebook as the kernels read it: 64 unsigned bytes, entry + 128, again and again."""
+    return np.resize(np.array(book.entries) + 128, 64).astype(np.uint8)
 
 
-def planes(bits: int) -> tuple[tuple[int, int], ...]:
-    """(width, first bit) of the planes in which codes of `bits` bits are stored."""
-    low, high = packing.PLANES.get(bits, (bits, 0))
-    return ((low, 0), (high, low)) if high else ((low, 0),)
+@functools.cache
+def _cuts(book: Book) -> np.ndarray:
+    """Boundaries between the entries."""
+    return np.array(codebooks.boundaries(codebooks.sphere(book.bits, book.dim)), np.float32)
+
+
+def _check(layout: CpuLayout, codec: Codec, y: mx.array) -> None:
+    """Raise ValueError unless the layout holds what `codec` makes of `y`."""
+    if layout_for(layout.kind, codec, y.shape[3]) != layout:
+        raise ValueError(f"layout {layout.name} can't hold what codec {codec} makes of {y.shape[3]} channels")
 
 
 def _whole_blocks(name: str, tokens: int) -> int:
     if tokens % TOKENS:
         raise ValueError(f"layout {name} holds blocks of {TOKENS} tokens; {tokens} tokens leave a part of one")
     return tokens // TOKENS
-
-
-def store_numpy(layout: CpuBlocks, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Canonical arrays -> blocks."""
-    batch, heads, tokens, _ = codes.shape
-    n, dim, bits = tokens // TOKENS, layout.head_dim, layout.bits
-    values = _unpack(codes.astype("<u4").view(np.uint8), dim, bits).reshape(batch, heads, n, TOKENS, dim)
-    fields = np.empty((batch, heads, n, dim // 16, 16, 64), np.uint8)
-    tile_axes = values.reshape(batch, heads, n, TOKENS, dim // 16, 16)
-    if layout.kind == "k":  # [field: channels/4, tokens/16][lane: token][channel]
-        by = tile_axes.reshape(batch, heads, n, 4, 16, dim // 16, 4, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
-    else:  # [field: token % 16][lane: channel][token / 16]
-        by = tile_axes.reshape(batch, heads, n, 4, 16, dim // 16, 16).transpose(0, 1, 2, 5, 4, 6, 3)
-    fields[...] = by.reshape(fields.shape)
-    tiles = [_merge(_bits(fields, *plane), plane[0]).reshape(*fields.shape[:4], -1) for plane in planes(bits)]
-    body = np.concatenate(tiles, axis=-1).reshape(batch, heads, n, layout.code_bytes)
-    by_token = scales.reshape(batch, heads, n, TOKENS, layout.params).swapaxes(3, 4)
-    params = np.ascontiguousarray(by_token, "<f2").reshape(batch, heads, n, -1).view(np.uint8)
-    return np.concatenate([body, params], axis=-1)
-
-
-def load_numpy(layout: CpuBlocks, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks -> canonical arrays."""
-    batch, heads, n, _ = blocks.shape
-    dim, bits = layout.head_dim, layout.bits
-    tiles = blocks[..., : layout.code_bytes].reshape(batch, heads, n, dim // 16, 128 * bits)
-    fields = np.zeros((*tiles.shape[:4], 16, 64), np.uint8)
-    for width, first in planes(bits):
-        fields |= _split(tiles[..., 128 * first : 128 * (first + width)], width) << first
-    if layout.kind == "k":
-        by = fields.reshape(batch, heads, n, dim // 16, 4, 4, 16, 4).transpose(0, 1, 2, 5, 6, 3, 4, 7)
-    else:
-        by = fields.reshape(batch, heads, n, dim // 16, 16, 16, 4).transpose(0, 1, 2, 6, 4, 3, 5)
-    values = by.reshape(batch, heads, n * TOKENS, dim)
-    rows = []
-    for width, first in planes(bits):
-        plane = np.pad(_bits(values, width, first), [(0, 0)] * 3 + [(0, -dim % (32 // width))])
-        rows.append(_merge_row(plane, width).view("<u4"))
-    params = np.ascontiguousarray(blocks[..., layout.code_bytes :]).view("<f2")
-    by_token = params.reshape(batch, heads, n, layout.params, TOKENS).swapaxes(3, 4)
-    return np.concatenate(rows, axis=-1), by_token.reshape(batch, heads, n * TOKENS, layout.params)
-
-
-def _bits(values: np.ndarray, width: int, first: int) -> np.ndarray:
-    return values >> first & ((1 << width) - 1)
-
-
-def _merge(fields: np.ndarray, width: int) -> np.ndarray:
-    """`[..., 16, 64]` codes -> `[..., 16 * width / 8, 64]`: field i goes into slot i % per of vector i / per."""
-    per = 8 // width
-    slots = fields.reshape(*fields.shape[:-2], 16 // per, per, 64)
-    shifts = (np.arange(per, dtype=np.uint8) * width)[:, None]
-    return np.bitwise_or.reduce(slots << shifts, axis=-2)
-
-
-def _split(tile: np.ndarray, width: int) -> np.ndarray:
-    """The inverse of `_merge`, from `[..., bytes]` to `[..., 16, 64]`."""
-    per = 8 // width
-    vectors = tile.reshape(*tile.shape[:-1], 16 // per, 1, 64)
-    shifts = (np.arange(per, dtype=np.uint8) * width)[:, None]
-    return ((vectors >> shifts) & ((1 << width) - 1)).reshape(*tile.shape[:-1], 16, 64)
-
-
-def _merge_row(values: np.ndarray, width: int) -> np.ndarray:
-    """Little-endian fields along the last axis -> bytes."""
-    per = 8 // width
-    slots = values.reshape(*values.shape[:-1], -1, per)
-    return np.bitwise_or.reduce(slots << (np.arange(per, dtype=np.uint8) * width), axis=-1)
-
-
-def _unpack(row: np.ndarray, dim: int, bits: int) -> np.ndarray:
-    """One token's canonical bytes `[..., 4 * words]` -> codes `[..., dim]`."""
-    if bits in packing.PLANES:
-        low, high = packing.PLANES[bits]
-        cut = 4 * packing.words(dim, low)
-        return _unpack(row[..., :cut], dim, low) | _unpack(row[..., cut:], dim, high) << low
-    per = 8 // bits
-    fields = (row[..., None] >> (np.arange(per, dtype=np.uint8) * bits)) & ((1 << bits) - 1)
-    return fields.reshape(*row.shape[:-1], -1)[..., :dim].astype(np.uint8)

@@ -47,13 +47,13 @@ void product(Ahead& ahead, const float* a, int a_stride, const float* b, int b_s
   }
 }
 
-// 64 fp16 tokens, `stride` numbers apart, as floats: keys [dim_k][64], values [64][dim_v]. Tokens that no row sees (not in
+// 64 fp16 tokens, `stride` numbers apart, as floats: keys [dim_q][64], values [64][dim_v]. Tokens that no row sees (not in
 // `any`) may not exist or hold anything, so they are zeros here.
 inline void widen_keys(Rows& rows, const uint16_t* k, int64_t stride, uint64_t any) {
   static const uint16_t nothing[16] = {};
   for (int t0 = 0; t0 < 64; t0 += 16) {
     const uint16_t* tokens[16];
-    for (int d = 0; d < rows.dim_k; d += 16) {
+    for (int d = 0; d < rows.dim_q; d += 16) {
       for (int t = 0; t < 16; t++) tokens[t] = any >> (t0 + t) & 1 ? k + (t0 + t) * stride + d : nothing;
       transpose_half(tokens, rows.dense_k + size_t(d) * 64 + t0, 64);
     }
@@ -74,7 +74,7 @@ inline void widen_values(Rows& rows, const uint16_t* v, int64_t stride, uint64_t
 
 // Scores of rows [r0, r0 + n) against the widened keys, in units of 1.
 inline void dense_scores(Rows& rows, int r0, int n) {
-  product<false>(rows.ahead, rows.q + size_t(r0) * rows.dim_k, rows.dim_k, rows.dense_k, 64, rows.dim_k, rows.scores, 64, n, 64);
+  product<false>(rows.ahead, rows.q + size_t(r0) * rows.dim_q, rows.dim_q, rows.dense_k, 64, rows.dim_q, rows.scores, 64, n, 64);
 }
 
 // Scores in units of `step` -> probabilities in their place, and the sums of the state.

@@ -10,7 +10,8 @@
 // 16 rows read is unpacked to bytes once, so prefill pays for unpacking once per 128 rows.
 //
 // A codebook's code becomes its entry, a byte, by one look-up in registers; from there on it is an 8-bit code with one
-// scale per token and zero = -128 * scale. Raw fp16 keys or values take the products of dense.h instead.
+// scale per token and zero = -128 * scale. Two runs of codes are two products: scores add up, and values make the two
+// halves of the channels. Raw fp16 keys or values take the products of dense.h instead.
 #pragma once
 #include "dense.h"
 #include "products.h"
@@ -45,7 +46,7 @@ inline Products products_for(int bits, bool lookup) {
 // they share one integer step: the scales are multiplied by LEVELS / largest here, and `tame` is that step. A block with
 // wild scales (tame = 0) gets a step per row, which costs a horizontal maximum each.
 inline void load_params(Rows& rows, const Packed& v, const uint16_t* params, uint64_t seen) {
-  for (int g = 0; g < rows.groups_v; g++, params += v.param_stride()) {
+  for (int g = 0; g < v.groups(); g++, params += v.param_stride()) {
     float *scale = rows.params + 128 * g, *zero = scale + 64;
     F most = set1(0.f), least = set1(1e30f);
     for (int t = 0; t < 64; t += W) {
@@ -121,36 +122,65 @@ struct Range {
   int64_t low, high;
 };
 
+// One run of codes as a task reads it, block after block.
+struct Run {
+  Run(const Packed& run, int64_t batch, int64_t head, bool often, uint8_t* scratch)
+      : p(run), data(run.data + batch * run.batch_stride + head * run.head_stride), scratch(scratch) {
+    products = products_for(run.bits, run.form == BOOK);
+    if (!often || !run.coded() || run.bits == 8) return;
+    widen = products.widen, products = products_for(8, false);
+  }
+  void open(int64_t block) {
+    at = data + block * p.block_stride, codes = at;
+    params = reinterpret_cast<const uint16_t*>(at + p.code_bytes());
+    if (!widen) return;
+    widen(at, p.tiles(), p.book, scratch);
+    codes = scratch;
+  }
+  void scores(const Rows& rows, int r0, int n) const { products.scores(codes, params, p, rows, r0, n, rows.scores); }
+  void values(const Rows& rows, int r0, int n) const { products.values(codes, p, rows, r0, n); }
+  const uint16_t* halves() const { return reinterpret_cast<const uint16_t*>(at); }
+  const uint8_t* next() const { return at + p.block_stride; }
+
+  const Packed& p;
+  const uint8_t *data, *at = nullptr, *codes = nullptr;
+  const uint16_t* params = nullptr;
+  uint8_t* scratch;
+  WidenFn widen = nullptr;  // a block that many chunks read is unpacked once
+  Products products;
+};
+
 // Rows of one task against stored blocks [first, last) of one KV head. Keys and values may be coded or raw, each for itself.
-inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const Packed& v, const uint8_t* k_head,
-                          const uint8_t* v_head, int64_t first, int64_t last) {
-  // A block that many chunks read is unpacked once.
-  const bool raw_k = k.form == RAW, raw_v = v.form == RAW, wide = rows.count > 2 * CHUNK;
-  const bool wide_k = wide && !raw_k && k.bits != 8, wide_v = wide && !raw_v && v.bits != 8;
-  const Products pk = products_for(k.bits, k.form == BOOK), pv = products_for(v.bits, v.form == BOOK), bytes = products_for(8, false);
+inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t batch, int64_t head, int64_t first, int64_t last) {
+  const bool often = rows.count > 2 * CHUNK, raw_k = !c.k[0].coded(), raw_v = !c.v[0].coded(), two_k = c.k[1].dim, two_v = c.v[1].dim;
+  Rows more = rows.second();
+  Run k(c.k[0], batch, head, often, rows.wide_k), v(c.v[0], batch, head, often, rows.wide_v);
+  Run k2(c.k[1], batch, head, often, more.wide_k), v2(c.v[1], batch, head, often, more.wide_v);
   int64_t low = 0, high = INT64_MAX, any_low = INT64_MAX, any_high = 0;  // tokens that every row sees, and that any row sees
   for (int r = 0; r < rows.count; r++) {
     low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
     any_low = std::min(any_low, seen[r].low), any_high = std::max(any_high, seen[r].high);
   }
   for (int64_t b = first; b < last; b++) {
-    const uint8_t *kb = k_head + b * k.block_stride, *vb = v_head + b * v.block_stride;
-    const uint8_t *k_codes = kb, *v_codes = vb;
-    const auto* k_params = reinterpret_cast<const uint16_t*>(kb + k.code_bytes());
-    const auto* v_params = reinterpret_cast<const uint16_t*>(vb + v.code_bytes());
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
     const uint64_t any = whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK);
-    if (b + 1 < last) rows.ahead.start(k, kb + k.block_stride, v, vb + v.block_stride, rows.count);
-    if (wide_k) pk.widen(kb, k.tiles(), k.book, rows.wide_k), k_codes = rows.wide_k;
-    if (wide_v) pv.widen(vb, v.tiles(), v.book, rows.wide_v), v_codes = rows.wide_v;
-    if (raw_k) widen_keys(rows, reinterpret_cast<const uint16_t*>(kb), k.token_stride(), any);
-    if (raw_v) widen_values(rows, reinterpret_cast<const uint16_t*>(vb), v.token_stride(), any);
-    else load_params(rows, v, v_params, any);
+    k.open(b), v.open(b);
+    if (b + 1 < last) rows.ahead.start(k.p, k.next(), v.p, v.next(), rows.count);
+    if (two_k) k2.open(b);
+    if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
+    if (b + 1 < last && (two_k || two_v)) more.ahead.start(k2.p, k2.next(), v2.p, v2.next(), rows.count);
+    if (raw_k) widen_keys(rows, k.halves(), k.p.token_stride(), any);
+    if (raw_v) widen_values(rows, v.halves(), v.p.token_stride(), any);
+    else load_params(rows, v.p, v.params, any);
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
       const float* step = raw_k ? ONES : rows.q_step + r0;
       if (raw_k) dense_scores(rows, r0, n);
-      else (wide_k ? bytes : pk).scores(k_codes, k_params, k, rows, r0, n, rows.scores);
+      else k.scores(rows, r0, n);
+      if (two_k) {
+        k2.scores(more, r0, n);
+        for (int i = 0; i < 64 * n; i += W) store(rows.scores + i, add(load(rows.scores + i), load(more.scores + i)));
+      }
       if (rows.softcap != 0.f) {
         for (int i = 0; i < n; i++) cap_scores(rows.scores + 64 * i, step[i], rows.softcap);
         step = ONES;
@@ -162,7 +192,8 @@ inline void attend_packed(Rows& rows, const Range* seen, const Packed& k, const 
         dense_values(rows, r0, n, BLOCK);
       } else {
         softmax_packed(rows, r0, n, step);
-        (wide_v ? bytes : pv).values(v_codes, v, rows, r0, n);
+        v.values(rows, r0, n);
+        if (two_v) v2.values(more, r0, n);
       }
     }
   }

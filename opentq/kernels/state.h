@@ -69,13 +69,18 @@ struct Ahead {
 };
 
 struct Rows {
-  int count = 0, dim_k = 0, dim_v = 0, groups_k = 0, groups_v = 0;
+  int count = 0;
+  int dim_q = 0, dim_v = 0;        // channels of dense keys and of values
+  int dim_k = 0, groups_k = 0;     // of one run of packed keys
+  int runs_k = 0, groups_v = 0;    // groups_v: of all runs of values
+  int run_v = 0;                   // channels of one run of values
   float softcap = 0;
   // query
-  float* q;         // [count][dim_k], times scale * log2(e)
-  int32_t* q8;      // [count][dim_k / 4][hi, lo]: 4 signed bytes each
-  float* q_step;    // [count]: q ~ q_step * v, and the unit of packed scores
-  float* q_sum;     // [count][groups_k]: sum of these integers over the group, for the zeros
+  float* q;         // [count][dim_q], times scale * log2(e)
+  float* projected; // [runs_k * dim_k]: one row's query of packed keys, times the same
+  int32_t* q8;      // [runs_k][count][dim_k / 4][hi, lo]: 4 signed bytes each
+  float* q_step;    // [count]: query ~ q_step * v, and the unit of packed scores
+  float* q_sum;     // [runs_k][count][groups_k]: sum of these integers over the group, for the zeros
   // running softmax
   float* top;       // [count + 16]: largest score so far
   float* weight;    // [count][W]: lane-wise sums of probabilities
@@ -83,52 +88,64 @@ struct Rows {
   float* zero;      // [count][groups_v][W]: lane-wise sums of p * zero
   // scratch of one chunk
   float* scores;    // [CHUNK][64]
+  float* more;      // [CHUNK][64]: scores of a second run
   int8_t* p8;       // [CHUNK][groups_v][hi 64, lo 64]
   float* p_step;    // [CHUNK][groups_v]
   float* params;    // [groups_v][scale 64, zero 64]: one block's, as floats
   float* tame;      // [groups_v]: scale that every probability of the block may use, or 0 (see load_params)
-  uint8_t *wide_k, *wide_v;  // one block with a byte per code
+  uint8_t *wide_k, *wide_v;  // one block with a byte per code, run after run
   mutable Ahead ahead;
-  float *dense_k, *dense_v;  // one dense tile: keys [dim_k][64], values [64][dim_v]
+  float *dense_k, *dense_v;  // one dense tile: keys [dim_q][64], values [64][dim_v]
 
-  void allocate(Arena& arena, int rows, const Packed& k, const Packed& v) {
-    count = rows, dim_k = k.dim, dim_v = v.dim, groups_k = k.groups(), groups_v = v.groups();
-    const size_t n = rows, dk = dim_k, dv = dim_v, gk = groups_k, gv = groups_v;
-    const size_t floats = n * (dk + dk / 2 + gk + 1 + W + dv + gv * W + 1) + 16 + CHUNK * (64 + gv) + 129 * gv + 64 * (dk + dv);
+  void allocate(Arena& arena, int rows, const Call& c) {
+    count = rows, dim_q = c.dim_k, dim_v = c.dim_v, dim_k = c.k[0].dim, groups_k = c.k[0].groups();
+    runs_k = c.k[1].dim ? 2 : 1, run_v = c.v[0].dim, groups_v = c.v[0].groups() + c.v[1].groups();
+    const size_t n = rows, dq = dim_q, dk = runs_k * dim_k, dv = dim_v, gk = runs_k * groups_k, gv = groups_v;
+    const size_t floats = n * (dq + dk / 2 + gk + 1 + W + dv + gv * W + 1) + 16 + dk + CHUNK * (128 + gv) + 129 * gv + 64 * (dq + dv);
     arena.reset(4 * floats + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 24);
-    q = arena.take<float>(n * dk), q8 = arena.take<int32_t>(n * dk / 2);
+    q = arena.take<float>(n * dq), projected = arena.take<float>(dk), q8 = arena.take<int32_t>(n * dk / 2);
     q_step = arena.take<float>(n), q_sum = arena.take<float>(n * gk);
     top = arena.take<float>(n + 16), weight = arena.take<float>(n * W), acc = arena.take<float>(n * dv);
-    zero = arena.take<float>(n * gv * W), scores = arena.take<float>(CHUNK * 64), p8 = arena.take<int8_t>(CHUNK * 128 * gv);
+    zero = arena.take<float>(n * gv * W), scores = arena.take<float>(CHUNK * 64), more = arena.take<float>(CHUNK * 64);
+    p8 = arena.take<int8_t>(CHUNK * 128 * gv);
     p_step = arena.take<float>(CHUNK * gv), params = arena.take<float>(128 * gv), tame = arena.take<float>(gv);
     wide_k = arena.take<uint8_t>(64 * dk), wide_v = arena.take<uint8_t>(64 * dv);
-    dense_k = arena.take<float>(64 * dk), dense_v = arena.take<float>(64 * dv);
+    dense_k = arena.take<float>(64 * dq), dense_v = arena.take<float>(64 * dv);
     std::fill(top, top + n + 16, LOWEST);
     std::fill(weight, weight + n * W, 0.f);
     std::fill(acc, acc + n * dv, 0.f);
     std::fill(zero, zero + n * gv * W, 0.f);
   }
 
-  // q [dim_k] of row r, already scaled, -> integers. Groups are multiples of 16 channels.
-  void quantise_query(int r, int group) {
-    const float* x = q + size_t(r) * dim_k;
+  // The same rows as the second runs' products see them. A run of values has one group: those that follow it are empty.
+  Rows second() const {
+    Rows x = *this;
+    x.q8 += size_t(count) * dim_k / 2, x.q_sum += size_t(count) * groups_k, x.scores = more, x.wide_k += 64 * dim_k;
+    x.acc += run_v, x.p8 += 128, x.p_step += 1, x.params += 128, x.tame += 1, x.wide_v += 64 * run_v;
+    return x;
+  }
+
+  // Row r's query of packed keys, already scaled, -> integers of one step. Groups are multiples of 16 channels.
+  void quantise_query(int r, const float* x, int group) {
     F most = set1(0.f);
-    for (int d = 0; d < dim_k; d += W) most = max(max(load(x + d), sub(set1(0.f), load(x + d))), most);
+    for (int d = 0; d < runs_k * dim_k; d += W) most = max(max(load(x + d), sub(set1(0.f), load(x + d))), most);
     // Below 1e-30 a query adds nothing to a score that fp32 could hold.
     const float largest = std::max(hmax(most), 1e-30f), inverse = LEVELS / largest;
     q_step[r] = largest / LEVELS;
-    float* sum = q_sum + size_t(r) * groups_k;
-    std::fill_n(sum, groups_k, 0.f);
-    int32_t* out = q8 + size_t(r) * dim_k / 2;
-    for (int d = 0; d < dim_k; d += 4, out += 2) {
-      int8_t hi[4], lo[4];
-      for (int i = 0; i < 4; i++) {
-        const float rounded = std::nearbyint(x[d + i] * inverse), y = rounded + 128.f;
-        sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
-        const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
-        hi[i] = int8_t(v >> 8), lo[i] = int8_t((v & 255) - 128);
+    for (int run = 0; run < runs_k; run++, x += dim_k) {
+      float* sum = q_sum + (size_t(run) * count + r) * groups_k;
+      std::fill_n(sum, groups_k, 0.f);
+      int32_t* out = q8 + (size_t(run) * count + r) * dim_k / 2;
+      for (int d = 0; d < dim_k; d += 4, out += 2) {
+        int8_t hi[4], lo[4];
+        for (int i = 0; i < 4; i++) {
+          const float rounded = std::nearbyint(x[d + i] * inverse), y = rounded + 128.f;
+          sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
+          const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
+          hi[i] = int8_t(v >> 8), lo[i] = int8_t((v & 255) - 128);
+        }
+        out[0] = word(hi), out[1] = word(lo);
       }
-      out[0] = word(hi), out[1] = word(lo);
     }
   }
 

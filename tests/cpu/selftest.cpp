@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include <sys/wait.h>
@@ -41,8 +42,10 @@ template <class T> struct Odd {
   char* p;
 };
 
-// A side's coding by number: 2, 3, 4, 8 affine bits; 101 .. 106 codebooks of 1 .. 6 bits; 16 raw fp16.
-constexpr int RAW16 = 16, BOOKS = 100;
+// A side's coding by number: 2, 3, 4, 8 affine bits; 101 .. 106 codebooks of 1 .. 6 bits; 16 raw fp16; 2ab two runs of a and
+// b bits, half of the channels each; 3ab two runs of all channels and 40r one run of r bits a channel, both for keys, whose
+// queries are projected.
+constexpr int RAW16 = 16, BOOKS = 100, HALVES = 200, SKETCH = 300, SIGNS = 400;
 
 struct Shape {
   int kb, vb, group, dk, dv, gqa, length, packed, sink, tail;
@@ -52,44 +55,75 @@ struct Shape {
   bool sinks;
 };
 
-// What turns a coding's number into formats: a codebook is evenly spaced here, from -127 to 127 steps of STEP.
+// One run of codes. A codebook is evenly spaced here, from -127 to 127 steps of STEP.
 constexpr float STEP = 3.f / 127;
-struct Coding {
-  Coding(int number, int group, int dim, bool values) : raw(number == RAW16) {
-    const bool book = number > BOOKS;
-    const int bits = book ? number - BOOKS : number, count = 1 << std::min(bits, 6);
+struct Run {
+  Run(int bits, bool book, int group, int dim, bool values) {
+    const int count = 1 << std::min(bits, 6);
     for (int i = 0; i < 64; i++) entries[i] = uint8_t(1 + 254 * (i % count) / (count - 1));
     for (int i = 0; i + 1 < count; i++) cuts[i] = STEP * ((entries[i] + entries[i + 1]) / 2.f - 128);
-    f = {bits, book ? dim : group, dim, values, book ? BOOK : AFFINE, 0, cuts, entries, STEP, 0};
+    f = {bits, book ? dim : group, dim, values, book ? BOOK : AFFINE, 0, nullptr, nullptr, STEP, 0};
   }
-  int64_t block_bytes() const { return raw ? 128 * f.dim : f.block_bytes(); }
-  // As attention reads `slots` tokens of every head.
+  // Floats [rows, tokens, dim] -> blocks, and the decoded values as doubles, `stride` to a token. Checks that load and store
+  // are inverse and that codes are nearest.
+  bool pack(const std::vector<float>& x, int rows, int tokens, uint8_t* blocks, double* decoded, int stride);
   Packed view(const uint8_t* data, int heads, int slots) const {
-    const int64_t size = block_bytes(), head = slots / 64 * size;
-    if (raw) return {data, heads * head, head, size, 16, f.dim, f.dim, RAW, nullptr, 0, 0};
+    const int64_t size = f.block_bytes(), head = slots / 64 * size;
     const int group = f.form == BOOK && !f.is_values ? std::min(128, f.dim) : f.group;
     return {data, heads * head, head, size, f.bits, group, f.dim, f.form, entries, STEP, 0};
   }
-  bool raw;
   Format f;
   uint8_t entries[64];
   float cuts[63];
 };
 
-// Floats -> blocks, and the decoded values as doubles. Checks that load and store are inverse and that codes are nearest.
-static bool pack(const Coding& c, const std::vector<float>& x, int rows, int tokens, uint8_t* blocks, std::vector<double>& decoded) {
-  const Format& f = c.f;
-  const Grid grid{1, rows, tokens / 64, int64_t(rows) * tokens * f.dim, int64_t(tokens) * f.dim, f.dim, FLOAT32, 2};
-  const size_t n = size_t(rows) * tokens, bytes = size_t(rows) * (tokens / 64) * c.block_bytes();
-  decoded.resize(n * f.dim);
-  if (c.raw) {
-    for (size_t i = 0; i < n * f.dim; i++) {
-      const uint16_t h = to_half(x[i]);
-      std::memcpy(blocks + 2 * i, &h, 2);
-      decoded[i] = half(h);
+// A side of `rows` heads with `slots` random tokens each: the stored runs, and what they decode to.
+struct Side {
+  Side(int number, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), raw(number == RAW16), dim(dim) {
+    if (number > SIGNS) runs.emplace_back(1, true, 0, (number - SIGNS) * dim, values), projects = true;
+    else if (number > BOOKS && number < HALVES) runs.emplace_back(number - BOOKS, true, 0, dim, values);
+    else if (number > HALVES)
+      for (int bits : {number / 10 % 10, number % 10}) runs.emplace_back(bits, true, 0, number < SKETCH ? dim / 2 : dim, values), projects = number > SKETCH;
+    else if (!raw) runs.emplace_back(number, false, group, dim, values);
+    width = raw ? dim : 0;
+    for (Run& r : runs) width += r.f.dim;
+    decoded.resize(size_t(rows) * slots * width);
+  }
+  bool fill() {
+    int from = 0;
+    if (raw) {
+      blocks[0].reset(new Odd<uint8_t>(2 * decoded.size()));
+      for (size_t i = 0; i < decoded.size(); i++) {
+        const uint16_t h = to_half(normal());
+        std::memcpy(blocks[0]->get() + 2 * i, &h, 2), decoded[i] = half(h);
+      }
+    }
+    for (size_t i = 0; i < runs.size(); i++) {
+      std::vector<float> x(size_t(rows) * slots * runs[i].f.dim);
+      for (float& y : x) y = normal();
+      blocks[i].reset(new Odd<uint8_t>(size_t(rows) * slots / 64 * runs[i].f.block_bytes()));
+      if (!runs[i].pack(x, rows, slots, blocks[i]->get(), decoded.data() + from, width)) return false;
+      from += runs[i].f.dim;
     }
     return true;
   }
+  // As attention reads them.
+  void view(int heads, Packed* out) const {
+    if (raw) out[0] = {blocks[0]->get(), int64_t(heads) * slots * 2 * dim, int64_t(slots) * 2 * dim, 128 * dim, 16, dim, dim, RAW, nullptr, 0, 0};
+    for (size_t i = 0; i < runs.size(); i++) out[i] = runs[i].view(blocks[i]->get(), heads, slots);
+  }
+  int rows, slots;
+  bool raw, projects = false;
+  int dim, width = 0;  // channels, and numbers of a decoded token
+  std::vector<Run> runs;
+  std::unique_ptr<Odd<uint8_t>> blocks[2];
+  std::vector<double> decoded;
+};
+
+bool Run::pack(const std::vector<float>& x, int rows, int tokens, uint8_t* blocks, double* decoded, int stride) {
+  f.cuts = cuts, f.book = entries;
+  const Grid grid{1, rows, tokens / 64, int64_t(rows) * tokens * f.dim, int64_t(tokens) * f.dim, f.dim, FLOAT32, 2};
+  const size_t n = size_t(rows) * tokens, bytes = size_t(rows) * (tokens / 64) * f.block_bytes();
   std::vector<float> lengths(n);
   for (size_t t = 0; t < n; t++) {
     double sum = 0;
@@ -110,17 +144,19 @@ static bool pack(const Coding& c, const std::vector<float>& x, int rows, int tok
       const uint32_t* w = codes.data() + t * f.words();
       const int low = f.bits == 3 ? 2 : f.bits == 5 || f.bits == 6 ? 4 : f.bits, high = f.bits - low;
       uint32_t code = w[d * low / 32] >> (d * low % 32) & ((1u << low) - 1);
-      if (high) code |= (w[f.dim * low / 32 + d * high / 32] >> (d * high % 32) & ((1u << high) - 1)) << low;
+      if (high) code |= (w[f.low_words() + d * high / 32] >> (d * high % 32) & ((1u << high) - 1)) << low;
+      double& y = decoded[t * stride + d];
+      const float given = x[t * f.dim + d];
       if (f.form == BOOK) {
-        const double scale = half(scales[t]), step = scale * STEP, left = x[t * f.dim + d] - step * (c.entries[code] - 128);
-        decoded[t * f.dim + d] = step * (c.entries[code] - 128);
+        const double step = double(half(scales[t])) * STEP;
+        y = step * (entries[code] - 128);
         const double wide = step * (127. / ((1 << f.bits) - 1) + 0.51);  // half a cell of rounded entries
-        if (std::fabs(left) > wide && code != 0 && code + 1 != 1u << f.bits) good = false;
+        if (std::fabs(given - y) > wide && code != 0 && code + 1 != 1u << f.bits) good = false;
         continue;
       }
       const double scale = half(scales[t * 2 * f.groups() + 2 * (d / f.group)]), zero = half(scales[t * 2 * f.groups() + 2 * (d / f.group) + 1]);
-      decoded[t * f.dim + d] = code * scale + zero;
-      if (std::fabs(decoded[t * f.dim + d] - x[t * f.dim + d]) > 0.505 * scale + 4e-3 * std::fabs(zero)) good = false;
+      y = code * scale + zero;
+      if (std::fabs(y - given) > 0.505 * scale + 4e-3 * std::fabs(zero)) good = false;
     }
   return good;
 }
@@ -128,13 +164,13 @@ static bool pack(const Coding& c, const std::vector<float>& x, int rows, int tok
 static bool run(const Shape& s) {
   const int heads = 2, slots = (s.packed + 63) / 64 * 64, columns = s.sink + s.tail + s.length;
   const int rows = s.batch * heads, q_heads = heads * s.gqa;
-  std::vector<float> k(size_t(rows) * slots * s.dk), v(size_t(rows) * slots * s.dv), q(size_t(s.batch) * q_heads * s.length * s.dk);
-  for (auto* a : {&k, &v, &q})
+  Side k(s.kb, s.group, s.dk, false, rows, slots), v(s.vb, s.group, s.dv, true, rows, slots);
+  if (!k.fill() || !v.fill()) return false;
+  // Any projection will do: here it has nothing to do with q.
+  const size_t q_rows = size_t(s.batch) * q_heads * s.length;
+  std::vector<float> q(q_rows * s.dk), projected(k.projects ? q_rows * k.width : 0);
+  for (auto* a : {&q, &projected})
     for (auto& x : *a) x = normal();
-  const Coding kf(s.kb, s.group, s.dk, false), vf(s.vb, s.group, s.dv, true);
-  Odd<uint8_t> kp(size_t(rows) * slots / 64 * kf.block_bytes()), vp(size_t(rows) * slots / 64 * vf.block_bytes());
-  std::vector<double> kd, vd;
-  if (!pack(kf, k, rows, slots, kp.get(), kd) || !pack(vf, v, rows, slots, vp.get(), vd)) return false;
   Odd<uint16_t> dense_k(size_t(rows) * columns * s.dk), dense_v(size_t(rows) * columns * s.dv);
   for (size_t i = 0; i < size_t(rows) * columns * s.dk; i++) dense_k.get()[i] = to_half(normal());
   for (size_t i = 0; i < size_t(rows) * columns * s.dv; i++) dense_v.get()[i] = to_half(normal());
@@ -145,9 +181,13 @@ static bool run(const Shape& s) {
   }
   Call c{};
   c.batch = s.batch, c.kv_heads = heads, c.gqa = s.gqa, c.length = s.length, c.columns = columns;
-  c.q = q.data(), c.q_row_stride = s.dk, c.q_head_stride = s.length * s.dk, c.q_batch_stride = q_heads * c.q_head_stride;
+  const auto queries = [&](const std::vector<float>& x, int64_t dim) {
+    return Queries{x.data(), q_heads * s.length * dim, s.length * dim, dim};
+  };
+  c.q = queries(q, s.dk), c.projected = k.projects ? queries(projected, k.width) : c.q;
+  c.dim_k = s.dk, c.dim_v = s.dv;
   c.causal = s.causal, c.window = s.window, c.softcap = s.softcap, c.scale = float(1 / std::sqrt(s.dk)), c.threads = s.threads;
-  c.k = kf.view(kp.get(), heads, slots), c.v = vf.view(vp.get(), heads, slots);
+  k.view(heads, c.k), v.view(heads, c.v);
   c.dense_k = {dense_k.get(), int64_t(heads) * columns * s.dk, int64_t(columns) * s.dk, s.dk};
   c.dense_v = {dense_v.get(), int64_t(heads) * columns * s.dv, int64_t(columns) * s.dv, s.dv};
   c.lens = lens.data(), c.sinks = s.sinks ? sinks.data() : nullptr, c.out = out.data();
@@ -163,7 +203,8 @@ static bool run(const Shape& s) {
       for (int i = 0; i < s.length; i++) {
         const int packed = lens[3 * b], sink = lens[3 * b + 1], start = lens[3 * b + 2], row = b * heads + h / s.gqa;
         const int total = sink + packed + columns - start, at = total - s.length + i;
-        const float* query = &q[(size_t(b * q_heads + h) * s.length + i) * s.dk];
+        const size_t q_row = size_t(b * q_heads + h) * s.length + i;
+        const float *query = &q[q_row * s.dk], *packed_query = k.projects ? &projected[q_row * k.width] : query;
         std::vector<double> score(total, -INFINITY), o(s.dv, 0);
         double top = s.sinks ? 0.5 : -INFINITY, sum = 0;
         for (int t = 0; t < total; t++) {
@@ -171,7 +212,10 @@ static bool run(const Shape& s) {
           const bool dense = t < sink || t >= sink + packed;
           const size_t column = size_t(row) * columns + (t < sink ? t : start + t - sink - packed), slot = size_t(row) * slots + (t - sink);
           double dot = 0;
-          for (int d = 0; d < s.dk; d++) dot += query[d] * (dense ? half(dense_k.get()[column * s.dk + d]) : kd[slot * s.dk + d]);
+          if (dense)
+            for (int d = 0; d < s.dk; d++) dot += query[d] * half(dense_k.get()[column * s.dk + d]);
+          else
+            for (int d = 0; d < k.width; d++) dot += packed_query[d] * k.decoded[slot * k.width + d];
           score[t] = dot * c.scale;
           if (s.softcap != 0) score[t] = s.softcap * std::tanh(score[t] / s.softcap);
           top = std::max(top, score[t]);
@@ -183,7 +227,7 @@ static bool run(const Shape& s) {
           const bool dense = t < sink || t >= sink + packed;
           const size_t column = size_t(row) * columns + (t < sink ? t : start + t - sink - packed), slot = size_t(row) * slots + (t - sink);
           sum += p;
-          for (int d = 0; d < s.dv; d++) o[d] += p * (dense ? half(dense_v.get()[column * s.dv + d]) : vd[slot * s.dv + d]);
+          for (int d = 0; d < s.dv; d++) o[d] += p * (dense ? half(dense_v.get()[column * s.dv + d]) : v.decoded[slot * s.dv + d]);
         }
         for (int d = 0; d < s.dv; d++) {
           const double want = sum > 0 ? o[d] / sum : 0, got = out[(size_t(b * q_heads + h) * s.length + i) * s.dv + d];
@@ -219,6 +263,16 @@ int main(int argc, char** argv) {
     shapes.push_back({3, number, 32, 32, 48, 8, 1, 150, 2, 5, true, 0, 1, 2, 0, false});
     shapes.push_back({number, number, 32, 160, 144, 2, 20, 100, 1, 5, true, 40, 2, 2, 0, false});  // prefill, in a window
   }
+  for (int number : {221, 232, 243}) {
+    shapes.push_back({number, 4, 32, 64, 32, 3, 1, 100, 1, 5, true, 0, 1, 2, 0, false});
+    shapes.push_back({4, number, 32, 32, 96, 8, 1, 150, 0, 5, true, 0, 1, 2, 0, false});
+    shapes.push_back({number, number, 32, 64, 32, 2, 20, 100, 1, 5, true, 40, 2, 2, 0, false});
+  }
+  for (int number : {311, 321, 331, 401, 402, 408}) {
+    shapes.push_back({number, 4, 32, 48, 32, 3, 1, 100, 1, 5, true, 0, 1, 2, 3.f, true});
+    shapes.push_back({number, 221, 32, 48, 32, 2, 20, 100, 1, 5, true, 0, 2, 2, 0, false});
+  }
+  shapes.push_back({331, 243, 32, 256, 64, 4, 1, 3000, 4, 60, true, 0, 1, 3, 0, false});  // cut into ranges and merged
   int failed = 0;
   for (const Shape& s : shapes) {
     if (run(s)) continue;
