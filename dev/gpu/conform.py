@@ -20,7 +20,8 @@ from opentq.attention import fused_cuda, reference
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.codecs.affine import Affine
 from opentq.codecs.base import Codec
-from opentq.codecs.turbo import Turbo
+from opentq.codecs.qjl import QJL
+from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels.cuda_layout import layout_for
 from tests.oracle import _naive
 
@@ -65,6 +66,9 @@ def variants(quick: bool) -> list[Variant]:
         Variant(t(5), t(3), (128, 128), gqa=8, dtype=mx.bfloat16),
         Variant(t(3), t(2), (80, 112), gqa=5, batch=2),
         Variant(a(8), t(4), (64, 64), gqa=4),
+        Variant(Fractional(2.5, fit="norm"), Fractional(3.5), (128, 128), gqa=8, lengths=(1, 2, 70)),
+        Variant(Prod(3), t(3, fit="norm"), (128, 128), gqa=8, lengths=(1, 3, 90)),
+        Variant(QJL(2), a(4), (128, 128), gqa=8, batch=2, dtype=mx.bfloat16),
     ]
     if quick:
         return found
@@ -78,6 +82,14 @@ def variants(quick: bool) -> list[Variant]:
     found.append(Variant(a(4), a(4), (256, 256), gqa=2, lengths=(1, 7, 90)))
     found += [Variant(t(b), t(6 - b), (96, 96), gqa=3, dtype=(mx.float16, mx.bfloat16)[b % 2]) for b in range(1, 6)]
     found += [Variant(t(4), t(4), (d, d), gqa=4, batch=2, lengths=(1, 9)) for d in (64, 192, 256)]
+    found += [
+        Variant(Fractional(3.5), Fractional(1.5, fit="norm"), (64, 96), gqa=5, batch=2, dtype=mx.bfloat16),
+        Variant(Fractional(1.5), Fractional(2.5), (256, 256), gqa=4),
+        Variant(Prod(4), t(4), (256, 256), gqa=4, dtype=mx.bfloat16),
+        Variant(Prod(2), t(2, fit="norm"), (80, 80), gqa=6, batch=2, lengths=(1, 20)),
+        Variant(QJL(1), a(8), (64, 64), gqa=1),
+        Variant(QJL(4), t(3), (128, 128), gqa=16, lengths=(1, 2, 80)),
+    ]
     return found
 
 

@@ -135,14 +135,15 @@ def kernel_seconds(torch, shape: Shape, geometry: cuda.Geometry | None = None, s
     for _ in range(shape.sets(shape.bytes)):
         sides = [random_records(torch, shape, layout) for layout in (geometry.k, geometry.v)]
         sets.append(sides)
-    q = torch.randn(shape.batch, shape.gqa * shape.kv_heads, shape.length, shape.dim, device="cuda").half()
+    heads = shape.gqa * shape.kv_heads
+    q = torch.randn(shape.batch, heads, shape.length, geometry.k.query, device="cuda").half()
     dense = [torch.randn(shape.batch, shape.kv_heads, 64, shape.dim, device="cuda").half() for _ in "kv"]
     lens = torch.zeros(1, dtype=torch.int32, device="cuda")
     sinks = torch.full((1,), float("nan"), device="cuda")
     tickets = torch.zeros(65536, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(q)
+    out = torch.empty(shape.batch, heads, shape.length, shape.dim, device="cuda").half()
     scratch = torch.empty(blocks[1] * blocks[2], splits, geometry.row_tile, shape.dim + 2, device="cuda")
-    sizes = (shape.n // 64, shape.n // 64, 64, shape.gqa * shape.kv_heads, shape.kv_heads, shape.length)
+    sizes = (shape.n // 64, shape.n // 64, 64, heads, shape.kv_heads, shape.length)
     scalars = (*sizes, 0, int(shape.length > 1), shape.n, 0, 0, float(shape.dim**-0.5), 0.0)
 
     def call(pair):

@@ -19,9 +19,11 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from opentq.attention import fused_cuda
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.codecs.affine import Affine
-from opentq.codecs.turbo import Turbo
+from opentq.codecs.base import Codec
+from opentq.codecs.qjl import QJL
+from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels import cuda, nvrtc
-from opentq.kernels.cuda_layout import layout_for
+from opentq.kernels.cuda_layout import layout_for, packs
 
 from . import graph
 from .graph import Shape
@@ -170,6 +172,7 @@ def decode_row(log, torch, shape: Shape, rivals: bool = True) -> None:
 
 
 INT4 = Affine(4)
+TWO_RUNS = [(Fractional(2.5), Fractional(2.5)), (Fractional(3.5), Fractional(3.5)), (Prod(3), Turbo(3)), (QJL(2), INT4)]
 
 
 def run(log, torch, quick: bool) -> None:
@@ -182,6 +185,9 @@ def run(log, torch, quick: bool) -> None:
         row(Shape(131072, *codecs), rivals=False)
     for codecs in ((Turbo(4), Turbo(4)), (Turbo(3), Turbo(3)), (Turbo(5), Turbo(3)), (Turbo(2), Turbo(2))):
         row(Shape(131072, *codecs), rivals=False)
+    for n in (32768, 131072):
+        for codecs in TWO_RUNS:
+            row(Shape(n, *codecs), rivals=False)
     for gqa in (1, 4, 16):
         row(Shape(131072, INT4, INT4, gqa=gqa))
     for dim in (64, 256):
@@ -194,8 +200,8 @@ def run(log, torch, quick: bool) -> None:
             row(Shape(32768, INT4, INT4, length=length), rivals=False)
     for n in (8192, 32768, 131072):
         prefill_row(log, Shape(n, INT4, INT4, length=2048))
-    for codec in (INT4, Turbo(4)):
-        error_row(log, Shape(131072, codec, codec))
+    for codecs in ((INT4, INT4), (Turbo(4), Turbo(4)), *TWO_RUNS[1:3]):
+        error_row(log, Shape(131072, *codecs))
     pack_row(log, 2048)
     weights_row(log)
     compile_rows(log)
@@ -280,16 +286,17 @@ def pack_row(log, tokens: int) -> None:
     """Encoding `tokens` tokens of 8 heads: our kernel, and the codecs in MLX operations."""
     y = mx.random.normal((1, 8, tokens, 128)).astype(mx.float16)
     mx.eval(y)
-    for name, codec in (("kernel", INT4), ("codec", INT4), ("codec", Turbo(4))):
+    codecs: list[Codec] = [INT4, Turbo(4), Turbo(4, fit="norm"), Fractional(2.5), Prod(3), QJL(2)]
+    for codec in codecs:
         layout = layout_for("k", codec, 128)
         assert layout is not None
-        seconds = repeated(
-            functools.partial(cuda.pack, layout, y)
-            if name == "kernel"
-            else lambda c=codec, f=layout: f.store(c.encode(y))[0]
-        )
-        log.row("pack", engine=name, tokens=tokens, us=round(seconds * 1e6, 2), heads=8, dim=128, k=str(codec))
-        print(f"  pack {tokens} tokens x 8 heads, {codec} by {name}: {seconds * 1e6:.1f} us", flush=True)
+        ways = {"codec": functools.partial(lambda c, f: f.store(c.encode(y))[0], codec, layout)}
+        if packs(codec):
+            ways["kernel"] = functools.partial(cuda.pack, layout, codec, y)
+        for name, way in ways.items():
+            seconds = repeated(way)
+            log.row("pack", engine=name, tokens=tokens, us=round(seconds * 1e6, 2), heads=8, dim=128, k=str(codec))
+            print(f"  pack {tokens} tokens x 8 heads, {codec} by {name}: {seconds * 1e6:.1f} us", flush=True)
 
 
 def weights_row(log) -> None:
