@@ -12,6 +12,8 @@ import pytest
 from opentq.attention import dispatch, fused_metal
 from opentq.bench import device, metal_tune, run
 from opentq.codecs import Affine
+from opentq.codecs.qjl import QJL
+from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.errors import UserError
 from opentq.kernels import metal
 from opentq.spec import KVSpec
@@ -36,9 +38,9 @@ def test_the_compiled_text_is_the_one_mlx_generates(batch, space):
     args = step("int4", shape, 70, 1)
     oracle.judge(args)
     text = next(iter(metal.kernel("decode_lanes")._texts.values()))
-    assert f"const {space} int32_t* lens [[buffer(7)]]" in text
+    assert f"const {space} int32_t* lens [[buffer(9)]]" in text
     assert (
-        "[[kernel]] void custom_kernel_opentq_decode_lanes" in text and "device float* partial [[buffer(11)]]" in text
+        "[[kernel]] void custom_kernel_opentq_decode_lanes" in text and "device float* partial [[buffer(13)]]" in text
     )
     assert mlx_sources.preamble().index("typedef half float16_t") < len(mlx_sources.preamble())
 
@@ -59,6 +61,16 @@ def test_every_pointer_names_its_address_space():
 # ---- conformance
 
 BOOKS = ["tq4", "tq2/int4", "int8/tq3", "tq5/tq1", "tq6:haar"]
+RUNS = [
+    "tq2.5",
+    "tq1.5/tq3.5:nc",
+    "tq2p/tq1.5",
+    "tq4p/int8:sketch=orth",
+    "qjl1/tq2",
+    "qjl4/int4",
+    "polar4",
+    "polar4/int3",
+]
 SHAPES = [
     Shape(),
     Shape(q_heads=2, key_dim=128, value_dim=128),
@@ -81,10 +93,13 @@ def test_decode_shapes(shape, tune, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
-@pytest.mark.parametrize("spec", ["int2", "int3", "int4", "int8", "k8v4:g64", "k4v2:g128", "f16", *BOOKS])
+@pytest.mark.parametrize("spec", ["int2", "int3", "int4", "int8", "k8v4:g64", "k4v2:g128", "f16", *BOOKS, *RUNS])
 @pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
 def test_every_shape_and_spec(shape, spec, tune, monkeypatch):
     monkeypatch.setattr(metal, "tuning", lambda: tune)
+    if spec in RUNS and fused_metal.side(step(spec, shape, 70, 1).k) is None:
+        assert shape.key_dim * (2 if spec.startswith("tq") else 4) > 512
+        return
     for tokens, length, dtype in ((203, 1, mx.float16), (150, 5, mx.bfloat16), (140, 1, mx.float32)):
         oracle.judge(step(spec, shape, tokens, length, dtype, causal=length > 1))
     if tune is LANES:
@@ -97,7 +112,7 @@ def test_decode_of_large_heads(dim):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int2", "int3", "int8", "k8v4:g64", "k4v2:g128", "f16", "int4:sink=4:recent=70", *BOOKS]
+    "spec", ["int2", "int3", "int8", "k8v4:g64", "k4v2:g128", "f16", "int4:sink=4:recent=70", *BOOKS, *RUNS]
 )
 @pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
 def test_decode_specs(spec, tune, monkeypatch):
@@ -113,11 +128,28 @@ def test_codebooks_where_lanes_are_left_over(tune, monkeypatch):
     oracle.judge(step("tq3/tq6", odd, 197, 1))
     oracle.judge(step("tq5/tq3", odd, 130, 1, mx.float32))
     oracle.judge(step("tq2/tq4", Shape(q_heads=2, kv_heads=1, key_dim=256, value_dim=192), 140, 1))
+    oracle.judge(step("tq2.5/tq3.5", odd, 197, 1))  # runs of 40 and of 56 channels
+    oracle.judge(step("polar4/tq1.5", odd, 130, 1, mx.float32))
+    oracle.judge(step("tq3p/polar4", Shape(q_heads=2, kv_heads=1, key_dim=256, value_dim=256), 140, 1))
 
 
-def test_codecs_without_a_kernel_are_not_served():
-    for spec in ("tq2.5", "tq3p", "polar4", "qjl2/int4", "int4:out=2"):
-        assert fused_metal.attend(step(spec, Shape(), 140, 1)) is None
+def test_calls_without_a_kernel_are_not_served():
+    wide = Shape(q_heads=2, kv_heads=1, key_dim=128, value_dim=128)
+    for spec, shape in (("int4:out=2", Shape()), ("qjl8/int4", wide), ("qjl4/int4", replace(wide, key_dim=192))):
+        assert fused_metal.attend(step(spec, shape, 140, 1)) is None
+
+
+@pytest.mark.parametrize("spec", ["tq2.5:sink=4", "polar4/tq2.5", "qjl2/int4:sink=4:recent=70"])
+def test_runs_in_ragged_sequences(spec):
+    """Several sequences, heads and query tokens, which every array has its own stride for; a window, and float32."""
+    shape = Shape(batch=2)
+    args = step(spec, shape, 230, 2, mx.float32, causal=True, window=100)
+    packed, sink, start = args.lens[0]
+    args = replace(args, lens=((packed, sink, start), (packed - 50, sink, start)))
+    for tune in (LANES, MATRIX):
+        metal.kernel.cache_clear()
+        metal.tuning = lambda tune=tune: tune
+        oracle.judge(args)
 
 
 @pytest.mark.parametrize("tune", [LANES, MATRIX], ids=["lanes", "matrix"])
@@ -133,7 +165,9 @@ def test_decode_options(tune, monkeypatch):
     oracle.judge(step("int4:sink=8", few, 3, 3, causal=True))
 
 
-@pytest.mark.parametrize("spec", ["int4", "int3:g64:sink=5:recent=33", "k8v4:g64", "f16", "tq4/tq3", "tq5/int2"])
+@pytest.mark.parametrize(
+    "spec", ["int4", "int3:g64:sink=5:recent=33", "k8v4:g64", "f16", "tq4/tq3", "tq5/int2", *RUNS[::3], "qjl2/polar4"]
+)
 def test_prefill_over_a_compressed_prefix(spec):
     oracle.judge(step(spec, Shape(), 203, 35, causal=True))
 
@@ -192,6 +226,21 @@ def test_pack_is_the_codec_bit_for_bit(bits, dim, group):
         assert mx.array_equal(expected, got).item()
 
 
+@pytest.mark.parametrize("fit", ["length", "norm"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 1.5, 2.5, 3.5])
+def test_a_codebook_packs_bit_for_bit(bits, fit):
+    codec = Fractional(bits, fit=fit) if bits % 1 else Turbo(int(bits), fit=fit)
+    for dim, dtype in ((80, np.float16), (128, np.float32)):
+        y = mx.array(RNG.standard_normal((1, 2, 9, dim)).astype(dtype))
+        y[0, 0, 3] = 0  # scale 0
+        y[0, 1, 4, 0] = 60000.0
+        y[0, 1, 5] = 65504.0  # as long as can be
+        y[0, 1, 6] *= 1e-5  # a scale that is not a normal half
+        for expected, got in zip(codec.encode(y), fused_metal.PACKED.encode(codec, y), strict=True):
+            assert mx.array_equal(expected, got).item()
+    assert len(reports("pack_book")) >= 2
+
+
 def test_a_model_decodes_through_the_kernels():
     """The whole seam: a small Llama generates with every attention call in the emulator, like on the portable path."""
     from mlx_lm.generate import generate_step
@@ -215,10 +264,15 @@ def test_a_model_decodes_through_the_kernels():
 # ---- geometry
 
 
+PLANNED = ((2, 32), (3, 32), (4, 32), (4, 128), (8, 64), (16, 512), (metal.POLAR, 512))
+
+
 def test_every_plan_fits_into_threadgroup_memory():
     for dim in (64, 80, 96, 112, 128, 192, 256, 512):
-        for bits, group in ((2, 32), (3, 32), (4, 32), (4, 128), (8, 64), (16, dim)):
-            side = metal.Side(bits, min(group, dim), dim)
+        sides = [metal.Side(bits, min(group, dim), dim) for bits, group in PLANNED]
+        wide = (fused_metal.codec_side(codec, dim) for codec in (Prod(3), QJL(1), QJL(2), QJL(4)))
+        sides += [side for side in wide if side]
+        for side in sides:
             for rows in (1, 2, 3, 4, 7, 8, 16, 24, 256):
                 for tune in (LANES, metal.Tuning(teams=8, handover=32), metal.Tuning(keys=1, handover=8)):
                     if rows <= metal.lane_rows(side, side):
@@ -337,8 +391,8 @@ def per_element(spec: str, gqa: int, tune: metal.Tuning) -> tuple[float, float]:
     elements = 512 * 128
     arithmetic = (long.arithmetic() - short.arithmetic()) / elements
     multiplies = 0 if tune.variant == "lanes" else (long.matrix_multiplies - short.matrix_multiplies) * 512 / elements
-    fetched = sum(long.fetched_bytes[1:5]) - sum(short.fetched_bytes[1:5])
-    unique = sum(long.unique_bytes[1:5]) - sum(short.unique_bytes[1:5])
+    fetched = sum(long.fetched_bytes[i] - short.fetched_bytes[i] for i in cost.PACKED)
+    unique = sum(long.unique_bytes[i] - short.unique_bytes[i] for i in cost.PACKED)
     assert unique == 512 * 2 * 128 * KVSpec.parse(spec).bits_per_value(128) / 8
     return arithmetic + multiplies - 2 * gqa, fetched / unique
 
@@ -363,6 +417,16 @@ def test_a_codebook_costs_no_more_than_integers(monkeypatch):
     book, bytes_ratio = per_element("tq4", 8, one_threadgroup)
     assert 0.95 <= bytes_ratio <= 1.05
     assert book + 2 <= integers + 1
+
+
+@pytest.mark.parametrize("spec, most", [("tq2.5", 9.0), ("polar4", 16.0)])
+def test_runs_and_polar_blocks_are_read_once(spec, most, monkeypatch):
+    monkeypatch.setattr(metal, "cores", lambda: 1)
+    one_threadgroup = metal.Tuning(simdgroups=4)
+    monkeypatch.setattr(metal, "tuning", lambda: one_threadgroup)
+    beyond, bytes_ratio = per_element(spec, 8, one_threadgroup)
+    assert 0.95 <= bytes_ratio <= 1.1  # a polar block's bytes do not end with a word
+    assert beyond <= most
 
 
 def test_fewer_bytes_and_operations_than_mlx_fp16_attention(monkeypatch):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import mlx.core as mx
 
-from ..codecs import Affine, Raw, Turbo, codebooks
-from ..codecs.base import Codec
+from ..codecs import Affine, Raw, codebooks
+from ..codecs.base import FP16_MAX, Codec, Coded
+from ..codecs.codebooks import Book
 from ..codecs.packing import words
+from ..codecs.polar import LEVELS, Polar
+from ..codecs.qjl import QJL
+from ..codecs.turbo import Fractional, Turbo, rms
 from ..kernels import metal
 from ..kernels.layout import Canonical, Layout
 from ..kernels.metal import Side
@@ -23,7 +28,7 @@ MAX_DIM = 512
 def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know."""
     k, v = side(args.k), side(args.v)
-    if args.mask is not None or k is None or v is None or args.q.shape[2] == 0:
+    if args.mask is not None or k is None or v is None or v.sketch or args.q.shape[2] == 0:
         return None
     if args.gqa * args.q.shape[2] <= metal.lane_rows(k, v) and metal.tuning().variant == "lanes":
         return merge(args, *decode_lanes(args, k, v))
@@ -36,10 +41,16 @@ def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layo
 
 
 class _Packed(Canonical):
-    """One row per token, written by the pack kernel."""
+    """One row per token, written by a pack kernel where there is one."""
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
-        return pack(codec, y) if isinstance(codec, Affine) and y.size else codec.encode(y)
+        if not y.size:
+            return codec.encode(y)
+        if isinstance(codec, Affine):
+            return pack(codec, y)
+        if isinstance(codec, (Turbo, Fractional)) and codec.fit != "unbiased":
+            return pack_book(codec, y)
+        return codec.encode(y)
 
 
 PACKED = _Packed()
@@ -61,21 +72,76 @@ def pack(codec: Affine, y: mx.array) -> tuple[mx.array, mx.array]:
     return codes, scales
 
 
+def pack_book(codec: Turbo | Fractional, y: mx.array) -> tuple[mx.array, ...]:
+    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel behind the lengths, which MLX computes: a mean
+    depends on the order of its sum.
+    """
+    *lead, dim = y.shape
+    codec.check(dim)
+    books = codec.books(dim)
+    runs = y.reshape(*lead, len(books), books[0].dim)
+    lengths = rms(mx.clip(runs.astype(mx.float32), -FP16_MAX, FP16_MAX))
+    bits = [book.bits for book in books]
+    tokens, sizes = y.size // dim, [words(books[0].dim, b) for b in bits]
+    codes, scales = metal.kernel("pack_book")(
+        inputs=[mx.contiguous(y), lengths, *_cuts(books), _ints((tokens,))],
+        template=[
+            ("BITS", metal.BOOK + bits[0]),
+            ("BITS2", metal.BOOK + bits[1] if bits[1:] else 0),
+            ("N", books[0].dim),
+            ("NORM", codec.fit == "norm"),
+        ],
+        grid=(-(-tokens // 4) * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(*lead, sum(sizes)), (*lead, len(books))],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+    return (*mx.split(codes, sizes[:1], axis=-1), scales) if bits[1:] else (codes, scales)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuts(books: tuple[Book, ...]) -> tuple[mx.array, mx.array]:
+    """Of each book 63 boundaries, ascending, and its step, float32 `[64]`; and its entries, float32 `[64]`."""
+    cuts: list[float] = []
+    entries: list[float] = []
+    for book in books:
+        boundaries = codebooks.boundaries(tuple(entry * book.step for entry in book.entries))
+        cuts += (*boundaries, *[0.0] * (63 - len(boundaries)), book.step)
+        entries += (*map(float, book.entries), *[0.0] * (64 - len(book.entries)))
+    return mx.array(cuts, dtype=mx.float32), mx.array(entries, dtype=mx.float32)
+
+
 def side(kv: PackedKV) -> Side | None:
     """What the kernels need to know of packed keys or values, or None where they do not serve."""
     if kv.layout.name != "canonical" or kv.head_dim % 16 or kv.head_dim > MAX_DIM:
         return None
-    return _codec_side(kv.codec, kv.head_dim)
+    return codec_side(kv.codec, kv.head_dim)
 
 
-def _codec_side(codec: Codec, dim: int) -> Side | None:
+@functools.lru_cache(maxsize=256)
+def codec_side(codec: Codec, dim: int) -> Side | None:
+    """The `Side` of keys or values of `dim` channels, or None."""
     if isinstance(codec, Affine):
         return Side(codec.bits, min(codec.group, dim), dim)
-    if isinstance(codec, Turbo):
-        return Side(metal.BOOK + codec.bits, dim, dim)
     if isinstance(codec, Raw):
         return Side(16, dim, dim)
+    if isinstance(codec, Polar):
+        return Side(metal.POLAR, dim, dim)
+    if isinstance(codec, Coded):
+        books = codec.books(dim)
+        bits, run = [metal.BOOK + book.bits for book in books], books[0].dim
+        packed = run * len(books)
+        sketch = packed if isinstance(codec, QJL) else packed - dim
+        if packed <= MAX_DIM and dim + sketch <= metal.MAX_QUERY:
+            return Side(bits[0], run, dim, bits[1] if bits[1:] else 0, sketch, packed)
     return None
+
+
+def queries(args: AttnArgs, k: Side) -> mx.array:
+    """What the kernels read: the queries, and behind each its sketch, where packed keys are the codes of one."""
+    if not k.sketch:
+        return mx.contiguous(args.q)
+    return mx.concatenate([args.q, args.projected[..., -k.sketch :]], axis=-1)
 
 
 def decode_lanes(args: AttnArgs, k: Side, v: Side) -> tuple[mx.array, mx.array]:
@@ -87,7 +153,7 @@ def decode_lanes(args: AttnArgs, k: Side, v: Side) -> tuple[mx.array, mx.array]:
     threads = 32 * plan.members * plan.teams
     template = [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams), ("SUB", plan.handover)]
     partial, stat = metal.kernel("decode_lanes")(
-        inputs=[mx.contiguous(args.q), *_cache_inputs(args)],
+        inputs=[queries(args, k), *_cache_inputs(args)],
         template=[*_template(args, k, v), *template],
         grid=(threads, plan.splits, heads),
         threadgroup=(threads, 1, 1),
@@ -112,7 +178,7 @@ def matrix(args: AttnArgs, k: Side, v: Side) -> mx.array:
     ]
     template += [("TK", plan.tile), ("NSG", plan.simdgroups), ("OWN", own), ("FINAL", final)]
     out, stat = metal.kernel("matrix")(
-        inputs=[mx.contiguous(args.q), *_cache_inputs(args), _sinks(args)],
+        inputs=[queries(args, k), *_cache_inputs(args), _sinks(args)],
         template=[*_template(args, k, v), *template, ("SINK", args.sinks is not None)],
         grid=(threads, plan.splits, heads * plan.row_tiles),
         threadgroup=(threads, 1, 1),
@@ -145,6 +211,7 @@ def _tokens(args: AttnArgs) -> int:
 
 def _template(args: AttnArgs, k: Side, v: Side) -> list[tuple[str, int | bool]]:
     sides = [("KB", k.bits), ("KG", k.group), ("VB", v.bits), ("VG", v.group), ("DK", k.dim), ("DV", v.dim)]
+    sides += [("KB2", k.second), ("VB2", v.second), ("KE", k.width), ("QE", k.query)]
     return [*sides, ("WIN", bool(args.window)), ("CAP", bool(args.softcap))]
 
 
@@ -153,29 +220,38 @@ def _cache_inputs(args: AttnArgs) -> list[mx.array]:
     arrays: list[mx.array] = []
     for kv in (args.k, args.v):
         if kv.arrays and kv.arrays[0].size:
-            arrays += [kv.arrays[0], kv.arrays[-1]]  # of the raw codec, which has no scales, the values twice
+            more = kv.arrays[1] if len(kv.arrays) == 3 else _nothing(mx.uint32)
+            arrays += [kv.arrays[0], more, kv.arrays[-1]]  # of the raw codec, which has no scales, the values twice
         else:  # a buffer of no rows has no memory, and the kernel reads none of it
-            arrays += [_nothing(mx.uint32), _nothing(mx.float16)]
+            arrays += [_nothing(mx.uint32), _nothing(mx.uint32), _nothing(mx.float16)]
     capacity = args.k.arrays[0].shape[2] if args.k.arrays else 0
     meta = (args.q.shape[2], args.gqa, args.kv_heads, args.dense_k.shape[2], capacity, args.window, int(args.causal))
     dense = [mx.contiguous(args.dense_k), mx.contiguous(args.dense_v)]  # as they are, unless a caller sliced them
-    books = _books(_bits(args.k), args.k.head_dim, _bits(args.v), args.v.head_dim)
+    books = _books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
     return [*arrays, *dense, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap)), books]
 
 
-def _bits(kv: PackedKV) -> int:
-    """Bits of a codebook codec, else 0."""
-    return kv.codec.bits if isinstance(kv.codec, Turbo) else 0
-
-
 @functools.lru_cache(maxsize=64)
-def _books(k_bits: int, k_dim: int, v_bits: int, v_dim: int) -> mx.array:
-    """Codebooks of keys and of values, float32 `[64]`: what each of 32 lanes holds, zeros where there is no book."""
+def _books(k_codec: Codec, k_dim: int, v_codec: Codec, v_dim: int) -> mx.array:
+    """Two books of keys and two of values, float32 `[128]`: what 32 lanes hold of each, zeros where there is none."""
     entries: list[float] = []
-    for bits, dim in ((k_bits, k_dim), (v_bits, v_dim)):
-        book = codebooks.sphere(bits, dim)[-metal.BOOK :] if bits else (0.0,)  # of 64 entries the upper half
-        entries += book * (metal.BOOK // len(book))
+    for codec, dim in ((k_codec, k_dim), (v_codec, v_dim)):
+        tables: tuple[tuple[float, ...], ...] = ()
+        if isinstance(codec, Polar):
+            tables = _circles()
+        elif isinstance(codec, Coded):  # of 64 entries the upper half
+            tables = tuple(tuple(e * book.step for e in book.entries[-metal.BOOK :]) for book in codec.books(dim))
+        for table in (*tables, (0.0,), (0.0,))[:2]:
+            entries += (table * metal.BOOK)[: metal.BOOK]
     return mx.array(entries, dtype=mx.float32)
+
+
+@functools.cache
+def _circles() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The polar codec's angles: cosines and sines of level 1; cosines of levels 4 times 3, then of level 2."""
+    angles = [codebooks.angle(bits, level) for level, bits in enumerate(LEVELS, 1)]
+    one, two, three, four = [[math.cos(a) for a in level] for level in angles]
+    return (*one, *map(math.sin, angles[0])), (*(a * b for a in four for b in three), *two)
 
 
 def _sinks(args: AttnArgs) -> mx.array:

@@ -27,6 +27,9 @@ class Codec(Protocol):
     and `decode` see rotated vectors only, so that attention can stay in the basis from the query to the output.
     """
 
+    def __hash__(self) -> int:
+        """Codecs are frozen dataclasses, by which kernels keep what they prepare."""
+
     def check(self, head_dim: int) -> None:
         """Raise ValueError with a remedy when this codec can't serve `head_dim`."""
 

@@ -46,23 +46,29 @@ METAL_FUNC void otq_eight(const device uint* row, int d0, thread uint* c) {
   }
 }
 
+// A decoded vector may be longer than the original.
+template <typename TT>
+METAL_FUNC TT otq_fit(float x) {
+  return TT(sizeof(TT) == 2 ? clamp(x, -65504.0f, 65504.0f) : x);
+}
+
 // The value of a code.
 template <typename TT, int BITS>
 METAL_FUNC TT otq_value(uint code, half2 sz, float book) {
   if (BITS > 32) {
-    float x = otq_entry<BITS>(book, code) * float(sz.x);
-    return TT(sizeof(TT) == 2 ? clamp(x, -65504.0f, 65504.0f) : x);
+    return otq_fit<TT>(otq_entry<BITS>(book, code) * float(sz.x));
   }
   return fma(TT(code), TT(sz.x), TT(sz.y));
 }
 
-// A tile of TK tokens from token `from`, decoded into `tile` ([TK][D + 8]) by WORKERS threads. Tokens from `limit` on, and
-// dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0.
-template <typename TT, int BITS, int D, int GROUP, int TK, int WORKERS>
+// D channels of TK tokens from token `from`, decoded into `tile`, STRIDE from token to token, by WORKERS threads. Tokens from
+// `limit` on, and dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0. G: groups of a
+// token.
+template <typename TT, int BITS, int D, int GROUP, int G, int STRIDE, int TK, int WORKERS>
 METAL_FUNC void otq_decode(
-    const device uint* rows, const device half* scales, int from, int limit, int2 gap, threadgroup TT* tile, int worker,
-    float book) {
-  constexpr int W = otq_words<BITS, D>(), G = (D + GROUP - 1) / GROUP, C = D / 8;
+    const device uint* rows, const device uchar* more, const device half* scales, int from, int limit, int2 gap,
+    threadgroup TT* tile, int worker, float book, float book2) {
+  constexpr int W = otq_words<BITS, D>(), C = D / 8;
   constexpr bool EVEN = WORKERS % C == 0;  // then a thread keeps its dims
   int t = worker / C, d0 = worker % C * 8;
   for (int i = 0; i < TK * C; i += WORKERS) {  // as many times in all lanes, so that they can look up together
@@ -77,6 +83,12 @@ METAL_FUNC void otq_decode(
       uint4 w = ((const device uint4*)(rows + at * W))[d0 / 8];
       low = vec<TT, 4>(half4(as_type<half2>(w.x), as_type<half2>(w.y)));
       high = vec<TT, 4>(half4(as_type<half2>(w.z), as_type<half2>(w.w)));
+    } else if (BITS == OTQ_POLAR) {
+      OtqBlock<D> block;
+      block.load(rows + at * W, more + at * otq_more<BITS, 0, D>(), scales + at * (D / 16), d0 / 16);
+      float4 a = block.four(d0 / 4 & 2, book, book2), b = block.four((d0 / 4 & 2) + 1, book, book2);
+      low.x = otq_fit<TT>(a.x), low.y = otq_fit<TT>(a.y), low.z = otq_fit<TT>(a.z), low.w = otq_fit<TT>(a.w);
+      high.x = otq_fit<TT>(b.x), high.y = otq_fit<TT>(b.y), high.z = otq_fit<TT>(b.z), high.w = otq_fit<TT>(b.w);
     } else {
       uint c[8];
       otq_eight<BITS, D>(rows + at * W, d0, c);
@@ -91,17 +103,38 @@ METAL_FUNC void otq_decode(
       high.w = otq_value<TT, BITS>(c[7], sz, book);
     }
     if (TK * C % WORKERS == 0 || t < TK) {
-      threadgroup vec<TT, 4>* to = (threadgroup vec<TT, 4>*)(tile + t * (D + 8) + d0);
+      threadgroup vec<TT, 4>* to = (threadgroup vec<TT, 4>*)(tile + t * STRIDE + d0);
       to[0] = low;
       to[1] = high;
     }
     t += WORKERS / C;
   }
 }
+
+// score += query . keys, over D channels of a tile.
+template <typename TT, int D, int TK, int STRIDE>
+METAL_FUNC void otq_products(
+    const thread simdgroup_matrix<TT, 8, 8>* query, const threadgroup TT* tile,
+    thread simdgroup_matrix<float, 8, 8>* score) {
+#pragma clang loop unroll(full)
+  for (int d = 0; d < D / 8; d++) {
+#pragma clang loop unroll(full)
+    for (int t = 0; t < TK / 8; t++) {
+      simdgroup_matrix<TT, 8, 8> k;
+      simdgroup_load(k, tile + t * 8 * STRIDE + d * 8, STRIDE, ulong2(0, 0), true);
+      simdgroup_multiply_accumulate(score[t], query[d], k, score[t]);
+    }
+  }
+}
 // ---- body
-  constexpr int KW = otq_words<KB, DK>(), VW = otq_words<VB, DV>();
-  constexpr int GK = (DK + KG - 1) / KG, GV = (DV + VG - 1) / VG;
-  constexpr int DMAX = DK > DV ? DK : DV;
+  constexpr int KN = KB2 ? KE / 2 : KE, VN = VB2 ? DV / 2 : DV;  // channels of the first run
+  constexpr int KQ = QE - KE;                                    // query channels that packed keys do not meet
+  constexpr int KW = otq_words<KB, KN>(), VW = otq_words<VB, VN>();
+  constexpr int KM = otq_more<KB, KB2, KN>(), VM = otq_more<VB, VB2, VN>();
+  constexpr int KH = otq_halves<KB, KE, KG>(), VH = otq_halves<VB, DV, VG>();
+  constexpr int GK = (KE + KG - 1) / KG, GV = (DV + VG - 1) / VG;
+  constexpr int KS = KE + 8, VS = DV + 8;  // elements from token to token of a tile
+  constexpr int DMAX = KE > DV ? KE : DV;
   constexpr int COLS = TK / 4;  // score columns of a lane
 
   threadgroup float4 tile_shared[(OWN ? NSG : 1) * TK * (DMAX + 8) * sizeof(TT) / 16];
@@ -130,11 +163,11 @@ METAL_FUNC void otq_decode(
   threadgroup float* dg = diagonal_shared + sg * 64;
 
   const size_t q_row = size_t(head) * gqa * L + row0;
-  simdgroup_matrix<TT, 8, 8> query[DK / 8];
+  simdgroup_matrix<TT, 8, 8> query[QE / 8];
 #pragma clang loop unroll(full)
-  for (int d = 0; d < DK / 8; d++) {
+  for (int d = 0; d < QE / 8; d++) {
     for (int i = lane; i < 64; i += 32) {
-      ps[i] = i / 8 < n_rows ? TT(float(q[(q_row + i / 8) * DK + d * 8 + i % 8])) : TT(0.0f);
+      ps[i] = i / 8 < n_rows ? TT(float(q[(q_row + i / 8) * QE + d * 8 + i % 8])) : TT(0.0f);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     simdgroup_load(query[d], ps, 8);
@@ -170,13 +203,18 @@ METAL_FUNC void otq_decode(
 
   const device uint* k_head = (const device uint*)k_codes + size_t(head) * capacity * KW;
   const device uint* v_head = (const device uint*)v_codes + size_t(head) * capacity * VW;
-  const device half* ks_head = k_scales + size_t(head) * capacity * (GK * otq_halves<KB>());
-  const device half* vs_head = v_scales + size_t(head) * capacity * (GV * otq_halves<VB>());
+  const device uchar* km_head = (const device uchar*)k_more + size_t(head) * capacity * KM;
+  const device uchar* vm_head = (const device uchar*)v_more + size_t(head) * capacity * VM;
+  const device half* ks_head = k_scales + size_t(head) * capacity * KH;
+  const device half* vs_head = v_scales + size_t(head) * capacity * VH;
   const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
   const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
   const int worker = OWN ? lane : int(thread_index_in_threadgroup);
   constexpr int WORKERS = OWN ? 32 : 32 * NSG;
-  const float k_book = KB > 32 ? books[lane] : 0.0f, v_book = VB > 32 ? books[32 + lane] : 0.0f;
+  const float k_book = KB > 32 ? books[lane] : 0.0f;
+  const float k_book2 = KB2 > 32 || KB == OTQ_POLAR ? books[32 + lane] : 0.0f;
+  const float v_book = VB > 32 ? books[64 + lane] : 0.0f;
+  const float v_book2 = VB2 > 32 || VB == OTQ_POLAR ? books[96 + lane] : 0.0f;
 
   float top = OTQ_LOWEST, sum = 0;
   for (int n = tile0; n < tile1; n++) {
@@ -186,9 +224,15 @@ METAL_FUNC void otq_decode(
     const int2 gap = int2(sink, tail_start);
 
     if (dense) {
-      otq_decode<TT, 16, DK, DK, TK, WORKERS>(dk_head, ks_head, from, limit, gap, tile, worker, k_book);
+      otq_decode<TT, 16, DK, DK, 1, KS, TK, WORKERS>(dk_head, km_head, ks_head, from, limit, gap, tile, worker, k_book,
+          k_book2);
     } else {
-      otq_decode<TT, KB, DK, KG, TK, WORKERS>(k_head, ks_head, from, limit, int2(0), tile, worker, k_book);
+      otq_decode<TT, KB, KN, KG, GK, KS, TK, WORKERS>(
+          k_head, km_head, ks_head, from, limit, int2(0), tile, worker, k_book, k_book2);
+      if (KB2) {
+        otq_decode<TT, (KB2 ? KB2 : KB), KN, KG, GK, KS, TK, WORKERS>(
+            (const device uint*)km_head, km_head, ks_head + 1, from, limit, int2(0), tile + KN, worker, k_book2, k_book2);
+      }
     }
     if (OWN) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -200,14 +244,10 @@ METAL_FUNC void otq_decode(
     for (int t = 0; t < TK / 8; t++) {
       score[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
-#pragma clang loop unroll(full)
-    for (int d = 0; d < DK / 8; d++) {
-#pragma clang loop unroll(full)
-      for (int t = 0; t < TK / 8; t++) {
-        simdgroup_matrix<TT, 8, 8> k;
-        simdgroup_load(k, tile + t * 8 * (DK + 8) + d * 8, DK + 8, ulong2(0, 0), true);
-        simdgroup_multiply_accumulate(score[t], query[d], k, score[t]);
-      }
+    if (QE > DK && dense) {
+      otq_products<TT, DK, TK, KS>(query, tile, score);
+    } else {
+      otq_products<TT, KE, TK, KS>(query + KQ / 8, tile, score);
     }
 #pragma clang loop unroll(full)
     for (int t = 0; t < TK / 8; t++) {
@@ -254,9 +294,15 @@ METAL_FUNC void otq_decode(
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (dense) {
-      otq_decode<TT, 16, DV, DV, TK, WORKERS>(dv_head, vs_head, from, limit, gap, tile, worker, v_book);
+      otq_decode<TT, 16, DV, DV, 1, VS, TK, WORKERS>(dv_head, vm_head, vs_head, from, limit, gap, tile, worker, v_book,
+          v_book2);
     } else {
-      otq_decode<TT, VB, DV, VG, TK, WORKERS>(v_head, vs_head, from, limit, int2(0), tile, worker, v_book);
+      otq_decode<TT, VB, VN, VG, GV, VS, TK, WORKERS>(
+          v_head, vm_head, vs_head, from, limit, int2(0), tile, worker, v_book, v_book2);
+      if (VB2) {
+        otq_decode<TT, (VB2 ? VB2 : VB), VN, VG, GV, VS, TK, WORKERS>(
+            (const device uint*)vm_head, vm_head, vs_head + 1, from, limit, int2(0), tile + VN, worker, v_book2, v_book2);
+      }
     }
     if (OWN) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -270,7 +316,7 @@ METAL_FUNC void otq_decode(
 #pragma clang loop unroll(full)
       for (int d = 0; d < DV / 8; d++) {
         simdgroup_matrix<TT, 8, 8> v;
-        simdgroup_load(v, tile + t * 8 * (DV + 8) + d * 8, DV + 8);
+        simdgroup_load(v, tile + t * 8 * VS + d * 8, VS);
         simdgroup_multiply_accumulate(acc[d], p, v, acc[d]);
       }
     }

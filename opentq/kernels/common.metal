@@ -8,10 +8,12 @@
 //   bits 3         low two bits as above; bit 2 of value d: word D/16 + d/32, bit d%32   weight of the 2-bit field
 //   bits 16        one half per value (uncompressed codec, sinks, tail)    weight 1
 //   bits 32 + b    codes of b bits, 1 to 6, into a book; 3, 5 and 6 in two planes (2 + 1, 4 + 1, 4 + 2)     weight 1
+//   bits 66        polar blocks: per 16 channels a radius and the codes of 15 angles (OtqBlock)             weight 1
 //   scales         half pairs (scale, zero) per group: x = code * scale + zero; of a book one half: x = book[code] * scale
 //
 // A book lies in a simdgroup's registers, an entry in each lane, and a look-up is a shuffle: no memory, no conflicts, one
-// instruction whatever the bits. So all lanes have to look up together, in uniform control flow.
+// instruction whatever the bits. So all lanes have to look up together, in uniform control flow. One token may be two runs
+// of codes, of one length, with a book, an array and a scale each.
 
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
@@ -19,6 +21,8 @@
 static constant constexpr const float OTQ_MASKED = -1e30f;  // a score that is not there; finite, so that any math mode is safe
 static constant constexpr const float OTQ_LOWEST = -1e25f;  // the running maximum of nothing: exp2(MASKED - LOWEST) is 0
 static constant constexpr const float OTQ_LOG2E = 1.44269504f;
+
+static constant constexpr const int OTQ_POLAR = 66;  // bits of polar blocks: 64, and the 2 a channel of the first level
 
 // Widths of the low and the high plane of codes (0: no high plane).
 template <int BITS>
@@ -30,10 +34,10 @@ METAL_FUNC constexpr int otq_high() {
   return (BITS & 31) == 3 || (BITS & 31) == 5 ? 1 : (BITS & 31) == 6 ? 2 : 0;
 }
 
-// Halves of metadata per group.
-template <int BITS>
+// Halves of metadata per token of D channels.
+template <int BITS, int D, int GROUP>
 METAL_FUNC constexpr int otq_halves() {
-  return BITS > 32 ? 1 : BITS == 16 ? 0 : 2;
+  return BITS == OTQ_POLAR ? D / 16 : BITS == 16 ? 0 : (BITS > 32 ? 1 : 2) * ((D + GROUP - 1) / GROUP);
 }
 
 // Exponent of the weight of value d.
@@ -54,6 +58,12 @@ METAL_FUNC constexpr int otq_words() {
 template <int BITS, int D>
 METAL_FUNC constexpr int otq_low_words() {
   return (D * otq_low<BITS>() + 31) / 32;
+}
+
+// Bytes of one token in the second array: the codes of a second run of D channels, or a polar block's upper angles.
+template <int BITS, int SECOND, int D>
+METAL_FUNC constexpr int otq_more() {
+  return BITS == OTQ_POLAR ? (7 * D + 63) / 64 : SECOND > 0 ? 4 * otq_words<(SECOND > 0 ? SECOND : 33), D>() : 0;
 }
 
 // (scale, zero) of group i, counted from `scales`.
@@ -100,14 +110,48 @@ struct OtqPlane {
         w[i] = plane[u * UNIT * WIDTH / 32 + i];
       }
     }
-    if (UNIT * WIDTH == 16) {
-      w[0] >>= 16 * (u & 1);
+    if (UNIT * WIDTH < 32) {
+      w[0] >>= UNIT * WIDTH * (u % (32 / (UNIT * WIDTH)));
     }
   }
 
   // Field d, which must be known at compile time.
   METAL_FUNC uint get(int d) const {
     return (w[d * WIDTH / 32] >> (d * WIDTH % 32)) & ((1u << WIDTH) - 1u);
+  }
+};
+
+// Polar: block i of a token. Four levels of angles, of codes of 4, 2, 2 and 2 bits: level 1 in the first array, eight codes
+// a word; in the second, bytes, all codes of level 2, then of level 3, then of level 4. Radii are stored divided by 4.
+template <int D>
+struct OtqBlock {
+  uint first, upper;
+  float radius;
+
+  METAL_FUNC void load(const device uint* row, const device uchar* rest, const device half* radii, int i) {
+    const int at = 3 * D / 8 + i;
+    uint pair = uint(rest[D / 16 + i / 2]) >> (4 * (i & 1)), top = uint(rest[at / 4]) >> (2 * (at & 3)) & 3u;
+    first = row[i];
+    // Level 2; then, for either half of the block, its code of level 3 and that of level 4, in the upper half mirrored.
+    upper = uint(rest[i]) | (pair & 3u) << 8 | top << 10 | (pair & 12u) << 10 | (top ^ 3u) << 14;
+    radius = float(radii[i]) * 4.0f;
+  }
+
+  // Channels 4q to 4q + 3. `low` holds the cosines, then the sines of level 1; `high` cosines: products of levels 3 and 4,
+  // then level 2. Angles of these levels lie symmetrically in the quarter circle: a sine is the cosine of the mirrored code.
+  METAL_FUNC float4 four(int q, float low, float high) const {
+    uint c = (upper >> (8 + 2 * (q & 2)) & 15u) ^ (q & 1 ? 3u : 0u);
+    float r = radius * simd_shuffle(high, ushort(c));
+    c = upper >> (2 * q) & 3u;
+    float a = r * simd_shuffle(high, ushort(16u + c)), b = r * simd_shuffle(high, ushort(19u - c));
+    c = first >> (8 * q) & 15u;
+    float4 x;
+    x.x = a * simd_shuffle(low, ushort(c));
+    x.y = a * simd_shuffle(low, ushort(16u + c));
+    c = first >> (8 * q + 4) & 15u;
+    x.z = b * simd_shuffle(low, ushort(c));
+    x.w = b * simd_shuffle(low, ushort(16u + c));
+    return x;
   }
 };
 
@@ -118,7 +162,7 @@ struct OtqUnit {
   OtqPlane<LOW, UNIT, W> low;
   OtqPlane<(HIGH > 0 ? HIGH : 1), UNIT, (W % 2 == 0 ? 2 : 1)> high;
 
-  METAL_FUNC void load(const device uint* row, int u) {
+  METAL_FUNC void load(const device uint* row, const device uchar*, const device half*, int u, float, float) {
     low.load(row, u);
     if (HIGH > 0) {
       high.load(row + otq_low_words<BITS, D>(), u);
@@ -143,14 +187,30 @@ struct OtqUnit {
   }
 };
 
-// Four consecutive values of one token from value d0 (a multiple of 4), weighted by 2^(field bits * j), j = 0..3.
-template <int BITS, int D>
-METAL_FUNC float4 otq_four(const device uint* row, int d0, float book) {
-  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
-  if (BITS == 16) {
-    return float4(((const device half4*)row)[d0 / 4]);
+template <int D, int UNIT>
+struct OtqUnit<OTQ_POLAR, D, UNIT> {
+  float x[16];
+
+  METAL_FUNC void load(
+      const device uint* row, const device uchar* more, const device half* radii, int u, float book, float book2) {
+    OtqBlock<D> block;
+    block.load(row, more, radii, u);
+#pragma clang loop unroll(full)
+    for (int q = 0; q < 4; q++) {
+      float4 four = block.four(q, book, book2);
+      x[4 * q] = four.x, x[4 * q + 1] = four.y, x[4 * q + 2] = four.z, x[4 * q + 3] = four.w;
+    }
   }
-  uint w, h = 0;
+
+  METAL_FUNC float get(int d, float) const {
+    return x[d];
+  }
+};
+
+// The planes of four consecutive codes of one token from value d0, a multiple of 4: in the low bits of `low` and `high`.
+template <int BITS, int D>
+METAL_FUNC void otq_fields(const device uint* row, int d0, thread uint& w, thread uint& h) {
+  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
   if (LOW == 8) {
     w = row[d0 / 4];
   } else if (LOW == 4) {
@@ -165,14 +225,40 @@ METAL_FUNC float4 otq_four(const device uint* row, int d0, float book) {
   } else if (HIGH == 2) {
     h = ((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 4];
   }
+}
+
+// Four consecutive codes into a book.
+template <int BITS, int D>
+METAL_FUNC uint4 otq_codes(const device uint* row, int d0) {
+  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
   constexpr uint M = (1u << LOW % 16) - 1u, MH = (1u << HIGH) - 1u;
+  uint w, h = 0;
+  otq_fields<BITS, D>(row, d0, w, h);
+  uint4 c;
+  c.x = (w & M) | (h & MH) << LOW;
+  c.y = (w >> LOW & M) | (h >> HIGH & MH) << LOW;
+  c.z = (w >> 2 * LOW & M) | (h >> 2 * HIGH & MH) << LOW;
+  c.w = (w >> 3 * LOW & M) | (h >> 3 * HIGH & MH) << LOW;
+  return c;
+}
+
+// Four consecutive values of one token from value d0 (a multiple of 4), weighted by 2^(field bits * j), j = 0..3.
+template <int BITS, int D>
+METAL_FUNC float4 otq_four(const device uint* row, int d0, float book) {
+  constexpr int LOW = otq_low<BITS>();
   float4 x;
-  if (BITS > 32) {
-    x.x = otq_entry<BITS>(book, (w & M) | (h & MH) << LOW);
-    x.y = otq_entry<BITS>(book, (w >> LOW & M) | (h >> HIGH & MH) << LOW);
-    x.z = otq_entry<BITS>(book, (w >> 2 * LOW & M) | (h >> 2 * HIGH & MH) << LOW);
-    x.w = otq_entry<BITS>(book, (w >> 3 * LOW & M) | (h >> 3 * HIGH & MH) << LOW);
+  if (BITS == 16) {
+    x = float4(((const device half4*)row)[d0 / 4]);
+  } else if (BITS > 32) {
+    uint4 c = otq_codes<BITS, D>(row, d0);
+    x.x = otq_entry<BITS>(book, c.x);
+    x.y = otq_entry<BITS>(book, c.y);
+    x.z = otq_entry<BITS>(book, c.z);
+    x.w = otq_entry<BITS>(book, c.w);
   } else {
+    constexpr uint M = (1u << LOW % 16) - 1u;
+    uint w, h = 0;
+    otq_fields<BITS, D>(row, d0, w, h);
     x = float4(float(w & M), float(w & M << LOW), float(w & M << 2 * LOW), float(w & M << 3 * LOW));
     if (BITS == 3) {
       x += float4(float(h & 1u), float(h & 2u), float(h & 4u), float(h & 8u)) * float4(4.0f, 8.0f, 16.0f, 32.0f);

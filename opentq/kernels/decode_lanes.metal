@@ -10,14 +10,18 @@
 // Bytes: codes and scales of the visible packed tokens once, dense columns once, one float partial [DV + 2] per row and
 // team. Inputs are whole buffers, row-contiguous; how much of them counts stands in lens = (packed, sinks, tail start).
 //
-// Template: KB, KG, VB, VG bits (as in common.metal) and groups; DK, DV; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a
-// simdgroup hands over at a time; WIN window; CAP softcap. meta = {L, gqa, KV heads, dense columns, packed rows, window,
+// Template: KB, KG, VB, VG bits (as in common.metal) and groups; KB2, VB2 bits of a second run of codes, or 0; DK, DV; KE
+// channels of packed keys, QE of a query; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a simdgroup
+// hands over at a time; WIN window; CAP softcap. Where keys are packed as a sketch, a query is longer than a key: its first
+// DK channels meet dense keys, its last KE packed ones (which may be all of them). books: 32 entries each of the two runs of
+// keys and of values. meta = {L, gqa, KV heads, dense columns, packed rows, window,
 // causal}; real = {scale, softcap}. Output: acc float [rows, splits, DV], stat float [rows, splits, 2] = (max, sum).
 
 // Where a lane's keys are, and their scores against R rows.
 template <int KPL, int R>
 struct OtqKeys {
   const device uint* row[KPL];
+  const device uchar* more[KPL];
   const device half* scale[KPL];
   float s[KPL][R];
 };
@@ -28,16 +32,18 @@ struct OtqAcc {
   float x[R][4];
 };
 
-template <int BITS, int D, int GROUP, int R, int KPL, int QB>
+// The scores of D channels. RUN 1: those of a second run of codes, which has the second array and scale, are added.
+template <int BITS, int D, int GROUP, int R, int KPL, int QB, int RUN>
 METAL_FUNC void otq_scores(
-    thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum, float book) {
-  constexpr int UNIT = D % 32 == 0 ? 32 : 16;
+    thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum, float book,
+    float book2) {
+  constexpr int UNIT = BITS == OTQ_POLAR ? 16 : D % 32 == 0 ? 32 : D % 16 == 0 ? 16 : 8;
   constexpr int PER = (GROUP < D ? GROUP : D) / UNIT;
 #pragma clang loop unroll(full)
   for (int k = 0; k < KPL; k++) {
 #pragma clang loop unroll(full)
     for (int r = 0; r < R; r++) {
-      keys.s[k][r] = 0;
+      keys.s[k][r] = RUN ? keys.s[k][r] : 0.0f;
     }
   }
   int g = 0;
@@ -55,7 +61,8 @@ METAL_FUNC void otq_scores(
       OtqUnit<BITS, D, UNIT> unit[KPL];
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
-        unit[k].load(keys.row[k], u);
+        const device uint* row = RUN ? (const device uint*)keys.more[k] : keys.row[k];
+        unit[k].load(row, keys.more[k], keys.scale[k], u, book, book2);
       }
 #pragma clang loop unroll(full)
       for (int d = 0; d < UNIT; d++) {
@@ -74,7 +81,7 @@ METAL_FUNC void otq_scores(
         }
       }
     }
-    if (BITS == 16) {
+    if (BITS == 16 || BITS == OTQ_POLAR) {
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
 #pragma clang loop unroll(full)
@@ -87,30 +94,71 @@ METAL_FUNC void otq_scores(
       otq_rows<R>(qsum + g * R, x);
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
-        float2 sz = float2(otq_scale<BITS>(keys.scale[k], g));
+        float2 sz = float2(otq_scale<BITS>(keys.scale[k], g + RUN));
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          keys.s[k][r] = BITS > 32 ? part[k][r] * sz.x : fma(part[k][r], sz.x, fma(x[r], sz.y, keys.s[k][r]));
+          keys.s[k][r] = BITS > 32 ? fma(part[k][r], sz.x, keys.s[k][r]) : fma(part[k][r], sz.x, fma(x[r], sz.y, keys.s[k][r]));
         }
       }
     }
   }
 }
 
-// acc += p * v for every KP-th of n keys from `first` on, rounded up to KP; this lane's four dims begin at d0. GAP: keys in
-// [gap.x, gap.y) or above gap.z have no row, or one that was never written; their p is 0, and 0 times a NaN is not.
-template <int BITS, int D, int VB, int R, int KP, int STRIDE, bool GAP>
+// Values of one KV head as a lane reads them: rows of its run, the polar codec's second array, and metadata. `second`: the
+// lane's dims lie in the second run, whose book follows 16 lanes after the first one's.
+template <int BITS, int SECOND, int D>
+struct OtqRows {
+  const device uint* row;
+  const device uchar* more;
+  const device half* scale;
+  bool second;
+
+  // Words from one token to the next.
+  METAL_FUNC int words() const {
+    constexpr int OTHER = otq_more<BITS, SECOND, D / 2>() / 4;
+    return SECOND == 0 ? otq_words<BITS, D>() : second ? OTHER : otq_words<BITS, D / 2>();
+  }
+
+  // Four dims from d0 of key i, whose row is `at`.
+  METAL_FUNC float4 four(const device uint* at, int i, int d0, float book, float book2) const {
+    if (BITS == OTQ_POLAR) {
+      OtqBlock<D> block;
+      block.load(at, more + i * otq_more<BITS, 0, D>(), scale + i * (D / 16), d0 / 16);
+      return block.four(d0 / 4 & 3, book, book2);
+    }
+    if (SECOND > 0) {
+      uint4 c;
+      if (second) {
+        c = otq_codes<(SECOND > 0 ? SECOND : BITS), D / 2>(at, d0 - D / 2) + 16u;
+      } else {
+        c = otq_codes<BITS, D / 2>(at, d0);
+      }
+      float4 x;
+      x.x = simd_shuffle(book, ushort(c.x));
+      x.y = simd_shuffle(book, ushort(c.y));
+      x.z = simd_shuffle(book, ushort(c.z));
+      x.w = simd_shuffle(book, ushort(c.w));
+      return x;
+    }
+    return otq_four<BITS, D>(at, d0, book);
+  }
+};
+
+// acc += p * v for every KP-th of n keys from `from + first` on, rounded up to KP; this lane's four dims begin at d0. GAP: keys
+// in [gap.x, gap.y) or above gap.z, counted like x, have no row, or one that was never written; their p is 0, and 0 times a
+// NaN is not.
+template <int BITS, int SECOND, int D, int VB, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
-    const device uint* rows, int3 gap, int n, int first, int d0, const threadgroup float* p, float book,
-    thread OtqAcc<R>& acc) {
-  constexpr int W = otq_words<BITS, D>();
-  const device uint* row = rows + first * W;
+    OtqRows<BITS, SECOND, D> rows, int from, int3 gap, int n, int first, int d0, const threadgroup float* p, float book,
+    float book2, thread OtqAcc<R>& acc) {
+  const int W = rows.words();
+  const device uint* row = rows.row + (from + first) * W;
   p += first * STRIDE;
 #pragma clang loop unroll_count(8)
   for (int i = 0; i < n; i += KP) {  // as many times in all lanes, so that they can look up together
     int x = i + first;
     int at = min(x >= gap.x && x < gap.y ? gap.y : x, gap.z);
-    float4 v = otq_four<BITS, D>(GAP ? rows + at * W : row, d0, book);
+    float4 v = rows.four(GAP ? rows.row + (from + at) * W : row, from + (GAP ? at : x), d0, book, book2);
     if (BITS == 16 && VB != 16) {
       v *= float4(1.0f, float(1u << otq_field<VB>()), float(1u << (2 * otq_field<VB>())), float(1u << (3 * otq_field<VB>())));
     }
@@ -151,8 +199,12 @@ struct OtqZeros {
   }
 };
 // ---- body
-  constexpr int KW = otq_words<KB, DK>(), VW = otq_words<VB, DV>();
-  constexpr int GK = (DK + KG - 1) / KG, GV = (DV + VG - 1) / VG;
+  constexpr int KN = KB2 ? KE / 2 : KE, VN = VB2 ? DV / 2 : DV;  // channels of the first run
+  constexpr int KQ = QE - KE;                                    // query channels that packed keys do not meet
+  constexpr int KW = otq_words<KB, KN>(), VW = otq_words<VB, VN>();
+  constexpr int KM = otq_more<KB, KB2, KN>(), VM = otq_more<VB, VB2, VN>();
+  constexpr int KH = otq_halves<KB, KE, KG>(), VH = otq_halves<VB, DV, VG>();
+  constexpr int GK = (KE + KG - 1) / KG, GV = (DV + VG - 1) / VG;
   constexpr int SPAN = SUB * DS;        // keys handed over at a time by a team
   constexpr int TILE = 32 * KPL * DS;   // keys of a tile
   constexpr int DIMS = DV / DS;         // dims of a simdgroup
@@ -160,7 +212,7 @@ struct OtqZeros {
   constexpr int KP = LANES <= 16 ? 2 : 1;
   constexpr int PAIRS = (R * GV + 32 * DS - 1) / (32 * DS);
 
-  threadgroup float4 q_shared[DK * R / 4];
+  threadgroup float4 q_shared[QE * R / 4];
   threadgroup float qsum_shared[GK * R];
   threadgroup float4 pv_shared[NT * SPAN * GV * R / 4];
   threadgroup float p_shared[NT * SPAN * R];
@@ -185,17 +237,17 @@ struct OtqZeros {
   threadgroup float* az = az_shared + team * GV * R;
 
   // The query, transposed to [dim][row], with scale, log2(e) and the weights of the packed keys.
-  const size_t q0 = size_t(head) * n_rows * DK;
+  const size_t q0 = size_t(head) * n_rows * QE;
   const float q_scale = CAP ? real[0] : real[0] * OTQ_LOG2E;
-  for (int i = thread_index_in_threadgroup; i < DK * R; i += 32 * DS * NT) {
+  for (int i = thread_index_in_threadgroup; i < QE * R; i += 32 * DS * NT) {
     int r = i % R, d = i / R;
-    qs[i] = r < n_rows ? float(q[q0 + r * DK + d]) * q_scale * otq_pow2(-otq_shift<KB>(d)) : 0.0f;
+    qs[i] = r < n_rows ? float(q[q0 + r * QE + d]) * q_scale * otq_pow2(-otq_shift<KB>(d)) : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int i = thread_index_in_threadgroup; i < GK * R; i += 32 * DS * NT) {
     float sum = 0;
-    for (int d = i / R * KG; d < min(DK, i / R * KG + KG); d++) {
-      sum += qs[d * R + i % R] * otq_pow2(otq_shift<KB>(d));
+    for (int d = i / R * KG; d < min(KE, i / R * KG + KG); d++) {
+      sum += qs[(KQ + d) * R + i % R] * otq_pow2(otq_shift<KB>(d));
     }
     qsum_shared[i] = sum;
   }
@@ -214,17 +266,25 @@ struct OtqZeros {
 
   const device uint* k_head = (const device uint*)k_codes + size_t(head) * capacity * KW;
   const device uint* v_head = (const device uint*)v_codes + size_t(head) * capacity * VW;
-  const device half* ks_head = k_scales + size_t(head) * capacity * (GK * otq_halves<KB>());
-  const device half* vs_head = v_scales + size_t(head) * capacity * (GV * otq_halves<VB>());
+  const device uchar* km_head = (const device uchar*)k_more + size_t(head) * capacity * KM;
+  const device uchar* vm_head = (const device uchar*)v_more + size_t(head) * capacity * VM;
+  const device half* ks_head = k_scales + size_t(head) * capacity * KH;
+  const device half* vs_head = v_scales + size_t(head) * capacity * VH;
   const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
   const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
 
-  const float k_book = KB > 32 ? books[lane] : 0.0f, v_book = VB > 32 ? books[32 + lane] : 0.0f;
+  const float k_book = KB > 32 ? books[lane] : 0.0f;
+  const float k_book2 = KB2 > 32 || KB == OTQ_POLAR ? books[32 + lane] : 0.0f;
+  const float v_book = VB > 32 ? books[(VB2 && lane >= 16 ? 96 : 64) + lane] : 0.0f;  // of two runs: 16 entries of each
+  const float v_book2 = VB == OTQ_POLAR ? books[96 + lane] : 0.0f;
   const bool busy = lane % (32 / KP) < LANES;  // the others do what the last one does, and do not write
   const int d0 = member * DIMS + 4 * min(lane % (32 / KP), LANES - 1);
   const int half_of = KP == 2 ? lane / 16 : 0;
   const int pair = lane + 32 * member;  // this lane's first (row, group) pair
   const int my_group = d0 / VG;
+  const bool second = VB2 && d0 >= VN;
+  const OtqRows<VB, VB2, DV> packed_v = {second ? (const device uint*)vm_head : v_head, vm_head, vs_head, second};
+  const OtqRows<16, 0, DV> dense_v_rows = {dv_head, vm_head, vs_head, false};
 
   OtqAcc<R> acc;
   OtqZeros<R, GV, PAIRS> zero;
@@ -251,12 +311,16 @@ struct OtqZeros {
       key[k] = base + k * 32 * DS + (lane / SUB) * SPAN + member * SUB + lane % SUB;
       int safe = min(key[k], limit - 1);
       keys.row[k] = dense ? dk_head + safe * (DK / 2) : k_head + safe * KW;
-      keys.scale[k] = ks_head + safe * (dense ? 0 : GK * otq_halves<KB>());
+      keys.more[k] = km_head + safe * (dense ? 0 : KM);
+      keys.scale[k] = ks_head + safe * (dense ? 0 : KH);
     }
     if (dense) {
-      otq_scores<16, DK, DK, R, KPL, KB>(keys, qs, qsum_shared, k_book);
+      otq_scores<16, DK, DK, R, KPL, KB, 0>(keys, qs, qsum_shared, k_book, k_book2);
     } else {
-      otq_scores<KB, DK, KG, R, KPL, KB>(keys, qs, qsum_shared, k_book);
+      otq_scores<KB, KN, KG, R, KPL, KB, 0>(keys, qs + KQ * R, qsum_shared, k_book, k_book2);
+      if (KB2) {
+        otq_scores<(KB2 ? KB2 : KB), KN, KG, R, KPL, KB, 1>(keys, qs + (KQ + KN) * R, qsum_shared, k_book2, k_book2);
+      }
     }
 
     if (CAP) {
@@ -348,7 +412,7 @@ struct OtqZeros {
           const int slot = member * SUB + lane % SUB;
           for (int g = 0; g < GV; g++) {
             float2 sz = float2(1.0f, 0.0f);
-            if (VB != 16 && !dense) {
+            if (VB != 16 && VB != OTQ_POLAR && !dense) {
               sz = float2(otq_scale<VB>(vs_head, min(key[k], limit - 1) * GV + g));
             }
             zs[slot * GV + g] = sz.y;
@@ -369,17 +433,17 @@ struct OtqZeros {
         }
         if (dense) {
           int3 gap = int3(sink, tail_start, Td - 1) - from;
-          otq_values<16, DV, VB, R, KP, GV * R, true>(
-              dv_head + from * (DV / 2), gap, n, half_of, d0, pv + my_group * R, v_book, acc);
+          otq_values<16, 0, DV, VB, R, KP, GV * R, true>(
+              dense_v_rows, from, gap, n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
         } else if (n == SPAN) {  // the usual case, with a length known to the compiler
-          otq_values<VB, DV, VB, R, KP, GV * R, false>(
-              v_head + from * VW, int3(0), SPAN, half_of, d0, pv + my_group * R, v_book, acc);
+          otq_values<VB, VB2, DV, VB, R, KP, GV * R, false>(
+              packed_v, from, int3(0), SPAN, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
           if (VB < 16) {
             zero.add(ps, zs, SPAN, pair, 32 * DS);
           }
         } else {
-          otq_values<VB, DV, VB, R, KP, GV * R, true>(
-              v_head + from * VW, int3(0, 0, n - 1), n, half_of, d0, pv + my_group * R, v_book, acc);
+          otq_values<VB, VB2, DV, VB, R, KP, GV * R, true>(
+              packed_v, from, int3(0, 0, n - 1), n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
           if (VB < 16) {
             zero.add(ps, zs, n, pair, 32 * DS);
           }

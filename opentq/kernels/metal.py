@@ -29,6 +29,10 @@ THREADGROUP_BYTES = 32768
 MAX_SPLITS = 1024
 BOOK = 32
 """Added to the bits of a codebook codec; also the entries of a book that a simdgroup holds, one in each lane."""
+POLAR = 66
+"""Bits of the polar codec, as in common.metal."""
+MAX_QUERY = 768
+"""Channels of a query that a simdgroup holds in matrices."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,14 @@ class Kernel:
     outputs: tuple[str, ...]
 
 
-_CACHE = ("k_codes", "k_scales", "v_codes", "v_scales", "dense_k", "dense_v", "lens", "meta", "real", "books")
+_PACKED = ("k_codes", "k_more", "k_scales", "v_codes", "v_more", "v_scales")
+_CACHE = (*_PACKED, "dense_k", "dense_v", "lens", "meta", "real", "books")
 KERNELS = {
     "decode_lanes": Kernel("decode_lanes.metal", ("q", *_CACHE), ("partial", "stat")),
     "matrix": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out", "stat")),
     "merge": Kernel("merge.metal", ("partial", "stat", "sinks", "meta"), ("out",)),
     "pack": Kernel("pack.metal", ("y", "meta"), ("codes", "scales")),
+    "pack_book": Kernel("pack_book.metal", ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
 }
 
 
@@ -186,15 +192,35 @@ def kernel(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values as a kernel sees them: bits (16 for halves, `BOOK + b` for books of b bits), group, head dim."""
+    """Keys or values as a kernel sees them.
+
+    Attributes:
+        bits: 16 for halves, `BOOK + b` for books of b bits, `POLAR`.
+        group: channels that share a scale; of a book all channels of a run.
+        dim: head dim.
+        second: as `bits`, of a second run of codes, which is as long as the first; or 0.
+        sketch: channels of a query's sketch, which stands behind the query itself.
+        packed: channels of packed keys, which meet as many channels at a query's end; 0 for `dim`.
+    """
 
     bits: int
     group: int
     dim: int
+    second: int = 0
+    sketch: int = 0
+    packed: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.packed or self.dim
+
+    @property
+    def query(self) -> int:
+        return self.dim + self.sketch
 
     @property
     def groups(self) -> int:
-        return -(-self.dim // self.group)
+        return -(-self.width // self.group)
 
 
 @dataclass(frozen=True)
@@ -212,12 +238,12 @@ class DecodePlan:
         span = self.handover * self.members
         per_team = span * v.groups * self.rows + span * self.rows + span * v.groups
         per_team += 2 * self.members * self.rows + v.groups * self.rows
-        return 4 * (k.dim * self.rows + k.groups * self.rows + self.teams * per_team)
+        return 4 * (k.query * self.rows + k.groups * self.rows + self.teams * per_team)
 
 
 def lane_rows(k: Side, v: Side) -> int:
     """Query rows per KV head that the lane layout can hold in registers."""
-    return 16 if max(k.dim, v.dim) <= 128 else 8
+    return 16 if max(k.query, v.dim) <= 128 else 8
 
 
 def plan_decode(k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuning, n_cores: int) -> DecodePlan:
@@ -254,7 +280,7 @@ class MatrixPlan:
 
     def threadgroup_bytes(self, k: Side, v: Side, wide: bool) -> int:
         size = 4 if wide else 2
-        tiles = (self.simdgroups if self.own else 1) * self.tile * (max(k.dim, v.dim) + 8)
+        tiles = (self.simdgroups if self.own else 1) * self.tile * (max(k.width, v.dim) + 8)
         return size * tiles + self.simdgroups * (8 * self.tile * (4 + size) + 256)
 
 

@@ -32,6 +32,8 @@ REDUCTION = 10
 """Lane operations of a reduction over a simdgroup: five exchanges and five operations."""
 MATRIX = 16
 """Multiply-adds of a lane in one 8x8x8 product: up to the M4 it runs on the ordinary lanes."""
+PACKED = tuple(1 + metal._CACHE.index(name) for name in metal._PACKED)
+"""Buffers of packed keys and values, behind the queries."""
 PUBLISHED_MS = 9.9
 """Open-TQ-Metal's int4 attention at 128K on an M1 Max, as its authors published it; they do not say what it spans."""
 
@@ -75,7 +77,7 @@ class Cost:
         return self.unique * n, self.fetched * n, self.issue * n
 
 
-def difference(name: str, short: launch.Report, long: launch.Report, buffers: slice, tokens: int) -> Cost:
+def difference(name: str, short: launch.Report, long: launch.Report, buffers: tuple[int, ...], tokens: int) -> Cost:
     def per_token(get) -> float:
         return (get(long) - get(short)) / tokens
 
@@ -88,8 +90,8 @@ def difference(name: str, short: launch.Report, long: launch.Report, buffers: sl
 
     return Cost(
         name,
-        per_token(lambda r: sum(r.unique_bytes[buffers])),
-        per_token(lambda r: sum(r.fetched_bytes[buffers])),
+        per_token(lambda r: sum(r.unique_bytes[i] for i in buffers)),
+        per_token(lambda r: sum(r.fetched_bytes[i] for i in buffers)),
         per_token(operations),
         per_token(issue),
         per_token(lambda r: r.ops["memory"]),
@@ -130,7 +132,7 @@ def ours(spec: str, gqa: int, dim: int, variant: str) -> Cost:
             before = len(launch.launches)
             dispatch.attend(oracle.args_of(handles, oracle.queries(shape, 1, dtype=mx.float16)))
             found.append(launch.launches[before][1])
-    return difference(f"opentq {spec}, {variant}", *found, slice(1, 5), TOKENS[1] - TOKENS[0])
+    return difference(f"opentq {spec}, {variant}", *found, PACKED, TOKENS[1] - TOKENS[0])
 
 
 def mlx_fp16(gqa: int, dim: int) -> Cost:
@@ -144,7 +146,7 @@ def mlx_fp16(gqa: int, dim: int) -> Cost:
         )
         found.append(native.sdpa_2pass(q, k, v, dim**-0.5, 32, variant)[1])
     name = "MLX fp16 sdpa_vector_2pass" + ("_gqa" if variant else "")
-    return difference(name, *found, slice(1, 3), TOKENS[1] - TOKENS[0])
+    return difference(name, *found, (1, 2), TOKENS[1] - TOKENS[0])
 
 
 def table(costs: list[Cost], tokens: int, heads: int, dim: int) -> str:

@@ -16,6 +16,7 @@ from opentq.kernels import metal
 
 from .. import oracle
 from ..matrix import Shape
+from ..test_metal import test_a_codebook_packs_bit_for_bit as codebook_packs
 from ..test_metal import test_pack_is_the_codec_bit_for_bit as pack_is_the_codec
 from . import launch, tally
 from .harness import LANES, MATRIX, gpu, needs_emulator, no_trouble_since, step  # noqa: F401
@@ -25,13 +26,14 @@ pytestmark = needs_emulator
 BARRIER = re.compile(r"\b(?:threadgroup|simdgroup)_barrier\(mem_flags::mem_threadgroup\);")
 FACTOR = re.compile(
     r"(?<= \* )(?:\((?:\w+ [*/+] (?:\w+|\w+<\w+>\(\)))\)"
-    r"|(?:[KV]?W|G[KV]?|D[KV]?|R|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows)\b)"
+    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows)\b)"
 )
 NOT_A_STRIDE = re.compile(
     r"^\s*(?:(?:static constant )?constexpr|threadgroup \w+ \w+\[|for \(|return |int c = |zero\.add|#)|\? ts\[|sizeof"
 )
 """Lines whose numbers are sizes, bounds or steps of loops over threads: most are only waste when they are larger."""
 EVERY = 15
+NAMES = ("merge", "pack", "pack_book", "decode_lanes", "matrix")
 
 
 def code(name: str) -> str:
@@ -42,7 +44,7 @@ def code(name: str) -> str:
 
 def mutants() -> list:
     found = []
-    for name in ("merge", "pack", "decode_lanes", "matrix"):
+    for name in NAMES:
         text = code(name)
         # The shared header is mutated with the kernel that uses all of it.
         first = 0 if name == "decode_lanes" else len((metal.HERE / "common.metal").read_text())
@@ -59,11 +61,21 @@ def mutants() -> list:
     return found
 
 
+def runs_and_polar_blocks(shape: Shape, length: int) -> None:
+    """Second arrays of keys and of values, and a query that is longer than a key."""
+    for spec in ("tq2.5/polar4", "polar4/tq1.5", "qjl2/tq3.5", "tq3p/int4"):
+        oracle.judge(step(spec, shape, 150, length, mx.float32, causal=True))
+
+
 def exercise(name: str) -> None:
     """A few calls that between them reach every line of a kernel; raises when something is wrong."""
     if name == "pack":
         pack_is_the_codec(4, 80, 32)
         pack_is_the_codec(3, 112, 32)
+        return
+    if name == "pack_book":
+        codebook_packs(2.5, "norm")
+        codebook_packs(5, "length")
         return
     shape = Shape(batch=2)
     long = 20 if name == "matrix" else 1
@@ -74,13 +86,15 @@ def exercise(name: str) -> None:
         oracle.judge(step("tq3/tq5", Shape(q_heads=2, kv_heads=1, key_dim=192, value_dim=192), 220, 1))
         oracle.judge(step("int4", Shape(q_heads=16, kv_heads=1, key_dim=128, value_dim=128), 150, 1))
         oracle.judge(step("int3/int8", Shape(q_heads=4, kv_heads=1, key_dim=80, value_dim=80), 203, 2, window=70))
+        runs_and_polar_blocks(shape, 1)
     if name == "matrix":
         oracle.judge(step("tq5/int3", Shape(key_dim=80, value_dim=112), 220, 16, window=45))
         metal.tuning = lambda: MATRIX
         oracle.judge(step("int4", shape, 220, 1))
+        runs_and_polar_blocks(shape, 17)
 
 
-@pytest.mark.parametrize("name", ["merge", "pack", "decode_lanes", "matrix"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_unchanged_kernel_passes(name):
     exercise(name)
 
