@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,8 @@ import httpx
 import pytest
 
 from opentq.caches import disk
+from opentq.errors import UserError
+from opentq.server.launch import Options, Server, bind
 
 from .server_support import LONG, NO_END, Running, Slow, Streaming, content, reachable, serving, wait_for
 from .tiny_model import write
@@ -246,17 +250,21 @@ def test_prefixes_survive_a_restart_whole(folder, tmp_path):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
+def launched(*arguments):
+    """`opentq serve` as a process."""
+    # OpenBLAS's threads spin: beside other work on the machine one is faster than several.
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "opentq", "serve", *map(str, arguments), "--memory", "4GB"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
 def test_a_process_stops_cleanly_and_a_killed_one_leaves_whole_files(folder, tmp_path):
-    command = [sys.executable, "-m", "opentq", "serve", str(folder), "--memory", "4GB", "--prefill-step-size", "64"]
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
-    command += ["--port", str(port), "--prompt-cache-dir", str(tmp_path)]
     url = f"http://127.0.0.1:{port}"
 
     def start():
-        # OpenBLAS's threads spin: beside other work on the machine one is faster than several.
-        env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        process = launched(folder, "--prefill-step-size", 64, "--port", port, "--prompt-cache-dir", tmp_path)
         for line in process.stdout:
             if "serving" in line:
                 break
@@ -286,6 +294,39 @@ def test_a_process_stops_cleanly_and_a_killed_one_leaves_whole_files(folder, tmp
         assert [line for line in lines if line][-1] == "data: [DONE]"
     out = process.communicate(timeout=30)[0]
     assert process.returncode == 0 and "Traceback" not in out, out
+
+
+def test_nobody_is_let_in_while_the_model_loads_and_a_signal_ends_it(folder, tmp_path):
+    pipe = tmp_path / "slow"
+    shutil.copytree(folder, pipe)
+    weights = pipe / "model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)  # reading the weights takes until somebody writes them
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    process = launched(pipe, "--port", port)
+    with weights.open("wb"):  # the model is being loaded
+        assert not reachable(f"http://127.0.0.1:{port}")
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=10)[0] == "" and process.returncode == -signal.SIGTERM
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(folder):
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        process = launched("no/model", "--port", s.getsockname()[1])
+        assert "can't listen on 127.0.0.1" in process.communicate(timeout=30)[0] and process.returncode == 2
+
+
+def test_two_servers_that_load_at_once_and_one_port(server):
+    first = bind(Options("m", port=0))
+    options = Options("m", port=first.getsockname()[1])
+    with first, bind(options) as second:
+        first.listen()
+        late = Server(server.service, options)
+        late.config.load()
+        late.lifespan = late.config.lifespan_class(late.config)
+        with pytest.raises(UserError, match="can't listen"):
+            asyncio.run(late.startup([second]))
 
 
 # ---- several models

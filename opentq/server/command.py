@@ -90,7 +90,7 @@ def serve(
     from ..evaluate.recommend import AUTO
     from ..memory.device import parse_memory, wired
     from ..spec import spec_from_flags
-    from .launch import Options, Server, check, describe, make_service
+    from .launch import Options, Server, bind, check, describe, make_service
 
     def size(text: str | None) -> int | None:
         return None if text is None else 0 if text == "0" else parse_memory(text)
@@ -124,10 +124,12 @@ def serve(
         loadable=tuple(allow_model_loading or ()),
     )
     check(options)
+    listener = bind(options)
+    options.port = listener.getsockname()[1]
     service, prices = make_service(options)
     print(describe(service, prices, options), flush=True)
     with wired(prices.weights + prices.budget):
-        Server(service, options).run()
+        Server(service, options).run([listener])
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from concurrent.futures import ThreadPoolExecutor
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .pricing import Prices, appraise
 from .roster import Roster
 from .service import Service, Settings
 from .shelf import DiskShelf, Identity, model_folder, settled_step
+from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
@@ -93,17 +94,30 @@ def check(options: Options) -> None:
             raise UserError(f"--allow-model-loading {folder} is not a folder")
 
 
-def make_service(options: Options) -> tuple[Service, Prices]:
-    """Load the model in a thread of its own, the engine's from now on, and put the service together."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
+def bind(options: Options) -> socket.socket:
+    """Take the port before anything is loaded; nobody is let in yet. Raises UserError where it can't be had."""
+    taken = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return pool.submit(_prepare, options, pool).result()
-    except BaseException:
-        pool.shutdown(wait=False)
-        raise
+        taken.bind((options.host, options.port))
+    except (OSError, OverflowError) as error:
+        taken.close()
+        raise _no_port(options, error) from error
+    return taken
 
 
-def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Prices]:
+def _no_port(options: Options, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"can't listen on {options.host}, port {options.port} ({reason}): give another --host or --port")
+
+
+def make_service(options: Options, worker: Worker | None = None) -> tuple[Service, Prices]:
+    """Load the model in the engine's thread, a new one if none is given, and put the service together."""
+    worker = worker or Worker()
+    return worker.submit(_prepare, options, worker).result()
+
+
+def _prepare(options: Options, worker: Worker) -> tuple[Service, Prices]:
     model, tokenizer = load(
         options.model, kv=options.kv, tokenizer_config={"trust_remote_code": options.trust_remote_code or None}
     )
@@ -154,7 +168,7 @@ def _prepare(options: Options, pool: ThreadPoolExecutor) -> tuple[Service, Price
         template=options.template,
         keep_alive=options.keep_alive,
     )
-    return Service(engine, admission, settings, vocab, pool), prices
+    return Service(engine, admission, settings, vocab, worker), prices
 
 
 def access(options: Options) -> Access:
@@ -168,7 +182,7 @@ class Server(uvicorn.Server):
     """uvicorn with a drain of our own: running answers end, the rest get an error each; a second signal is final."""
 
     def __init__(self, service: Service, options: Options):
-        self.roster = Roster(service, options, lambda o: make_service(o)[0])
+        self.roster = Roster(service, options, lambda o: make_service(o, service.worker)[0])
         config = uvicorn.Config(
             build(self.roster, access(options)),
             host=options.host,
@@ -198,6 +212,12 @@ class Server(uvicorn.Server):
         finally:
             await self.roster.settle()
             self.service.close()
+
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two servers that loaded at the same time may both have been given the port
+            raise _no_port(self.options, error) from error
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._draining or not self.started:

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from .grammar import Grammars
 from .metrics import Metrics
 from .output import Parser
 from .prompt import Prompter, check_choices
+from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
@@ -73,7 +74,7 @@ class Stream:
 class Service:
     """Prices requests and moves them between the clients and the engine."""
 
-    def __init__(self, engine: Engine, admission: Admission, settings: Settings, vocab: int, pool: ThreadPoolExecutor):
+    def __init__(self, engine: Engine, admission: Admission, settings: Settings, vocab: int, worker: Worker):
         self.engine = engine
         self.admission = admission
         self.settings = settings
@@ -84,7 +85,7 @@ class Service:
         self.draining = False
         self.started = time.time()
         self._streams: dict[Job, Stream] = {}
-        self._pool = pool
+        self.worker = worker
         self._outbox: deque[tuple[Job, Event]] = deque()
         self._woken = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,7 +101,7 @@ class Service:
 
     def _run_engine(self) -> None:
         assert self._loop is not None
-        future = self._pool.submit(self.engine.run)
+        future = self.worker.submit(self.engine.run)
         future.add_done_callback(lambda f: self._loop.call_soon_threadsafe(self._engine_ended, f))  # type: ignore[union-attr]
 
     def _engine_ended(self, future: Future[None]) -> None:
@@ -108,7 +109,7 @@ class Service:
         if error is None:
             return
         log.error("the engine failed; its requests end with an error and it goes on", exc_info=error)
-        self._pool.submit(self.engine.recover, error)
+        self.worker.submit(self.engine.recover, error)
         self._run_engine()
 
     async def drain(self, seconds: float) -> None:
@@ -132,8 +133,7 @@ class Service:
     def close(self) -> None:
         """Stop the engine after the step it is in, and let it write what waits for the disk."""
         self.engine.close()
-        self._pool.submit(self.engine.finish)
-        self._pool.shutdown(wait=True)
+        self.worker.submit(self.engine.finish).result()
 
     @property
     def busy(self) -> bool:
