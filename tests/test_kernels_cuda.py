@@ -17,9 +17,11 @@ from opentq.caches import single
 from opentq.caches.single import OpenTQCache
 from opentq.codecs import Raw, codebooks, packing, rotation
 from opentq.codecs.affine import Affine
+from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
-from opentq.kernels import cuda, cuda_layout, nvrtc
+from opentq.kernels import cuda, cuda_geometry, cuda_layout, nvrtc
+from opentq.kernels.cuda_geometry import Geometry
 from opentq.kernels.cuda_layout import BLOCK, BOOK, SIGNS, MmaLayout, Run, layout_for
 
 from .cuda import emulator
@@ -50,7 +52,15 @@ def test_the_newest_gpu_record_is_of_these_kernels():
 
 def codecs() -> list:
     affine = [*(Affine(bits, 32) for bits in (2, 3, 4, 8)), Affine(4, 64), Affine(8, 128)]
-    return [*affine, *map(Turbo, range(1, 6)), *map(Fractional, (1.5, 2.5, 3.5)), *map(Prod, (2, 4)), QJL(1), QJL(3)]
+    return [
+        *affine,
+        *map(Turbo, range(1, 6)),
+        *map(Fractional, (1.5, 2.5, 3.5)),
+        *map(Prod, (2, 4)),
+        QJL(1),
+        QJL(3),
+        Polar(),
+    ]
 
 
 @pytest.mark.parametrize("codec", codecs(), ids=str)
@@ -64,7 +74,8 @@ def test_the_layout_is_a_permutation_of_the_canonical_bits(side, codec, dim):
     packed = codec.encode(mx.random.normal((2, 3, 128, dim)))
     stored = layout.store(packed)
     assert stored[0].shape == (2, 3, 2, 2 * layout.record_words)
-    assert stored[0].nbytes == sum(a.nbytes for a in packed)
+    size = dim * 128 * 2 * 3 // 2 if isinstance(codec, Polar) else sum(a.nbytes for a in packed)
+    assert stored[0].nbytes == size
     for mine, theirs in zip(layout.load(stored), packed, strict=True):
         assert mx.array_equal(mine, theirs)
 
@@ -107,8 +118,8 @@ def test_layout_names_are_read_back_and_others_are_refused():
 # ---- launch geometry
 
 
-def geometry(k=INT4, v=INT4, dims=(128, 128), dtype="opentq::f16", rows=8) -> cuda.Geometry:
-    return cuda.Geometry.choose(*cuda_layout.layouts(k, v, dims), dtype, rows)
+def geometry(k=INT4, v=INT4, dims=(128, 128), dtype="opentq::f16", rows=8) -> Geometry:
+    return Geometry.choose(*cuda_layout.layouts(k, v, dims), dtype, rows)
 
 
 def test_every_shape_has_a_geometry_that_fits():
@@ -119,11 +130,11 @@ def test_every_shape_has_a_geometry_that_fits():
                     assert isinstance(k, Prod | QJL) and dim >= 192
                     continue
                 g = geometry(k, Affine(8), (dim, dim), rows=rows)
-                assert g.shared <= cuda.SHARED_LIMIT
+                assert g.shared <= cuda_geometry.SHARED_LIMIT
                 assert g.stages >= 2 and g.warps in (1, 2, 4, 8, 12)
                 # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
                 assert dim // 16 * g.tiles * 4 <= 128
-                assert g.resident * (g.shared + 1024) <= cuda.SHARED_LIMIT
+                assert g.resident * (g.shared + 1024) <= cuda_geometry.SHARED_LIMIT
 
 
 def test_the_headline_shape_gets_what_was_measured_best():
@@ -147,7 +158,7 @@ def test_splits_never_fill_more_than_the_machine_or_drop_below_one():
         for records in (0, 1, 100, 10**6):
             g = geometry()
             n = g.splits(tiles, records, 1, 132)
-            assert 1 <= n <= cuda.MAX_SPLITS
+            assert 1 <= n <= cuda_geometry.MAX_SPLITS
             assert n == 1 or n * tiles <= 132 * g.resident
 
 
@@ -256,7 +267,8 @@ def test_what_the_pack_kernel_makes():
     "side, codec, dtype",
     [("k", Affine(4), mx.float16), ("v", Affine(3), mx.bfloat16)]
     + [("kv"[bits % 2], Turbo(bits), (mx.float16, mx.bfloat16)[bits // 3]) for bits in range(1, 6)]
-    + [("k", Fractional(3.5), mx.float16), ("v", Fractional(2.5), mx.float16)],
+    + [("k", Fractional(3.5), mx.float16), ("v", Fractional(2.5), mx.float16)]
+    + [("k", Polar(), mx.float16), ("v", Polar(), mx.bfloat16)],
     ids=str,
 )
 def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
@@ -275,14 +287,15 @@ def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
     parts = [dense[1:2, 1:, :sink].astype(mx.float32), middle, dense[1:2, 1:, tail_start:].astype(mx.float32)]
     want = mx.concatenate(parts, axis=2).astype(dtype)
     # The kernel rounds scale * (number * step), the codec scale * entry: fp32's last place may differ, and then fp16's.
-    tolerance = 0 if layout.zeroed else mx.finfo(dtype).eps
+    # Polar numbers are fp16 before they are scaled.
+    tolerance = 0 if layout.zeroed else mx.finfo(dtype).eps + isinstance(codec, Polar) * 2**-11
     assert (mx.abs(got - want) <= tolerance * mx.abs(want)).all()
 
 
 def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
     """`fused_cuda.decode` with the emulator in place of the launch; checks that the tickets are zero again."""
     rows = args.gqa * args.q.shape[2]
-    g = cuda.Geometry.choose(args.k.layout, args.v.layout, cuda.CTYPES[args.q.dtype], rows)
+    g = Geometry.choose(args.k.layout, args.v.layout, cuda.CTYPES[args.q.dtype], rows)
     blocks = g.grid(args.q.shape[0], args.kv_heads, rows, splits)
     inputs = fused_cuda.inputs(args, mx.zeros((blocks[1] * blocks[2],), mx.uint32))
     outputs, left = emulator.run(
@@ -337,6 +350,12 @@ CASES = {
     "qjl2/int4": (2, lambda: packed_args(QJL(2), INT4, (64, 64), (1, 8), 1, [(300, 4, 4), (37, 4, 9)], 50)),
     "qjl1": (1, lambda: packed_args(QJL(1), INT4, (80, 64), (1, 3), 2, [(70, 0, 0)], 20, softcap=20.0)),
     "qjl4 of 128": (1, lambda: packed_args(QJL(4), Turbo(3), (128, 128), (1, 16), 1, [(70, 0, 0)], 9)),
+    "polar4": (3, lambda: packed_args(Polar(), Polar(), (128, 128), (1, 8), 1, [(300, 4, 4)], 50, window=200)),
+    "polar4/tq2.5, bf16": (
+        1,
+        lambda: packed_args(Polar(), Fractional(2.5), (80, 64), (2, 1), 2, [(100, 0, 0), (37, 2, 4)], 9, mx.bfloat16),
+    ),
+    "qjl2/polar4": (2, lambda: packed_args(QJL(2), Polar(), (64, 112), (1, 3), 1, [(90, 3, 3)], 20)),
     "a sketch's chunk of rows": (1, lambda: packed_args(Prod(3), INT4, (64, 64), (1, 2), 40, [(90, 3, 3)], 60)),
     "D 512": (1, lambda: packed_args(INT4, INT4, (512, 512), (1, 8), 1, [(70, 0, 0)], 9)),
     "a chunk of rows": (1, lambda: packed_args(INT4, INT4, (64, 64), (1, 2), 40, [(90, 3, 3)], 60, window=37)),

@@ -20,6 +20,7 @@ from opentq.attention import fused_cuda, reference
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.codecs.affine import Affine
 from opentq.codecs.base import Codec
+from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels.cuda_layout import layout_for
@@ -69,6 +70,7 @@ def variants(quick: bool) -> list[Variant]:
         Variant(Fractional(2.5, fit="norm"), Fractional(3.5), (128, 128), gqa=8, lengths=(1, 2, 70)),
         Variant(Prod(3), t(3, fit="norm"), (128, 128), gqa=8, lengths=(1, 3, 90)),
         Variant(QJL(2), a(4), (128, 128), gqa=8, batch=2, dtype=mx.bfloat16),
+        Variant(Polar(), Polar(), (128, 128), gqa=8, lengths=(1, 2, 70)),
     ]
     if quick:
         return found
@@ -89,6 +91,8 @@ def variants(quick: bool) -> list[Variant]:
         Variant(Prod(2), t(2, fit="norm"), (80, 80), gqa=6, batch=2, lengths=(1, 20)),
         Variant(QJL(1), a(8), (64, 64), gqa=1),
         Variant(QJL(4), t(3), (128, 128), gqa=16, lengths=(1, 2, 80)),
+        Variant(Polar(), a(4), (80, 64), gqa=4, batch=2, dtype=mx.bfloat16),
+        Variant(t(4), Polar(), (256, 256), gqa=3),
     ]
     return found
 

@@ -32,7 +32,7 @@ def run(log) -> None:
     model, tokenizer = load(str(MODEL))
     text = (MODEL.parent / "README.md").read_text() + (MODEL.parent / "train.py").read_text()
     prompt = mx.array(tokenizer.encode(text)[:PROMPT])
-    for spec in ("int4", "tq4", "k8v4", "tq5/tq3", "tq3.5:nc", "tq4p", "qjl4/int4"):
+    for spec in ("int4", "tq4", "k8v4", "tq5/tq3", "tq3.5:nc", "tq4p", "qjl4/int4", "polar4"):
         found, served, seconds = {}, set(), 0.0
         for mode in ("native", "tiled"):
             opentq.compress(model, spec)

@@ -54,7 +54,10 @@ def key(row: Row) -> tuple:
     return tuple(row[k] for k in BASE)
 
 
-TWO_RUNS = (("tq2.5", "tq2.5"), ("tq3.5", "tq3.5"), ("tq3p:gauss", "tq3"), ("qjl2:orth", "int4:g32"))
+OTHERS = (
+    *(("tq2.5", "tq2.5"), ("tq3.5", "tq3.5"), ("tq3p:gauss", "tq3")),
+    *(("qjl2:orth", "int4:g32"), ("polar4", "polar4")),
+)
 
 Goal = tuple[str, str, str, bool]
 """What, the figure, the goal, reached."""
@@ -97,7 +100,7 @@ def goals(rows: list[Row]) -> Iterator[Goal]:
         figure = f"decode {what}: {fp16 / f.us(**changed):.2f}x {name}, of read bandwidth"
         yield at_least(figure, f.share(**changed), 0.6 if f.bytes(**changed) > 1e8 else 0.0, percent)
     pairs = (("int8:g32", "int8:g32"), ("int8:g32", "int4:g32"), ("int2:g32", "int2:g32"))
-    for k, v in (*pairs, ("tq4", "tq4"), ("tq3", "tq3"), ("tq5", "tq3"), ("tq2", "tq2"), *TWO_RUNS):
+    for k, v in (*pairs, ("tq4", "tq4"), ("tq3", "tq3"), ("tq5", "tq3"), ("tq2", "tq2"), *OTHERS):
         ratio = f.us(k=k, v=v) / f.us() / (f.bytes(k=k, v=v) / f.bytes())
         yield at_most(f"decode {k} {v}: time per byte, of int4's", ratio, 1.15, times)
     prefill = {(r["n"], r["engine"]): r for r in f.of("prefill")}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from opentq.codecs.base import Codec
 from opentq.kernels import cuda, nvrtc
+from opentq.kernels.cuda_geometry import Geometry
 from opentq.kernels.cuda_layout import layout_for
 
 TORCH = {"f16": "float16", "bf16": "bfloat16"}
@@ -56,12 +57,12 @@ class Shape:
             "v": str(self.v),
         }
 
-    def geometry(self) -> cuda.Geometry:
+    def geometry(self) -> Geometry:
         layouts = layout_for("k", self.k, self.dim), layout_for("v", self.v, self.dim)
         assert layouts[0] and layouts[1]
-        return cuda.Geometry.choose(*layouts, "opentq::f16", self.gqa * self.length)
+        return Geometry.choose(*layouts, "opentq::f16", self.gqa * self.length)
 
-    def splits(self, geometry: cuda.Geometry) -> int:
+    def splits(self, geometry: Geometry) -> int:
         tiles = self.batch * self.kv_heads * -(-self.gqa * self.length // geometry.row_tile)
         return geometry.splits(tiles, -(-self.n // 32), 4, cuda.multiprocessors())
 
@@ -125,7 +126,7 @@ def read_bandwidth(torch) -> float:
     return x.nbytes / graph_seconds(torch, [x.max], 4)
 
 
-def kernel_seconds(torch, shape: Shape, geometry: cuda.Geometry | None = None, splits: int | None = None) -> float:
+def kernel_seconds(torch, shape: Shape, geometry: Geometry | None = None, splits: int | None = None) -> float:
     """Seconds per launch over random records and 64 dense columns."""
     geometry = geometry or shape.geometry()
     splits = splits or shape.splits(geometry)

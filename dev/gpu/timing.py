@@ -20,6 +20,7 @@ from opentq.attention import fused_cuda
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.codecs.affine import Affine
 from opentq.codecs.base import Codec
+from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels import cuda, nvrtc
@@ -172,7 +173,14 @@ def decode_row(log, torch, shape: Shape, rivals: bool = True) -> None:
 
 
 INT4 = Affine(4)
-TWO_RUNS = [(Fractional(2.5), Fractional(2.5)), (Fractional(3.5), Fractional(3.5)), (Prod(3), Turbo(3)), (QJL(2), INT4)]
+OTHERS = [
+    (Fractional(2.5), Fractional(2.5)),
+    (Fractional(3.5), Fractional(3.5)),
+    (Prod(3), Turbo(3)),
+    (QJL(2), INT4),
+    (Polar(), Polar()),
+]
+"""Codes of two runs, sketches and angles."""
 
 
 def run(log, torch, quick: bool) -> None:
@@ -186,7 +194,7 @@ def run(log, torch, quick: bool) -> None:
     for codecs in ((Turbo(4), Turbo(4)), (Turbo(3), Turbo(3)), (Turbo(5), Turbo(3)), (Turbo(2), Turbo(2))):
         row(Shape(131072, *codecs), rivals=False)
     for n in (32768, 131072):
-        for codecs in TWO_RUNS:
+        for codecs in OTHERS:
             row(Shape(n, *codecs), rivals=False)
     for gqa in (1, 4, 16):
         row(Shape(131072, INT4, INT4, gqa=gqa))
@@ -200,7 +208,7 @@ def run(log, torch, quick: bool) -> None:
             row(Shape(32768, INT4, INT4, length=length), rivals=False)
     for n in (8192, 32768, 131072):
         prefill_row(log, Shape(n, INT4, INT4, length=2048))
-    for codecs in ((INT4, INT4), (Turbo(4), Turbo(4)), *TWO_RUNS[1:3]):
+    for codecs in ((INT4, INT4), (Turbo(4), Turbo(4)), *OTHERS):
         error_row(log, Shape(131072, *codecs))
     pack_row(log, 2048)
     weights_row(log)
@@ -286,7 +294,7 @@ def pack_row(log, tokens: int) -> None:
     """Encoding `tokens` tokens of 8 heads: our kernel, and the codecs in MLX operations."""
     y = mx.random.normal((1, 8, tokens, 128)).astype(mx.float16)
     mx.eval(y)
-    codecs: list[Codec] = [INT4, Turbo(4), Turbo(4, fit="norm"), Fractional(2.5), Prod(3), QJL(2)]
+    codecs: list[Codec] = [INT4, Turbo(4), Turbo(4, fit="norm"), Fractional(2.5), Prod(3), QJL(2), Polar()]
     for codec in codecs:
         layout = layout_for("k", codec, 128)
         assert layout is not None

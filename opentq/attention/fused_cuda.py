@@ -18,6 +18,7 @@ from ..codecs.polar import Polar
 from ..codecs.qjl import QJL
 from ..codecs.turbo import Prod, Turbo
 from ..kernels import cuda
+from ..kernels.cuda_geometry import Geometry
 from ..kernels.cuda_layout import RECORD, MmaLayout
 from .args import AttnArgs
 
@@ -83,8 +84,8 @@ def prefers_prefill(args: AttnArgs) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[cuda.Geometry, cuda.Kernel]:
-    geometry = cuda.Geometry.choose(k, v, cuda.CTYPES[dtype], rows)
+def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[Geometry, cuda.Kernel]:
+    geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], rows)
     return geometry, cuda.compiled(geometry.source())
 
 
@@ -131,9 +132,7 @@ def query(args: AttnArgs) -> mx.array:
     return mx.concatenate([args.q, projected], axis=-1)
 
 
-def outputs(
-    args: AttnArgs, geometry: cuda.Geometry, blocks: tuple[int, int, int]
-) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+def outputs(args: AttnArgs, geometry: Geometry, blocks: tuple[int, int, int]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
     """Shapes and dtypes of the output and of the scratch for partial results."""
     out = (*args.q.shape[:3], args.v.head_dim)
     scratch = (blocks[1] * blocks[2], blocks[0], geometry.row_tile, args.v.head_dim + 2) if blocks[0] > 1 else (1,)
@@ -141,7 +140,7 @@ def outputs(
 
 
 def scalars(args: AttnArgs) -> cuda.Scalars:
-    """`cuda.CALL` of this call."""
+    """`cuda_geometry.CALL` of this call."""
     k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
     shape = (k_blocks, v_blocks, args.dense_k.shape[2], args.q.shape[1], args.kv_heads, args.q.shape[2])
     lens = (-1, 0, 0) if ragged(args) else args.lens[0]

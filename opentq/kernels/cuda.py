@@ -1,9 +1,8 @@
-"""CUDA kernels: their sources, their launch geometry, and the calls that launch them.
+"""CUDA kernels: their sources, and the calls that launch them.
 
 A kernel is a `.cu` file of templates plus one line that instantiates it. `KernelSource` holds both and can spell itself
 in two ways: as a translation unit, which NVRTC compiles on first use (`nvrtc.py`) and nvcc checks on machines without a
-GPU, and as one for the warp emulator of the tests. Everything about a launch that is arithmetic (row tiles, warps, ring
-stages, shared memory, splits) is in `Geometry`, so that it can be tested anywhere.
+GPU, and as one for the warp emulator of the tests. The decode kernel's launches are in `cuda_geometry.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..codecs import codebooks, turbo
 from ..codecs.base import FP16_MAX, Codec
 from . import nvrtc
-from .cuda_layout import BLOCK, RECORD, MmaLayout, Run
+from .cuda_layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
 HERE = Path(__file__).parent
 FILES = (
@@ -32,14 +32,6 @@ FILES = (
 )
 
 
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that one block may have on Hopper."""
-IN_FLIGHT = 32 * 1024
-"""Bytes that a multiprocessor should have asked for at any time; more only spread the accesses."""
-LIGHT = 3600
-"""Bytes of a record of keys and one of values below which more warps pay."""
-MAX_SPLITS = 160
-"""Beyond this the merge of the partial results takes longer than the splits save."""
 CTYPES = {mx.float16: "opentq::f16", mx.bfloat16: "opentq::bf16", mx.float32: "float", mx.uint32: "unsigned"}
 
 Scalars = tuple[int | float, ...]
@@ -150,113 +142,6 @@ class Kernel:
         )
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Everything about a decode launch that is fixed at compile time, and the choice of splits.
-
-    `rows` are the query rows of one KV head (GQA ratio x L); a row tile holds 8 * `tiles` of them.
-    """
-
-    k: MmaLayout
-    v: MmaLayout
-    dtype: str
-    tiles: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int) -> Geometry:
-        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; twelve warps where records are light, as
-        arithmetic then takes as long as bytes do. Fewer where shared memory ends, more stages where records are tiny.
-        """
-        tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
-        tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
-        stage = 4 * (k.record_words + v.record_words)
-        warps = 12 if stage <= LIGHT and tiles == 1 else 8
-        while warps > 1 and 2 * warps * stage > 200 * 1024:
-            warps //= 2
-        stages = max(2, min(4, -(-IN_FLIGHT // (warps * stage))))
-        return cls(k, v, dtype, tiles, warps, stages)
-
-    @property
-    def row_tile(self) -> int:
-        return 8 * self.tiles
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory: `Plan::BYTES` of decode_warp.cuh; decode.cu asserts that it is enough."""
-        rows = self.row_tile
-        ring = self.warps * self.stages * 4 * (self.k.record_words + self.v.record_words)
-        whole = self.warps * rows * (self.v.head_dim + 4) * 4
-        area = max(ring, whole if whole <= max(ring, 49152) else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
-        query = self.k.query // 16 * self.tiles * 256
-        sums = self.tiles * (0 if not self.k.zeroed else 2 if self.k.groups > 8 else 1) * 256
-        small = rows * 8 + 2 * self.warps * rows * 4 + 16
-        return area + query + sums + self.warps * self.stages * 8 + small
-
-    @property
-    def resident(self) -> int:
-        """Blocks per multiprocessor: two where registers (one row tile, D up to 128) and shared memory allow."""
-        small = self.tiles == 1 and max(self.k.query, self.v.head_dim) <= 128 and self.warps <= 8
-        return 2 if small and 2 * (self.shared + 1024) <= SHARED_LIMIT else 1
-
-    def splits(self, tiles: int, records: int, strips: int, multiprocessors: int) -> int:
-        """How many blocks share the keys of one row tile; `tiles` = row tiles of all heads and sequences.
-
-        One block per multiprocessor, if that leaves few of them idle, else as many as are resident at once. But a block
-        should have four records of 32 tokens or eight dense strips of 16: below that a merge costs more than it saves.
-        """
-        fill = multiprocessors // tiles
-        if fill * tiles < 0.75 * multiprocessors:
-            fill = self.resident * multiprocessors // tiles
-        work = max(-(-records // 4), -(-strips // 8))
-        return max(1, min(fill, work, MAX_SPLITS))
-
-    def source(self) -> KernelSource:
-        t, sizes = self.dtype, f"{self.tiles}, {self.warps}, {self.stages}"
-        name = f"opentq_decode_{short(t)}_{self.k.name}_{self.v.name}_{self.tiles}_{self.warps}_{self.stages}"
-        calls = ", ".join(name for name, _ in CALL)
-        body = (
-            f"  opentq::decode<{t}, {format_type(self.k)}, {format_type(self.v)}, {sizes}, {self.shared}>(\n"
-            f"      q, k, v, dense_k, dense_v, lens, sinks, tickets, out, scratch, {{{calls}}});"
-        )
-        return KernelSource(
-            name=re.sub(r"\W+", "_", name),
-            file="decode.cu",
-            inputs=(
-                ("q", t),
-                ("k", "unsigned"),
-                ("v", "unsigned"),
-                ("dense_k", "opentq::f16"),
-                ("dense_v", "opentq::f16"),
-                ("lens", "int"),
-                ("sinks", "float"),
-                ("tickets", "unsigned"),
-            ),
-            outputs=(("out", t), ("scratch", "float")),
-            scalars=CALL,
-            body=body,
-            threads=32 * self.warps,
-            shared=self.shared,
-            resident=self.resident,
-        )
-
-    def grid(self, batch: int, kv_heads: int, rows: int, splits: int) -> tuple[int, int, int]:
-        """Blocks."""
-        return splits, kv_heads * -(-rows // self.row_tile), batch
-
-
-CALL = (
-    *(
-        (name, "int")
-        for name in ("k_blocks", "v_blocks", "columns", "q_heads", "kv_heads", "length", "window", "causal")
-    ),
-    *((name, "int") for name in ("packed", "sink", "tail_start")),
-    *((name, "float") for name in ("scale", "softcap")),
-)
-"""Names and types of `opentq::Call`, decode's scalars."""
-
-
 def single(x: float) -> float:
     """`x` rounded to float32: as a scalar of a kernel MLX refuses a float that would have to be rounded."""
     return struct.unpack("f", struct.pack("f", x))[0]
@@ -269,6 +154,11 @@ def short(ctype: str) -> str:
 
 def format_type(layout: MmaLayout) -> str:
     """The C++ type of formats.cuh that reads this layout."""
+    if isinstance(layout, PolarLayout):
+        levels = (codebooks.angle(2, level) for level in (2, 3, 4))
+        units = (", ".join(str(round(math.cos(angle) * 2**30)) for angle in angles) for angles in levels)
+        quadrants = ", ".join(f"opentq::Quadrant<{cosines}>" for cosines in units)
+        return f"opentq::Polar<{layout.head_dim}, {'true' if layout.side == 'k' else 'false'}, {quadrants}>"
     formats = [_run_type(run) for run in layout.runs]
     if len(formats) == 2:
         return f"opentq::Pair<{formats[0]}, {formats[1]}, {layout.head_dim}>"

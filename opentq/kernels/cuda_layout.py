@@ -8,7 +8,6 @@ canonical tokens.
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -18,7 +17,10 @@ from ..codecs import packing
 from ..codecs.affine import Affine
 from ..codecs.base import Codec, Coded, Packed
 from ..codecs.codebooks import Book
+from ..codecs.polar import BLOCK as POLAR_BLOCK
+from ..codecs.polar import Polar
 from ..codecs.turbo import Fractional, Turbo
+from .lane_words import from_lane_words, planes, to_lane_words
 
 BLOCK = 64
 RECORD = 32
@@ -113,16 +115,20 @@ class MmaLayout:
         return 2 if self.zeroed else 1
 
     @property
+    def code_words(self) -> int:
+        """Words of the codes of 32 tokens."""
+        return RECORD * sum(packing.words(run.dim, run.bits) for run in self.runs)
+
+    @property
     def record_words(self) -> int:
         """Words of 32 tokens."""
-        codes = sum(packing.words(run.dim, run.bits) for run in self.runs)
-        return RECORD * codes + RECORD // 2 * self.groups * self.numbers
+        return self.code_words + RECORD // 2 * self.groups * self.numbers
 
     def store(self, packed: Packed) -> tuple[mx.array, ...]:
         *codes, scales = packed
         batch, heads, tokens, _ = scales.shape
         lead = (batch, heads, tokens // RECORD)
-        parts = [part for run, words in zip(self.runs, codes) for part in self._store_run(run, words, lead)]
+        parts = self._store_codes(codes, lead)
         numbers = scales.reshape(*lead, RECORD, self.groups, self.numbers)
         for i in range(self.numbers):
             plane = numbers[..., i]
@@ -137,12 +143,8 @@ class MmaLayout:
         batch, heads, count, _ = blocks.shape
         lead = (batch, heads, 2 * count)
         record = blocks.reshape(*lead, self.record_words)
-        codes, at = [], 0
-        for run in self.runs:
-            words = RECORD * packing.words(run.dim, run.bits)
-            codes.append(self._load_run(run, record[..., at : at + words]))
-            at += words
-        numbers = mx.contiguous(record[..., at:]).view(mx.float16).reshape(*lead, self.numbers, -1)
+        codes = self._load_codes(record[..., : self.code_words])
+        numbers = mx.contiguous(record[..., self.code_words :]).view(mx.float16).reshape(*lead, self.numbers, -1)
         if self.side == "v":
             numbers = numbers.reshape(*lead, self.numbers, self.groups, 4, 2, 2, 2)
             numbers = numbers.transpose(0, 1, 2, 6, 7, 5, 8, 4, 3)
@@ -156,26 +158,32 @@ class MmaLayout:
 
         return (cuda.pack(self, codec, y),) if cuda.available() and packs(codec) else self.store(codec.encode(y))
 
-    def _store_run(self, run: Run, codes: mx.array, lead: tuple[int, ...]) -> list[mx.array]:
-        """Canonical words `[B, H, T, W]` -> the planes of `lead` records, `[*lead, words]` each."""
-        values = run.ranked(packing.unpack(codes, run.bits, run.dim))
-        fields = values.reshape(*lead, *self._split_shape(run.dim)).transpose(0, 1, 2, *self._order())
-        fields = fields.reshape(*lead, run.dim // 2, 32, 2)  # register of the record, lane, half
-        return [_to_lane_words(fields, plane) for plane in _planes(run.bits, run.zeroed)]
+    def _store_codes(self, codes: list[mx.array], lead: tuple[int, ...]) -> list[mx.array]:
+        """Canonical arrays `[B, H, T, ..]` but the scales -> the words `[*lead, ..]` of `lead` records, in parts."""
+        parts = []
+        for run, words in zip(self.runs, codes):
+            values = run.ranked(packing.unpack(words, run.bits, run.dim))
+            fields = values.reshape(*lead, *self._split_shape(run.dim)).transpose(0, 1, 2, *self._order())
+            fields = fields.reshape(*lead, run.dim // 2, 32, 2)  # register of the record, lane, half
+            parts += [to_lane_words(fields, plane) for plane in planes(run.bits, run.zeroed)]
+        return parts
 
-    def _load_run(self, run: Run, words: mx.array) -> mx.array:
-        """The inverse of `_store_run`, planes joined."""
-        lead = words.shape[:-1]
-        fields, at = mx.array(0, mx.uint32), 0
-        for plane in _planes(run.bits, run.zeroed):
-            size = 32 * -(-run.dim // 2 // plane.registers)
-            fields = fields | _from_lane_words(words[..., at : at + size], plane, run.dim // 2)
-            at += size
-        order, shape = self._order(), self._split_shape(run.dim)
-        fields = fields.reshape(*lead, *(shape[i - 3] for i in order))
-        back = sorted(range(len(order)), key=lambda i: order[i])
-        values = fields.transpose(0, 1, 2, *(i + 3 for i in back))
-        return packing.pack(run.ranked(values.reshape(*lead[:2], lead[2] * RECORD, run.dim)), run.bits)
+    def _load_codes(self, words: mx.array) -> list[mx.array]:
+        """The inverse of `_store_codes`, parts joined."""
+        lead, codes, at = words.shape[:-1], [], 0
+        for run in self.runs:
+            fields = mx.array(0, mx.uint32)
+            for plane in planes(run.bits, run.zeroed):
+                size = 32 * -(-run.dim // 2 // plane.registers)
+                fields = fields | from_lane_words(words[..., at : at + size], plane, run.dim // 2)
+                at += size
+            order, shape = self._order(), self._split_shape(run.dim)
+            fields = fields.reshape(*lead, *(shape[i - 3] for i in order))
+            back = sorted(range(len(order)), key=lambda i: order[i])
+            values = fields.transpose(0, 1, 2, *(i + 3 for i in back))
+            values = values.reshape(*lead[:2], lead[2] * RECORD, run.dim)
+            codes.append(packing.pack(run.ranked(values), run.bits))
+        return codes
 
     def _split_shape(self, dim: int) -> tuple[int, ...]:
         """How (token of the record, channel) split into strip, fragment coordinates and tile."""
@@ -189,6 +197,66 @@ class MmaLayout:
         if self.side == "k":
             return (3, 6, 7, 4, 5, 8, 9)
         return (3, 7, 4, 8, 9, 5, 6)
+
+
+@dataclass(frozen=True)
+class PolarLayout(MmaLayout):
+    """One side of what `codecs.polar` makes: a block of 16 channels is a tile, its radius the scale of a group.
+
+    Of a block and token: 32 bits of level 1, 14 of levels 2 to 4 in 16, and 16 of the radius.
+    """
+
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"mma64-{self.side}-polar-d{self.head_dim}"
+
+    @property
+    def zeroed(self) -> bool:
+        return False
+
+    @property
+    def sketched(self) -> bool:
+        return False
+
+    @property
+    def query(self) -> int:
+        return self.head_dim
+
+    @property
+    def groups(self) -> int:
+        return self.head_dim // POLAR_BLOCK
+
+    @property
+    def code_words(self) -> int:
+        return RECORD * 3 * self.groups // 2
+
+    def _store_codes(self, codes: list[mx.array], lead: tuple[int, ...]) -> list[mx.array]:
+        first, rest = codes
+        rest = mx.pad(rest, [(0, 0)] * 3 + [(0, -rest.shape[-1] % 4)])
+        angles = packing.unpack(rest.view(mx.uint32), 2, 7 * self.groups).reshape(*lead, RECORD, -1)
+        levels = mx.split(angles, [4 * self.groups, 6 * self.groups], axis=-1)
+        blocks = mx.concatenate([level.reshape(*lead, RECORD, self.groups, -1) for level in levels], axis=-1)
+        halves = (blocks << _seven()).sum(axis=-1).astype(mx.uint16).swapaxes(-1, -2)
+        words = first.reshape(*lead, RECORD, self.groups).swapaxes(-1, -2)
+        return [words.reshape(*lead, -1), mx.contiguous(halves.reshape(*lead, -1)).view(mx.uint32)]
+
+    def _load_codes(self, words: mx.array) -> list[mx.array]:
+        lead, cut = words.shape[:-1], RECORD * self.groups
+        shape = (*lead[:2], lead[2] * RECORD, self.groups)
+        first = words[..., :cut].reshape(*lead, self.groups, RECORD).swapaxes(-1, -2).reshape(shape)
+        halves = mx.contiguous(words[..., cut:]).view(mx.uint16).reshape(*lead, self.groups, RECORD)
+        halves = halves.swapaxes(-1, -2).reshape(shape).astype(mx.uint32)
+        levels = mx.split((halves[..., None] >> _seven()) & 3, [4, 6], axis=-1)
+        angles = mx.concatenate([level.reshape(*shape[:3], -1) for level in levels], axis=-1)
+        rest = packing.pack(angles, 2).view(mx.uint8)
+        return [first, rest[..., : -(-7 * self.groups // 4)]]
+
+
+def _seven() -> mx.array:
+    """Shifts of the angles of levels 2 (four), 3 (two) and 4 (one)."""
+    return mx.arange(0, 14, 2, dtype=mx.uint32)
 
 
 def packs(codec: Codec) -> bool:
@@ -208,6 +276,8 @@ def layout_for(side: str, codec: Codec, dim: int) -> MmaLayout | None:
         return None
     if isinstance(codec, Affine):
         return MmaLayout(side, dim, (Run(codec.bits, codec.group, dim),))
+    if isinstance(codec, Polar):
+        return PolarLayout(side, dim)
     if not isinstance(codec, Coded):
         return None
     layout = MmaLayout(side, dim, tuple(Run.of(book) for book in codec.books(dim)))
@@ -219,90 +289,10 @@ def layout_for(side: str, codec: Codec, dim: int) -> MmaLayout | None:
 
 def layout_named(name: str) -> MmaLayout | None:
     """The layout that calls itself `name`, or None when it is none of these."""
-    found = re.fullmatch(r"mma64-([kv])-((?:\d[gts]\d+\+?)+)-d(\d+)", name)
+    found = re.fullmatch(r"mma64-([kv])-(polar|(?:\d[gts]\d+\+?)+)-d(\d+)", name)
     if not found:
         return None
     dim = int(found[3])
+    if found[2] == "polar":
+        return PolarLayout(found[1], dim)
     return MmaLayout(found[1], dim, tuple(Run.named(run, dim) for run in found[2].split("+")))
-
-
-@dataclass(frozen=True)
-class Field:
-    """Bits `[low, low + width)` of a code, and where they start in a word, by register of the word and half."""
-
-    low: int
-    width: int
-    at: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class WordPlane:
-    """Words that hold `registers` registers (pairs of codes) of a lane each, as `fields` say."""
-
-    registers: int
-    fields: tuple[Field, ...]
-
-
-@functools.cache
-def _planes(bits: int, zeroed: bool) -> tuple[WordPlane, ...]:
-    """Where the bits of a code lie in its words: formats.cuh in numbers. Tile i of a word, register r of 4, half h."""
-
-    def plane(registers: int, *fields) -> WordPlane:
-        placed = (
-            Field(low, width, tuple((at(i // 4, i % 4, 0), at(i // 4, i % 4, 1)) for i in range(registers)))
-            for low, width, at in fields
-        )
-        return WordPlane(registers, tuple(placed))
-
-    if zeroed:
-        low = {
-            8: plane(2, (0, 8, lambda i, r, h: 8 * r + 16 * h)),
-            4: plane(4, (0, 4, lambda i, r, h: 4 * r + 16 * h)),
-        }.get(bits, plane(8, (0, 2, lambda i, r, h: 8 * i + 2 * r + 16 * h)))
-        high = plane(16, (2, 1, lambda i, r, h: 4 * i + r // 2 + 2 * (r % 2) + 16 * h))
-        return (low, high) if bits == 3 else (low,)
-    # Codebooks: ranks and signs; element e = 2 r + h, byte e % 4 for its sign.
-    signs = plane(16, (bits - 1, 1, lambda i, r, h: 8 * (2 * (r % 2) + h) + 7 - 2 * i - r // 2))
-    if bits == 1:
-        return (signs,)
-    if bits in (2, 4):
-        top = 5 if bits == 2 else 7
-        sign = (bits - 1, 1, lambda i, r, h: 8 * (2 * (r % 2) + h) + top + 2 * i - 4 * (r // 2))
-        return (plane(16 // bits, (0, bits - 1, lambda i, r, h: 4 * (2 * r + h) + 2 * i), sign),)
-    return plane(16 // (bits - 1), (0, bits - 1, lambda i, r, h: 4 * (2 * r + h) + 2 * i)), signs
-
-
-def _to_lane_words(codes: mx.array, plane: WordPlane) -> mx.array:
-    """Codes `[..., registers, 32, 2]` -> the words of one plane `[..., words]`."""
-    lead, registers = codes.shape[:-3], codes.shape[-3]
-    pad = -registers % plane.registers
-    if pad:
-        codes = mx.pad(codes, [(0, 0)] * len(lead) + [(0, pad), (0, 0), (0, 0)])
-    codes = codes.reshape(*lead, -1, plane.registers, 32, 2)
-    words = mx.array(0, mx.uint32)
-    for field in plane.fields:
-        bits = (codes >> field.low) & ((1 << field.width) - 1)
-        words = words | (bits << _shifts(field)).sum(axis=(-3, -1)).astype(mx.uint32)  # [..., count, 32]
-    count = words.shape[-2]
-    quads = words[..., : count // 4 * 4, :].reshape(*lead, -1, 4, 32).swapaxes(-1, -2).reshape(*lead, -1)
-    rest = words[..., count // 4 * 4 :, :].swapaxes(-1, -2).reshape(*lead, -1)
-    return mx.concatenate([quads, rest], axis=-1)
-
-
-def _from_lane_words(words: mx.array, plane: WordPlane, registers: int) -> mx.array:
-    """The inverse of `_to_lane_words`: this plane's share of the codes `[..., registers, 32, 2]`."""
-    lead, count = words.shape[:-1], words.shape[-1] // 32
-    cut = count // 4 * 128
-    quads = words[..., :cut].reshape(*lead, -1, 32, 4).swapaxes(-1, -2).reshape(*lead, -1, 32)
-    rest = words[..., cut:].reshape(*lead, 32, -1).swapaxes(-1, -2)
-    words = mx.concatenate([quads, rest], axis=-2)[..., None, :, None]
-    codes = mx.array(0, mx.uint32)
-    for field in plane.fields:
-        bits = (words >> _shifts(field)) & ((1 << field.width) - 1)  # [..., count, registers, 32, 2]
-        codes = codes | (bits << field.low)
-    return codes.reshape(*lead, -1, 32, 2)[..., :registers, :, :]
-
-
-def _shifts(field: Field) -> mx.array:
-    """`[registers, 1, 2]`"""
-    return mx.array(field.at, dtype=mx.uint32)[:, None]

@@ -142,6 +142,44 @@ struct Pair {
   static_assert(F1::D == F2::D && F1::GROUPS == 1 && F2::GROUPS == 1 && F1::LIFT == 1.f && F2::LIFT == 1.f);
 };
 
+// Angles in the first quadrant, four of them, symmetric about 45 degrees; given are the cosines, in units of 2^-30.
+template <int C0, int C1, int C2, int C3>
+struct Quadrant {
+  static __device__ __forceinline__ float cosine(u32 code) {
+    constexpr float ONE = 1073741824.f;
+    return code & 2 ? (code & 1 ? C3 / ONE : C2 / ONE) : (code & 1 ? C1 / ONE : C0 / ONE);
+  }
+  static __device__ __forceinline__ float part(u32 code, bool sine) { return cosine(sine ? ~code : code); }
+};
+
+// Polar codes (codecs/polar.py): value = scale * 4 * a product of four cosines and sines, per block of 16 channels, which
+// is a tile. Codes lie by block and token, not by lane: [block][32 tokens] words of eight angles of 4 bits, then
+// [block][32 tokens] 16 bits with the angles of levels 2 (four), 3 (two) and 4 (one), 2 bits each. Numbers are ordinary
+// halves, so STEP takes the denormals' unit back.
+template <int DIM, bool KEYS_, class L2, class L3, class L4>
+struct Polar {
+  static constexpr int D = DIM, GROUP = 16, TILES = D / 16, GROUPS = TILES, NUMBERS = 1;
+  static constexpr int SCALES = 48 * TILES, ZEROS = SCALES + 16 * GROUPS, RECORD = ZEROS, BYTES = 4 * RECORD;
+  static constexpr bool ZEROED = false, KEYS = KEYS_;
+  static constexpr float LIFT = 1.f, STEP = 4.f / UNIT, SECOND = 1.f;
+  static constexpr int DENSE = D, QUERY = D, FIRST = 0;
+
+  // Of the full circle cut in 16, code 0 at 11.25 degrees.
+  static __device__ __forceinline__ float cosine(u32 code) {
+    const u32 rank = code & 4 ? ~code : code;
+    const float x = rank & 2 ? (rank & 1 ? 0.19509032f : 0.55557024f) : (rank & 1 ? 0.83146960f : 0.98078528f);
+    return (code + 4) & 8 ? -x : x;
+  }
+
+  // The numbers of channels 8 half + 2 pair and the next one, of a token with these angles.
+  static __device__ __forceinline__ float2 pair(u32 first, u32 rest, int half, int pair) {
+    const u32 code = first >> (4 * (4 * half + pair));
+    const float length = L4::part(rest >> 12, half) * L3::part(rest >> (8 + 2 * half), pair / 2) *
+                         L2::part(rest >> (4 * half + pair / 2 * 2), pair % 2);
+    return make_float2(length * cosine(code & 15), length * cosine((code + 12) & 15));
+  }
+};
+
 // Codes of keys in a basis of their own: rows of the query are [q, what multiplies the codes].
 template <class F, int DENSE_>
 struct Sketch : F {

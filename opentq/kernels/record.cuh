@@ -81,6 +81,30 @@ struct Fragments<Pair<F1, F2, DENSE>, START> {
   }
 };
 
+template <int DIM, bool KEYS, class L2, class L3, class L4, int START>
+struct Fragments<Polar<DIM, KEYS, L2, L3, L4>, START> {
+  using F = Polar<DIM, KEYS, L2, L3, L4>;
+
+  __device__ __forceinline__ void tile(u32 (&a)[4], const u32* record, int lane, int i) {
+    const int g = lane / 4, t = lane % 4, at = i % F::TILES * 32 + i / F::TILES * 16;
+    const u32* first = record + at;
+    const u16* rest = reinterpret_cast<const u16*>(record + 32 * F::TILES) + at;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (KEYS) {
+        const int key = g + 8 * (r % 2);
+        const float2 x = F::pair(first[key], rest[key], r / 2, t);
+        a[r] = pack_half2(x.x, x.y);
+      } else {
+        const int key = 2 * t + 8 * (r / 2);
+        const float2 x = F::pair(first[key], rest[key], r % 2, g / 2);
+        const float2 y = F::pair(first[key + 1], rest[key + 1], r % 2, g / 2);
+        a[r] = g % 2 ? pack_half2(x.y, y.y) : pack_half2(x.x, y.x);
+      }
+    }
+  }
+};
+
 // The G scales of one key, as floats, from a K record.
 template <int G>
 __device__ __forceinline__ void key_scales(float (&s)[G], const u16* p) {
