@@ -23,6 +23,7 @@ from opentq.codecs import Affine, Codec, Raw, Turbo, make
 from opentq.kernels import build, cpu
 from opentq.kernels.cpu_blocks import load_numpy, store_numpy
 from opentq.kernels.cpu_layout import CpuLayout, layout_for, layout_named
+from opentq.kernels.cpu_polar import CpuPolar
 from opentq.kernels.layout import CANONICAL
 
 pytestmark = pytest.mark.skipif(
@@ -33,9 +34,9 @@ BITS = (2, 3, 4, 8)
 BOOKS = tuple(f"tq{bits}" for bits in range(1, 7))
 HALVES = ("tq1.5", "tq2.5", "tq3.5")
 SKETCHES = ("tq2p", "tq3p", "tq4p", "qjl1", "qjl4")
-V_FORMS = (*BITS, *BOOKS, *HALVES, "f16")
+V_FORMS = (*BITS, *BOOKS, *HALVES, "f16", "polar4")
 K_FORMS = (*V_FORMS, *SKETCHES)
-"""Widths of affine codes, codebooks, two of them, sketches of keys, and raw storage."""
+"""Widths of affine codes, codebooks, two of them, sketches of keys, raw storage, angles."""
 
 
 def codec_of(form: int | str, group: int = 32) -> Codec:
@@ -57,6 +58,11 @@ def stored(kind: str, codec: Codec, y: mx.array, tokens: int, spare: int) -> Pac
         kept = np.concatenate([kept, np.full((batch, heads, 64 * spare, dim), np.nan, np.float16)], axis=2)
         return PackedKV(codec, CANONICAL, (mx.array(kept),), dim)
     layout = layout_of(kind, codec, dim)
+    if isinstance(layout, CpuPolar):
+        kept = np.array(layout.encode(codec, y)[0])
+        kept[:, :, tokens:] = 0xFF
+        kept = np.concatenate([kept, np.full((batch, heads, 64 * spare, kept.shape[3]), 0xFF, np.uint8)], axis=2)
+        return PackedKV(codec, layout, (mx.array(kept),), dim)
     arrays = []
     for run, blocks in zip(layout.runs, layout.encode(codec, y)):
         spares = np.full((batch, heads, spare, run.block_bytes), 0x7E, np.uint8)
@@ -214,7 +220,18 @@ def test_layout_of_runs(kind, form, dim):
 def test_what_has_no_layout():
     assert layout_for("v", codec_of("qjl1"), 64) is None, "a sketch of values decodes to noise"
     assert layout_for("k", codec_of("tq2.5"), 80) is None, "half of 80 channels are no whole tiles"
-    assert layout_for("k", codec_of("polar4"), 64) is None
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128])
+def test_layout_of_angles(dim):
+    codec = codec_of("polar4")
+    layout = layout_of("v", codec, dim)
+    y = mx.random.normal((2, 3, 70, dim), key=mx.random.key(1))
+    packed = codec.encode(y)
+    (stored,) = layout.encode(codec, y)
+    assert stored.nbytes == sum(a.nbytes for a in packed) and layout_named(layout.name) == layout
+    for a, b in zip(layout.load((stored[:, 1:, 7:],)), packed):
+        assert np.array_equal(np.array(a), np.array(b[:, 1:, 7:]))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -394,6 +411,7 @@ SERVED = [
     "tq2.5:nc",
     "tq3p",
     "qjl2",
+    "polar4",
 ]
 
 

@@ -1,8 +1,8 @@
 """Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (kernels/attend.cpp).
 
-Serves affine and codebook codecs stored in the CPU's blocked layouts, and raw fp16, in any pairing of keys and values;
-any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for masks given as arrays. Inputs are evaluated
-here, because the kernel reads their memory.
+Serves affine, codebook and polar codecs stored in the CPU's own layouts, and raw fp16, in any pairing of keys and
+values; any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for masks given as arrays. Inputs are
+evaluated here, because the kernel reads their memory.
 
 Numerical class: fp16. Queries and probabilities go through the integer products as 15-bit integers (one step per query,
 one per group and block of values), everything else is fp32: the error is that of naive attention in fp16, or less.
@@ -21,7 +21,8 @@ from ..codecs.base import Codec, Coded
 from ..codecs.raw import Raw
 from ..kernels import build, cpu
 from ..kernels.cpu_blocks import TOKENS
-from ..kernels.cpu_layout import CpuLayout, Place, layout_for
+from ..kernels.cpu_layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for
+from ..kernels.cpu_polar import CpuPolar
 from ..kernels.layout import CANONICAL, Layout
 from .args import AttnArgs, PackedKV
 
@@ -119,9 +120,12 @@ def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]
     where: list[Place] = [(v.ctypes.data, v.strides[0], v.strides[1], v.strides[2]) for v in views]
     where = where or [(None, 0, 0, 0)] * 2
     runs = (cpu.Packed * 2)()
-    if isinstance(side.layout, CpuLayout):
+    layout = side.layout
+    if isinstance(layout, CpuPolar):
+        runs[0] = layout.view(where[0])
+    elif isinstance(layout, CpuBlocks | CpuRuns):
         books = () if isinstance(side.codec, Affine) else cast(Coded, side.codec).books(side.head_dim)
-        for i, run in enumerate(side.layout.runs):
+        for i, run in enumerate(layout.runs):
             runs[i] = run.view(where[i], books[i] if books else None)
     else:
         data, batch, head, row = where[0]

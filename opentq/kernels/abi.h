@@ -8,27 +8,27 @@ namespace otq {
 enum Dtype : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
 
 // How a vector became bits. AFFINE: x = code * scale + zero, one fp16 pair per group of channels. BOOK: x = scale * step *
-// (book[code] - 128), one fp16 scale per vector. RAW: fp16 [T, D] as it is.
-enum Form : int32_t { AFFINE, BOOK, RAW };
+// (book[code] - 128), one fp16 scale per vector. RAW: fp16 [T, D] as it is. POLAR: radii and angles (polar.h).
+enum Form : int32_t { AFFINE, BOOK, RAW, POLAR };
 
 // Stored keys or values: [B, Hkv, blocks of 64 tokens], strides in bytes, so that over-allocated and sliced buffers are read
-// in place. AFFINE and BOOK lie in the blocked layout (blocks.h); RAW tokens are block_stride / 64 bytes apart.
+// in place. AFFINE and BOOK lie in the blocked layout (blocks.h); RAW and POLAR tokens are block_stride / 64 bytes apart.
 struct Packed {
   const uint8_t* data;
   int64_t batch_stride, head_stride, block_stride;
   int32_t bits, group, dim, form;
-  const uint8_t* book;  // BOOK: 64 bytes, the 2^bits entries again and again
+  const uint8_t* book;  // BOOK: 64 bytes, the 2^bits entries again and again; POLAR: floats
   float step;
   int32_t pad;
-  bool coded() const { return form != RAW; }
+  bool coded() const { return form == AFFINE || form == BOOK; }  // multiplied as integers; else as floats
   // Products are cut into groups: those that share a scale, and short enough for 32-bit sums (128 channels of 8 bits).
   int groups() const { return dim ? (dim + group - 1) / group : 0; }
   int tiles() const { return dim / 16; }
   int64_t code_bytes() const { return int64_t(8) * bits * dim; }
   // fp16 numbers between the parameters of one group and the next.
   int param_stride() const { return form == AFFINE ? 128 : 0; }
-  int64_t block_bytes() const { return code_bytes() + (form == AFFINE ? 256 * groups() : form == BOOK ? 128 : 0); }
-  int64_t token_stride() const { return block_stride / 128; }  // RAW: in fp16 numbers
+  int64_t block_bytes() const { return coded() ? code_bytes() + (form == AFFINE ? 256 * groups() : 128) : block_stride; }
+  int64_t token_bytes() const { return block_stride / 64; }  // RAW, POLAR
   // Tiles [first, last) of group g; the last group may be short.
   int first_tile(int g) const { return g * group / 16; }
   int last_tile(int g) const { return std::min((g + 1) * group, dim) / 16; }

@@ -41,7 +41,7 @@ SOURCES = (
     "pack.cpp",
     *(f"products.cpp -DOPENTQ_BITS={bits} -DOPENTQ_LOOKUP={lookup}" for bits, lookup in KINDS),
 )
-AFFINE, BOOK, RAW = range(3)
+AFFINE, BOOK, RAW, POLAR = range(4)
 DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..codecs import codebooks, packing, turbo
+from ..codecs import codebooks, packing, polar, turbo
 from ..codecs.affine import Affine
 from ..codecs.base import FP16_MAX, Codec, Coded, Packed
 from ..codecs.codebooks import Book
 from . import cpu
 from .cpu_blocks import TOKENS, load_numpy, store_numpy
+from .cpu_polar import CpuPolar
 
 Place = tuple[int | None, int, int, int]
 """Address, and strides in bytes of batch, head and block."""
@@ -192,13 +193,15 @@ class CpuRuns:
         return self
 
 
-CpuLayout = CpuBlocks | CpuRuns
+CpuLayout = CpuBlocks | CpuRuns | CpuPolar
 
 
 def layout_for(kind: str, codec: Codec, head_dim: int) -> CpuLayout | None:
     """The layout for what `codec` makes, as keys "k" or values "v"; None when the kernels can't hold it."""
     if isinstance(codec, Affine):
         return None if head_dim % 16 else CpuBlocks(kind, codec.bits, codec.group, head_dim)
+    if isinstance(codec, polar.Polar):
+        return None if head_dim % 16 else CpuPolar(head_dim)
     # Codes of a sketch make scores, not values.
     if not isinstance(codec, Coded) or not (kind == "k" or isinstance(codec, turbo.Turbo | turbo.Fractional)):
         return None
@@ -214,7 +217,7 @@ def layout_named(name: str) -> CpuLayout | None:
     runs = tuple(CpuBlocks.named(part) for part in name.split("+"))
     if len(runs) == 2 and runs[0] and runs[1]:
         return CpuRuns((runs[0], runs[1]))
-    return runs[0] if len(runs) == 1 else None
+    return CpuPolar.named(name) or (runs[0] if len(runs) == 1 else None)
 
 
 @functools.cache
@@ -229,7 +232,7 @@ def _cuts(book: Book) -> np.ndarray:
     return np.array(codebooks.boundaries(codebooks.sphere(book.bits, book.dim)), np.float32)
 
 
-def _check(layout: CpuLayout, codec: Codec, y: mx.array) -> None:
+def _check(layout: CpuBlocks | CpuRuns, codec: Codec, y: mx.array) -> None:
     """Raise ValueError unless the layout holds what `codec` makes of `y`."""
     if layout_for(layout.kind, codec, y.shape[3]) != layout:
         raise ValueError(f"layout {layout.name} can't hold what codec {codec} makes of {y.shape[3]} channels")

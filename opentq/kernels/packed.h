@@ -11,9 +11,10 @@
 //
 // A codebook's code becomes its entry, a byte, by one look-up in registers; from there on it is an 8-bit code with one
 // scale per token and zero = -128 * scale. Two runs of codes are two products: scores add up, and values make the two
-// halves of the channels. Raw fp16 keys or values take the products of dense.h instead.
+// halves of the channels. Keys or values that are not such codes become floats, a block at a time (dense.h, polar.h).
 #pragma once
 #include "dense.h"
+#include "polar.h"
 #include "products.h"
 
 namespace otq {
@@ -39,7 +40,7 @@ inline Products products_for(int bits, bool lookup) {
 #define OPENTQ_CASE(BITS, LOOKUP) \
   if (bits == BITS && lookup == LOOKUP) return {scores<BITS, LOOKUP>, values<BITS, LOOKUP>, widen<BITS, LOOKUP>};
   OPENTQ_KINDS(OPENTQ_CASE)
-  return {};  // RAW
+  return {};  // not such codes
 }
 
 // One block's value scales and zeros as floats. Probabilities of a block are at most 1, so where its scales differ little
@@ -139,7 +140,14 @@ struct Run {
   }
   void scores(const Rows& rows, int r0, int n) const { products.scores(codes, params, p, rows, r0, n, rows.scores); }
   void values(const Rows& rows, int r0, int n) const { products.values(codes, p, rows, r0, n); }
-  const uint16_t* halves() const { return reinterpret_cast<const uint16_t*>(at); }
+  void widen_keys(Rows& rows, uint64_t any) const {
+    if (p.form == POLAR) widen_polar_keys(rows, p, at, any);
+    else otq::widen_keys(rows, reinterpret_cast<const uint16_t*>(at), p.token_bytes() / 2, any);
+  }
+  void widen_values(Rows& rows, uint64_t any) const {
+    if (p.form == POLAR) widen_polar_values(rows, p, at, any);
+    else otq::widen_values(rows, reinterpret_cast<const uint16_t*>(at), p.token_bytes() / 2, any);
+  }
   const uint8_t* next() const { return at + p.block_stride; }
 
   const Packed& p;
@@ -150,9 +158,9 @@ struct Run {
   Products products;
 };
 
-// Rows of one task against stored blocks [first, last) of one KV head. Keys and values may be coded or raw, each for itself.
+// Rows of one task against stored blocks [first, last) of one KV head. Keys and values may be codes or floats, each for itself.
 inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t batch, int64_t head, int64_t first, int64_t last) {
-  const bool often = rows.count > 2 * CHUNK, raw_k = !c.k[0].coded(), raw_v = !c.v[0].coded(), two_k = c.k[1].dim, two_v = c.v[1].dim;
+  const bool often = rows.count > 2 * CHUNK, float_k = !c.k[0].coded(), float_v = !c.v[0].coded(), two_k = c.k[1].dim, two_v = c.v[1].dim;
   Rows more = rows.second();
   Run k(c.k[0], batch, head, often, rows.wide_k), v(c.v[0], batch, head, often, rows.wide_v);
   Run k2(c.k[1], batch, head, often, more.wide_k), v2(c.v[1], batch, head, often, more.wide_v);
@@ -169,13 +177,13 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
     if (two_k) k2.open(b);
     if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
     if (b + 1 < last && (two_k || two_v)) more.ahead.start(k2.p, k2.next(), v2.p, v2.next(), rows.count);
-    if (raw_k) widen_keys(rows, k.halves(), k.p.token_stride(), any);
-    if (raw_v) widen_values(rows, v.halves(), v.p.token_stride(), any);
+    if (float_k) k.widen_keys(rows, any);
+    if (float_v) v.widen_values(rows, any);
     else load_params(rows, v.p, v.params, any);
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
-      const float* step = raw_k ? ONES : rows.q_step + r0;
-      if (raw_k) dense_scores(rows, r0, n);
+      const float* step = float_k ? ONES : rows.q_step + r0;
+      if (float_k) dense_scores(rows, r0, n);
       else k.scores(rows, r0, n);
       if (two_k) {
         k2.scores(more, r0, n);
@@ -187,7 +195,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
       }
       if (!whole)
         for (int i = 0; i < n; i++) mask_scores(rows.scores + 64 * i, bits_between(seen[r0 + i].low, seen[r0 + i].high, b * BLOCK));
-      if (raw_v) {
+      if (float_v) {
         softmax_dense(rows, r0, n, step);
         dense_values(rows, r0, n, BLOCK);
       } else {

@@ -44,8 +44,8 @@ template <class T> struct Odd {
 
 // A side's coding by number: 2, 3, 4, 8 affine bits; 101 .. 106 codebooks of 1 .. 6 bits; 16 raw fp16; 2ab two runs of a and
 // b bits, half of the channels each; 3ab two runs of all channels and 40r one run of r bits a channel, both for keys, whose
-// queries are projected.
-constexpr int RAW16 = 16, BOOKS = 100, HALVES = 200, SKETCH = 300, SIGNS = 400;
+// queries are projected; 500 angles.
+constexpr int RAW16 = 16, BOOKS = 100, HALVES = 200, SKETCH = 300, SIGNS = 400, ANGLES = 500;
 
 struct Shape {
   int kb, vb, group, dk, dv, gqa, length, packed, sink, tail;
@@ -77,15 +77,51 @@ struct Run {
   float cuts[63];
 };
 
+// Angles and their tables (polar.h): any numbers that are all different will do.
+struct Angles {
+  static double angle(int level, int code) { return level == 1 ? 0.2 + 0.39 * code : 0.1 + 0.3 * code + 0.05 * level; }
+  static double part(int level, int code, int which) { return which ? std::sin(angle(level, code)) : std::cos(angle(level, code)); }
+  Angles() {
+    for (int i = 0; i < 64; i++)
+      for (int q = 0; q < 4; q++) tables[4 * i + q] = float(4 * part(4, i & 3, q / 2) * part(3, i >> (q < 2 ? 2 : 4) & 3, q % 2));
+    for (int i = 0; i < 4; i++)
+      for (int c = 0; c < 4; c++) tables[256 + 4 * i + c] = float(part(2, i, c / 2));
+    for (int i = 0; i < 256; i++)
+      for (int c = 0; c < 4; c++) tables[272 + 4 * i + c] = float(part(1, i >> 4 * (c / 2) & 15, c % 2));
+  }
+  static size_t bytes(int dim) { return size_t(dim) / 16 * 6 + (14 * size_t(dim) / 16 + 7) / 8; }
+  // A random token, and what it decodes to.
+  static void make(int dim, uint8_t* token, double* out) {
+    const int n = dim / 16, rest = 4 * n, radii = int(bytes(dim)) - 2 * n;
+    std::memset(token, 0, bytes(dim));
+    std::vector<double> lengths(n), longer;
+    for (int j = 0; j < n; j++) {
+      const uint16_t h = to_half(0.2 + uniform());
+      std::memcpy(token + radii + 2 * j, &h, 2), lengths[j] = 4 * half(h);
+    }
+    for (int level = 4, first = 12 * n; level >= 1; level--, first -= 32 * n >> level) {  // first: the level's first bit in `rest`
+      longer.clear();
+      for (size_t i = 0; i < lengths.size(); i++) {
+        const int code = int(uniform() * (level == 1 ? 16 : 4)), bit = level == 1 ? 4 * int(i) : 8 * rest + first + 2 * int(i);
+        token[bit / 8] |= uint8_t(code << bit % 8);
+        for (int which : {0, 1}) longer.push_back(lengths[i] * part(level, code, which));
+      }
+      lengths = longer;
+    }
+    std::copy(lengths.begin(), lengths.end(), out);
+  }
+  float tables[4 * 324];
+};
+static const Angles angles;
+
 // A side of `rows` heads with `slots` random tokens each: the stored runs, and what they decode to.
 struct Side {
-  Side(int number, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), raw(number == RAW16), dim(dim) {
-    if (number > SIGNS) runs.emplace_back(1, true, 0, (number - SIGNS) * dim, values), projects = true;
-    else if (number > BOOKS && number < HALVES) runs.emplace_back(number - BOOKS, true, 0, dim, values);
+  Side(int number, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), raw(number == RAW16), polar(number == ANGLES), dim(dim) {
+    if (raw || polar) width = dim;
+    else if (number > SIGNS) runs.emplace_back(1, true, 0, (number - SIGNS) * dim, values), projects = true;
     else if (number > HALVES)
       for (int bits : {number / 10 % 10, number % 10}) runs.emplace_back(bits, true, 0, number < SKETCH ? dim / 2 : dim, values), projects = number > SKETCH;
-    else if (!raw) runs.emplace_back(number, false, group, dim, values);
-    width = raw ? dim : 0;
+    else runs.emplace_back(number % BOOKS, number > BOOKS, group, dim, values);
     for (Run& r : runs) width += r.f.dim;
     decoded.resize(size_t(rows) * slots * width);
   }
@@ -97,6 +133,10 @@ struct Side {
         const uint16_t h = to_half(normal());
         std::memcpy(blocks[0]->get() + 2 * i, &h, 2), decoded[i] = half(h);
       }
+    }
+    if (polar) {
+      blocks[0].reset(new Odd<uint8_t>(size_t(rows) * slots * Angles::bytes(dim)));
+      for (int t = 0; t < rows * slots; t++) Angles::make(dim, blocks[0]->get() + t * Angles::bytes(dim), decoded.data() + size_t(t) * dim);
     }
     for (size_t i = 0; i < runs.size(); i++) {
       std::vector<float> x(size_t(rows) * slots * runs[i].f.dim);
@@ -110,10 +150,14 @@ struct Side {
   // As attention reads them.
   void view(int heads, Packed* out) const {
     if (raw) out[0] = {blocks[0]->get(), int64_t(heads) * slots * 2 * dim, int64_t(slots) * 2 * dim, 128 * dim, 16, dim, dim, RAW, nullptr, 0, 0};
+    if (polar) {
+      const int64_t token = Angles::bytes(dim), head = slots * token;
+      out[0] = {blocks[0]->get(), heads * head, head, 64 * token, 0, dim, dim, POLAR, reinterpret_cast<const uint8_t*>(angles.tables), 0, 0};
+    }
     for (size_t i = 0; i < runs.size(); i++) out[i] = runs[i].view(blocks[i]->get(), heads, slots);
   }
   int rows, slots;
-  bool raw, projects = false;
+  bool raw, polar, projects = false;
   int dim, width = 0;  // channels, and numbers of a decoded token
   std::vector<Run> runs;
   std::unique_ptr<Odd<uint8_t>> blocks[2];
@@ -263,6 +307,8 @@ int main(int argc, char** argv) {
     shapes.push_back({3, number, 32, 32, 48, 8, 1, 150, 2, 5, true, 0, 1, 2, 0, false});
     shapes.push_back({number, number, 32, 160, 144, 2, 20, 100, 1, 5, true, 40, 2, 2, 0, false});  // prefill, in a window
   }
+  for (int dim : {16, 80, 144}) shapes.push_back({ANGLES, ANGLES, 32, dim, dim, 5, 1, 100, 1, 5, true, dim == 80 ? 70 : 0, 2, 2, 0, false});
+  shapes.push_back({ANGLES, 4, 32, 64, 32, 2, 20, 200, 1, 5, true, 40, 2, 2, 0, false});
   for (int number : {221, 232, 243}) {
     shapes.push_back({number, 4, 32, 64, 32, 3, 1, 100, 1, 5, true, 0, 1, 2, 0, false});
     shapes.push_back({4, number, 32, 32, 96, 8, 1, 150, 0, 5, true, 0, 1, 2, 0, false});
