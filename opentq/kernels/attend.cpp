@@ -229,5 +229,5 @@ EXPORT int opentq_attend(const otq::Call* call) {
   }
 }
 
-EXPORT const char* opentq_isa() { return OPENTQ_ISA; }
+EXPORT const char* opentq_isa() { return otq::matrix_unit() ? OPENTQ_ISA "+amx" : OPENTQ_ISA; }
 EXPORT int64_t opentq_call_bytes() { return sizeof(otq::Call); }

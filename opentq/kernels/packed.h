@@ -14,8 +14,8 @@
 // halves of the channels. Keys or values that are not such codes become floats, a block at a time (dense.h, polar.h).
 #pragma once
 #include "dense.h"
+#include "matrix.h"
 #include "polar.h"
-#include "products.h"
 
 namespace otq {
 
@@ -68,7 +68,7 @@ inline void load_params(Rows& rows, const Packed& v, const uint16_t* params, uin
 }
 
 // Softmax of one chunk: scores, in units of `step` per row, -> integers p8 with p_step, and the float sums of the state.
-inline void softmax_packed(Rows& rows, int r0, int n, const float* step) {
+inline void softmax_packed(Rows& rows, int r0, int n, const float* step, const MatrixUnit& unit) {
   const int groups = rows.groups_v;
   alignas(64) float block_top[CHUNK + 16], next[CHUNK + 16], share[CHUNK + 16];
   for (int i = 0; i < n; i++) {
@@ -79,13 +79,14 @@ inline void softmax_packed(Rows& rows, int r0, int n, const float* step) {
   for (int i = 0; i < n; i += W) store(share + i, exp2(sub(load(block_top + i), load(next + i))));
   for (int i = 0; i < n; i++) {
     const int r = r0 + i;
-    const F unit = set1(step[i]), top = set1(-block_top[i]), f = set1(share[i]);
+    const F one = set1(step[i]), top = set1(-block_top[i]), f = set1(share[i]);
     F p[TOKEN_VECTORS], sum = set1(0.f);
     UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
-      p[j] = exp2(fma(load(rows.scores + 64 * i + W * j), unit, top));
+      p[j] = exp2(fma(load(rows.scores + 64 * i + W * j), one, top));
       sum = add(sum, p[j]);
     }
     store(rows.weight + r * W, fma(sum, f, load(rows.weight + r * W)));
+    if (i % 4 == 3) unit.stay_awake();
     for (int g = 0; g < groups; g++) {
       const float *scale = rows.params + 128 * g, *zero = scale + 64;
       F v[TOKEN_VECTORS], z = set1(0.f);
@@ -106,8 +107,8 @@ inline void softmax_packed(Rows& rows, int r0, int n, const float* step) {
         const F inverse = set1(LEVELS / largest);
         UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(v[j], inverse, set1(MAGIC + 128.f));
       }
-      rows.p_step[i * groups + g] = share[i] * p_step;
-      int8_t* out = rows.p8 + (size_t(i) * groups + g) * 128;
+      rows.p_step[g * CHUNK + i] = share[i] * p_step;
+      int8_t* out = rows.p8 + (g * CHUNK + i) * 128;
       UNROLL for (int j = 0; j < PARTS; j++) {  // tokens l, l + 16, l + 32, l + 48
         const F quad[4] = {v[j], v[PARTS + j], v[2 * PARTS + j], v[3 * PARTS + j]};
         I hi, lo;
@@ -125,11 +126,12 @@ struct Range {
 
 // One run of codes as a task reads it, block after block.
 struct Run {
-  Run(const Packed& run, int64_t batch, int64_t head, bool often, uint8_t* scratch)
+  Run(const Packed& run, int64_t batch, int64_t head, bool often, bool matrix, uint8_t* scratch)
       : p(run), data(run.data + batch * run.batch_stride + head * run.head_stride), scratch(scratch) {
     products = products_for(run.bits, run.form == BOOK);
-    if (!often || !run.coded() || run.bits == 8) return;
-    widen = products.widen, products = products_for(8, false);
+    if (!(often || matrix) || !run.coded()) return;
+    if (run.bits != 8) widen = products.widen, products = products_for(8, false);
+    if (matrix) products.scores = matrix_scores, products.values = matrix_values;
   }
   void open(int64_t block) {
     at = data + block * p.block_stride, codes = at;
@@ -154,16 +156,18 @@ struct Run {
   const uint8_t *data, *at = nullptr, *codes = nullptr;
   const uint16_t* params = nullptr;
   uint8_t* scratch;
-  WidenFn widen = nullptr;  // a block that many chunks read is unpacked once
+  WidenFn widen = nullptr;  // a block that many chunks read, or the matrix unit, is unpacked once
   Products products;
 };
 
 // Rows of one task against stored blocks [first, last) of one KV head. Keys and values may be codes or floats, each for itself.
 inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t batch, int64_t head, int64_t first, int64_t last) {
   const bool often = rows.count > 2 * CHUNK, float_k = !c.k[0].coded(), float_v = !c.v[0].coded(), two_k = c.k[1].dim, two_v = c.v[1].dim;
+  const bool matrix = rows.count >= MATRIX_ROWS && !(float_k && float_v) && matrix_unit();
+  const MatrixUnit unit(matrix, matrix_step(c.k[0]));
   Rows more = rows.second();
-  Run k(c.k[0], batch, head, often, rows.wide_k), v(c.v[0], batch, head, often, rows.wide_v);
-  Run k2(c.k[1], batch, head, often, more.wide_k), v2(c.v[1], batch, head, often, more.wide_v);
+  Run k(c.k[0], batch, head, often, matrix, rows.wide_k), v(c.v[0], batch, head, often, matrix, rows.wide_v);
+  Run k2(c.k[1], batch, head, often, matrix, more.wide_k), v2(c.v[1], batch, head, often, matrix, more.wide_v);
   int64_t low = 0, high = INT64_MAX, any_low = INT64_MAX, any_high = 0;  // tokens that every row sees, and that any row sees
   for (int r = 0; r < rows.count; r++) {
     low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
@@ -172,7 +176,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
   for (int64_t b = first; b < last; b++) {
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
     const uint64_t any = whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK);
-    k.open(b), v.open(b);
+    k.open(b), unit.stay_awake(), v.open(b);
     if (b + 1 < last) rows.ahead.start(k.p, k.next(), v.p, v.next(), rows.count);
     if (two_k) k2.open(b);
     if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
@@ -180,6 +184,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
     if (float_k) k.widen_keys(rows, any);
     if (float_v) v.widen_values(rows, any);
     else load_params(rows, v.p, v.params, any);
+    unit.stay_awake();
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
       const float* step = float_k ? ONES : rows.q_step + r0;
@@ -199,7 +204,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
         softmax_dense(rows, r0, n, step);
         dense_values(rows, r0, n, BLOCK);
       } else {
-        softmax_packed(rows, r0, n, step);
+        softmax_packed(rows, r0, n, step, unit);
         v.values(rows, r0, n);
         if (two_v) v2.values(more, r0, n);
       }

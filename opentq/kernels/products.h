@@ -23,8 +23,8 @@ INLINE Scale scale_of(const Packed& p, const uint16_t* params) {
 // Scores of NR rows against token fields F0 .. F0+NF (16 tokens each) of one block.
 template <int BITS, bool LOOKUP, int NR, int NF, int F0>
 INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
-  const int groups = rows.groups_k, stride = rows.dim_k / 2;
-  const int32_t* q8 = rows.q8 + size_t(r0) * stride;
+  const int groups = rows.groups_k, dim = rows.dim_k;
+  const int8_t* q8 = rows.q8 + size_t(r0) * 2 * dim;
   const float* sum = rows.q_sum + size_t(r0) * groups;
   constexpr bool WIDE = BITS == 8 || LOOKUP;
   const Reader<BITS, LOOKUP> read(k.book);
@@ -39,8 +39,8 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
           I c[NF];
           UNROLL for (int n = 0; n < NF; n++) c[n] = read(tile, 4 * s + F0 + n, part);
           UNROLL for (int r = 0; r < NR; r++) {
-            const int32_t* q = q8 + r * stride + 8 * t + 2 * s;
-            const I q_hi = iset32(q[0]), q_lo = iset32(q[1]);
+            const int8_t* q = q8 + 2 * r * dim + 16 * t + 4 * s;
+            const I q_hi = iset32(word(q)), q_lo = iset32(word(q + dim));
             UNROLL for (int n = 0; n < NF; n++) {
               hi[r][n] = dot<WIDE>(hi[r][n], c[n], q_hi);
               lo[r][n] = dot<WIDE>(lo[r][n], c[n], q_lo);
@@ -74,10 +74,9 @@ INLINE void score_rows(const uint8_t* codes, const uint16_t* params, const Packe
 // Channels of one or two tiles of group g: acc += p_step * (p . codes). A lone tile is read twice and stored once.
 template <int BITS, bool LOOKUP, int NR>
 INLINE void value_tiles(const Reader<BITS, LOOKUP>& read, const uint8_t* tile, int tiles, const Rows& rows, int r0, int c0, int g, int channel) {
-  const int groups = rows.groups_v;
   const uint8_t* both[2] = {tile, tile + (tiles - 1) * 128 * BITS};
-  const int8_t* p8 = rows.p8 + (size_t(c0) * groups + g) * 128;
-  const float* step = rows.p_step + size_t(c0) * groups + g;
+  const int8_t* p8 = rows.p8 + (g * CHUNK + c0) * 128;
+  const float* step = rows.p_step + g * CHUNK + c0;
   constexpr bool WIDE = BITS == 8 || LOOKUP;
   for (int part = 0; part < PARTS; part++) {
     rows.ahead.step();
@@ -87,7 +86,7 @@ INLINE void value_tiles(const Reader<BITS, LOOKUP>& read, const uint8_t* tile, i
       I c[2];
       UNROLL for (int n = 0; n < 2; n++) c[n] = read(both[n], i, part);
       UNROLL for (int r = 0; r < NR; r++) {
-        const int8_t* p = p8 + r * groups * 128 + 4 * i;
+        const int8_t* p = p8 + r * 128 + 4 * i;
         const I p_hi = iset32(word(p)), p_lo = iset32(word(p + 64));
         UNROLL for (int n = 0; n < 2; n++) {
           hi[r][n] = dot<WIDE>(hi[r][n], c[n], p_hi);
@@ -99,7 +98,7 @@ INLINE void value_tiles(const Reader<BITS, LOOKUP>& read, const uint8_t* tile, i
       if (n == tiles) break;
       UNROLL for (int r = 0; r < NR; r++) {
         float* a = rows.acc + size_t(r0 + r) * rows.dim_v + channel + 16 * n + W * part;
-        store(a, fma(to_float(join(hi[r][n], lo[r][n])), set1(step[r * groups]), load(a)));
+        store(a, fma(to_float(join(hi[r][n], lo[r][n])), set1(step[r]), load(a)));
       }
     }
   }

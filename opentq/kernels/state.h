@@ -78,7 +78,7 @@ struct Rows {
   // query
   float* q;         // [count][dim_q], times scale * log2(e)
   float* projected; // [runs_k * dim_k]: one row's query of packed keys, times the same
-  int32_t* q8;      // [runs_k][count][dim_k / 4][hi, lo]: 4 signed bytes each
+  int8_t* q8;       // [runs_k][filled()][hi, lo][dim_k]: the bytes of its integers
   float* q_step;    // [count]: query ~ q_step * v, and the unit of packed scores
   float* q_sum;     // [runs_k][count][groups_k]: sum of these integers over the group, for the zeros
   // running softmax
@@ -89,8 +89,8 @@ struct Rows {
   // scratch of one chunk
   float* scores;    // [CHUNK][64]
   float* more;      // [CHUNK][64]: scores of a second run
-  int8_t* p8;       // [CHUNK][groups_v][hi 64, lo 64]
-  float* p_step;    // [CHUNK][groups_v]
+  int8_t* p8;       // [groups_v][CHUNK][hi 64, lo 64]
+  float* p_step;    // [groups_v][CHUNK]
   float* params;    // [groups_v][scale 64, zero 64]: one block's, as floats
   float* tame;      // [groups_v]: scale that every probability of the block may use, or 0 (see load_params)
   uint8_t *wide_k, *wide_v;  // one block with a byte per code, run after run
@@ -101,9 +101,9 @@ struct Rows {
     count = rows, dim_q = c.dim_k, dim_v = c.dim_v, dim_k = c.k[0].dim, groups_k = c.k[0].groups();
     runs_k = c.k[1].dim ? 2 : 1, run_v = c.v[0].dim, groups_v = c.v[0].groups() + c.v[1].groups();
     const size_t n = rows, dq = dim_q, dk = runs_k * dim_k, dv = dim_v, gk = runs_k * groups_k, gv = groups_v;
-    const size_t floats = n * (dq + dk / 2 + gk + 1 + W + dv + gv * W + 1) + 16 + dk + CHUNK * (128 + gv) + 129 * gv + 64 * (dq + dv);
-    arena.reset(4 * floats + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 24);
-    q = arena.take<float>(n * dq), projected = arena.take<float>(dk), q8 = arena.take<int32_t>(n * dk / 2);
+    const size_t floats = n * (dq + gk + 1 + W + dv + gv * W + 1) + 16 + dk + CHUNK * (128 + gv) + 129 * gv + 64 * (dq + dv);
+    arena.reset(4 * floats + filled() * 2 * dk + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 24);
+    q = arena.take<float>(n * dq), projected = arena.take<float>(dk), q8 = arena.take<int8_t>(filled() * 2 * dk);
     q_step = arena.take<float>(n), q_sum = arena.take<float>(n * gk);
     top = arena.take<float>(n + 16), weight = arena.take<float>(n * W), acc = arena.take<float>(n * dv);
     zero = arena.take<float>(n * gv * W), scores = arena.take<float>(CHUNK * 64), more = arena.take<float>(CHUNK * 64);
@@ -117,11 +117,14 @@ struct Rows {
     std::fill(zero, zero + n * gv * W, 0.f);
   }
 
+  // Rows of whole chunks: products may read those that fill up the last one.
+  size_t filled() const { return size_t((count + CHUNK - 1) / CHUNK * CHUNK); }
+
   // The same rows as the second runs' products see them. A run of values has one group: those that follow it are empty.
   Rows second() const {
     Rows x = *this;
-    x.q8 += size_t(count) * dim_k / 2, x.q_sum += size_t(count) * groups_k, x.scores = more, x.wide_k += 64 * dim_k;
-    x.acc += run_v, x.p8 += 128, x.p_step += 1, x.params += 128, x.tame += 1, x.wide_v += 64 * run_v;
+    x.q8 += filled() * 2 * dim_k, x.q_sum += size_t(count) * groups_k, x.scores = more, x.wide_k += 64 * dim_k;
+    x.acc += run_v, x.p8 += CHUNK * 128, x.p_step += CHUNK, x.params += 128, x.tame += 1, x.wide_v += 64 * run_v;
     return x;
   }
 
@@ -135,16 +138,12 @@ struct Rows {
     for (int run = 0; run < runs_k; run++, x += dim_k) {
       float* sum = q_sum + (size_t(run) * count + r) * groups_k;
       std::fill_n(sum, groups_k, 0.f);
-      int32_t* out = q8 + (size_t(run) * count + r) * dim_k / 2;
-      for (int d = 0; d < dim_k; d += 4, out += 2) {
-        int8_t hi[4], lo[4];
-        for (int i = 0; i < 4; i++) {
-          const float rounded = std::nearbyint(x[d + i] * inverse), y = rounded + 128.f;
-          sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
-          const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
-          hi[i] = int8_t(v >> 8), lo[i] = int8_t((v & 255) - 128);
-        }
-        out[0] = word(hi), out[1] = word(lo);
+      int8_t *hi = q8 + (run * filled() + size_t(r)) * 2 * dim_k, *lo = hi + dim_k;
+      for (int d = 0; d < dim_k; d++) {
+        const float rounded = std::nearbyint(x[d] * inverse), y = rounded + 128.f;
+        sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
+        const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
+        hi[d] = int8_t(v >> 8), lo[d] = int8_t((v & 255) - 128);
       }
     }
   }
