@@ -13,7 +13,7 @@ import functools
 import mlx.core as mx
 
 from ..codecs.affine import Affine
-from ..codecs.base import Codec
+from ..codecs.base import Codec, Coded
 from ..codecs.polar import Polar
 from ..codecs.qjl import QJL
 from ..codecs.turbo import Prod, Turbo
@@ -68,15 +68,9 @@ def hadamard(codec: Codec, dim: int) -> bool | None:
 
 
 def prefers_prefill(args: AttnArgs) -> bool:
-    """Whether the vendor's kernel can attend the unpacked heads: long blocks, no window, no softcap, D up to 128.
-
-    Sketches have no vector in the basis of q but by a matrix product per token: `decode.cu` takes their long blocks,
-    row tile after row tile, as it does all that isn't served here.
-    """
-    assert isinstance(args.k.layout, MmaLayout)
+    """Whether the vendor's kernel can attend the unpacked heads: long blocks, no window, no softcap, D up to 128."""
     return (
         args.q.shape[2] >= PREFILL_ROWS
-        and not args.k.layout.sketched
         and not args.window
         and not args.softcap
         and max(args.k.head_dim, args.v.head_dim) <= 128
@@ -157,7 +151,8 @@ def prefill(args: AttnArgs) -> mx.array:
     done = []
     for b, (packed, sink, tail_start) in enumerate(args.lens):
         tokens = packed + sink + args.dense_k.shape[2] - tail_start
-        size = args.kv_heads * tokens * (args.k.head_dim + args.v.head_dim) * 2
+        assert isinstance(args.k.layout, MmaLayout)
+        size = args.kv_heads * tokens * (args.k.layout.query + args.v.head_dim) * 2
         step = args.kv_heads if size <= AT_ONCE else max(1, args.kv_heads // 4)
         parts = []
         for first in range(0, args.kv_heads, step):
@@ -178,7 +173,10 @@ def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
     for kv, dense in ((args.k, args.dense_k), (args.v, args.dense_v)):
         assert isinstance(kv.layout, MmaLayout)
         records = kv.arrays[0] if kv.arrays else cuda.no_records()
-        sides.append(cuda.unpack(kv.layout, records, dense, args.lens[b], b, heads, dtype))
+        if kv.layout.sketched:
+            sides.append(_unsketched(args, b, heads))
+        else:
+            sides.append(cuda.unpack(kv.layout, records, dense, args.lens[b], b, heads, dtype))
     return mx.fast.scaled_dot_product_attention(
         args.q[b : b + 1, rows],
         *sides,
@@ -186,3 +184,19 @@ def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
         mask="causal" if args.causal else None,
         sinks=None if args.sinks is None else args.sinks[rows].astype(dtype),
     )
+
+
+def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
+    """Keys of codes in a basis of their own, back in q's: `[1, heads, tokens, Dk]`.
+
+    With projected queries A q, a score is `<A q, codes> = <q, A^T codes>`: one matrix product for all tokens.
+    """
+    assert isinstance(args.k.layout, MmaLayout) and isinstance(args.k.codec, Coded)
+    packed, sink, tail_start = args.lens[b]
+    dense = args.dense_k[b : b + 1, heads.start : heads.stop]
+    parts = [dense[:, :, :sink], dense[:, :, tail_start:]]
+    if packed:
+        codes = cuda.unpack(args.k.layout, args.k.arrays[0], args.dense_k, (packed, 0, 0), b, heads, mx.float16)
+        to_q = args.k.codec.project(mx.eye(args.k.head_dim)).T.astype(mx.float16)
+        parts.insert(1, codes @ to_q)
+    return mx.concatenate(parts, axis=2).astype(args.q.dtype)

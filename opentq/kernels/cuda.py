@@ -267,13 +267,16 @@ def unpack(
     heads: range,
     dtype: mx.Dtype,
 ) -> mx.array:
-    """Keys or values of sequence `b` and some KV heads in logical order: `[1, heads, tokens, D]` of `dtype`."""
+    """Keys or values of sequence `b` and some KV heads in logical order: `[1, heads, tokens, D]` of `dtype`.
+
+    Of sketches the packed tokens alone, in the basis of their codes.
+    """
     packed, sink, tail_start = lens
-    columns = dense.shape[2]
+    columns = 0 if layout.sketched else dense.shape[2]
     tokens = packed + sink + columns - tail_start
     scalars = (b, heads.start, packed, sink, tail_start, records.shape[2], dense.shape[1], columns, tokens)
     units = -(-packed // RECORD) + -(-columns // RECORD)
-    shape = (1, len(heads), tokens, layout.head_dim)
+    shape = (1, len(heads), tokens, layout.channels)
     kernel = compiled(unpack_source(layout, CTYPES[dtype]))
     return kernel([records, dense], [(shape, dtype)], scalars, (-(-units // 4), len(heads), 1))[0]
 

@@ -99,10 +99,14 @@ class MmaLayout:
         return self.runs[-1].group == SIGNS
 
     @property
+    def channels(self) -> int:
+        """Of what the codes of a token decode to."""
+        return sum(run.dim for run in self.runs)
+
+    @property
     def query(self) -> int:
         """Channels of a query: those for dense keys first, and those for the codes last, which may be the same."""
-        channels = sum(run.dim for run in self.runs)
-        return channels + self.head_dim if self.sketched and len(self.runs) == 1 else channels
+        return self.channels + self.head_dim if self.sketched and len(self.runs) == 1 else self.channels
 
     @property
     def groups(self) -> int:
@@ -221,7 +225,7 @@ class PolarLayout(MmaLayout):
         return False
 
     @property
-    def query(self) -> int:
+    def channels(self) -> int:
         return self.head_dim
 
     @property
@@ -283,8 +287,7 @@ def layout_for(side: str, codec: Codec, dim: int) -> MmaLayout | None:
     layout = MmaLayout(side, dim, tuple(Run.of(book) for book in codec.books(dim)))
     # 64 magnitudes (6 bits) do not fit the registers, and half a tile is no tile.
     fits = all(run.bits in BOOK_BITS and run.dim % 16 == 0 for run in layout.runs)
-    small = sum(run.dim for run in layout.runs) <= MAX_CHANNELS
-    return layout if fits and small and not (side == "v" and layout.sketched) else None
+    return layout if fits and layout.channels <= MAX_CHANNELS and not (side == "v" and layout.sketched) else None
 
 
 def layout_named(name: str) -> MmaLayout | None:
