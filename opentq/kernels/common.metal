@@ -129,7 +129,7 @@ struct OtqBlock {
   float radius;
 
   METAL_FUNC void load(const device uint* row, const device uchar* rest, const device half* radii, int i) {
-    const int at = 3 * D / 8 + i;
+    const int at = D / 8 * 3 + i;
     uint pair = uint(rest[D / 16 + i / 2]) >> (4 * (i & 1)), top = uint(rest[at / 4]) >> (2 * (at & 3)) & 3u;
     first = row[i];
     // Level 2; then, for either half of the block, its code of level 3 and that of level 4, in the upper half mirrored.
