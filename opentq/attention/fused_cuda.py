@@ -120,10 +120,22 @@ def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
 def query(args: AttnArgs) -> mx.array:
     """`[B, Hq, L, layout.query]`: channels for dense keys first, those for the codes last, where they differ."""
     assert isinstance(args.k.layout, MmaLayout)
-    projected = args.projected
-    if projected.shape[-1] == args.k.layout.query:
-        return projected
-    return mx.concatenate([args.q, projected], axis=-1)
+    if not args.k.layout.sketched:
+        return args.q
+    return args.q @ _projection(args.k.codec, args.k.layout, args.q.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
+    """`[Dk, layout.query]`: the identity, and the projection; `codec.project` as one product in q's dtype."""
+    assert isinstance(codec, Coded)
+    identity = mx.eye(layout.head_dim)
+    projected = codec.project(identity)
+    if projected.shape[-1] < layout.query:
+        projected = mx.concatenate([identity, projected], axis=-1)
+    projected = projected.astype(dtype)
+    mx.eval(projected)
+    return projected
 
 
 def outputs(args: AttnArgs, geometry: Geometry, blocks: tuple[int, int, int]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
@@ -191,12 +203,12 @@ def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
 
     With projected queries A q, a score is `<A q, codes> = <q, A^T codes>`: one matrix product for all tokens.
     """
-    assert isinstance(args.k.layout, MmaLayout) and isinstance(args.k.codec, Coded)
+    assert isinstance(args.k.layout, MmaLayout)
     packed, sink, tail_start = args.lens[b]
     dense = args.dense_k[b : b + 1, heads.start : heads.stop]
     parts = [dense[:, :, :sink], dense[:, :, tail_start:]]
     if packed:
         codes = cuda.unpack(args.k.layout, args.k.arrays[0], args.dense_k, (packed, 0, 0), b, heads, mx.float16)
-        to_q = args.k.codec.project(mx.eye(args.k.head_dim)).T.astype(mx.float16)
-        parts.insert(1, codes @ to_q)
+        projection = _projection(args.k.codec, args.k.layout, mx.float16)[:, -args.k.layout.channels :]
+        parts.insert(1, codes @ projection.T)
     return mx.concatenate(parts, axis=2).astype(args.q.dtype)
