@@ -43,15 +43,20 @@ __device__ __forceinline__ void locate(int at, int& index, int& lane) {
 // The codes [32][D + PAD] of one run -> its words, all planes.
 template <class F, bool KEYS>
 __device__ __forceinline__ void write_codes(const unsigned char* codes, u32* out) {
-  // Registers [first, first + COUNT) of a lane, each code put where `place(code, register - first, half)` says.
-  auto word = [&](int first, int count, int lane, auto place) {
+  // The word of one lane's registers [first, first + count), in the low or the high plane.
+  auto word = [&](int first, int count, int lane, bool high) {
     u32 bits = 0;
     for (int k = 0; k < count && first + k < 8 * F::TILES; ++k) {
       const int i = (first + k) / 4, r = (first + k) % 4, strip = i / F::TILES, tile = i % F::TILES;
       for (int h = 0; h < 2; ++h) {
         const int row = lane / 4 + 8 * (r % 2), col = 2 * (lane % 4) + h + 8 * (r / 2);
         const int token = 16 * strip + (KEYS ? row : col), dim = 16 * tile + (KEYS ? col : row);
-        bits |= place(codes[token * (F::D + PAD) + dim], k, h);
+        const u32 code = codes[token * (F::D + PAD) + dim];
+        if constexpr (F::HIGH > 0) {
+          bits |= high ? F::high(code, k, h) : F::low(code, k, h);
+        } else {
+          bits |= F::low(code, k, h);
+        }
       }
     }
     return bits;
@@ -59,13 +64,13 @@ __device__ __forceinline__ void write_codes(const unsigned char* codes, u32* out
   for (int i = threadIdx.x; i < 32 * F::LOW; i += THREADS) {
     int index, lane;
     locate<F::LOW>(i, index, lane);
-    out[i] = word(16 / F::PLANE * index, 16 / F::PLANE, lane, [](u32 c, int k, int h) { return F::low(c, k, h); });
+    out[i] = word(16 / F::PLANE * index, 16 / F::PLANE, lane, false);
   }
   if constexpr (F::HIGH > 0)
     for (int i = threadIdx.x; i < 32 * F::HIGH; i += THREADS) {
       int index, lane;
       locate<F::HIGH>(i, index, lane);
-      out[32 * F::LOW + i] = word(16 * index, 16, lane, [](u32 c, int k, int h) { return F::high(c, k, h); });
+      out[32 * F::LOW + i] = word(16 * index, 16, lane, true);
     }
 }
 
