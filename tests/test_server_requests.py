@@ -258,3 +258,15 @@ def test_reading_keeps_to_its_share_of_time():
         assert sum(gaps) / len(gaps) <= 3.0 and sorted(gaps)[300] <= 3.0 and max(gaps) == 1.0 + piece
         pace.read(piece, running=False)
         assert pace.debt == 0
+
+
+def test_a_step_that_the_machine_held_up_allows_no_more_reading():
+    pace = Pace()
+    for seconds in (1.0, 1.0, 1.0, 90.0):
+        pace.decoded(seconds)
+    assert 1.0 < pace.idle < 1.2
+    for _ in range(60):
+        pace.decoded(8.0)  # more answers now: that is no accident
+    assert pace.idle > 7.0
+    pace.owe(5.0, running=True)
+    assert pace.debt == 5.0 and pace.piece == 0.0

@@ -184,21 +184,22 @@ class Engine:
         return min(self.reading, key=lambda j: len(j.tokens) - j.read)
 
     def _read_piece(self, job: Job) -> None:
-        """One piece of a prompt; after the last, the job joins a batch."""
+        """One piece of a prompt; after the last, in a turn of its own, the job joins a batch."""
         self.at_work = job
+        tic, running = time.perf_counter(), bool(self.shelves)
         end = min(job.read + self.step, len(job.tokens) - 1)
         if end > job.read:
-            tic = time.perf_counter()
             self.model(mx.array([job.tokens[job.read : end]]), cache=job.caches)
             mx.eval([c.state for c in job.caches or ()])
-            self.pace.read(time.perf_counter() - tic, bool(self.shelves))
             job.read = end
             if end in job.snapshots:
                 names = job.names[: end // self.store.step]
                 self.store.remember(names, job.tokens, copy.deepcopy(job.caches or []))
+            self.pace.read(time.perf_counter() - tic, running)
             job.post(job, Progress(end, len(job.tokens)))
-        if job.read == len(job.tokens) - 1:
+        else:
             self._join(job)
+            self.pace.owe(time.perf_counter() - tic, running)
         self.at_work = None
 
     def _join(self, job: Job) -> None:

@@ -36,7 +36,8 @@ class Pace:
         """Every running answer got a token."""
         self.step = _mean(self.step, seconds)
         if self._alone:
-            self.idle = _mean(self.idle, seconds)
+            # A step that the machine held up says little, and would allow a lot of reading.
+            self.idle = _mean(self.idle, min(seconds, 2 * self.idle))
         self._alone = True
         self.idle = self.idle or seconds
         self.debt = max(0.0, self.debt - SHARE * self.idle)
@@ -44,6 +45,10 @@ class Pace:
     def read(self, seconds: float, running: bool) -> None:
         """A piece was read, with or without `running` answers that waited for it."""
         self.piece = _mean(self.piece, seconds)
+        self.owe(seconds, running)
+
+    def owe(self, seconds: float, running: bool) -> None:
+        """Something else was done for a prompt, with or without `running` answers that waited for it."""
         self._alone = False
         allowed = SHARE * self.idle
         self.debt += seconds if seconds <= allowed else max(seconds, 2.5 * allowed)  # two more steps at least
