@@ -3,7 +3,7 @@
 `record.cuh` says how records are cut and `formats.cuh` where every bit lies and why. Here are both directions in plain
 MLX operations, which run on any machine (a cache saved on an NVIDIA GPU opens anywhere), and `encode`, which uses the
 pack kernel where there is one. The permutation costs no byte: a record of 32 tokens takes exactly the words of 32
-canonical tokens.
+canonical tokens (but for polar codes: 4 bits per channel where 3.875 are canonical).
 """
 
 from __future__ import annotations

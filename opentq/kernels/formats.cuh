@@ -88,7 +88,7 @@ struct Book : Sizes<DIM, BITS == 1 ? 1 : BITS / 2 * 2, BITS == 3 || BITS == 5, D
   static constexpr u32 RANKS = 1u << (BITS - 1);
   static_assert(BITS <= 5, "a register pair holds eight magnitudes, two pairs sixteen");
 
-  // A code of the canonical format (the index of its entry) as it is stored, and the magnitude of a stored code's entry.
+  // A canonical code, which is the index of its entry, as it is stored; and the magnitude of a stored code's entry.
   static __device__ __forceinline__ u32 ranked(u32 code) { return code >> (BITS - 1) ? code : code ^ (RANKS - 1); }
   static __device__ __forceinline__ u32 entry(u32 code) { return magnitudes(code & (RANKS - 1)) & 0xffu; }
 
@@ -152,8 +152,8 @@ struct Quadrant {
   static __device__ __forceinline__ float part(u32 code, bool sine) { return cosine(sine ? ~code : code); }
 };
 
-// Polar codes (codecs/polar.py): value = scale * 4 * a product of four cosines and sines, per block of 16 channels, which
-// is a tile. Codes lie by block and token, not by lane: [block][32 tokens] words of eight angles of 4 bits, then
+// Polar codes (codecs/polar.py): value = 4 * scale * a product of four cosines and sines. A block of 16 channels is a
+// tile and a group. Codes lie by block and token, not by lane: [block][32 tokens] words of eight angles of 4 bits, then
 // [block][32 tokens] 16 bits with the angles of levels 2 (four), 3 (two) and 4 (one), 2 bits each. Numbers are ordinary
 // halves, so STEP takes the denormals' unit back.
 template <int DIM, bool KEYS_, class L2, class L3, class L4>

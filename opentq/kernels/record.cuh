@@ -14,7 +14,7 @@
 // Where codes are of two runs (`Pair`), the words of the first are followed by those of the second.
 // After the codes come the scales of the record and then, in formats that have them, its zeros, fp16:
 //   K: [32 keys][G]                    V: [G][32 keys], key at 8 t + 4 strip + 2 (key/8 % 2) + key%2, t = key%8 / 2
-// A record has the bytes of 32 canonical tokens.
+// A record has the bytes of 32 canonical tokens (polar: and 2 bits per 16 channels).
 #include "formats.cuh"
 
 namespace opentq {
