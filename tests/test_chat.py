@@ -103,7 +103,12 @@ def test_console_session(talk, tmp_path):
     refusals = ["'hot' is not a number", "not from 0 to 2", "give one of temperature", "needs a file", "can't read"]
     for text in [*refusals, "no command /dance", "layers", "░", "saved 2", "loaded 2", "Be brief.", "/stats"]:
         assert text in out, text
-    assert json.loads(file.read_text())["messages"] == talk.messages
+    saved = json.loads(file.read_text())
+    assert saved["messages"] == talk.messages
+    file.write_text(json.dumps(saved | {"settings": {"temperature": "hot"}}))
+    assert "is not a saved conversation" in console(talk, [f"/load {file}"]) and talk.settings.temperature == 0.5
+    console(talk, ["/set top_k 99999", "more than there are"])
+    assert talk.turn.written
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):

@@ -15,8 +15,10 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from opentq.caches import disk
+from opentq.cli import app
 from opentq.errors import UserError
 from opentq.server.launch import Options, Server, bind
 
@@ -327,6 +329,11 @@ def test_two_servers_that_load_at_once_and_one_port(server):
         late.lifespan = late.config.lifespan_class(late.config)
         with pytest.raises(UserError, match="can't listen"):
             asyncio.run(late.startup([second]))
+
+
+@pytest.mark.parametrize("option", ["--decode-concurrency=0", "--queue=-1", "--port=65536", "--keep-alive=0"])
+def test_numbers_that_make_no_sense_are_refused(option):
+    assert CliRunner().invoke(app, ["serve", "no/model", option]).exit_code == 2
 
 
 # ---- several models

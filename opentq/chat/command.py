@@ -18,14 +18,16 @@ def chat(
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = None,
     system_prompt: Annotated[str, typer.Option(help="System message.")] = "",
-    max_context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.", min=2)] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Most tokens of one answer; 0: all that fit.")
+        int, typer.Option("--max-tokens", "-m", help="Most tokens of one answer; 0: all that fit.", min=0)
     ] = 0,
-    temp: Annotated[float, typer.Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.")] = 0.0,
+    temp: Annotated[
+        float, typer.Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.", min=0, max=2)
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.", min=0, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.", min=0)] = 0,
+    min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.", min=0, max=1)] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -121,20 +121,10 @@ class Console:
         if name == "system":
             self.system(value)
             return
-        known = {f.name: f for f in fields(Settings)}
+        known = [f.name for f in fields(Settings)]
         if name not in known or not value:
             raise UserError(f"/set {rest}: give one of {', '.join(known)} or system, and a value")
-        try:
-            if value == "none" and name == "seed":
-                changed: Any = None
-            else:
-                changed = int(value) if name in ("top_k", "seed", "max_tokens") else float(value)
-        except ValueError as error:
-            raise UserError(f"/set {name}: {value!r} is not a number") from error
-        limit = {"temperature": 2, "top_p": 1, "min_p": 1}.get(name)
-        if changed is not None and (changed < 0 or (limit is not None and changed > limit)):
-            raise UserError(f"/set {name}: {value} is not from 0{f' to {limit}' if limit else ''}")
-        self.talk.settings = replace(self.talk.settings, **{name: changed})
+        self.talk.settings = replace(self.talk.settings, **{name: setting(name, value)})
 
     def show(self, _: str) -> None:
         self.say(f"model: {self.name}")
@@ -167,7 +157,7 @@ class Console:
         try:
             data = json.loads(path.read_text())
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
-            settings = Settings(**data["settings"])
+            settings = Settings(**{k: setting(k, str(v).lower()) for k, v in data["settings"].items()})
             system = str(data["system"])
         except OSError as error:
             raise UserError(f"can't read {str(path)!r}: {error.strerror}") from error
@@ -206,6 +196,21 @@ class Console:
     def write(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
+
+
+def setting(name: str, text: str) -> Any:
+    """The value of a setting. Raises UserError for what it can't be."""
+    if text == "none" and name == "seed":
+        return None
+    try:
+        value = int(text) if name in ("top_k", "seed", "max_tokens") else float(text)
+    except ValueError as error:
+        raise UserError(f"/set {name}: {text!r} is not a number") from error
+    limit = {"temperature": 2, "top_p": 1, "min_p": 1}.get(name)
+    # not, because nan is neither
+    if not (value >= 0 and (limit is None or value <= limit)):
+        raise UserError(f"/set {name}: {text} is not from 0{f' to {limit}' if limit else ''}")
+    return value
 
 
 def count(tokens: int) -> str:

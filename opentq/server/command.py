@@ -22,7 +22,7 @@ def serve(
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = None,
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to bind to.")] = 8080,
+    port: Annotated[int, typer.Option(help="Port to bind to; 0: any that is free.", min=0, max=65535)] = 8080,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="OPENTQ_API_KEY", help="Key that clients must send; needed with any other --host."),
@@ -30,10 +30,10 @@ def serve(
     insecure: Annotated[bool, typer.Option("--insecure", help="Bind to any --host without a key.")] = False,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in requests; may be repeated.")] = None,
     max_context: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.")
+        int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.", min=1)
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Answer length when a request gives none.")
+        int, typer.Option("--max-tokens", "-m", help="Answer length when a request gives none.", min=1)
     ] = 4096,
     memory: Annotated[
         str | None, typer.Option(help="Memory for everything, e.g. 48GB; default: what the machine allows.")
@@ -43,15 +43,15 @@ def serve(
     ] = None,
     prompt_cache_dir: Annotated[Path | None, typer.Option(help="Keep remembered prompts in this folder, too.")] = None,
     prompt_cache_dir_bytes: Annotated[str, typer.Option(help="Disk for remembered prompts.")] = "20GB",
-    decode_concurrency: Annotated[int, typer.Option(help="Most requests that run at once.")] = 64,
-    queue: Annotated[int, typer.Option(help="Most requests that wait for memory; further ones get a 503.")] = 64,
+    decode_concurrency: Annotated[int, typer.Option(help="Most requests that run at once.", min=1)] = 64,
+    queue: Annotated[int, typer.Option(help="Most requests that wait for memory; further ones get a 503.", min=0)] = 64,
     prefill_step_size: Annotated[
         int | None, typer.Option(help="Tokens read between two decode steps; default: what at most triples their time.")
     ] = None,
     temp: Annotated[
-        float, typer.Option("--temp", "--temperature", help="Temperature when a request gives none.")
+        float, typer.Option("--temp", "--temperature", help="Temperature when a request gives none.", min=0, max=2)
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="top_p when a request gives none.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="top_p when a request gives none.", min=0, max=1)] = 1.0,
     chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
     allowed_origins: Annotated[
         str, typer.Option(help="Origins that browsers may send from, by commas; default: none.")
@@ -60,8 +60,10 @@ def serve(
         list[str] | None, typer.Option(help="Name this server may be called by; may be repeated.")
     ] = None,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "32MB",
-    keep_alive: Annotated[float, typer.Option(help="Seconds of silence before a keep-alive is sent.")] = 5.0,
-    drain: Annotated[float, typer.Option(help="Seconds that running answers get when the server is stopped.")] = 30.0,
+    keep_alive: Annotated[float, typer.Option(help="Seconds of silence before a keep-alive is sent.", min=0.1)] = 5.0,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that running answers get when the server is stopped.", min=0)
+    ] = 30.0,
     allow_model_loading: Annotated[
         list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")
     ] = None,

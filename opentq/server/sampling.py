@@ -41,7 +41,7 @@ class KeyedSampler:
         if how.min_p > 0:
             floor = mx.max(logprobs, axis=-1, keepdims=True) + math.log(how.min_p)
             logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
-        if how.top_k > 0:
+        if 0 < how.top_k < logprobs.shape[-1]:
             least = mx.sort(logprobs, axis=-1)[..., -how.top_k : -how.top_k + 1 or None]
             logprobs = mx.where(logprobs < least, -mx.inf, logprobs)
         self.key, now = mx.random.split(self.key)
