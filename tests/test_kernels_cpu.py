@@ -20,10 +20,10 @@ from opentq.attention import fused_cpu, reference
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.caches.single import OpenTQCache
 from opentq.codecs import Affine, Codec, Raw, Turbo, make
+from opentq.codecs.outliers import Outliers
 from opentq.kernels import build, cpu
 from opentq.kernels.cpu_blocks import load_numpy, store_numpy
 from opentq.kernels.cpu_layout import CpuLayout, layout_for, layout_named
-from opentq.kernels.cpu_polar import CpuPolar
 from opentq.kernels.layout import CANONICAL
 
 pytestmark = pytest.mark.skipif(
@@ -34,12 +34,14 @@ BITS = (2, 3, 4, 8)
 BOOKS = tuple(f"tq{bits}" for bits in range(1, 7))
 HALVES = ("tq1.5", "tq2.5", "tq3.5")
 SKETCHES = ("tq2p", "tq3p", "tq4p", "qjl1", "qjl4")
-V_FORMS = (*BITS, *BOOKS, *HALVES, "f16", "polar4")
-K_FORMS = (*V_FORMS, *SKETCHES)
+V_FORMS = (*BITS, *BOOKS, *HALVES, "f16", "polar4", "int4:out=2", "polar4:out=1")
+K_FORMS = (*V_FORMS, *SKETCHES, "tq3p:out=3")
 """Widths of affine codes, codebooks, two of them, sketches of keys, raw storage, angles."""
 
 
 def codec_of(form: int | str, group: int = 32) -> Codec:
+    if isinstance(form, str) and ":out" in form:
+        return Outliers(codec_of(form.split(":")[0]), int(form[-1]))
     return Affine(form, group) if isinstance(form, int) else make(form)
 
 
@@ -51,27 +53,13 @@ def layout_of(kind: str, codec: Codec, dim: int) -> CpuLayout:
 
 def stored(kind: str, codec: Codec, y: mx.array, tokens: int, spare: int) -> PackedKV:
     """`y [B, H, slots, D]` as keys or values, of which `tokens` are real; the rest and `spare` blocks more hold NaN."""
-    batch, heads, slots, dim = y.shape
-    if isinstance(codec, Raw):
-        kept = np.array(codec.encode(y)[0])
-        kept[:, :, tokens:] = np.nan
-        kept = np.concatenate([kept, np.full((batch, heads, 64 * spare, dim), np.nan, np.float16)], axis=2)
-        return PackedKV(codec, CANONICAL, (mx.array(kept),), dim)
-    layout = layout_of(kind, codec, dim)
-    if isinstance(layout, CpuPolar):
-        kept = np.array(layout.encode(codec, y)[0])
-        kept[:, :, tokens:] = 0xFF
-        kept = np.concatenate([kept, np.full((batch, heads, 64 * spare, kept.shape[3]), 0xFF, np.uint8)], axis=2)
-        return PackedKV(codec, layout, (mx.array(kept),), dim)
+    layout = CANONICAL if isinstance(codec, Raw) else layout_of(kind, codec, y.shape[3])
     arrays = []
-    for run, blocks in zip(layout.runs, layout.encode(codec, y)):
-        spares = np.full((batch, heads, spare, run.block_bytes), 0x7E, np.uint8)
-        kept = np.concatenate([np.array(blocks), spares], axis=2)
-        if tokens % 64:
-            params = kept[:, :, slots // 64 - 1, run.code_bytes :]
-            params.view(np.uint16).reshape(batch, heads, -1, 64)[..., tokens % 64 :] = 0x7E00
+    for array in codec.encode(y):
+        kept = np.pad(np.array(array), [(0, 0), (0, 0), (0, 64 * spare), (0, 0)])
+        kept[:, :, tokens:].view(np.uint8)[...] = 0xFF
         arrays.append(mx.array(kept))
-    return PackedKV(codec, layout, tuple(arrays), dim)
+    return PackedKV(codec, layout, layout.store(tuple(arrays)), y.shape[3])
 
 
 def call(
@@ -102,7 +90,7 @@ def call(
     def normal(*shape):
         return mx.array(rng.standard_normal(shape, dtype=np.float32))
 
-    slots = -(-packed // 64) * 64
+    slots = -(-max(packed, 1) // 64) * 64
     sides = []
     for kind, dim, form, group in zip("kv", dims, bits, groups):
         # Tokens of very different size make the block's value scales wild.
@@ -222,16 +210,18 @@ def test_what_has_no_layout():
     assert layout_for("k", codec_of("tq2.5"), 80) is None, "half of 80 channels are no whole tiles"
 
 
-@pytest.mark.parametrize("dim", [16, 80, 128])
-def test_layout_of_angles(dim):
-    codec = codec_of("polar4")
+@pytest.mark.parametrize("form", ["polar4", "polar4:out=3", "tq4:out=1", "tq2.5:out=2"])
+@pytest.mark.parametrize("dim", [32, 96, 288])
+def test_layout_of_angles_and_spikes(form, dim):
+    codec = codec_of(form)
     layout = layout_of("v", codec, dim)
-    y = mx.random.normal((2, 3, 70, dim), key=mx.random.key(1))
+    y = mx.random.normal((2, 3, 128, dim), key=mx.random.key(1))
     packed = codec.encode(y)
-    (stored,) = layout.encode(codec, y)
-    assert stored.nbytes == sum(a.nbytes for a in packed) and layout_named(layout.name) == layout
-    for a, b in zip(layout.load((stored[:, 1:, 7:],)), packed):
-        assert np.array_equal(np.array(a), np.array(b[:, 1:, 7:]))
+    stored = layout.encode(codec, y)
+    assert sum(a.nbytes for a in stored) <= sum(a.nbytes for a in packed) and layout_named(layout.name) == layout
+    assert len({a.shape[2] for a in stored}) == 1
+    for a, b in zip(layout.load(tuple(a[:, 1:, a.shape[2] // 2 :] for a in stored)), packed):
+        assert np.array_equal(np.array(a), np.array(b[:, 1:, 64:]))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -412,6 +402,7 @@ SERVED = [
     "tq3p",
     "qjl2",
     "polar4",
+    "k8tq4:out=2",
 ]
 
 

@@ -1,8 +1,8 @@
 """Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (kernels/attend.cpp).
 
-Serves affine, codebook and polar codecs stored in the CPU's own layouts, and raw fp16, in any pairing of keys and
-values; any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for masks given as arrays. Inputs are
-evaluated here, because the kernel reads their memory.
+Serves affine, codebook and polar codecs stored in the CPU's own layouts, with or without outlier channels apart, and
+raw fp16, in any pairing of keys and values; any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for
+masks given as arrays. Inputs are evaluated here, because the kernel reads their memory.
 
 Numerical class: fp16. Queries and probabilities go through the integer products as 15-bit integers (one step per query,
 one per group and block of values), everything else is fp32: the error is that of naive attention in fp16, or less.
@@ -11,6 +11,7 @@ one per group and block of values), everything else is fp32: the error is that o
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
@@ -18,11 +19,13 @@ import numpy as np
 
 from ..codecs.affine import Affine
 from ..codecs.base import Codec, Coded
+from ..codecs.outliers import Outliers
 from ..codecs.raw import Raw
 from ..kernels import build, cpu
 from ..kernels.cpu_blocks import TOKENS
 from ..kernels.cpu_layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for
 from ..kernels.cpu_polar import CpuPolar
+from ..kernels.cpu_spikes import CpuSpikes
 from ..kernels.layout import CANONICAL, Layout
 from .args import AttnArgs, PackedKV
 
@@ -31,19 +34,25 @@ def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None when this call isn't for the CPU kernels."""
     if not _serves(args):
         return None
+    _check(args)
     packed = args.max_packed > 0
-    projected = args.projected if packed else args.q
-    arrays = [args.q, projected, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
+    k_spiked, v_spiked = (packed and isinstance(side.layout, CpuSpikes) for side in (args.k, args.v))
+    # Spikes of values come back apart and still to be rotated, so they may not be rounded yet.
+    q = args.q.astype(mx.float32) if v_spiked else args.q
+    coded = replace(args, q=q, k=_coded(args.k), v=_coded(args.v))
+    projected = coded.projected if packed else q
+    plain = coded.k.codec.unrotate(q) if k_spiked else q
+    arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
     if args.sinks is not None:
         arrays.append(args.sinks)
     mx.eval(arrays)
-    batch, heads, length, _ = args.q.shape
-    _check(args)
-    q, dense_k, dense_v = (cpu.rows_view(a) for a in (args.q, args.dense_k, args.dense_v))
-    packed_q = q if projected is args.q else cpu.rows_view(projected)
+    batch, heads, length, _ = q.shape
+    queries = [cpu.rows_view(a) for a in (q, projected, plain)]
+    dense_k, dense_v = cpu.rows_view(args.dense_k), cpu.rows_view(args.dense_v)
     lens = np.array(args.lens, np.int32)
     sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
-    out = np.empty((batch, heads, length, args.v.head_dim), q.dtype)
+    dim = args.v.head_dim
+    out = np.empty((batch, heads, length, 2 * dim if v_spiked else dim), queries[0].dtype)
     k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
     call = cpu.Call(
         batch,
@@ -51,14 +60,15 @@ def attend(args: AttnArgs) -> mx.array | None:
         args.gqa,
         length,
         args.dense_k.shape[2],
-        cpu.Queries(*_strided(q)),
-        cpu.Queries(*_strided(packed_q)),
-        cpu.DTYPES[args.q.dtype],
+        *(cpu.Queries(*_strided(a)) for a in queries),
+        cpu.DTYPES[q.dtype],
         args.causal,
         args.k.head_dim,
-        args.v.head_dim,
-        _packed(args.k, k),
-        _packed(args.v, v),
+        dim,
+        _packed(coded.k, k),
+        _packed(coded.v, v),
+        _spikes(args.k, k),
+        _spikes(args.v, v),
         cpu.Dense(*_strided(dense_k)),
         cpu.Dense(*_strided(dense_v)),
         lens.ctypes.data,
@@ -71,7 +81,9 @@ def attend(args: AttnArgs) -> mx.array | None:
     )
     cpu.call("opentq_attend", call)
     result = mx.array(out)
-    return result.view(mx.bfloat16) if args.q.dtype == mx.bfloat16 else result
+    if v_spiked:
+        return (result[..., :dim] + coded.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
+    return result.view(mx.bfloat16) if q.dtype == mx.bfloat16 else result
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
@@ -113,6 +125,17 @@ def _check(args: AttnArgs) -> None:
             rows = min((a.shape[2] for a in side.arrays), default=0)
             if packed > rows * side.layout.block:
                 raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
+
+
+def _coded(side: PackedKV) -> PackedKV:
+    """Keys or values without their spikes."""
+    if not isinstance(side.layout, CpuSpikes):
+        return side
+    return replace(side, codec=cast(Outliers, side.codec).inner, layout=side.layout.inner, arrays=side.arrays[:-2])
+
+
+def _spikes(side: PackedKV, views: list[np.ndarray]) -> cpu.Spikes:
+    return side.layout.view(*views[-2:]) if views and isinstance(side.layout, CpuSpikes) else cpu.Spikes()
 
 
 def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]:

@@ -35,7 +35,7 @@ def pack(values: mx.array, bits: int) -> mx.array:
     pad = words(count, bits) * per_word - count
     if pad:
         values = mx.pad(values, [(0, 0)] * len(lead) + [(0, pad)])
-    fields = values.reshape(*lead, values.shape[-1] // per_word, per_word) << _shifts(bits)
+    fields = values.reshape(*lead, -1, per_word) << _shifts(bits)
     return fields.sum(axis=-1).astype(mx.uint32)
 
 

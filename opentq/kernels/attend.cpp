@@ -29,7 +29,7 @@ struct Task {
 struct Group {
   int parts = 1;
   std::atomic<int> left{1};
-  std::unique_ptr<float[]> partial;  // [parts][rows][dim_v + 2]: acc, max, sum
+  std::unique_ptr<float[]> partial;  // [parts][rows][dim_out + 2]: acc, max, sum
 };
 
 static float read(const void* p, int64_t i, int32_t dtype) {
@@ -123,7 +123,7 @@ class Attention {
           const int64_t parts = std::max<int64_t>(1, (last - first + per_task - 1) / per_task);
           Group& g = groups_[size_t(group)];
           g.parts = int(parts), g.left = int(parts);
-          if (parts > 1) g.partial.reset(new float[size_t(parts * rows * (c_.dim_v + 2))]);
+          if (parts > 1) g.partial.reset(new float[size_t(parts * rows * (c_.dim_out() + 2))]);
           for (int64_t p = 0; p < parts; p++)
             tasks_.push_back({b, h, row, rows, first + (last - first) * p / parts, first + (last - first) * (p + 1) / parts, group, int(p)});
         }
@@ -137,6 +137,7 @@ class Attention {
       const int64_t i = (t.row + r) / c_.gqa, head = t.head * c_.gqa + (t.row + r) % c_.gqa;
       float* q = rows.q + size_t(r) * rows.dim_q;
       read_query(c_.q, t.batch, head, i, factor, rows.dim_q, q);
+      if (rows.plain) read_query(c_.plain, t.batch, head, i, factor, rows.dim_q, rows.plain + size_t(r) * rows.dim_q);
       if (t.first == t.last || !c_.k[0].coded()) continue;
       if (c_.projected.data != c_.q.data) {
         q = rows.projected;
@@ -170,7 +171,7 @@ class Attention {
                    c_.dense_k.token_stride, c_.dense_v.data + t.batch * c_.dense_v.batch_stride + t.head * c_.dense_v.head_stride,
                    c_.dense_v.token_stride, seen[rows.count - 1].high);
     }
-    float* out = rows.dense_v;  // scratch from here on, at least dim_v + 2 long
+    float* out = rows.dense_v;  // scratch from here on, at least dim_out + 2 long
     if (group.parts == 1) {
       for (int r = 0; r < rows.count; r++) {
         const float sum = rows.finish(r, c_.v[0].group, out);
@@ -178,17 +179,17 @@ class Attention {
       }
       return;
     }
-    const int64_t width = c_.dim_v + 2;
+    const int64_t width = c_.dim_out() + 2;
     for (int r = 0; r < rows.count; r++) {
       float* p = group.partial.get() + (t.part * t.rows + r) * width;
-      p[c_.dim_v + 1] = rows.finish(r, c_.v[0].group, p);
-      p[c_.dim_v] = rows.top[r];
+      p[c_.dim_out() + 1] = rows.finish(r, c_.v[0].group, p);
+      p[c_.dim_out()] = rows.top[r];
     }
     if (group.left.fetch_sub(1) == 1) merge(t, group, out);
   }
 
   void merge(const Task& t, const Group& group, float* out) const {
-    const int64_t dim = c_.dim_v, width = dim + 2;
+    const int64_t dim = c_.dim_out(), width = dim + 2;
     for (int64_t r = 0; r < t.rows; r++) {
       float top = LOWEST, sum = 0;
       const float* p = group.partial.get() + r * width;
@@ -213,8 +214,8 @@ class Attention {
       sum = shrink * sum + std::exp2(sink - peak);
     }
     const float factor = sum > 0.f ? shrink / sum : 0.f;  // a row that sees nothing is zeros
-    const int64_t at = ((t.batch * c_.kv_heads * c_.gqa + head) * c_.length + i) * c_.dim_v;
-    for (int64_t d = 0; d < c_.dim_v; d++) write(c_.out, at + d, c_.dtype, factor == 0.f ? 0.f : acc[d] * factor);
+    const int64_t at = ((t.batch * c_.kv_heads * c_.gqa + head) * c_.length + i) * c_.dim_out();
+    for (int64_t d = 0; d < c_.dim_out(); d++) write(c_.out, at + d, c_.dtype, factor == 0.f ? 0.f : acc[d] * factor);
   }
 };
 

@@ -25,6 +25,8 @@ __all__ = [
     "Grid",
     "Packed",
     "Queries",
+    "Spikes",
+    "Strided",
     "available",
     "call",
     "physical_cores",
@@ -63,6 +65,24 @@ class Packed(ctypes.Structure):
     ]
 
 
+class Strided(ctypes.Structure):
+    """`struct Strided` of abi.h: strides in bytes."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("block_stride", c_int64),
+        ("token_stride", c_int64),
+    ]
+
+
+class Spikes(ctypes.Structure):
+    """`struct Spikes` of abi.h."""
+
+    _fields_ = [("channels", Strided), ("values", Strided), ("count", c_int32), ("width", c_int32)]
+
+
 class Dense(ctypes.Structure):
     """`struct Dense` of abi.h: strides in elements."""
 
@@ -86,12 +106,15 @@ class Call(ctypes.Structure):
         ("columns", c_int64),
         ("q", Queries),
         ("projected", Queries),
+        ("plain", Queries),
         ("dtype", c_int32),
         ("causal", c_int32),
         ("dim_k", c_int32),
         ("dim_v", c_int32),
         ("k", Packed * 2),
         ("v", Packed * 2),
+        ("k_spikes", Spikes),
+        ("v_spikes", Spikes),
         ("dense_k", Dense),
         ("dense_v", Dense),
         ("lens", c_void_p),

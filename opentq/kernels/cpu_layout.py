@@ -18,9 +18,11 @@ from ..codecs import codebooks, packing, polar, turbo
 from ..codecs.affine import Affine
 from ..codecs.base import FP16_MAX, Codec, Coded, Packed
 from ..codecs.codebooks import Book
+from ..codecs.outliers import Outliers
 from . import cpu
 from .cpu_blocks import TOKENS, load_numpy, store_numpy
 from .cpu_polar import CpuPolar
+from .cpu_spikes import CpuSpikes
 
 Place = tuple[int | None, int, int, int]
 """Address, and strides in bytes of batch, head and block."""
@@ -193,11 +195,14 @@ class CpuRuns:
         return self
 
 
-CpuLayout = CpuBlocks | CpuRuns | CpuPolar
+CpuLayout = CpuBlocks | CpuRuns | CpuPolar | CpuSpikes
 
 
 def layout_for(kind: str, codec: Codec, head_dim: int) -> CpuLayout | None:
     """The layout for what `codec` makes, as keys "k" or values "v"; None when the kernels can't hold it."""
+    if isinstance(codec, Outliers):
+        inner = layout_for(kind, codec.inner, head_dim)
+        return None if inner is None or isinstance(inner, CpuSpikes) else CpuSpikes(inner, codec.count)
     if isinstance(codec, Affine):
         return None if head_dim % 16 else CpuBlocks(kind, codec.bits, codec.group, head_dim)
     if isinstance(codec, polar.Polar):
@@ -214,6 +219,9 @@ def layout_for(kind: str, codec: Codec, head_dim: int) -> CpuLayout | None:
 
 def layout_named(name: str) -> CpuLayout | None:
     """The layout of that name, or None when it isn't one of these."""
+    if spikes := CpuSpikes.parts(name):
+        inner = layout_named(spikes[0])
+        return None if inner is None or isinstance(inner, CpuSpikes) else CpuSpikes(inner, spikes[1])
     runs = tuple(CpuBlocks.named(part) for part in name.split("+"))
     if len(runs) == 2 and runs[0] and runs[1]:
         return CpuRuns((runs[0], runs[1]))

@@ -44,7 +44,7 @@ template <class T> struct Odd {
 
 // A side's coding by number: 2, 3, 4, 8 affine bits; 101 .. 106 codebooks of 1 .. 6 bits; 16 raw fp16; 2ab two runs of a and
 // b bits, half of the channels each; 3ab two runs of all channels and 40r one run of r bits a channel, both for keys, whose
-// queries are projected; 500 angles.
+// queries are projected; 500 angles; and on top of any of them, 1000 for every spike of a token.
 constexpr int RAW16 = 16, BOOKS = 100, HALVES = 200, SKETCH = 300, SIGNS = 400, ANGLES = 500;
 
 struct Shape {
@@ -116,7 +116,9 @@ static const Angles angles;
 
 // A side of `rows` heads with `slots` random tokens each: the stored runs, and what they decode to.
 struct Side {
-  Side(int number, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), raw(number == RAW16), polar(number == ANGLES), dim(dim) {
+  Side(int coding, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), dim(dim), spikes(coding / 1000) {
+    const int number = coding % 1000;
+    raw = number == RAW16, polar = number == ANGLES;
     if (raw || polar) width = dim;
     else if (number > SIGNS) runs.emplace_back(1, true, 0, (number - SIGNS) * dim, values), projects = true;
     else if (number > HALVES)
@@ -124,6 +126,21 @@ struct Side {
     else runs.emplace_back(number % BOOKS, number > BOOKS, group, dim, values);
     for (Run& r : runs) width += r.f.dim;
     decoded.resize(size_t(rows) * slots * width);
+    const size_t count = size_t(rows) * slots * spikes;
+    channels.reset(new Odd<uint8_t>(count * channel_bytes())), numbers.reset(new Odd<uint16_t>(count));
+    for (size_t i = 0; i < count; i++) {
+      const int channel = int(uniform() * dim);
+      std::memcpy(channels->get() + i * channel_bytes(), &channel, channel_bytes()), numbers->get()[i] = to_half(4 * normal());
+    }
+  }
+  size_t channel_bytes() const { return dim > 256 ? 2 : 1; }
+  // Calls body(channel, value) for the spikes of one token.
+  template <class Body> void for_spikes(size_t slot, Body body) const {
+    for (size_t i = slot * spikes; i < (slot + 1) * spikes; i++) {
+      int channel = 0;
+      std::memcpy(&channel, channels->get() + i * channel_bytes(), channel_bytes());
+      body(channel, half(numbers->get()[i]));
+    }
   }
   bool fill() {
     int from = 0;
@@ -148,7 +165,11 @@ struct Side {
     return true;
   }
   // As attention reads them.
-  void view(int heads, Packed* out) const {
+  void view(int heads, Packed* out, Spikes& extra) const {
+    const auto strided = [&](const void* data, int64_t token) {
+      return Strided{static_cast<const uint8_t*>(data), heads * slots * token, slots * token, 64 * token, token};
+    };
+    extra = {strided(channels->get(), spikes * channel_bytes()), strided(numbers->get(), spikes * 2), spikes, int32_t(channel_bytes())};
     if (raw) out[0] = {blocks[0]->get(), int64_t(heads) * slots * 2 * dim, int64_t(slots) * 2 * dim, 128 * dim, 16, dim, dim, RAW, nullptr, 0, 0};
     if (polar) {
       const int64_t token = Angles::bytes(dim), head = slots * token;
@@ -158,7 +179,9 @@ struct Side {
   }
   int rows, slots;
   bool raw, polar, projects = false;
-  int dim, width = 0;  // channels, and numbers of a decoded token
+  int dim, width = 0, spikes;  // channels, and numbers of a decoded token
+  std::unique_ptr<Odd<uint8_t>> channels;
+  std::unique_ptr<Odd<uint16_t>> numbers;
   std::vector<Run> runs;
   std::unique_ptr<Odd<uint8_t>> blocks[2];
   std::vector<double> decoded;
@@ -212,13 +235,13 @@ static bool run(const Shape& s) {
   if (!k.fill() || !v.fill()) return false;
   // Any projection will do: here it has nothing to do with q.
   const size_t q_rows = size_t(s.batch) * q_heads * s.length;
-  std::vector<float> q(q_rows * s.dk), projected(k.projects ? q_rows * k.width : 0);
-  for (auto* a : {&q, &projected})
+  std::vector<float> q(q_rows * s.dk), projected(k.projects ? q_rows * k.width : 0), plain(q.size());
+  for (auto* a : {&q, &projected, &plain})
     for (auto& x : *a) x = normal();
   Odd<uint16_t> dense_k(size_t(rows) * columns * s.dk), dense_v(size_t(rows) * columns * s.dv);
   for (size_t i = 0; i < size_t(rows) * columns * s.dk; i++) dense_k.get()[i] = to_half(normal());
   for (size_t i = 0; i < size_t(rows) * columns * s.dv; i++) dense_v.get()[i] = to_half(normal());
-  std::vector<float> sinks(q_heads, 0.5f), out(size_t(s.batch) * q_heads * s.length * s.dv), second(out.size());
+  std::vector<float> sinks(q_heads, 0.5f), out(q_rows * s.dv * (v.spikes ? 2 : 1)), second(out.size());
   std::vector<int32_t> lens;
   for (int b = 0; b < s.batch; b++) {  // ragged: later sequences are shorter, and skip columns before their tail
     lens.push_back(std::max(0, s.packed - 37 * b)), lens.push_back(s.sink), lens.push_back(s.sink + std::min(s.tail, 3 * b));
@@ -228,10 +251,10 @@ static bool run(const Shape& s) {
   const auto queries = [&](const std::vector<float>& x, int64_t dim) {
     return Queries{x.data(), q_heads * s.length * dim, s.length * dim, dim};
   };
-  c.q = queries(q, s.dk), c.projected = k.projects ? queries(projected, k.width) : c.q;
+  c.q = queries(q, s.dk), c.projected = k.projects ? queries(projected, k.width) : c.q, c.plain = queries(plain, s.dk);
   c.dim_k = s.dk, c.dim_v = s.dv;
   c.causal = s.causal, c.window = s.window, c.softcap = s.softcap, c.scale = float(1 / std::sqrt(s.dk)), c.threads = s.threads;
-  k.view(heads, c.k), v.view(heads, c.v);
+  k.view(heads, c.k, c.k_spikes), v.view(heads, c.v, c.v_spikes);
   c.dense_k = {dense_k.get(), int64_t(heads) * columns * s.dk, int64_t(columns) * s.dk, s.dk};
   c.dense_v = {dense_v.get(), int64_t(heads) * columns * s.dv, int64_t(columns) * s.dv, s.dv};
   c.lens = lens.data(), c.sinks = s.sinks ? sinks.data() : nullptr, c.out = out.data();
@@ -249,7 +272,7 @@ static bool run(const Shape& s) {
         const int total = sink + packed + columns - start, at = total - s.length + i;
         const size_t q_row = size_t(b * q_heads + h) * s.length + i;
         const float *query = &q[q_row * s.dk], *packed_query = k.projects ? &projected[q_row * k.width] : query;
-        std::vector<double> score(total, -INFINITY), o(s.dv, 0);
+        std::vector<double> score(total, -INFINITY), o(c.dim_out(), 0);
         double top = s.sinks ? 0.5 : -INFINITY, sum = 0;
         for (int t = 0; t < total; t++) {
           if ((s.causal && t > at) || (s.window && t <= at - s.window)) continue;
@@ -260,6 +283,7 @@ static bool run(const Shape& s) {
             for (int d = 0; d < s.dk; d++) dot += query[d] * half(dense_k.get()[column * s.dk + d]);
           else
             for (int d = 0; d < k.width; d++) dot += packed_query[d] * k.decoded[slot * k.width + d];
+          if (!dense) k.for_spikes(slot, [&](int channel, double value) { dot += value * plain[q_row * s.dk + channel]; });
           score[t] = dot * c.scale;
           if (s.softcap != 0) score[t] = s.softcap * std::tanh(score[t] / s.softcap);
           top = std::max(top, score[t]);
@@ -272,9 +296,10 @@ static bool run(const Shape& s) {
           const size_t column = size_t(row) * columns + (t < sink ? t : start + t - sink - packed), slot = size_t(row) * slots + (t - sink);
           sum += p;
           for (int d = 0; d < s.dv; d++) o[d] += p * (dense ? half(dense_v.get()[column * s.dv + d]) : v.decoded[slot * s.dv + d]);
+          if (!dense) v.for_spikes(slot, [&](int channel, double value) { o[s.dv + channel] += p * value; });
         }
-        for (int d = 0; d < s.dv; d++) {
-          const double want = sum > 0 ? o[d] / sum : 0, got = out[(size_t(b * q_heads + h) * s.length + i) * s.dv + d];
+        for (int d = 0; d < c.dim_out(); d++) {
+          const double want = sum > 0 ? o[d] / sum : 0, got = out[q_row * c.dim_out() + d];
           worst = std::max(worst, std::isfinite(got) ? std::fabs(got - want) : 1e9), largest = std::max(largest, std::fabs(want));
         }
       }
@@ -309,6 +334,11 @@ int main(int argc, char** argv) {
   }
   for (int dim : {16, 80, 144}) shapes.push_back({ANGLES, ANGLES, 32, dim, dim, 5, 1, 100, 1, 5, true, dim == 80 ? 70 : 0, 2, 2, 0, false});
   shapes.push_back({ANGLES, 4, 32, 64, 32, 2, 20, 200, 1, 5, true, 40, 2, 2, 0, false});
+  for (int number : {4, 104, 221, 500}) {
+    shapes.push_back({2000 + number, 1000 + number, 32, 64, 32, 3, 1, 100, 1, 5, true, 0, 2, 2, 0, false});
+    shapes.push_back({1000 + number, 8000 + number, 32, 288, 288, 2, 20, 100, 0, 5, true, 40, 1, 2, 3.f, true});
+  }
+  shapes.push_back({3331, 2102, 32, 64, 64, 4, 1, 3000, 4, 60, true, 0, 1, 3, 0, false});  // cut into ranges and merged
   for (int number : {221, 232, 243}) {
     shapes.push_back({number, 4, 32, 64, 32, 3, 1, 100, 1, 5, true, 0, 1, 2, 0, false});
     shapes.push_back({4, number, 32, 32, 96, 8, 1, 150, 0, 5, true, 0, 1, 2, 0, false});
