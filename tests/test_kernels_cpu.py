@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: layout bit for bit, attention against the fp32 judge, bad input, threads.
+"""The compiled CPU kernels: attention against the fp32 judge, bad input, threads.
 
 The rule for attention is the house's: the error against fp32 attention over the decoded cache is at most twice that of
 naive attention in the same numerical class, which is fp16 here (the queries are fp32).
@@ -19,36 +19,15 @@ from hypothesis import strategies as st
 from opentq.attention import fused_cpu, reference
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.caches.single import OpenTQCache
-from opentq.codecs import Affine, Codec, Raw, Turbo, make
-from opentq.codecs.outliers import Outliers
+from opentq.codecs import Codec, Raw
 from opentq.kernels import build, cpu
-from opentq.kernels.cpu_blocks import load_numpy, store_numpy
-from opentq.kernels.cpu_layout import CpuLayout, layout_for, layout_named
 from opentq.kernels.layout import CANONICAL
+
+from .cpu_forms import HALVES, K_FORMS, V_FORMS, codec_of, layout_of
 
 pytestmark = pytest.mark.skipif(
     build.active_dialect() != "cpu" or not cpu.available(), reason="no CPU kernels here: another device, or no compiler"
 )
-
-BITS = (2, 3, 4, 8)
-BOOKS = tuple(f"tq{bits}" for bits in range(1, 7))
-HALVES = ("tq1.5", "tq2.5", "tq3.5")
-SKETCHES = ("tq2p", "tq3p", "tq4p", "qjl1", "qjl4")
-V_FORMS = (*BITS, *BOOKS, *HALVES, "f16", "polar4", "int4:out=2", "polar4:out=1")
-K_FORMS = (*V_FORMS, *SKETCHES, "tq3p:out=3")
-"""Widths of affine codes, codebooks, two of them, sketches of keys, raw storage, angles."""
-
-
-def codec_of(form: int | str, group: int = 32) -> Codec:
-    if isinstance(form, str) and ":out" in form:
-        return Outliers(codec_of(form.split(":")[0]), int(form[-1]))
-    return Affine(form, group) if isinstance(form, int) else make(form)
-
-
-def layout_of(kind: str, codec: Codec, dim: int) -> CpuLayout:
-    layout = layout_for(kind, codec, dim)
-    assert layout is not None
-    return layout
 
 
 def stored(kind: str, codec: Codec, y: mx.array, tokens: int, spare: int) -> PackedKV:
@@ -157,130 +136,12 @@ def check(args: AttnArgs) -> None:
     assert error <= 2 * naive + tiny, f"error {error:.2e}, naive fp16 {naive:.2e}"
 
 
-# ---- layout
+EACH = (4, "tq2.5", "f16", "polar4:out=1")
+"""One of each kind of values: integers, two runs, floats, and floats with spikes."""
 
 
-@pytest.mark.parametrize("kind", ["k", "v"])
-@pytest.mark.parametrize("form", [*BITS, *BOOKS])
-@pytest.mark.parametrize("dim,group", [(16, 32), (64, 128), (80, 32), (112, 64), (128, 32), (192, 128)])
-def test_layout_moves_canonical_bits_exactly(kind, form, dim, group):
-    codec = codec_of(form, group)
-    layout = layout_of(kind, codec, dim)
-    packed = codec.encode(mx.random.normal((2, 3, 128, dim), key=mx.random.key(1)))
-    (stored,) = layout.store(packed)
-    assert stored.shape == (2, 3, 2, layout.block_bytes) and layout_named(layout.name) == layout
-    assert layout.block_bytes * 8 == 64 * (layout.bits * dim + 16 * layout.params), "no padding"
-    assert np.array_equal(np.array(stored), store_numpy(layout, *map(np.array, packed)))
-    for loaded in (layout.load((stored,)), load_numpy(layout, np.array(stored))):
-        for a, b in zip(loaded, packed):
-            assert np.array_equal(np.array(a), np.array(b))
-    part = layout.load((stored[:, 1:, 1:],))  # a strided view
-    assert np.array_equal(np.array(part[0]), np.array(packed[0][:, 1:, 64:]))
-
-
-def same_codes(layout: CpuLayout, codec: Codec, y: mx.array) -> None:
-    """encode == store(codec.encode), except that a zero may be -0 for +0."""
-    got, want = layout.load(layout.encode(codec, y)), codec.encode(y)
-    assert len(got) == len(want)
-    for a, b in zip(got, want):
-        assert np.array_equal(np.array(a), np.array(b))  # as floats: -0 == +0
-
-
-@pytest.mark.parametrize("kind,form", [*(("v", form) for form in HALVES), *(("k", form) for form in SKETCHES)])
-@pytest.mark.parametrize("dim", [32, 96, 256])
-def test_layout_of_runs(kind, form, dim):
-    codec = codec_of(form)
-    layout = layout_of(kind, codec, dim)
-    y = mx.random.normal((2, 3, 128, dim), key=mx.random.key(1))
-    packed = codec.encode(y)
-    stored = layout.store(packed)
-    assert [a.shape for a in stored] == [(2, 3, 2, run.block_bytes) for run in layout.runs]
-    assert layout_named(layout.name) == layout
-    assert sum(a.nbytes for a in stored) <= sum(a.nbytes for a in packed), "codes of 16 bits don't fill a word"
-    for back in (layout.load(stored), layout.load(tuple(a[:, 1:, 1:] for a in stored))):
-        assert all(
-            np.array_equal(np.array(a), np.array(b)[:, -a.shape[1] :, -a.shape[2] :]) for a, b in zip(back, packed)
-        )
-    for x in (y, y.astype(mx.float16), y[:, 1:, 64:]):
-        same_codes(layout, codec, x)
-
-
-def test_what_has_no_layout():
-    assert layout_for("v", codec_of("qjl1"), 64) is None, "a sketch of values decodes to noise"
-    assert layout_for("k", codec_of("tq2.5"), 80) is None, "half of 80 channels are no whole tiles"
-
-
-@pytest.mark.parametrize("form", ["polar4", "polar4:out=3", "tq4:out=1", "tq2.5:out=2"])
-@pytest.mark.parametrize("dim", [32, 96, 288])
-def test_layout_of_angles_and_spikes(form, dim):
-    codec = codec_of(form)
-    layout = layout_of("v", codec, dim)
-    y = mx.random.normal((2, 3, 128, dim), key=mx.random.key(1))
-    packed = codec.encode(y)
-    stored = layout.encode(codec, y)
-    assert sum(a.nbytes for a in stored) <= sum(a.nbytes for a in packed) and layout_named(layout.name) == layout
-    assert len({a.shape[2] for a in stored}) == 1
-    for a, b in zip(layout.load(tuple(a[:, 1:, a.shape[2] // 2 :] for a in stored)), packed):
-        assert np.array_equal(np.array(a), np.array(b[:, 1:, 64:]))
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("bits", BITS)
-def test_encode_makes_the_codecs_bits(bits, dtype):
-    codec = Affine(bits, 64)
-    y = (mx.random.normal((2, 2, 128, 80), key=mx.random.key(2)) * 3).astype(dtype)
-    same_codes(layout_of("k", codec, 80), codec, y)
-    wide = mx.random.normal((2, 256, 4, 80), key=mx.random.key(3)).astype(dtype)
-    same_codes(layout_of("v", codec, 80), codec, wide.swapaxes(1, 2)[:, 1:3, 64:192])  # strided, unaligned
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_encode_of_extreme_vectors(bits):
-    codec = Affine(bits, 32)
-    rows = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
-    rows[0], rows[1], rows[2] = 0, 7.25, -0.0
-    rows[3, 5], rows[4, 6], rows[5] = np.inf, -np.inf, 1e9
-    rows[6] *= 1e-7
-    rows[7] *= 1e-12
-    rows[8, ::2], rows[8, 1::2] = 65504, -65504
-    rows[9, 40:] = rows[9, 40]
-    same_codes(layout_of("v", codec, 64), codec, mx.array(rows.reshape(1, 1, 64, 64)))
-
-
-@pytest.mark.parametrize("bits", range(1, 7))
-@pytest.mark.parametrize("fit", ["length", "norm", "unbiased"])
-def test_encode_makes_the_codebooks_bits(bits, fit):
-    codec = Turbo(bits, fit=fit)
-    y = mx.random.normal((2, 2, 192, 80), key=mx.random.key(2)) * 3
-    y[0, 0, 0], y[0, 0, 1, 3], y[0, 0, 2], y[0, 0, 3] = 0.0, mx.inf, 65504.0, 1e-9
-    for x in (y, y.astype(mx.float16), y[:, 1:, 64:]):
-        same_codes(layout_of("k", codec, 80), codec, x)
-
-
-def test_encode_of_nan_ends():
-    layout, codec = layout_of("k", Affine(4, 32), 64), Affine(4, 32)
-    (stored,) = layout.encode(codec, mx.full((1, 1, 64, 64), mx.nan))
-    assert stored.shape == (1, 1, 1, layout.block_bytes)
-
-
-def test_layout_refuses_what_it_cannot_hold():
-    layout = layout_of("k", Affine(4, 32), 64)
-    with pytest.raises(ValueError, match="64 tokens"):
-        layout.encode(Affine(4, 32), mx.zeros((1, 1, 65, 64)))
-    with pytest.raises(ValueError, match="can't hold"):
-        layout.encode(Affine(3, 32), mx.zeros((1, 1, 64, 64)))
-    with pytest.raises(ValueError, match="channels"):
-        layout.encode(Affine(4, 32), mx.zeros((1, 1, 64, 128)))
-    with pytest.raises(ValueError, match="bytes"):
-        layout.load((mx.zeros((1, 1, 1, 7), mx.uint8),))
-
-
-# ---- attention
-
-
-@pytest.mark.parametrize("k_form", K_FORMS)
-@pytest.mark.parametrize("v_form", V_FORMS)
-def test_every_pair_of_forms(k_form, v_form):
+@pytest.mark.parametrize("k_form,v_form", [(k, v) for k in K_FORMS for v in V_FORMS if v in EACH or k == 4])
+def test_forms_of_keys_and_values(k_form, v_form):
     for length in (1, 20):  # few rows read codes as they are stored, many unpack a block once
         check(call(bits=(k_form, v_form), groups=(32, 64), packed=130, length=length, dims=(96, 64), gqa=2))
 
