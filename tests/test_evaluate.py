@@ -478,16 +478,17 @@ def test_recommendations_rest_on_records():
 
 
 def test_a_model_type_gets_its_family_or_the_default():
-    assert str(recommend.recommend("qwen2").spec) == "int4:center"
-    assert recommend.recommend("llama").family == "llama" and "int4" in str(recommend.recommend("llama"))
+    assert str(recommend.recommend("qwen2").spec) == "tq5/tq3:nc:center"
+    assert recommend.recommend("llama").family == "llama" and "tq5/tq3" in str(recommend.recommend("llama"))
     assert recommend.recommend("a model of tomorrow").family == "default"
 
 
 def test_a_spec_below_the_recommendation_is_warned_about():
     assert recommend.warn("llama", KVSpec.parse("int4")) is None
     assert recommend.warn("llama", KVSpec.parse("k8v4")) is None
-    text = recommend.warn("llama", KVSpec.parse("int8/tq3"))
-    assert text is not None and "fewer bits of values than int4" in text and "opentq eval fidelity" in text
+    assert recommend.warn("llama", KVSpec.parse("int8/tq3")) is None
+    text = recommend.warn("llama", KVSpec.parse("int8/tq2"))
+    assert text is not None and "fewer bits of values than tq5/tq3" in text and "opentq eval fidelity" in text
     assert "keys and values" in (recommend.warn("qwen2", KVSpec.parse("int2")) or "")
     assert "does not centre keys" in (recommend.warn("qwen2", KVSpec.parse("int4")) or "")
     assert recommend.warn("qwen2", KVSpec.parse("int8")) is None

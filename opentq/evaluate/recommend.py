@@ -58,15 +58,19 @@ def advice(model: Any, asked: KVSpec | None) -> str | None:
 
 
 def warn(model: Any, spec: KVSpec) -> str | None:
-    """One sentence when `spec` keeps less of keys or of values than what is recommended; else None.
+    """One sentence when `spec` keeps less of keys or of values than what is recommended, else None.
 
-    Recipes are not judged: they were measured on their model.
+    Fewer bits of keys are no fault where those of both together are as many. Recipes are not judged: they were measured
+    on their model.
     """
     if isinstance(spec, Recipe):
         return None
     best = recommend(model)
     bits = [[codec.bits_per_value(PROBE_DIM) for codec in s.codecs()] for s in (spec, best.spec)]
-    below = [side for side, own, other in zip(("keys", "values"), *bits) if own < other]
+    smaller = sum(bits[0]) < sum(bits[1])
+    below = [
+        side for side, own, other in zip(("keys", "values"), *bits) if own < other and (smaller or side == "values")
+    ]
     if below:
         fault = f"keeps fewer bits of {' and '.join(below)} than {best.spec}"
     elif best.spec.center and not spec.center and bits[0][0] <= bits[1][0]:
