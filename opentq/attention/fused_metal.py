@@ -79,12 +79,12 @@ def pack_book(codec: Turbo | Fractional, y: mx.array) -> tuple[mx.array, ...]:
     *lead, dim = y.shape
     codec.check(dim)
     books = codec.books(dim)
-    runs = y.reshape(*lead, len(books), books[0].dim)
-    lengths = rms(mx.clip(runs.astype(mx.float32), -FP16_MAX, FP16_MAX))
-    bits = [book.bits for book in books]
+    y, bits = mx.contiguous(y), [book.bits for book in books]
+    runs = (mx.clip(run.astype(mx.float32), -FP16_MAX, FP16_MAX) for run in mx.split(y, len(books), axis=-1))
+    lengths = mx.concatenate([rms(run) for run in runs], axis=-1)
     tokens, sizes = y.size // dim, [words(books[0].dim, b) for b in bits]
     codes, scales = metal.kernel("pack_book")(
-        inputs=[mx.contiguous(y), lengths, *_cuts(books), _ints((tokens,))],
+        inputs=[y, lengths, *_cuts(books), _ints((tokens,))],
         template=[
             ("BITS", metal.BOOK + bits[0]),
             ("BITS2", metal.BOOK + bits[1] if bits[1:] else 0),

@@ -61,9 +61,8 @@ METAL_FUNC TT otq_value(uint code, half2 sz, float book) {
   return fma(TT(code), TT(sz.x), TT(sz.y));
 }
 
-// D channels of TK tokens from token `from`, decoded into `tile`, STRIDE from token to token, by WORKERS threads. Tokens from
-// `limit` on, and dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0. G: groups of a
-// token.
+// D channels of TK tokens from token `from`, of G groups in all, decoded into `tile` ([TK][STRIDE]) by WORKERS threads. Tokens
+// from `limit` on, and dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0.
 template <typename TT, int BITS, int D, int GROUP, int G, int STRIDE, int TK, int WORKERS>
 METAL_FUNC void otq_decode(
     const device uint* rows, const device uchar* more, const device half* scales, int from, int limit, int2 gap,
@@ -224,8 +223,8 @@ METAL_FUNC void otq_products(
     const int2 gap = int2(sink, tail_start);
 
     if (dense) {
-      otq_decode<TT, 16, DK, DK, 1, KS, TK, WORKERS>(dk_head, km_head, ks_head, from, limit, gap, tile, worker, k_book,
-          k_book2);
+      otq_decode<TT, 16, DK, DK, 1, KS, TK, WORKERS>(
+          dk_head, km_head, ks_head, from, limit, gap, tile, worker, k_book, k_book2);
     } else {
       otq_decode<TT, KB, KN, KG, GK, KS, TK, WORKERS>(
           k_head, km_head, ks_head, from, limit, int2(0), tile, worker, k_book, k_book2);
@@ -294,8 +293,8 @@ METAL_FUNC void otq_products(
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (dense) {
-      otq_decode<TT, 16, DV, DV, 1, VS, TK, WORKERS>(dv_head, vm_head, vs_head, from, limit, gap, tile, worker, v_book,
-          v_book2);
+      otq_decode<TT, 16, DV, DV, 1, VS, TK, WORKERS>(
+          dv_head, vm_head, vs_head, from, limit, gap, tile, worker, v_book, v_book2);
     } else {
       otq_decode<TT, VB, VN, VG, GV, VS, TK, WORKERS>(
           v_head, vm_head, vs_head, from, limit, int2(0), tile, worker, v_book, v_book2);

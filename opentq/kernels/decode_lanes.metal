@@ -13,9 +13,9 @@
 // Template: KB, KG, VB, VG bits (as in common.metal) and groups; KB2, VB2 bits of a second run of codes, or 0; DK, DV; KE
 // channels of packed keys, QE of a query; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a simdgroup
 // hands over at a time; WIN window; CAP softcap. Where keys are packed as a sketch, a query is longer than a key: its first
-// DK channels meet dense keys, its last KE packed ones (which may be all of them). books: 32 entries each of the two runs of
-// keys and of values. meta = {L, gqa, KV heads, dense columns, packed rows, window,
-// causal}; real = {scale, softcap}. Output: acc float [rows, splits, DV], stat float [rows, splits, 2] = (max, sum).
+// DK channels meet dense keys, its last KE packed ones (maybe all of it). k_more, v_more: codes of second runs, or polar's
+// second array. books: 32 lanes of the two books of keys, then of values. meta = {L, gqa, KV heads, dense columns, packed
+// rows, window, causal}; real = {scale, softcap}. Output: acc float [rows, splits, DV], stat [rows, splits, 2] = (max, sum).
 
 // Where a lane's keys are, and their scores against R rows.
 template <int KPL, int R>
@@ -97,15 +97,16 @@ METAL_FUNC void otq_scores(
         float2 sz = float2(otq_scale<BITS>(keys.scale[k], g + RUN));
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          keys.s[k][r] = BITS > 32 ? fma(part[k][r], sz.x, keys.s[k][r]) : fma(part[k][r], sz.x, fma(x[r], sz.y, keys.s[k][r]));
+          float base = BITS > 32 ? keys.s[k][r] : fma(x[r], sz.y, keys.s[k][r]);
+          keys.s[k][r] = fma(part[k][r], sz.x, base);
         }
       }
     }
   }
 }
 
-// Values of one KV head as a lane reads them: rows of its run, the polar codec's second array, and metadata. `second`: the
-// lane's dims lie in the second run, whose book follows 16 lanes after the first one's.
+// Values of one KV head as a lane reads them: rows of its run, and polar's other arrays. `second`: the lane's dims lie in
+// the second run, whose book follows 16 lanes after the first one's.
 template <int BITS, int SECOND, int D>
 struct OtqRows {
   const device uint* row;
@@ -115,8 +116,7 @@ struct OtqRows {
 
   // Words from one token to the next.
   METAL_FUNC int words() const {
-    constexpr int OTHER = otq_more<BITS, SECOND, D / 2>() / 4;
-    return SECOND == 0 ? otq_words<BITS, D>() : second ? OTHER : otq_words<BITS, D / 2>();
+    return SECOND == 0 ? otq_words<BITS, D>() : second ? otq_more<BITS, SECOND, D / 2>() / 4 : otq_words<BITS, D / 2>();
   }
 
   // Four dims from d0 of key i, whose row is `at`.
@@ -127,13 +127,8 @@ struct OtqRows {
       return block.four(d0 / 4 & 3, book, book2);
     }
     if (SECOND > 0) {
-      uint4 c;
-      if (second) {
-        c = otq_codes<(SECOND > 0 ? SECOND : BITS), D / 2>(at, d0 - D / 2) + 16u;
-      } else {
-        c = otq_codes<BITS, D / 2>(at, d0);
-      }
       float4 x;
+      uint4 c = second ? otq_codes<(SECOND > 0 ? SECOND : BITS), D / 2>(at, d0 - D / 2) + 16u : otq_codes<BITS, D / 2>(at, d0);
       x.x = simd_shuffle(book, ushort(c.x));
       x.y = simd_shuffle(book, ushort(c.y));
       x.z = simd_shuffle(book, ushort(c.z));
@@ -144,9 +139,9 @@ struct OtqRows {
   }
 };
 
-// acc += p * v for every KP-th of n keys from `from + first` on, rounded up to KP; this lane's four dims begin at d0. GAP: keys
-// in [gap.x, gap.y) or above gap.z, counted like x, have no row, or one that was never written; their p is 0, and 0 times a
-// NaN is not.
+// acc += p * v for every KP-th of n keys behind `from`, from `first` on, rounded up to KP; this lane's four dims begin at d0.
+// GAP: keys in [gap.x, gap.y) or above gap.z have no row, or one that was never written; their p is 0, and 0 times a NaN is
+// not.
 template <int BITS, int SECOND, int D, int VB, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
     OtqRows<BITS, SECOND, D> rows, int from, int3 gap, int n, int first, int d0, const threadgroup float* p, float book,
