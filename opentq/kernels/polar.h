@@ -33,8 +33,10 @@ INLINE void polar_block(const uint8_t* token, int n, int j, float radius, const 
 
 // The radii of blocks [j, j + 8).
 INLINE void polar_radii(const uint8_t* token, int n, int j, float* out) {
+  const uint8_t* radii = token + 4 * n + (14 * n + 7) / 8 + 2 * j;
   Eight halves = {};
-  std::memcpy(&halves, token + 4 * n + (14 * n + 7) / 8 + 2 * j, 2 * std::min(8, n - j));
+  if (j + 8 <= n) std::memcpy(&halves, radii, 16);
+  else std::memcpy(&halves, radii, size_t(2 * (n - j)));
   widen8(halves, out);
 }
 
@@ -82,7 +84,7 @@ inline void widen_polar_values(Rows& rows, const Packed& v, const uint8_t* at, u
       if (j % 8 == 0) polar_radii(at, n, j, radii);
       Four x[4];
       polar_block(at, n, j, radii[j % 8], tables, x);
-      std::memcpy(out, x, 64);
+      UNROLL for (int i = 0; i < 4; i++) std::memcpy(out + 4 * i, &x[i], 16);
     }
   }
 }
