@@ -29,8 +29,12 @@ def run(what: str) -> None:
     rng = random.Random(5)
     todo = conform.variants(quick=True)
     for variant in [*todo[:3], *(v for v in todo if not isinstance(v.k, Affine))]:
+        print("pack", variant, flush=True)
         data = conform.Data(variant, 1)
+        mx.eval([side.arrays for side in data.sides])
+        print("decode", variant, flush=True)
         for _ in range(2):
             mx.eval(fused_cuda.decode(conform.situation(variant, data, rng)))
     for variant in (v for v in todo if max(v.lengths) > 64):
+        print("prefill", variant, flush=True)
         mx.eval(fused_cuda.prefill(conform.situation(variant, conform.Data(variant, 2), rng)))

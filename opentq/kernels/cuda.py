@@ -155,7 +155,7 @@ def short(ctype: str) -> str:
 def format_type(layout: MmaLayout) -> str:
     """The C++ type of formats.cuh that reads this layout."""
     if isinstance(layout, PolarLayout):
-        levels = (codebooks.angle(2, level) for level in (2, 3, 4))
+        levels = [codebooks.angle(4, 1)[:4], *(codebooks.angle(2, level) for level in (2, 3, 4))]
         units = (", ".join(str(round(math.cos(angle) * 2**30)) for angle in angles) for angles in levels)
         quadrants = ", ".join(f"opentq::Quadrant<{cosines}>" for cosines in units)
         return f"opentq::Polar<{layout.head_dim}, {'true' if layout.side == 'k' else 'false'}, {quadrants}>"

@@ -207,7 +207,7 @@ class MmaLayout:
 class PolarLayout(MmaLayout):
     """One side of what `codecs.polar` makes: a block of 16 channels is a tile, its radius the scale of a group.
 
-    Of a block and token: 32 bits of level 1, 14 of levels 2 to 4 in 16, and 16 of the radius.
+    Of a block and token: 32 bits of level 1, 16 of levels 2 to 4 (level 4 twice), and 16 of the radius.
     """
 
     runs: tuple[Run, ...] = ()
@@ -242,7 +242,8 @@ class PolarLayout(MmaLayout):
         angles = packing.unpack(rest.view(mx.uint32), 2, 7 * self.groups).reshape(*lead, RECORD, -1)
         levels = mx.split(angles, [4 * self.groups, 6 * self.groups], axis=-1)
         blocks = mx.concatenate([level.reshape(*lead, RECORD, self.groups, -1) for level in levels], axis=-1)
-        halves = (blocks << _seven()).sum(axis=-1).astype(mx.uint16).swapaxes(-1, -2)
+        blocks = mx.concatenate([blocks, blocks[..., 6:]], axis=-1)
+        halves = (blocks << _angle_shifts()).sum(axis=-1).astype(mx.uint16).swapaxes(-1, -2)
         words = first.reshape(*lead, RECORD, self.groups).swapaxes(-1, -2)
         return [words.reshape(*lead, -1), mx.contiguous(halves.reshape(*lead, -1)).view(mx.uint32)]
 
@@ -252,15 +253,15 @@ class PolarLayout(MmaLayout):
         first = words[..., :cut].reshape(*lead, self.groups, RECORD).swapaxes(-1, -2).reshape(shape)
         halves = mx.contiguous(words[..., cut:]).view(mx.uint16).reshape(*lead, self.groups, RECORD)
         halves = halves.swapaxes(-1, -2).reshape(shape).astype(mx.uint32)
-        levels = mx.split((halves[..., None] >> _seven()) & 3, [4, 6], axis=-1)
+        levels = mx.split((halves[..., None] >> _angle_shifts()[:7]) & 3, [4, 6], axis=-1)
         angles = mx.concatenate([level.reshape(*shape[:3], -1) for level in levels], axis=-1)
         rest = packing.pack(angles, 2).view(mx.uint8)
         return [first, rest[..., : -(-7 * self.groups // 4)]]
 
 
-def _seven() -> mx.array:
-    """Shifts of the angles of levels 2 (four), 3 (two) and 4 (one)."""
-    return mx.arange(0, 14, 2, dtype=mx.uint32)
+def _angle_shifts() -> mx.array:
+    """Of the angles of levels 2 (four), 3 (two) and 4 (one, twice)."""
+    return mx.array([0, 6, 8, 14, 2, 10, 4, 12], dtype=mx.uint32)
 
 
 def packs(codec: Codec) -> bool:

@@ -156,6 +156,8 @@ __device__ __forceinline__ void decode(const T* q, const u32* k, const u32* v, c
 
   stage_query.store(call.scale, reinterpret_cast<u16*>(query), reinterpret_cast<u16*>(sums), factor, warp, lane);
   for (int r = threadIdx.x; r < ROWS; r += NW * 32) position[r] = row_base + (r0 + r) % length;
+  if constexpr (KF::TABLES) KF::prepare();
+  if constexpr (VF::TABLES) VF::prepare();
   sync_block();
 
   D d;

@@ -5,7 +5,7 @@
 // register k of the word and half h. What the numbers lack is said by two constants: odd registers (rows 8..15 of the
 // operand) are LIFT times too large, and all of them are counted in units of STEP. Both are factors of rows, so they
 // are taken back in fp32. NUMBERS is 2 where every group of channels has a scale and a zero, 1 where it has only a
-// scale. Where the format is of two runs of codes, SECOND is the step of the second in units of STEP.
+// scale. TABLES: `prepare` fills shared memory, once per block and before a barrier. Where the format is of two runs of codes, SECOND is the step of the second in units of STEP.
 // Codes may meet another query than dense keys do. A row of the query has QUERY channels, the first DENSE of them for
 // dense keys; those for the codes begin with tile FIRST.
 #include "warp.cuh"
@@ -25,7 +25,7 @@ struct Sizes {
   static constexpr int ZEROS = SCALES + 16 * GROUPS;
   static constexpr int RECORD = SCALES + 16 * GROUPS * NUMBERS;  // words
   static constexpr int BYTES = 4 * RECORD;
-  static constexpr bool ZEROED = NUMBERS == 2;
+  static constexpr bool ZEROED = NUMBERS == 2, TABLES = false;
   static constexpr float SECOND = 1.f;
   static constexpr int DENSE = D, QUERY = D, FIRST = 0;
   static_assert(D % 16 == 0, "head dims are multiples of 16");
@@ -136,7 +136,7 @@ template <class F1, class F2, int DENSE_>
 struct Pair {
   static constexpr int D = F1::D + F2::D, GROUP = F1::D, GROUPS = 2, NUMBERS = 1, TILES = D / 16;
   static constexpr int SCALES = F1::SCALES + F2::SCALES, ZEROS = SCALES + 32, RECORD = ZEROS, BYTES = 4 * RECORD;
-  static constexpr bool ZEROED = false;
+  static constexpr bool ZEROED = false, TABLES = false;
   static constexpr float LIFT = 1.f, STEP = F1::STEP, SECOND = F2::STEP / F1::STEP;
   static constexpr int DENSE = DENSE_, QUERY = D, FIRST = 0;
   static_assert(F1::D == F2::D && F1::GROUPS == 1 && F2::GROUPS == 1 && F1::LIFT == 1.f && F2::LIFT == 1.f);
@@ -145,38 +145,54 @@ struct Pair {
 // Angles in the first quadrant, four of them, symmetric about 45 degrees; given are the cosines, in units of 2^-30.
 template <int C0, int C1, int C2, int C3>
 struct Quadrant {
-  static __device__ __forceinline__ float cosine(u32 code) {
+  static __device__ __forceinline__ float cosine(int code) {
     constexpr float ONE = 1073741824.f;
     return code & 2 ? (code & 1 ? C3 / ONE : C2 / ONE) : (code & 1 ? C1 / ONE : C0 / ONE);
   }
-  static __device__ __forceinline__ float part(u32 code, bool sine) { return cosine(sine ? ~code : code); }
 };
 
 // Polar codes (codecs/polar.py): value = 4 * scale * a product of four cosines and sines. A block of 16 channels is a
 // tile and a group. Codes lie by block and token, not by lane: [block][32 tokens] words of eight angles of 4 bits, then
-// [block][32 tokens] 16 bits with the angles of levels 2 (four), 3 (two) and 4 (one), 2 bits each. Numbers are ordinary
-// halves, so STEP takes the denormals' unit back.
-template <int DIM, bool KEYS_, class L2, class L3, class L4>
+// [block][32 tokens] 16 bits with the angles of levels 2 to 4, 2 bits each. Of those, half of the channels needs a byte:
+// the angle of level 2 of its first four channels, that of level 3, that of level 4 (in both bytes), that of level 2 of
+// its other four; so six neighbouring bits say a product, which a table in shared memory has. A sine is the cosine of
+// the inverted code. Numbers are ordinary halves, so STEP takes the denormals' unit back.
+template <int DIM, bool KEYS_, class L1, class L2, class L3, class L4>
 struct Polar {
   static constexpr int D = DIM, GROUP = 16, TILES = D / 16, GROUPS = TILES, NUMBERS = 1;
   static constexpr int SCALES = 48 * TILES, ZEROS = SCALES + 16 * GROUPS, RECORD = ZEROS, BYTES = 4 * RECORD;
-  static constexpr bool ZEROED = false, KEYS = KEYS_;
+  static constexpr bool ZEROED = false, KEYS = KEYS_, TABLES = true;
   static constexpr float LIFT = 1.f, STEP = 4.f / UNIT, SECOND = 1.f;
   static constexpr int DENSE = D, QUERY = D, FIRST = 0;
 
-  // Of the full circle cut in 16, code 0 at 11.25 degrees.
-  static __device__ __forceinline__ float cosine(u32 code) {
-    const u32 rank = code & 4 ? ~code : code;
-    const float x = rank & 2 ? (rank & 1 ? 0.19509032f : 0.55557024f) : (rank & 1 ? 0.83146960f : 0.98078528f);
+  struct Tables {
+    float product[2][64];  // by which four channels of a half; six bits
+    float2 circle[16];     // cosine and sine
+  };
+  static __device__ __forceinline__ Tables& tables() {
+    __shared__ Tables all;
+    return all;
+  }
+  static __device__ __forceinline__ void prepare() {
+    if (threadIdx.x >= 32) return;
+    for (int i = threadIdx.x; i < 64; i += 32) {
+      tables().product[0][i] = L2::cosine(i & 3) * L3::cosine(i >> 2 & 3) * L4::cosine(i >> 4);
+      tables().product[1][i] = L3::cosine(~i & 3) * L4::cosine(i >> 2 & 3) * L2::cosine(i >> 4);
+    }
+    if (threadIdx.x < 16) tables().circle[threadIdx.x] = make_float2(cosine(threadIdx.x), cosine(threadIdx.x - 4));
+  }
+  static __device__ __forceinline__ float cosine(int code) {  // of a full circle of 16
+    const float x = L1::cosine(code & 4 ? ~code : code);
     return (code + 4) & 8 ? -x : x;
   }
 
-  // The numbers of channels 8 half + 2 pair and the next one, of a token with these angles.
-  static __device__ __forceinline__ float2 pair(u32 first, u32 rest, int half, int pair) {
-    const u32 code = first >> (4 * (4 * half + pair));
-    const float length = L4::part(rest >> 12, half) * L3::part(rest >> (8 + 2 * half), pair / 2) *
-                         L2::part(rest >> (4 * half + pair / 2 * 2), pair % 2);
-    return make_float2(length * cosine(code & 15), length * cosine((code + 12) & 15));
+  // The length of channels 8 half + 2 pair and the next one, of a token with these angles; and the angle of level 1.
+  static __device__ __forceinline__ float length(u32 rest, int half, int pair) {
+    const int quad = pair / 2, second = pair % 2, flip = quad ? 12 * half + 48 * second : 48 * half + 3 * second;
+    return tables().product[quad][(rest >> (8 * half + 2 * quad) & 63) ^ flip];
+  }
+  static __device__ __forceinline__ int angle(u32 first, int half, int pair) {
+    return first >> (16 * half + 4 * pair) & 15;
   }
 };
 

@@ -81,9 +81,9 @@ struct Fragments<Pair<F1, F2, DENSE>, START> {
   }
 };
 
-template <int DIM, bool KEYS, class L2, class L3, class L4, int START>
-struct Fragments<Polar<DIM, KEYS, L2, L3, L4>, START> {
-  using F = Polar<DIM, KEYS, L2, L3, L4>;
+template <int DIM, bool KEYS, class L1, class L2, class L3, class L4, int START>
+struct Fragments<Polar<DIM, KEYS, L1, L2, L3, L4>, START> {
+  using F = Polar<DIM, KEYS, L1, L2, L3, L4>;
 
   __device__ __forceinline__ void tile(u32 (&a)[4], const u32* record, int lane, int i) {
     const int g = lane / 4, t = lane % 4, at = i % F::TILES * 32 + i / F::TILES * 16;
@@ -93,13 +93,18 @@ struct Fragments<Polar<DIM, KEYS, L2, L3, L4>, START> {
     for (int r = 0; r < 4; ++r) {
       if constexpr (KEYS) {
         const int key = g + 8 * (r % 2);
-        const float2 x = F::pair(first[key], rest[key], r / 2, t);
-        a[r] = pack_half2(x.x, x.y);
+        const float length = F::length(rest[key], r / 2, t);
+        const float2 x = F::tables().circle[F::angle(first[key], r / 2, t)];
+        a[r] = pack_half2(length * x.x, length * x.y);
       } else {
-        const int key = 2 * t + 8 * (r / 2);
-        const float2 x = F::pair(first[key], rest[key], r % 2, g / 2);
-        const float2 y = F::pair(first[key + 1], rest[key + 1], r % 2, g / 2);
-        a[r] = g % 2 ? pack_half2(x.y, y.y) : pack_half2(x.x, y.x);
+        const float* circle = &F::tables().circle[0].x + g % 2;
+        float x[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int key = 2 * t + 8 * (r / 2) + h;
+          x[h] = F::length(rest[key], r % 2, g / 2) * circle[2 * F::angle(first[key], r % 2, g / 2)];
+        }
+        a[r] = pack_half2(x[0], x[1]);
       }
     }
   }

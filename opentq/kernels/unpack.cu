@@ -22,6 +22,10 @@ __device__ __forceinline__ void unpack(const u32* __restrict__ records, const f1
   const int packed = where[2], sink = where[3], tail_start = where[4], n_records = (packed + 31) / 32;
   const size_t kv = (size_t)where[0] * heads + head;
   y += (size_t)blockIdx.y * tokens * F::D;
+  if constexpr (F::TABLES) {
+    F::prepare();
+    sync_block();
+  }
   if (unit < n_records) {
     const u32* record = records + (kv * blocks * 2 + unit) * F::RECORD;
     const u16* scales = reinterpret_cast<const u16*>(record + F::SCALES);

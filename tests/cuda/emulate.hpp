@@ -18,6 +18,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __shared__ static  // blocks run one after the other
 #define __restrict__ __restrict
 
 using std::max;
