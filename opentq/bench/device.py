@@ -51,7 +51,10 @@ class Plan:
         windows, warm, window: as `run.interleave`.
     """
 
-    specs: tuple[str, ...] = ("int8", "int4", "int3", "int2", "k8v4:g64", "f16", "tq4", "tq3", "tq5/tq2", "tq6/tq1")
+    specs: tuple[str, ...] = (
+        *("int8", "int4", "int3", "int2", "k8v4:g64", "f16", "tq4", "tq3", "tq5/tq2", "tq6/tq1"),
+        *("tq2.5", "tq3p/int4", "qjl2/int4", "polar4"),
+    )
     shapes: tuple[Shape, ...] = ((8, 2, 128), (8, 1, 64), (7, 1, 80), (2, 2, 128), (4, 2, 256))
     calls: tuple[Call, ...] = ((1, "float16", 0), (40, "float16", 0))
     options: tuple[Call, ...] = (
