@@ -5,7 +5,8 @@
 // register k of the word and half h. What the numbers lack is said by two constants: odd registers (rows 8..15 of the
 // operand) are LIFT times too large, and all of them are counted in units of STEP. Both are factors of rows, so they
 // are taken back in fp32. NUMBERS is 2 where every group of channels has a scale and a zero, 1 where it has only a
-// scale. TABLES: `prepare` fills shared memory, once per block and before a barrier. Where the format is of two runs of codes, SECOND is the step of the second in units of STEP.
+// scale. Where the format is of two runs of codes, SECOND is the step of the second in units of STEP. Where it has
+// TABLES, `prepare` fills them in shared memory, once per block and before a barrier.
 // Codes may meet another query than dense keys do. A row of the query has QUERY channels, the first DENSE of them for
 // dense keys; those for the codes begin with tile FIRST.
 #include "warp.cuh"
@@ -179,7 +180,8 @@ struct Polar {
       tables().product[0][i] = L2::cosine(i & 3) * L3::cosine(i >> 2 & 3) * L4::cosine(i >> 4);
       tables().product[1][i] = L3::cosine(~i & 3) * L4::cosine(i >> 2 & 3) * L2::cosine(i >> 4);
     }
-    if (threadIdx.x < 16) tables().circle[threadIdx.x] = make_float2(cosine(threadIdx.x), cosine(threadIdx.x - 4));
+    const int code = threadIdx.x;
+    if (code < 16) tables().circle[code] = make_float2(cosine(code), cosine(code - 4));
   }
   static __device__ __forceinline__ float cosine(int code) {  // of a full circle of 16
     const float x = L1::cosine(code & 4 ? ~code : code);
