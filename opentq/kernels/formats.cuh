@@ -154,7 +154,7 @@ struct Quadrant {
 
 // Polar codes (codecs/polar.py): value = 4 * scale * a product of four cosines and sines. A block of 16 channels is a
 // tile and a group. Codes lie by block and token, not by lane: [block][32 tokens] words of eight angles of 4 bits, then
-// [block][32 tokens] 16 bits with the angles of levels 2 to 4, 2 bits each. Of those, half of the channels needs a byte:
+// [block][32 tokens] 16 bits with the angles of levels 2 to 4, 2 bits each. Half of the channels needs a byte of those:
 // the angle of level 2 of its first four channels, that of level 3, that of level 4 (in both bytes), that of level 2 of
 // its other four; so six neighbouring bits say a product, which a table in shared memory has. A sine is the cosine of
 // the inverted code. Numbers are ordinary halves, so STEP takes the denormals' unit back.
