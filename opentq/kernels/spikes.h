@@ -20,17 +20,21 @@ struct SpikeBlock {
       const uint8_t* c = channels + block * s.channels.block_stride + t * s.channels.token_stride;
       const uint8_t* v = values + block * s.values.block_stride + t * s.values.token_stride;
       for (int j = 0; j < s.count; j++) {
-        uint16_t at = 0, number = 0;
-        if (any >> t & 1) std::memcpy(&at, c + j * s.width, size_t(s.width)), std::memcpy(&number, v + 2 * j, 2);
-        channel[j][t] = std::min<int>(at, dim - 1), value[j][t] = half_to_float(number);
+        int at = 0;
+        uint16_t number = 0;
+        if (any >> t & 1) {
+          at = s.width == 1 ? c[j] : c[2 * j] + 256 * c[2 * j + 1];
+          std::memcpy(&number, v + 2 * j, 2);
+        }
+        channel[j][t] = std::min(at, dim - 1), value[j][t] = half_to_float(number);
       }
     }
   }
-  void add_scores(const float* q, float unit, float* scores) const {
+  void add_scores(const float* q, float unit, float* __restrict scores) const {
     for (int j = 0; j < s.count; j++)
       for (int t = 0; t < 64; t++) scores[t] += unit * value[j][t] * q[channel[j][t]];
   }
-  void add_values(const float* p, float* acc) const {
+  void add_values(const float* p, float* __restrict acc) const {
     for (int j = 0; j < s.count; j++)
       for (int t = 0; t < 64; t++) acc[channel[j][t]] += p[t] * value[j][t];
   }
