@@ -8,12 +8,16 @@ import mlx.core as mx
 
 from opentq.attention import fused_cuda
 from opentq.codecs.affine import Affine
+from opentq.codecs.qjl import QJL
+from opentq.codecs.turbo import Prod
 
 from . import conform
 
 
 def run(what: str) -> None:
-    """`profile`, `small`, or `conform PART PARTS CASES QUICK`."""
+    """`profile`, `decode`, `prefill` (without the matrix products that sketches need), `small` (both, and those), or
+    `conform PART PARTS CASES QUICK`.
+    """
     if what.startswith("conform"):
         part, parts, cases, quick = map(int, what.split()[1:])
         conform.work(part, parts, cases, bool(quick))
@@ -28,13 +32,15 @@ def run(what: str) -> None:
         return
     rng = random.Random(5)
     todo = conform.variants(quick=True)
-    for variant in [*todo[:3], *(v for v in todo if not isinstance(v.k, Affine))]:
+    for variant in [] if what == "prefill" else [*todo[:3], *(v for v in todo if not isinstance(v.k, Affine))]:
         print("pack", variant, flush=True)
         data = conform.Data(variant, 1)
         mx.eval([side.arrays for side in data.sides])
         print("decode", variant, flush=True)
         for _ in range(2):
             mx.eval(fused_cuda.decode(conform.situation(variant, data, rng)))
-    for variant in (v for v in todo if max(v.lengths) > 64):
+    for variant in [] if what == "decode" else [v for v in todo if max(v.lengths) > 64]:
+        if what == "prefill" and isinstance(variant.k, (Prod, QJL)):
+            continue
         print("prefill", variant, flush=True)
         mx.eval(fused_cuda.prefill(conform.situation(variant, conform.Data(variant, 2), rng)))

@@ -7,7 +7,15 @@ import io
 import shutil
 import subprocess
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
+OURS = ["--kernel-name", "kns=opentq"]
+WATCHES = {
+    "memcheck": (["memcheck", *OURS], "small"),
+    "synccheck": (["synccheck", *OURS], "small"),
+    # Restricted to our kernels racecheck dies at matrix products of MLX; watching all, at its attention for prefill.
+    "racecheck": (["racecheck"], "decode"),
+    "racecheck of prefill": (["racecheck", *OURS], "prefill"),
+}
+"""Sanitizer and part of the driver, by name."""
 METRICS = {
     "dram__bytes_read.sum.per_second": "dram_read_bytes_per_s",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent_of_peak",
@@ -23,12 +31,10 @@ def start(command: list[str]) -> dict[str, subprocess.Popen]:
     if shutil.which("compute-sanitizer") is None:
         return {}
     jobs = {}
-    for tool in TOOLS:
-        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        if tool != "racecheck":  # which dies at a matrix product of MLX that it does not watch
-            watch += ["--kernel-name", "kns=opentq"]
-        jobs[tool] = subprocess.Popen(
-            [*watch, *command, "--driver", "small"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    for name, (tool, part) in WATCHES.items():
+        watch = ["compute-sanitizer", "--error-exitcode", "9", "--tool", *tool]
+        jobs[name] = subprocess.Popen(
+            [*watch, *command, "--driver", part], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     return jobs
 
