@@ -50,6 +50,16 @@ def test_sanitizers_find_nothing(tmp_path):
 
 
 @pytest.mark.timeout(600)
+def test_products_without_the_matrix_unit(tmp_path):
+    """What CPUs without one take, on a CPU that has one."""
+    isa, _, matrix = cpu.status().isa.partition("+")
+    if not matrix:
+        pytest.skip("no matrix unit here: the run under sanitizers took these products")
+    flags = ["-O1", "-march=native", "-DOPENTQ_NO_MATRIX"]
+    run_selftest([str(build_selftest(tmp_path, build.find_compiler().command[0], *flags))], f"{isa}:")
+
+
+@pytest.mark.timeout(600)
 def test_portable_vectors(tmp_path):
     program = build_selftest(
         tmp_path, build.find_compiler().command[0], "-O1", "-DOPENTQ_PORTABLE", "-DOPENTQ_NO_AVX512"
