@@ -123,6 +123,7 @@ def run(model, tokens: int, step: int):
 
 SPECS = ["f16", "k8v4:g64:recent=40:sink=4", "int3:skip=first1", "int4:window=compress"]
 CASES = [(name, spec) for name in TINY for spec in (None, "int4")] + [("gemma3", spec) for spec in SPECS]
+CASES += [("llama", "tq5/tq3:nc")]
 
 
 @pytest.mark.parametrize(("name", "spec"), CASES)
@@ -137,7 +138,7 @@ def test_cache_bytes_within_two_percent(name, spec):
 
 
 PEAKS = [(name, None) for name in ("llama", "gemma3", "gpt_oss")]
-PEAKS += [(name, "int4") for name in ("llama", "gemma3", "qwen3_moe", "gemma4")]
+PEAKS += [(name, "int4") for name in ("llama", "gemma3", "qwen3_moe", "gemma4")] + [("llama", "tq5/tq3:nc")]
 
 
 @pytest.mark.parametrize(("name", "spec"), PEAKS)

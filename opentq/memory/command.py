@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, config.json, repository, or shape such as llama-3.1-70b.")],
-    kv: Annotated[str, typer.Option(help="KV specs, comma-separated.")] = "f16,k8v4,int4",
+    kv: Annotated[str, typer.Option(help="KV specs, comma-separated.")] = "f16,k8v4,int4,tq5/tq3:nc",
     ctx: Annotated[
         str, typer.Option(help="Contexts such as 16k,128k; default: doublings up to the model's limit.")
     ] = "",
