@@ -35,7 +35,7 @@ def save(chart: Chart, path: Path) -> Path:
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
     axes.title.set_fontsize(8)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handlelength=3.2, loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
