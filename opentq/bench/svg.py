@@ -12,6 +12,10 @@ WIDTH, HEIGHT = 680, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 170, 34, 46
 COLOURS = 8
 """`--c0` to `--c7` of the page's style sheet."""
+DASHES = ("", "7 4", "2 3")
+"""What tells series of one colour apart."""
+ROW = 18
+"""Height of a line of the key."""
 
 
 class Axis:
@@ -54,37 +58,39 @@ def draw(chart: Chart) -> str:
     points = [p for s in chart.series for p in s.points]
     if not points:
         return "<p>no points</p>"
+    height = max(HEIGHT, TOP + ROW * (len(chart.series) + 1))
     extra = [chart.limit[0]] if chart.limit else []
     x = Axis([p[0] for p in points], (LEFT, WIDTH - RIGHT), chart.log_x)
-    y = Axis([p[1] for p in points] + extra, (HEIGHT - BOTTOM, TOP), chart.log_y)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}: {escape(chart.y)}">']
+    y = Axis([p[1] for p in points] + extra, (height - BOTTOM, TOP), chart.log_y)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(chart.title)}: {escape(chart.y)}">']
     parts.append(f'<text class="y" x="{LEFT}" y="{TOP - 14}">{escape(chart.y)}</text>')
     for tick in x.ticks(powers_of_two=True):
         at = x.at(tick)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}">{_short(tick)}</text>')
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 18}">{_short(tick)}</text>')
     for tick in y.ticks():
         at = y.at(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="side" x="{LEFT - 8}" y="{at + 4:.1f}">{_short(tick)}</text>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}">{escape(chart.x)}</text>')
+    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}">{escape(chart.x)}</text>')
     if chart.limit:
         at = y.at(chart.limit[0])
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="y" x="{LEFT + 4}" y="{at - 4:.1f}">{escape(chart.limit[1])}</text>')
     for i, series in enumerate(chart.series):
-        style = f"c{i % COLOURS}"
+        style, dash = f"c{i % COLOURS}", f'stroke-dasharray="{DASHES[i // COLOURS % len(DASHES)]}"'
         path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in series.line)
-        parts.append(f'<polyline class="line {style}" points="{path}"/>')
+        parts.append(f'<polyline class="line {style}" {dash} points="{path}"/>')
         for (a, b), name in zip_longest(series.points, series.names):
             title = f"<title>{escape(name or series.label)}: {a:g}, {b:.4g}</title>"
             parts.append(f'<circle class="{style}" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="3.5">{title}</circle>')
         labelled = [(p, n) for p, n in zip(series.points, series.names) if p in series.line] if not i else []
         for (a, b), name in labelled:
             parts.append(f'<text class="name" x="{x.at(a) + 5:.1f}" y="{y.at(b) - 5:.1f}">{escape(name)}</text>')
-        row = TOP + 8 + 18 * i
-        parts.append(f'<circle class="{style}" cx="{WIDTH - RIGHT + 16}" cy="{row}" r="4"/>')
-        parts.append(f'<text class="key" x="{WIDTH - RIGHT + 26}" y="{row + 4}">{escape(series.label)}</text>')
+        row, left = TOP + 8 + ROW * i, WIDTH - RIGHT + 12
+        parts.append(f'<line class="line {style}" {dash} x1="{left}" x2="{left + 26}" y1="{row}" y2="{row}"/>')
+        parts.append(f'<circle class="{style}" cx="{left + 13}" cy="{row}" r="3.5"/>')
+        parts.append(f'<text class="key" x="{left + 33}" y="{row + 4}">{escape(series.label)}</text>')
     return "".join([*parts, "</svg>"])
 
 
