@@ -220,8 +220,11 @@ def test_centred_keys_change_nothing_but_the_codec():
     assert centred < 0.2 * plain
 
 
-def test_sliding_windows_are_simulated_exactly(tmp_path):
-    model, _ = opentq.load(str(tiny_model.write(tmp_path, "gemma3_text", layers=4)))
+@pytest.mark.parametrize("kind", ["llama", "sliding windows"])
+def test_the_models_own_cache_is_simulated_exactly(kind, tmp_path):
+    model = random_llama()
+    if kind != "llama":
+        model, _ = opentq.load(str(tiny_model.write(tmp_path, "gemma3_text", layers=4)))
     tokens = mx.random.randint(0, 256, (1, 300), key=mx.random.key(1))
     logits = []
     for simulate in (False, True):

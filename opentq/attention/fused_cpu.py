@@ -139,19 +139,18 @@ def _spikes(side: PackedKV, views: list[np.ndarray]) -> cpu.Spikes:
 
 
 def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]:
-    """One or two runs as the kernel reads them, or without views what it must know of nothing."""
-    where: list[Place] = [(v.ctypes.data, v.strides[0], v.strides[1], v.strides[2]) for v in views]
-    where = where or [(None, 0, 0, 0)] * 2
+    """One or two runs as the kernel reads them; without views no tokens, of whatever form."""
     runs = (cpu.Packed * 2)()
+    where: list[Place] = [(v.ctypes.data, v.strides[0], v.strides[1], v.strides[2]) for v in views]
     layout = side.layout
-    if isinstance(layout, CpuPolar):
+    if where and isinstance(layout, CpuPolar):
         runs[0] = layout.view(where[0])
-    elif isinstance(layout, CpuBlocks | CpuRuns):
+    elif where and isinstance(layout, CpuBlocks | CpuRuns):
         books = () if isinstance(side.codec, Affine) else cast(Coded, side.codec).books(side.head_dim)
         for i, run in enumerate(layout.runs):
             runs[i] = run.view(where[i], books[i] if books else None)
     else:
-        data, batch, head, row = where[0]
+        data, batch, head, row = where[0] if where else (None, 0, 0, 0)
         runs[0] = cpu.Packed(data, batch, head, TOKENS * row, 16, side.head_dim, side.head_dim, cpu.RAW)
     return runs
 
