@@ -224,6 +224,28 @@ def server() -> str:
     return f"{text}\n\n{machine(list(found.values()))}; `python dev/load_test.py`."
 
 
+@table
+def long() -> str:
+    """`opentq bench long` on the small model: every cache at every context."""
+    rows = records("long-cpu")
+    if not rows:
+        return "No record yet."
+    names = {"native": "mlx-lm's own", "mlx4": "mlx-lm `--kv-bits 4`"}
+    body = [
+        [
+            f"{r['context'] // 1024}K",
+            names.get(r["arm"], f"opentq `{r['arm']}`"),
+            *(f"{r[k]:,.0f}" for k in ("prefill_per_s", "decode_per_s")),
+            *(f"{r[k] / 1e6:.0f} MB" for k in ("kv_bytes", "peak_bytes")),
+            "found" if r["needle"] else "missed",
+        ]
+        for r in latest(rows, "context", "arm").values()
+        if not r["note"]
+    ]
+    head = ["context, `tiny-llama`", "KV cache", "prefill tokens/s", "decode tokens/s", "KV held", "peak", "needle"]
+    return f"{markdown(head, body)}\n\n{machine(rows)}, {rows[-1]['threads']} threads; `{rows[-1]['command']}`."
+
+
 def main() -> int:
     stale = []
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
