@@ -175,7 +175,8 @@ def nvidia_model() -> str:
         label = "mlx-lm's own fp16" if kv == "f16" else f"opentq `{kv}`"
         body.append([device.removeprefix("NVIDIA "), label, f"{depth // 1024}K" if depth else "0", speed, *held])
     head = ["Llama-3.1-70B's shape, random 4-bit weights", "KV cache", "depth", "tokens/s", "KV held", "peak"]
-    return f"{markdown(head, body)}\n\n{machine(rows)}; `opentq bench model llama-3.1-70b --weights random-4bit -n 64 -r 2`, in full in the records."
+    command = "opentq bench model llama-3.1-70b --weights random-4bit -n 64 -r 2"
+    return f"{markdown(head, body)}\n\n{machine(rows)}; `{command}`, in full in the records."
 
 
 @table
