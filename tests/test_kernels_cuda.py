@@ -15,7 +15,7 @@ from opentq.attention import backends, dispatch, fused_cuda
 from opentq.attention.args import AttnArgs, PackedKV
 from opentq.caches import single
 from opentq.caches.single import OpenTQCache
-from opentq.codecs import Raw, codebooks, packing, rotation
+from opentq.codecs import Raw, codebooks, packing, rotation, turbo
 from opentq.codecs.affine import Affine
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
@@ -23,6 +23,7 @@ from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels import cuda, cuda_geometry, cuda_layout, nvrtc
 from opentq.kernels.cuda_geometry import Geometry
 from opentq.kernels.cuda_layout import BLOCK, BOOK, SIGNS, MmaLayout, Run, layout_for
+from opentq.kernels.layout import packs
 
 from .cuda import emulator
 from .matrix import Shape
@@ -252,14 +253,14 @@ def test_pack_is_bit_for_bit_the_codec(side, codec, dim, dtype):
     y = y.astype(dtype)
     (want,) = layout.store(codec.encode(y))
     source = cuda.pack_source(layout, cuda.CTYPES[dtype], getattr(codec, "fit", "") == "norm")
-    inputs = [y] if layout.zeroed else [y, cuda.lengths(layout, y)]
+    inputs = [y] if layout.zeroed else [y, turbo.lengths(y, layout.groups)]
     (got,), _ = emulator.run(source, (8, 1, 1), inputs, [(want.shape, mx.uint32)])
     assert mx.array_equal(got, want)
 
 
 def test_what_the_pack_kernel_makes():
-    assert all(map(cuda_layout.packs, (INT4, Turbo(4), Turbo(3, fit="norm"), Fractional(1.5))))
-    assert not any(map(cuda_layout.packs, (Turbo(4, fit="unbiased"), Prod(3), QJL(2), Raw())))
+    assert all(map(packs, (INT4, Turbo(4), Turbo(3, fit="norm"), Fractional(1.5))))
+    assert not any(map(packs, (Turbo(4, fit="unbiased"), Prod(3), QJL(2), Raw())))
 
 
 @pytest.mark.parametrize(

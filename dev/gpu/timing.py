@@ -24,7 +24,8 @@ from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.kernels import cuda, nvrtc
-from opentq.kernels.cuda_layout import layout_for, packs
+from opentq.kernels.cuda_layout import layout_for
+from opentq.kernels.layout import packs
 
 from . import graph
 from .graph import Shape

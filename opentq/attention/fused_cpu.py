@@ -39,7 +39,7 @@ def attend(args: AttnArgs) -> mx.array | None:
     k_spiked, v_spiked = (packed and isinstance(side.layout, CpuSpikes) for side in (args.k, args.v))
     # Spikes of values come back apart and still to be rotated, so they may not be rounded yet.
     q = args.q.astype(mx.float32) if v_spiked else args.q
-    coded = replace(args, q=q, k=_coded(args.k), v=_coded(args.v))
+    coded = replace(args, q=q, k=_coded(args.k), v=_coded(args.v)) if k_spiked or v_spiked else args
     projected = coded.projected if packed else q
     plain = coded.k.codec.unrotate(q) if k_spiked else q
     arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]

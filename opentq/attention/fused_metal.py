@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..codecs import Affine, Raw, codebooks
-from ..codecs.base import FP16_MAX, Codec, Coded
+from ..codecs.base import Codec, Coded
 from ..codecs.codebooks import Book
 from ..codecs.packing import words
 from ..codecs.polar import LEVELS, Polar
 from ..codecs.qjl import QJL
-from ..codecs.turbo import Fractional, Turbo, rms
+from ..codecs.turbo import Fractional, Turbo, lengths
 from ..kernels import metal
-from ..kernels.layout import Canonical, Layout
+from ..kernels.layout import Canonical, Layout, packs
 from ..kernels.metal import Side
 from .args import AttnArgs, PackedKV
 
@@ -44,13 +44,9 @@ class _Packed(Canonical):
     """One row per token, written by a pack kernel where there is one."""
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
-        if not y.size:
+        if not y.size or not packs(codec):
             return codec.encode(y)
-        if isinstance(codec, Affine):
-            return pack(codec, y)
-        if isinstance(codec, (Turbo, Fractional)) and codec.fit != "unbiased":
-            return pack_book(codec, y)
-        return codec.encode(y)
+        return pack(codec, y) if isinstance(codec, Affine) else pack_book(cast(Turbo | Fractional, codec), y)
 
 
 PACKED = _Packed()
@@ -73,18 +69,14 @@ def pack(codec: Affine, y: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def pack_book(codec: Turbo | Fractional, y: mx.array) -> tuple[mx.array, ...]:
-    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel behind the lengths, which MLX computes: a mean
-    depends on the order of its sum.
-    """
+    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel behind the lengths."""
     *lead, dim = y.shape
     codec.check(dim)
     books = codec.books(dim)
     y, bits = mx.contiguous(y), [book.bits for book in books]
-    runs = (mx.clip(run.astype(mx.float32), -FP16_MAX, FP16_MAX) for run in mx.split(y, len(books), axis=-1))
-    lengths = mx.concatenate([rms(run) for run in runs], axis=-1)
     tokens, sizes = y.size // dim, [words(books[0].dim, b) for b in bits]
     codes, scales = metal.kernel("pack_book")(
-        inputs=[y, lengths, *_cuts(books), _ints((tokens,))],
+        inputs=[y, lengths(y, len(books)), *_cuts(books), _ints((tokens,))],
         template=[
             ("BITS", metal.BOOK + bits[0]),
             ("BITS2", metal.BOOK + bits[1] if bits[1:] else 0),
@@ -105,7 +97,7 @@ def _cuts(books: tuple[Book, ...]) -> tuple[mx.array, mx.array]:
     cuts: list[float] = []
     entries: list[float] = []
     for book in books:
-        boundaries = codebooks.boundaries(tuple(entry * book.step for entry in book.entries))
+        boundaries = codebooks.boundaries(book.values)
         cuts += (*boundaries, *[0.0] * (63 - len(boundaries)), book.step)
         entries += (*map(float, book.entries), *[0.0] * (64 - len(book.entries)))
     return mx.array(cuts, dtype=mx.float32), mx.array(entries, dtype=mx.float32)
@@ -240,7 +232,7 @@ def _books(k_codec: Codec, k_dim: int, v_codec: Codec, v_dim: int) -> mx.array:
         if isinstance(codec, Polar):
             tables = _circles()
         elif isinstance(codec, Coded):  # of 64 entries the upper half
-            tables = tuple(tuple(e * book.step for e in book.entries[-metal.BOOK :]) for book in codec.books(dim))
+            tables = tuple(book.values[-metal.BOOK :] for book in codec.books(dim))
         for table in (*tables, (0.0,), (0.0,))[:2]:
             entries += (table * metal.BOOK)[: metal.BOOK]
     return mx.array(entries, dtype=mx.float32)

@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 680, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 170, 34, 46
 COLOURS = 8
 """`--c0` to `--c7` of the page's style sheet."""
-DASHES = ("", "7 4", "2 3")
+DASHES = ("none", "7 4", "2 3")
 """What tells series of one colour apart."""
 ROW = 18
 """Height of a line of the key."""

@@ -66,6 +66,11 @@ class Book:
         """One bit: -1 or 1."""
         return cls(1, dim, (-127, 127), 1 / 127)
 
+    @property
+    def values(self) -> Codebook:
+        """What the codes stand for, in units of the scale."""
+        return tuple(entry * self.step for entry in self.entries)
+
 
 def _sphere(bits: int, dim: int) -> Codebook:
     """The optimal codebook in full precision."""

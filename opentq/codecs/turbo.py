@@ -270,6 +270,15 @@ def rms(y: mx.array) -> mx.array:
     return mx.sqrt(mx.square(y).mean(-1, keepdims=True))
 
 
+def lengths(y: mx.array, runs: int = 1) -> mx.array:
+    """`rms` of each of equal runs of rotated vectors `[..., D]`, float32 `[..., runs]`.
+
+    Pack kernels are given them, because a mean depends on the order of its sum.
+    """
+    parts = mx.split(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX), runs, axis=-1)
+    return mx.concatenate([rms(part) for part in parts], axis=-1)
+
+
 def nearest(t: mx.array, book: codebooks.Codebook) -> mx.array:
     """Index of the nearest entry of an ascending codebook of 2^b entries, uint32: b steps of binary search."""
     cuts = _constant(codebooks.boundaries(book))

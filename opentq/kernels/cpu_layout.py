@@ -16,13 +16,14 @@ import numpy as np
 
 from ..codecs import codebooks, packing, polar, turbo
 from ..codecs.affine import Affine
-from ..codecs.base import FP16_MAX, Codec, Coded, Packed
+from ..codecs.base import Codec, Coded, Packed
 from ..codecs.codebooks import Book
 from ..codecs.outliers import Outliers
 from . import cpu
 from .cpu_blocks import TOKENS, load_numpy, store_numpy
 from .cpu_polar import CpuPolar
 from .cpu_spikes import CpuSpikes
+from .layout import packs
 
 Place = tuple[int | None, int, int, int]
 """Address, and strides in bytes of batch, head and block."""
@@ -120,10 +121,9 @@ class CpuBlocks:
         _check(self, codec, y)
         blocks = _whole_blocks(self.name, y.shape[2])
         fit = codec.fit if isinstance(codec, turbo.Turbo) else ""
-        fused = isinstance(codec, Affine | turbo.Turbo) and fit != "unbiased"
-        if not fused or y.dtype not in cpu.DTYPES or not cpu.available():
+        if not packs(codec) or y.dtype not in cpu.DTYPES or not cpu.available():
             return self.store(codec.encode(y))
-        lengths = turbo.rms(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX)) if fit else mx.zeros(0)
+        lengths = turbo.lengths(y) if fit else mx.zeros(0)
         mx.eval(y, lengths)
         x = cpu.rows_view(y)
         out = np.empty((*y.shape[:2], blocks, self.block_bytes), np.uint8)
@@ -237,7 +237,7 @@ def _entries(book: Book) -> np.ndarray:
 @functools.cache
 def _cuts(book: Book) -> np.ndarray:
     """Boundaries between the entries."""
-    return np.array(codebooks.boundaries(codebooks.sphere(book.bits, book.dim)), np.float32)
+    return np.array(codebooks.boundaries(book.values), np.float32)
 
 
 def _check(layout: CpuBlocks | CpuRuns, codec: Codec, y: mx.array) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..codecs import codebooks, turbo
-from ..codecs.base import FP16_MAX, Codec
+from ..codecs.base import Codec
 from . import nvrtc
 from .cuda_layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
@@ -206,7 +206,7 @@ def pack_source(layout: MmaLayout, dtype: str, norm: bool = False) -> KernelSour
 def _pack_run(layout: MmaLayout, i: int, flags: str, dtype: str) -> str:
     """The call that encodes run i: boundaries and step go into its text, exactly."""
     run = layout.runs[i]
-    cuts = ", ".join(f"{single(cut).hex()}f" for cut in codebooks.boundaries(codebooks.sphere(run.bits, run.dim)))
+    cuts = ", ".join(f"{single(cut).hex()}f" for cut in codebooks.boundaries(run.book.values))
     types = f"{dtype}, {format_type(layout)}, {_run_type(run)}, {i}, {flags}"
     return (
         f"  const float cuts_{i}[] = {{{cuts}}};\n"
@@ -243,19 +243,13 @@ def compiled(source: KernelSource) -> Kernel:
 
 
 def pack(layout: MmaLayout, codec: Codec, y: mx.array) -> mx.array:
-    """`layout.store(codec.encode(y))` on the GPU for codecs that `cuda_layout.packs`: y `[B, H, T, D]`, T = 64 n."""
+    """`layout.store(codec.encode(y))` on the GPU for codecs that `layout.packs`: y `[B, H, T, D]`, T = 64 n."""
     batch, heads, tokens, _ = y.shape
     shape = (batch, heads, tokens // BLOCK, 2 * layout.record_words)
     records = batch * heads * tokens // RECORD
     source = pack_source(layout, CTYPES[y.dtype], getattr(codec, "fit", "") == "norm")
-    inputs = [y] if layout.zeroed else [y, lengths(layout, y)]
+    inputs = [y] if layout.zeroed else [y, turbo.lengths(y, layout.groups)]
     return compiled(source)(inputs, [(shape, mx.uint32)], (), (records, 1, 1))[0]
-
-
-def lengths(layout: MmaLayout, y: mx.array) -> mx.array:
-    """Root mean squares of the runs of rotated vectors, float32 `[B, H, T, runs]`, by the operations of the codecs."""
-    parts = mx.split(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX), layout.groups, axis=-1)
-    return mx.concatenate([turbo.rms(part) for part in parts], axis=-1)
 
 
 def unpack(

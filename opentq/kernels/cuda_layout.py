@@ -19,8 +19,8 @@ from ..codecs.base import Codec, Coded, Packed
 from ..codecs.codebooks import Book
 from ..codecs.polar import BLOCK as POLAR_BLOCK
 from ..codecs.polar import Polar
-from ..codecs.turbo import Fractional, Turbo
 from .lane_words import from_lane_words, planes, to_lane_words
+from .layout import packs
 
 BLOCK = 64
 RECORD = 32
@@ -262,11 +262,6 @@ class PolarLayout(MmaLayout):
 def _angle_shifts() -> mx.array:
     """Of the angles of levels 2 (four), 3 (two) and 4 (one, twice)."""
     return mx.array([0, 6, 8, 14, 2, 10, 4, 12], dtype=mx.uint32)
-
-
-def packs(codec: Codec) -> bool:
-    """Whether the pack kernel makes what `codec` makes: not sketches, whose signs come from a matrix product."""
-    return isinstance(codec, Affine) or (isinstance(codec, Turbo | Fractional) and codec.fit != "unbiased")
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[MmaLayout, MmaLayout] | None:

@@ -7,14 +7,15 @@
 #pragma once
 #include "products.h"
 
+namespace otq {
+constexpr int MATRIX_ROWS = 5;  // fewer are quicker without the unit
+}
+
 #if defined(__AMX_INT8__) && defined(__linux__) && !defined(OPENTQ_NO_MATRIX)
 #include <sys/syscall.h>
 #include <unistd.h>
-#define OPENTQ_MATRIX 1
 
 namespace otq {
-
-constexpr int MATRIX_ROWS = 5;  // fewer are quicker without the unit
 
 // Linux gives a process the unit's registers when it asks.
 inline bool matrix_unit() {
@@ -166,7 +167,6 @@ inline void matrix_values(const uint8_t* codes, const Packed& v, const Rows& row
 #else
 
 namespace otq {
-constexpr int MATRIX_ROWS = 5;  // fewer are quicker without the unit
 inline bool matrix_unit() { return false; }
 inline int matrix_step(const Packed&) { return 0; }
 struct MatrixUnit {
