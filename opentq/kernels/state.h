@@ -37,7 +37,6 @@ class Arena {
     used_ += (count * sizeof(T) + 63) & ~size_t(63);
     return p;
   }
-  static size_t bytes(size_t count, size_t size) { return (count * size + 63) & ~size_t(63); }
 
  private:
   uint8_t* base_ = nullptr;
