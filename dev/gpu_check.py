@@ -31,7 +31,7 @@ import mlx.core as mx  # noqa: E402
 import torch  # noqa: E402
 from gpu import conform, driver, generate, goals, profile, timing  # noqa: E402
 
-from opentq.kernels import cuda  # noqa: E402
+from opentq.kernels.cuda import launch as cuda  # noqa: E402
 
 PARTS = ("check", "model", "time", "ncu", "rivals")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .kernels import blas
+from .kernels.cpu import blas
 
 blas.before_mlx()
 
@@ -23,21 +23,21 @@ __version__ = "0.1.0"
 
 _HOME = {
     "KVSpec": "spec",
-    "compress": "hooks",
-    "uninstall": "hooks",
-    "generate": "model",
-    "load": "model",
-    "make_cache": "model",
-    "report": "reporting",
+    "compress": "hosts.mlx_lm.hooks",
+    "uninstall": "hosts.mlx_lm.hooks",
+    "generate": "hosts.mlx_lm.load",
+    "load": "hosts.mlx_lm.load",
+    "make_cache": "hosts.mlx_lm.load",
+    "report": "hosts.mlx_lm.report",
 }
 
 __all__ = ["KVSpec", "__version__", "compress", "generate", "load", "make_cache", "report", "uninstall"]
 
 if TYPE_CHECKING:
-    from .hooks import compress, uninstall
-    from .model import generate, load, make_cache
-    from .reporting import report
-    from .spec import KVSpec
+    from .hosts.mlx_lm.hooks import compress, uninstall
+    from .hosts.mlx_lm.load import generate, load, make_cache
+    from .hosts.mlx_lm.report import report
+    from .spec.kv import KVSpec
 
 
 def __getattr__(name: str):

@@ -1,5 +1,5 @@
 """`python -m opentq` is `opentq`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

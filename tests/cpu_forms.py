@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from opentq.codecs import Affine, Codec, make
 from opentq.codecs.outliers import Outliers
-from opentq.kernels.cpu_layout import CpuLayout, layout_for
+from opentq.kernels.cpu.layout import CpuLayout, layout_for
 
 BITS = (2, 3, 4, 8)
 BOOKS = tuple(f"tq{bits}" for bits in range(1, 7))

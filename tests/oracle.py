@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from opentq.attention import dispatch, reference
-from opentq.attention.args import AttnArgs
 from opentq.caches.single import OpenTQCache
+from opentq.contracts.attention import AttnArgs
 
 from .matrix import Shape
 

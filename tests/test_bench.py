@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from opentq.bench import build, kernel, long, report, run, svg, table
 from opentq.bench import model as models
 from opentq.bench.chart import Chart, Series, charts
-from opentq.bench.command import bench
 from opentq.bench.rivals import find
+from opentq.cli.bench import bench
 from opentq.errors import UserError
 
 QUICK = {"windows": 2, "warm": 0.0, "window": 0.0}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from opentq.kernels import blas, build
+from opentq.kernels import build
+from opentq.kernels.cpu import blas
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX compilers")
 
@@ -156,10 +157,10 @@ def python(script: str, **env: str) -> str:
 ATTEND = """
     import mlx.core as mx
     mx.set_default_device(mx.cpu)
-    from opentq.attention import fused_cpu
+    from opentq.kernels.cpu import attention as fused_cpu
     from opentq.codecs.affine import Affine
-    from opentq.kernels import cpu
-    from opentq.kernels.cpu_layout import CpuBlocks
+    from opentq.kernels.cpu import library as cpu
+    from opentq.kernels.cpu.layout import CpuBlocks
     codec, layout = Affine(4, 32), CpuBlocks("k", 4, 32, 64)
     packed = codec.encode(mx.random.normal((1, 1, 64, 64), key=mx.random.key(0)))
     loaded = layout.load(layout.store(packed))
@@ -177,7 +178,7 @@ def test_without_a_compiler_the_portable_path_serves(tmp_path):
 
 PRODUCT = """
     import opentq
-    from opentq.kernels import blas
+    from opentq.kernels.cpu import blas
     import numpy as np
     assert blas._status is None, "decided when MLX is loaded, not earlier"
     import mlx.core as mx
@@ -213,7 +214,8 @@ GEMM = """
     import ctypes, itertools
     import numpy as np
     import opentq, mlx.core
-    from opentq.kernels import blas, build
+    from opentq.kernels.cpu import blas
+    from opentq.kernels import build
     shim = build.load("blas", blas.SOURCES)
     library = ctypes.CDLL(blas.status().detail)
     threads = library.scipy_openblas_get_num_threads64_() if "scipy" in library._name else None

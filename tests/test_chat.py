@@ -11,7 +11,7 @@ from opentq.chat.console import Console, count, size
 from opentq.chat.conversation import Conversation, Settings
 from opentq.chat.style import BOLD, CYAN, RESET, Styler
 from opentq.errors import UserError
-from opentq.model import load
+from opentq.hosts.mlx_lm.load import load
 
 from .tiny_model import write
 

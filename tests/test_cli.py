@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from opentq import cli
-from opentq.evaluate.recommend import recommend
+from opentq.cli import main as cli
+from opentq.spec.recommended import recommend
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-llama"
 QUESTION = "# The secret code of Babilu is 48213.\n\nimport os\nimport sys\nWhat is the secret code of Babilu?"
@@ -80,7 +80,7 @@ def test_mlx_lm_generates_the_same_text(run):
     import mlx_lm
 
     import opentq
-    from opentq.generation import encode_prompt
+    from opentq.hosts.mlx_lm.generate import encode_prompt
 
     code, out, err = run("generate", "--model", str(TINY), "--kv", "int4", QUESTION, "-m", "16", "--json")
     assert code == 0, err
@@ -200,7 +200,7 @@ def test_doctor_finds_a_working_machine(run):
 
 
 def test_the_demo_needs_a_model(run, monkeypatch, tmp_path):
-    from opentq.commands import demo
+    from opentq.cli import demo
 
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "a" / "b" / "c" / "demo.py"))
     monkeypatch.chdir(tmp_path)

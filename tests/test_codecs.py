@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from opentq.codecs import REGISTRY, Affine, codebooks, packing, rotation, sketch
-from opentq.codecs.base import Coded
 from opentq.codecs.outliers import Outliers
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo, nearest
-from opentq.spec import KVSpec
+from opentq.contracts.codec import Coded
+from opentq.spec.kv import KVSpec
 
 # Relative error of a decoded Gaussian vector, |x - x'| / |x|, that a codec may not exceed.
 BOUNDS = {

@@ -57,7 +57,7 @@ def test_attention_after_a_trim_inside_a_block(spec, kernels):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_save_load_continue_is_continue(spec, tmp_path):
-    from opentq.hooks import install_shim
+    from opentq.hosts.mlx_lm.hooks import install_shim
 
     install_shim()
     k, v = vectors(SMALL, 400)
@@ -72,7 +72,7 @@ def test_save_load_continue_is_continue(spec, tmp_path):
 
 
 def test_an_empty_cache_saves_loads_and_measures(tmp_path):
-    from opentq.hooks import install_shim
+    from opentq.hosts.mlx_lm.hooks import install_shim
 
     install_shim()
     cache = OpenTQCache("k8v4:sink=2")

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from opentq.attention import backends
 from opentq.caches import disk
-from opentq.caches.command import JOIN, app, resume
 from opentq.caches.single import OpenTQCache
-from opentq.generation import Request, encode_prompt, run
-from opentq.hooks import compress, install_shim
-from opentq.model import load
+from opentq.cli.cache import JOIN, app, resume
+from opentq.hosts.mlx_lm.generate import Request, encode_prompt, run
+from opentq.hosts.mlx_lm.hooks import compress, install_shim
+from opentq.hosts.mlx_lm.load import load
 
 from .architectures import build
 from .conftest import random_llama

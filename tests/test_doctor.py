@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from opentq.attention import dispatch
 from opentq.bench import device
-from opentq.cli import app
+from opentq.cli.main import app
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 import opentq
-from opentq import cli
 from opentq.caches.single import OpenTQCache
+from opentq.cli import main as cli
 from opentq.errors import UserError
-from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, recommend, show
+from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, show
 from opentq.evaluate.plot import heat_map
 from opentq.evaluate.records import Records
 from opentq.evaluate.simulate import SimulatedCache, coded
-from opentq.spec import KVSpec, SpecError
+from opentq.spec import recommended as recommend
+from opentq.spec.kv import KVSpec, SpecError
 
 from . import tiny_model
 from .conftest import random_llama

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from opentq.kernels import build, cpu
+from opentq.kernels import build
+from opentq.kernels.cpu import library as cpu
 
 pytestmark = pytest.mark.skipif(
     build.active_dialect() != "cpu" or not cpu.available(), reason="no CPU kernels here: another device, or no compiler"

@@ -16,12 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentq.attention import fused_cpu, reference
-from opentq.attention.args import AttnArgs, PackedKV
+from opentq.attention import reference
 from opentq.caches.single import OpenTQCache
 from opentq.codecs import Codec, Raw
-from opentq.kernels import build, cpu
-from opentq.kernels.layout import CANONICAL
+from opentq.contracts.attention import AttnArgs, PackedKV
+from opentq.contracts.layout import CANONICAL
+from opentq.kernels import build
+from opentq.kernels.cpu import attention as fused_cpu
+from opentq.kernels.cpu import library as cpu
 
 from .cpu_forms import HALVES, K_FORMS, V_FORMS, codec_of, layout_of
 

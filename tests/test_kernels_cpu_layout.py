@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from opentq.codecs import Affine, Codec, Turbo
-from opentq.kernels import build, cpu
-from opentq.kernels.cpu_blocks import load_numpy, store_numpy
-from opentq.kernels.cpu_layout import CpuLayout, layout_for, layout_named
+from opentq.kernels import build
+from opentq.kernels.cpu import library as cpu
+from opentq.kernels.cpu.blocks import load_numpy, store_numpy
+from opentq.kernels.cpu.layout import CpuLayout, layout_for, layout_named
 
 from .cpu_forms import BITS, BOOKS, HALVES, SKETCHES, codec_of, layout_of
 

@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from opentq.attention import backends, dispatch, fused_cuda
-from opentq.attention.args import AttnArgs, PackedKV
+from opentq.attention import backends, dispatch
 from opentq.caches import single
 from opentq.caches.single import OpenTQCache
 from opentq.codecs import Raw, codebooks, packing, rotation, turbo
@@ -20,10 +19,15 @@ from opentq.codecs.affine import Affine
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
-from opentq.kernels import cuda, cuda_geometry, cuda_layout, nvrtc
-from opentq.kernels.cuda_geometry import Geometry
-from opentq.kernels.cuda_layout import BLOCK, BOOK, SIGNS, MmaLayout, Run, layout_for
-from opentq.kernels.layout import packs
+from opentq.contracts.attention import AttnArgs, PackedKV
+from opentq.contracts.layout import packs
+from opentq.kernels.cuda import attention as fused_cuda
+from opentq.kernels.cuda import geometry as cuda_geometry
+from opentq.kernels.cuda import launch as cuda
+from opentq.kernels.cuda import layout as cuda_layout
+from opentq.kernels.cuda import nvrtc
+from opentq.kernels.cuda.geometry import Geometry
+from opentq.kernels.cuda.layout import BLOCK, BOOK, SIGNS, MmaLayout, Run, layout_for
 
 from .cuda import emulator
 from .matrix import Shape

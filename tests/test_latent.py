@@ -10,7 +10,7 @@ import pytest
 from opentq.attention import reference
 from opentq.caches.latent import LatentCodec, OpenTQLatentCache, latent_spec
 from opentq.caches.single import OpenTQCache
-from opentq.spec import KVSpec
+from opentq.spec.kv import KVSpec
 
 from .matrix import Shape
 from .oracle import args_of, fill, judge, queries, same_state, vectors

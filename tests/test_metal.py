@@ -9,14 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from opentq.attention import dispatch, fused_metal
+from opentq.attention import dispatch
 from opentq.bench import device, metal_tune, run
 from opentq.codecs import Affine
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.errors import UserError
-from opentq.kernels import metal
-from opentq.spec import KVSpec
+from opentq.kernels.metal import attention as fused_metal
+from opentq.kernels.metal import launch as metal
+from opentq.spec.kv import KVSpec
 
 from . import oracle
 from .matrix import Shape

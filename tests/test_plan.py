@@ -11,15 +11,15 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from opentq import hooks
+from opentq.cli.plan import parse_count, split_list
 from opentq.errors import UserError
+from opentq.hosts.mlx_lm import hooks
 from opentq.memory import device as machines
 from opentq.memory import shapes, skeleton, source
 from opentq.memory.answer import answer
-from opentq.memory.command import parse_count, split_list
 from opentq.memory.device import GIB, Device
 from opentq.memory.plan import capacity, payload, predict, price
-from opentq.spec import KVSpec
+from opentq.spec.kv import KVSpec
 
 CPU = machines.assumed(8 * GIB, "cpu")
 

@@ -12,8 +12,8 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import make_prompt_cache
 
 import opentq
-from opentq import hooks
-from opentq.policy import NothingCompressed
+from opentq.hosts.mlx_lm import hooks
+from opentq.hosts.mlx_lm.policy import NothingCompressed
 
 from .conftest import random_llama
 

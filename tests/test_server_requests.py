@@ -7,11 +7,11 @@ import random
 
 import pytest
 
+from opentq.dialogue.errors import ApiError
+from opentq.dialogue.output import Parser, StopText
 from opentq.server import anthropic, schema
 from opentq.server import openai as wire
 from opentq.server.admission import Admission, shelf
-from opentq.server.errors import ApiError
-from opentq.server.output import Parser, StopText
 from opentq.server.pace import Pace
 from opentq.server.prefix import PrefixStore
 

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from opentq.caches import disk
-from opentq.cli import app
+from opentq.cli.main import app
 from opentq.errors import UserError
 from opentq.server.launch import Options, Server, bind
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentq.codecs import GROUPS, REGISTRY
-from opentq.spec import KVSpec, SpecError, spec_from_flags
+from opentq.spec.kv import KVSpec, SpecError, spec_from_flags
 
 names = st.sampled_from(sorted(REGISTRY))
 value_names = st.sampled_from(sorted(name for name, method in REGISTRY.items() if not method.partner))

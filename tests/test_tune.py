@@ -6,10 +6,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from opentq import hooks
 from opentq.errors import UserError
-from opentq.recipe import Recipe, text
-from opentq.spec import KVSpec, SpecError
+from opentq.hosts.mlx_lm import hooks
+from opentq.spec.kv import KVSpec, SpecError
+from opentq.spec.recipe import Recipe, text
 from opentq.tuning.sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 from opentq.tuning.tune import Goal, Tuner
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from opentq.cli import app
+from opentq.cli.main import app
 from opentq.memory import device
 from opentq.memory.device import GIB
 
@@ -53,7 +53,7 @@ def test_longer_contexts_and_drafts_wire_more(limits):
 
 
 def test_the_limit_comes_back_after_an_error(limits, monkeypatch):
-    from opentq import generation
+    from opentq.hosts.mlx_lm import generate as generation
 
     def fails(*args, **options):
         raise RuntimeError("out of memory")

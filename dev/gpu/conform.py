@@ -16,14 +16,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from opentq.attention import fused_cuda, reference
-from opentq.attention.args import AttnArgs, PackedKV
+from opentq.attention import reference
 from opentq.codecs.affine import Affine
-from opentq.codecs.base import Codec
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
-from opentq.kernels.cuda_layout import layout_for
+from opentq.contracts.attention import AttnArgs, PackedKV
+from opentq.contracts.codec import Codec
+from opentq.kernels.cuda import attention as fused_cuda
+from opentq.kernels.cuda.layout import layout_for
 from tests.oracle import _naive
 
 CAPACITY = 1024

@@ -6,10 +6,10 @@ import random
 
 import mlx.core as mx
 
-from opentq.attention import fused_cuda
 from opentq.codecs.affine import Affine
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Prod
+from opentq.kernels.cuda import attention as fused_cuda
 
 from . import conform
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 import opentq
-from opentq.model import load
+from opentq.hosts.mlx_lm.load import load
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-llama"
 PROMPT, TOKENS = 1000, 64

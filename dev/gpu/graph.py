@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from opentq.codecs.base import Codec
-from opentq.kernels import cuda, nvrtc
-from opentq.kernels.cuda_geometry import Geometry
-from opentq.kernels.cuda_layout import layout_for
+from opentq.contracts.codec import Codec
+from opentq.kernels.cuda import launch as cuda
+from opentq.kernels.cuda import nvrtc
+from opentq.kernels.cuda.geometry import Geometry
+from opentq.kernels.cuda.layout import layout_for
 
 TORCH = {"f16": "float16", "bf16": "bfloat16"}
 CALLS = 20  # in one graph

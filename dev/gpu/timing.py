@@ -16,16 +16,17 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
-from opentq.attention import fused_cuda
-from opentq.attention.args import AttnArgs, PackedKV
 from opentq.codecs.affine import Affine
-from opentq.codecs.base import Codec
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
-from opentq.kernels import cuda, nvrtc
-from opentq.kernels.cuda_layout import layout_for
-from opentq.kernels.layout import packs
+from opentq.contracts.attention import AttnArgs, PackedKV
+from opentq.contracts.codec import Codec
+from opentq.contracts.layout import packs
+from opentq.kernels.cuda import attention as fused_cuda
+from opentq.kernels.cuda import launch as cuda
+from opentq.kernels.cuda import nvrtc
+from opentq.kernels.cuda.layout import layout_for
 
 from . import graph
 from .graph import Shape

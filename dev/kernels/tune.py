@@ -22,7 +22,7 @@ from gpu import graph  # noqa: E402
 
 from opentq.codecs.affine import Affine  # noqa: E402
 from opentq.codecs.turbo import Turbo  # noqa: E402
-from opentq.kernels import cuda  # noqa: E402
+from opentq.kernels.cuda import launch as cuda  # noqa: E402
 
 N = 131072
 SHAPES = [graph.Shape(N, codec, codec) for codec in (Turbo(4), Turbo(3), Turbo(2), Affine(2), Affine(4))]

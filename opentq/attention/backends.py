@@ -12,10 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..codecs.base import Codec
-from ..kernels import blas, build, cpu
-from ..kernels.layout import CANONICAL, Layout
-from .args import AttnArgs
+from ..contracts.attention import AttnArgs
+from ..contracts.codec import Codec
+from ..contracts.layout import CANONICAL, Layout
+from ..kernels import build
+from ..kernels.cpu import blas
+from ..kernels.cpu import library as cpu
 
 Pair = tuple[Any, Any]
 """Something of keys and the same of values."""
@@ -54,14 +56,14 @@ def active() -> Backend | None:
 @functools.cache
 def _backend(dialect: str) -> Backend | None:
     if dialect == "cpu":
-        from . import fused_cpu
+        from ..kernels.cpu import attention as fused_cpu
 
         return Backend("cpu", fused_cpu.attend, fused_cpu.layouts) if cpu.available() else None
     if dialect == "cuda":
-        from . import fused_cuda
+        from ..kernels.cuda import attention as fused_cuda
 
         return Backend("cuda", fused_cuda.attend, _cuda_layouts, fused_cuda.extend)
-    from . import fused_metal
+    from ..kernels.metal import attention as fused_metal
 
     return Backend("metal", fused_metal.attend, fused_metal.layouts)
 
@@ -70,7 +72,7 @@ PLAIN = (CANONICAL, CANONICAL)
 
 
 def _cuda_layouts(k: Codec, v: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
-    from ..kernels import cuda_layout
+    from ..kernels.cuda import layout as cuda_layout
 
     return cuda_layout.layouts(k, v, dims) or PLAIN
 
@@ -79,7 +81,8 @@ def layout_named(name: str) -> Layout:
     """The layout that wrote a saved cache: every layout can be read on every machine. Raises ValueError."""
     if name == CANONICAL.name:
         return CANONICAL
-    from ..kernels import cpu_layout, cuda_layout
+    from ..kernels.cpu import layout as cpu_layout
+    from ..kernels.cuda import layout as cuda_layout
 
     layout = cpu_layout.layout_named(name) or cuda_layout.layout_named(name)
     if layout is None:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..codecs.base import Codec
-from ..kernels.layout import Layout
+from ..contracts.attention import AttnArgs
+from ..contracts.codec import Codec
+from ..contracts.layout import Layout
 from . import backends, tiled
-from .args import AttnArgs
 from .backends import Pair
 
 log = logging.getLogger("opentq")

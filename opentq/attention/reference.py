@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .args import AttnArgs
+from ..contracts.attention import AttnArgs
 
 
 def attend(args: AttnArgs) -> mx.array:

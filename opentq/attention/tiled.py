@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .args import AttnArgs
+from ..contracts.attention import AttnArgs
 from .merge import Partial, merge, softmax_partial
 
 SCRATCH = 64 << 20

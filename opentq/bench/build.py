@@ -40,7 +40,7 @@ def build(model: str, weights: str = "", layers: int = 0, seed: int = 0) -> Buil
     if origin.folder and not weights:
         if layers:
             raise UserError("--layers is for random weights: add --weights random-4bit, or leave it out")
-        from ..model import load
+        from ..hosts.mlx_lm.load import load
 
         loaded, tokenizer = load(model)
         return Built(loaded, origin.name, tokenizer, weight_bytes(loaded), *_sizes(origin.config))

@@ -17,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..attention import backends, dispatch, reference
-from ..attention.args import AttnArgs
 from ..caches.single import OpenTQCache
 from ..caches.step import Step
-from ..codecs.base import Codec, Packed
-from ..kernels import metal
-from ..spec import KVSpec
+from ..contracts.attention import AttnArgs
+from ..contracts.codec import Codec, Packed
+from ..kernels.metal import launch as metal
+from ..spec.kv import KVSpec
 from . import kernel, run
 
 Record = dict[str, Any]

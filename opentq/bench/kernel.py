@@ -17,8 +17,8 @@ import numpy as np
 
 from ..caches.single import OpenTQCache
 from ..errors import UserError
-from ..kernels import cpu
-from ..spec import KVSpec
+from ..kernels.cpu import library as cpu
+from ..spec.kv import KVSpec
 from . import run
 from .rivals import Entry, find
 

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..kernels import metal
-from ..kernels.metal import Tuning
+from ..kernels.metal import launch as metal
+from ..kernels.metal.launch import Tuning
 from . import kernel, run
 
 SHAPES = ((32, 8, 128), (64, 8, 128))

@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import hooks
 from ..errors import UserError
+from ..hosts.mlx_lm import hooks
+from ..hosts.mlx_lm.policy import members
 from ..memory.device import GIB
-from ..policy import members
-from ..spec import KVSpec
+from ..spec.kv import KVSpec
 from . import run
 from .build import Built
 

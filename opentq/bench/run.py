@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..kernels import cpu
+from ..kernels.cpu import library as cpu
 from ..memory.device import here
 
 WINDOWS = 7

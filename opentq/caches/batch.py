@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from ..attention.args import Lengths
 from ..codecs import Packed
-from ..kernels.layout import FLUSH
-from ..spec import KVSpec
+from ..contracts.attention import Lengths
+from ..contracts.layout import FLUSH
+from ..spec.kv import KVSpec
 from .buffer import EVERY, Buffer, joined, own
 from .extent import Extent
 from .single import OpenTQCache, mean_key, relay, shifted

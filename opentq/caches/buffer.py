@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..codecs import Codec, Packed
-from ..kernels.layout import Layout
+from ..contracts.layout import Layout
 
 STEP_TOKENS = 256
 

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cache as mlx_cache
 
 from ..errors import UserError
-from ..policy import members
+from ..hosts.mlx_lm.policy import members
 from .latent import OpenTQLatentCache
 from .single import OpenTQCache
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..kernels.layout import FLUSH
+from ..contracts.layout import FLUSH
 
 SLACK = FLUSH
 """Tokens that a window keeps beyond its size, so that a trim of a few tokens (speculative decoding) stays exact."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..attention.args import Lengths, PackedKV
 from ..codecs import REGISTRY, Codec, Packed, Raw
-from ..spec import KVSpec
+from ..contracts.attention import Lengths, PackedKV
+from ..spec.kv import KVSpec
 from .batch import BatchOpenTQCache
 from .single import OpenTQCache
 from .step import Handle, Step

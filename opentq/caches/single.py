@@ -15,12 +15,12 @@ import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from ..attention import backends, dispatch
-from ..attention.args import Lengths, PackedKV
 from ..codecs import Codec, Packed, Raw
-from ..codecs.base import FP16_MAX
+from ..contracts.attention import Lengths, PackedKV
+from ..contracts.codec import FP16_MAX
+from ..contracts.layout import CANONICAL, FLUSH, Layout
 from ..errors import UserError
-from ..kernels.layout import CANONICAL, FLUSH, Layout
-from ..spec import KVSpec
+from ..spec.kv import KVSpec
 from .buffer import Buffer, own
 from .extent import Extent, Limits
 from .step import CausalMask, Handle, LayerStats, Step

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..attention import dispatch
-from ..attention.args import AttnArgs, Lengths, PackedKV
+from ..contracts.attention import AttnArgs, Lengths, PackedKV
 from ..errors import UserError
 
 

@@ -15,13 +15,13 @@ from jinja2 import TemplateError
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from .. import hooks
+from ..dialogue.ask import Ask, Delta, Draw
+from ..dialogue.output import Parser
+from ..dialogue.prompt import Prompter
+from ..dialogue.sampling import make_sampler
 from ..errors import UserError
-from ..model import cache_bytes, fp16_bytes, make_cache
-from ..server.ask import Ask, Delta, Draw
-from ..server.output import Parser
-from ..server.prompt import Prompter
-from ..server.sampling import make_sampler
+from ..hosts.mlx_lm import hooks
+from ..hosts.mlx_lm.load import cache_bytes, fp16_bytes, make_cache
 
 
 @dataclass(frozen=True)

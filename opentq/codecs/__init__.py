@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..contracts.codec import Codec, Packed
 from . import affine, turbo
 from .affine import GROUPS, Affine
-from .base import Codec, Packed
 from .outliers import Outliers
 from .polar import Polar
 from .qjl import QJL

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..contracts.codec import FP16_MAX, Packed, finite
 from . import packing, rotation
-from .base import FP16_MAX, Packed, finite
 
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128)

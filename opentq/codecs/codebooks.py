@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
 
 import numpy as np
+
+from ..contracts.codec import Book
 
 Codebook = tuple[float, ...]
 """Centroids, ascending; boundaries are their midpoints."""
@@ -45,31 +46,14 @@ def integers(bits: int, dim: int) -> tuple[tuple[int, ...], float]:
     return (*(-entry for entry in reversed(upper)), *upper), step
 
 
-@dataclass(frozen=True)
-class Book:
-    """What a kernel looks up for a run of `dim` codes of `bits` bits that share a scale: `entries[code] * step`.
+def sphere_book(bits: int, dim: int) -> Book:
+    """`sphere(bits, dim)` as kernels look it up."""
+    return Book(bits, dim, *integers(bits, dim))
 
-    Entries are signed bytes, ascending and odd (`entries[-1 - c] == -entries[c]`).
-    """
 
-    bits: int
-    dim: int
-    entries: tuple[int, ...]
-    step: float
-
-    @classmethod
-    def of_sphere(cls, bits: int, dim: int) -> Book:
-        return cls(bits, dim, *integers(bits, dim))
-
-    @classmethod
-    def of_signs(cls, dim: int) -> Book:
-        """One bit: -1 or 1."""
-        return cls(1, dim, (-127, 127), 1 / 127)
-
-    @property
-    def values(self) -> Codebook:
-        """What the codes stand for, in units of the scale."""
-        return tuple(entry * self.step for entry in self.entries)
+def sign_book(dim: int) -> Book:
+    """One bit: -1 or 1."""
+    return Book(1, dim, (-127, 127), 1 / 127)
 
 
 def _sphere(bits: int, dim: int) -> Codebook:

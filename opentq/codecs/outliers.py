@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .base import FP16_MAX, Codec, Packed, finite
+from ..contracts.codec import FP16_MAX, Codec, Packed, finite
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..contracts.codec import FP16_MAX, Packed, finite
 from . import codebooks, packing
-from .base import FP16_MAX, Packed, finite
 from .turbo import check_dim, lookup, nearest, rotate, unrotate
 
 BLOCK = 16

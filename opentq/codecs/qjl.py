@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from . import packing, sketch
-from .base import FP16_MAX, Packed, finite
-from .codebooks import Book
+from ..contracts.codec import FP16_MAX, Book, Packed, finite
+from . import codebooks, packing, sketch
 from .turbo import check_dim, rms
 
 
@@ -67,7 +66,7 @@ class QJL:
         return finite(scales.astype(mx.float32) * estimate, dtype)
 
     def books(self, head_dim: int) -> tuple[Book, ...]:
-        return (Book.of_signs(self.ratio * head_dim),)
+        return (codebooks.sign_book(self.ratio * head_dim),)
 
     def project(self, q: mx.array) -> mx.array:
         """Queries `[..., D]` -> `[..., ratio * D]`."""

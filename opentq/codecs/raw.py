@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .base import FP16_MAX, Packed
+from ..contracts.codec import FP16_MAX, Packed
 
 
 @dataclass(frozen=True)

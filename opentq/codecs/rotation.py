@@ -43,7 +43,7 @@ def _kernel(dim: int) -> Callable[[mx.array], mx.array] | None:
     """One launch instead of three operations, on NVIDIA GPUs: the transform is its own inverse."""
     if mx.default_device() != mx.gpu:
         return None
-    from ..kernels import cuda
+    from ..kernels.cuda import launch as cuda
 
     return cuda.rotate if cuda.available() and cuda.rotates(dim) else None
 

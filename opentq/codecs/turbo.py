@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..contracts.codec import FP16_MAX, Book, Packed, finite
 from . import codebooks, packing, rotation, sketch
-from .base import FP16_MAX, Packed, finite
-from .codebooks import Book
 
 BITS = (1, 2, 3, 4, 5, 6)
 ROTATIONS = ("hadamard", "haar", "none")
@@ -99,7 +98,7 @@ class Turbo:
         return finite(scales.astype(mx.float32) * points, dtype)
 
     def books(self, head_dim: int) -> tuple[Book, ...]:
-        return (Book.of_sphere(self.bits, head_dim),)
+        return (codebooks.sphere_book(self.bits, head_dim),)
 
     def project(self, q: mx.array) -> mx.array:
         return q
@@ -167,7 +166,7 @@ class Prod:
         return finite(base + scales[..., 1:].astype(mx.float32) * left, dtype)
 
     def books(self, head_dim: int) -> tuple[Book, ...]:
-        return *self.base.books(head_dim), Book.of_signs(head_dim)
+        return *self.base.books(head_dim), codebooks.sign_book(head_dim)
 
     def project(self, q: mx.array) -> mx.array:
         """Rotated queries `[..., D]` -> `[..., 2 D]`: themselves, and their sketch."""
@@ -239,7 +238,7 @@ class Fractional:
         return mx.concatenate([p.decode((c, s), dtype, head_dim // 2) for p, c, s in pairs], axis=-1)
 
     def books(self, head_dim: int) -> tuple[Book, ...]:
-        return tuple(Book.of_sphere(part.bits, head_dim // 2) for part in self.parts)
+        return tuple(codebooks.sphere_book(part.bits, head_dim // 2) for part in self.parts)
 
     def project(self, q: mx.array) -> mx.array:
         return q

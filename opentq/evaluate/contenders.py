@@ -16,12 +16,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from .. import hooks
 from ..codecs import Affine, Codec, packing
-from ..codecs.base import FP16_MAX, Packed
+from ..contracts.codec import FP16_MAX, Packed
 from ..errors import UserError
-from ..policy import native_reason
-from ..spec import KVSpec
+from ..hosts.mlx_lm import hooks
+from ..hosts.mlx_lm.policy import native_reason
+from ..spec.kv import KVSpec
 from .simulate import SimulatedCache
 
 NATIVE = "native"

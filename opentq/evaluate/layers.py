@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import hooks
 from ..caches.step import Handle, Step
 from ..errors import UserError
-from ..spec import KVSpec
+from ..hosts.mlx_lm import hooks
+from ..spec.kv import KVSpec
 from .corpus import Corpus
 from .forward import Tick, nothing, prefill
 from .records import Record, Records, about

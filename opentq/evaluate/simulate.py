@@ -10,13 +10,13 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..attention import dispatch
-from ..attention.args import Lengths
 from ..caches.extent import Limits
 from ..caches.single import OpenTQCache, mean_key, shifted
 from ..caches.step import Handle
 from ..codecs import Affine, Codec
-from ..kernels.layout import FLUSH
-from ..spec import KVSpec
+from ..contracts.attention import Lengths
+from ..contracts.layout import FLUSH
+from ..spec.kv import KVSpec
 
 
 class SimulatedCache(OpenTQCache):

@@ -28,7 +28,7 @@ from pathlib import Path
 
 log = logging.getLogger("opentq")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-w")
 NATIVE = ("-march=native", "-mcpu=native")  # the second for Arm compilers that don't know the first
 TIMEOUT = 600  # seconds a compiler may take
@@ -101,7 +101,7 @@ def cpu_identity() -> str:
 
 
 def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
-    """The library `name` made of these files of this folder, compiled if this machine hasn't done so before.
+    """The library `name` made of these files of `kernels/cpu`, compiled if this machine hasn't done so before.
 
     Raises BuildError.
     """
@@ -129,7 +129,7 @@ def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> 
 def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = ()) -> None:
     """Compile `sources` in parallel and link them to `target`, which appears in one step.
 
-    A source is a file of this folder, with its own definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4".
+    A source is a file of `kernels/cpu`, with definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4".
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
 

@@ -63,7 +63,7 @@ def vectors(s: Settings) -> Result:
     import numpy as np
 
     from ..evaluate.layers import attention_errors
-    from ..spec import KVSpec
+    from ..spec.kv import KVSpec
 
     rng = np.random.default_rng(s["seed"])
     dim, tokens, rows = s["dim"], s["tokens"], 32
@@ -90,8 +90,8 @@ def speed(s: Settings) -> Result:
     import mlx.nn as nn
     from mlx_lm.models.cache import make_prompt_cache
 
-    from .. import hooks
-    from ..model import load
+    from ..hosts.mlx_lm import hooks
+    from ..hosts.mlx_lm.load import load
 
     model, _ = load(s["model"])
     if s["weights"]:
@@ -141,7 +141,7 @@ def speculative(s: Settings) -> Result:
 
 @functools.lru_cache(maxsize=2)
 def _loaded(path: str) -> Any:
-    from ..model import load
+    from ..hosts.mlx_lm.load import load
 
     return load(path)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..spec import KVSpec
+from ..spec.kv import KVSpec
 from . import device as machines
 from . import source
 from .device import GIB, Device

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from .. import hooks
-from ..policy import LayerPlan, members, shaped
+from ..hosts.mlx_lm import hooks
+from ..hosts.mlx_lm.policy import LayerPlan, members, shaped
 from .skeleton import flat
 
 

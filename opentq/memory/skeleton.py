@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from .. import seams
 from ..errors import UserError
-from ..policy import LayerPlan, decide, members, shaped
-from ..spec import KVSpec
+from ..hosts.mlx_lm import seams
+from ..hosts.mlx_lm.policy import LayerPlan, decide, members, shaped
+from ..spec.kv import KVSpec
 
 
 class ConfigError(UserError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .ask import Ask, Delta, Done, Sampling, Step, Usage
-from .errors import ApiError, bad, unsupported
+from ..dialogue.ask import Ask, Delta, Done, Sampling, Step, Usage
+from ..dialogue.errors import ApiError, bad, unsupported
 from .openai import as_int, read_content, refuse_unsupported
 from .schema import COUNT, MESSAGES, check
 from .sse import frame

@@ -20,9 +20,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
+from ..dialogue.ask import Ask, Done, Step
+from ..dialogue.errors import ApiError, bad
 from . import anthropic, openai
-from .ask import Ask, Done, Step
-from .errors import ApiError, bad
 from .openapi import document
 from .roster import Roster
 from .schema import parse

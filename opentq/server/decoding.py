@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.generate import GenerationBatch, StopSequences
 from mlx_lm.sample_utils import greedy_sampler
 
-from .sampling import Processor, Sampler
+from ..dialogue.sampling import Processor, Sampler
 
 
 @dataclass(frozen=True, eq=False)

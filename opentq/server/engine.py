@@ -23,15 +23,15 @@ import numpy as np
 from mlx_lm.generate import StopSequences, _merge_caches
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..dialogue.ask import Chosen, Done, Progress, Sampling, Step, Usage
+from ..dialogue.errors import ApiError
+from ..dialogue.output import Parser
+from ..dialogue.sampling import KeyedSampler, Processor, make_processors
 from .admission import shelf
-from .ask import Chosen, Done, Progress, Sampling, Step, Usage
 from .decoding import Choice, Decoding
-from .errors import ApiError
 from .grammar import Constraint
-from .output import Parser
 from .pace import Pace
 from .prefix import PrefixStore, exact_trim
-from .sampling import KeyedSampler, Processor, make_processors
 
 log = logging.getLogger("opentq.serve")
 

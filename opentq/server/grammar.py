@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .ask import Ask
-from .errors import ApiError, bad, unsupported
+from ..dialogue.ask import Ask
+from ..dialogue.errors import ApiError, bad, unsupported
 
 # What json.dumps writes, which is what models have read: no free white space for them to get lost in.
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -13,15 +13,15 @@ from typing import Any
 import mlx.core as mx
 import uvicorn
 
-from .. import hooks
 from ..caches.disk import fingerprint
+from ..contracts.layout import FLUSH
 from ..errors import UserError
-from ..evaluate.recommend import AUTO, advice
-from ..kernels.layout import FLUSH
+from ..hosts.mlx_lm import hooks
+from ..hosts.mlx_lm.load import check_folder, load, make_cache
 from ..memory.device import GIB
 from ..memory.loaded import model_context
-from ..model import check_folder, load, make_cache
-from ..spec import KVSpec
+from ..spec.kv import KVSpec
+from ..spec.recommended import AUTO, advice
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine
@@ -239,7 +239,7 @@ class Server(uvicorn.Server):
 
 def describe(service: Service, prices: Prices, options: Options) -> str:
     """What is in use, for the terminal."""
-    from ..reporting import report
+    from ..hosts.mlx_lm.report import report
 
     settings, engine = service.settings, service.engine
     lines = []

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .ask import Ask, Call, Chosen, Delta, Done, Sampling, Usage
-from .errors import bad, unsupported
+from ..dialogue.ask import Ask, Call, Chosen, Delta, Done, Sampling, Usage
+from ..dialogue.errors import bad, unsupported
 from .schema import CHAT, COMPLETION, check
 
 # Known fields that are not served, with the values that ask for nothing.

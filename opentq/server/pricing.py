@@ -11,10 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..attention.tiled import SCRATCH
 from ..errors import UserError
+from ..hosts.mlx_lm.policy import LayerPlan
 from ..memory import plan
 from ..memory.device import GIB, here
 from ..memory.loaded import layer_plans, weight_bytes
-from ..policy import LayerPlan
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ..dialogue.ask import Ask
+from ..dialogue.errors import ApiError, overloaded
 from ..errors import UserError
-from ..evaluate.recommend import AUTO, recommend
 from ..memory import source
 from ..memory.device import GIB, here
 from ..memory.plan import predict
 from ..memory.skeleton import build
-from ..spec import KVSpec
-from .ask import Ask
-from .errors import ApiError, overloaded
+from ..spec.kv import KVSpec
+from ..spec.recommended import AUTO, recommend
 from .service import Service
 
 if TYPE_CHECKING:

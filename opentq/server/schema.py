@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .errors import ApiError, bad
+from ..dialogue.errors import ApiError, bad
 
 Schema = dict[str, Any]
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..dialogue.ask import Ask, Done, Progress, Step
+from ..dialogue.errors import ApiError, bad, overloaded
+from ..dialogue.output import Parser
+from ..dialogue.prompt import Prompter, check_choices
 from .admission import Admission
-from .ask import Ask, Done, Progress, Step
 from .engine import Engine, Event, Job
-from .errors import ApiError, bad, overloaded
 from .grammar import Grammars
 from .metrics import Metrics
-from .output import Parser
-from .prompt import Prompter, check_choices
 from .worker import Worker
 
 log = logging.getLogger("opentq.serve")

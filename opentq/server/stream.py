@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from .ask import Done, Step
-from .errors import ApiError
+from ..dialogue.ask import Done, Step
+from ..dialogue.errors import ApiError
 from .service import Stream
 
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import hooks
 from ..errors import UserError
 from ..evaluate import corpus, fidelity, needle
 from ..evaluate.records import Records, model_name
+from ..hosts.mlx_lm import hooks
+from ..hosts.mlx_lm.policy import LayerPlan
 from ..lab.store import need_optuna
 from ..memory import plan
 from ..memory.device import GIB, here
 from ..memory.loaded import weight_bytes
-from ..policy import LayerPlan
-from ..recipe import Recipe
-from ..spec import KVSpec
+from ..spec.kv import KVSpec
+from ..spec.recipe import Recipe
 from .sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 
 BLOCKS = 16
@@ -81,7 +81,7 @@ class Tuner:
         window: str = "native",
         say: Callable[[str], None] = print,
     ):
-        from ..model import load
+        from ..hosts.mlx_lm.load import load
 
         self.model, self.tokenizer = load(path)
         self.id = model_name(path)

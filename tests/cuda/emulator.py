@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from opentq.kernels import build
-from opentq.kernels.cuda import KernelSource, Scalars
+from opentq.kernels.cuda.launch import KernelSource, Scalars
 
 HERE = Path(__file__).parent
 NUMPY = {mx.float16: np.float16, mx.float32: np.float32, mx.bfloat16: np.uint16, mx.uint32: np.uint32}

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from opentq.attention import backends, dispatch, fused_metal
+from opentq.attention import backends, dispatch
 from opentq.caches.single import OpenTQCache
-from opentq.kernels import metal
+from opentq.kernels.metal import attention as fused_metal
+from opentq.kernels.metal import launch as metal
 
 from .. import oracle
 from ..matrix import Shape

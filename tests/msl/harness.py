@@ -5,9 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from opentq.attention import backends, fused_metal
+from opentq.attention import backends
 from opentq.caches.single import OpenTQCache
-from opentq.kernels import metal
+from opentq.kernels.metal import attention as fused_metal
+from opentq.kernels.metal import launch as metal
 
 from .. import oracle
 from ..matrix import Shape

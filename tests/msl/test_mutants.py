@@ -12,7 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from opentq.kernels import metal
+from opentq.kernels.metal import launch as metal
 
 from .. import oracle
 from ..matrix import Shape

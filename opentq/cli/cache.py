@@ -1,0 +1,218 @@
+"""`opentq cache`: process a long text once, keep its compressed cache in a file, and begin after it from then on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .options import Model
+
+if TYPE_CHECKING:
+    from ..caches.disk import Manifest
+    from ..hosts.mlx_lm.generate import Result
+
+app = typer.Typer(
+    name="cache",
+    help="Prompt caches on disk: a long text is processed once, later prompts begin after it.",
+    no_args_is_help=True,
+)
+
+JOIN = "\n\n"
+"""What stands between the cached text and a question."""
+
+
+@app.command()
+def build(
+    file: Annotated[Path, typer.Argument(help="Where to write the cache.")],
+    model: Model = "",
+    text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads stdin.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="The text itself.")] = None,
+    kv: Annotated[str | None, typer.Option(help="KV spec; default: recommended for the model.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
+    ignore_chat_template: Annotated[bool, typer.Option(help="Take the text as it is, without the template.")] = False,
+    prefill_step_size: Annotated[int, typer.Option(help="Tokens per prefill step.")] = 2048,
+) -> None:
+    """Process a text with a model and write its cache to FILE."""
+    import time
+
+    from ..caches import disk
+    from ..hosts.mlx_lm.hooks import installed
+    from ..hosts.mlx_lm.load import load, make_cache
+    from ..spec.kv import spec_from_flags
+    from ..spec.recommended import AUTO, advice
+
+    content = _read(text, text_file)
+    if not model:
+        raise UserError("no model given: use --model FOLDER or --model org/name")
+    if not file.resolve().parent.is_dir():
+        raise UserError(f"can't write {str(file)!r}: the folder does not exist")
+    spec = spec_from_flags(kv)
+    lm, tokenizer = load(model, kv=spec or AUTO)
+    record = installed(lm)
+    assert record is not None
+    if line := advice(lm, spec):
+        print(line, file=sys.stderr)
+    prompt = {"text": content, "system": system_prompt, "raw": ignore_chat_template}
+    tokens = shared_tokens(tokenizer, prompt)
+    caches = make_cache(lm)
+    start = time.perf_counter()
+    prefill(lm, caches, tokens, prefill_step_size)
+    seconds = time.perf_counter() - start
+    manifest = disk.save(
+        file,
+        caches,
+        tokens,
+        model=model,
+        revision=revision(model),
+        template=disk.template_hash(tokenizer),
+        spec=str(record.spec),
+        prompt=prompt,
+    )
+    print(f"{describe(manifest, file)}; processed in {seconds:.2f} s", file=sys.stderr)
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A file that `opentq cache build` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Check a cache file and say what it holds."""
+    from ..caches import disk
+
+    manifest, size = disk.read_manifest(file)
+    if as_json:
+        record = {"file": str(file), "model": manifest.model, "revision": manifest.revision, "spec": manifest.spec}
+        print(json.dumps({**record, "tokens": len(manifest.tokens), "bytes": size, "version": disk.VERSION}))
+        return
+    print(describe(manifest, file))
+    print(f"  model     {manifest.model} ({manifest.revision[:12] or 'no fingerprint'})")
+    print(f"  KV        {manifest.spec}, {size / max(1, len(manifest.tokens)):.0f} bytes per token")
+    print(f"  begins    {manifest.prompt.get('text', '')[:60]!r}")
+
+
+@app.command()
+def use(
+    file: Annotated[Path, typer.Argument(help="A file that `opentq cache build` wrote.")],
+    question: Annotated[str, typer.Option("--prompt", "-p", help="What follows the cached text.")] = "",
+    model: Annotated[str, typer.Option("--model", help="The model, if it is not where it was.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")] = 256,
+    temp: Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
+) -> None:
+    """Ask something about a cached text: only the question is processed."""
+    import time
+
+    from ..caches import disk
+    from ..hosts.mlx_lm.generate import Request, run
+    from ..hosts.mlx_lm.load import load
+
+    manifest, _ = disk.read_manifest(file)
+    lm, tokenizer = load(model or manifest.model, kv=manifest.spec)
+    start = time.perf_counter()
+    caches, rest = resume(file, lm, tokenizer, model or manifest.model, question)
+    ready = time.perf_counter() - start
+    request = Request(rest, max_tokens=max_tokens, temp=temp, caches=caches)
+    result = run(lm, tokenizer, request, on_text=lambda piece: print(piece, end="", flush=True))
+    print()
+    line, times = first_token(result, ready, len(manifest.tokens))
+    print(line, file=sys.stderr)
+    if as_json:
+        print(json.dumps({"model": manifest.model, **times, **result.as_dict()}))
+
+
+def first_token(result: Result, ready: float, cached: int) -> tuple[str, dict[str, float]]:
+    """A run that began after a file, as a line for people and as fields: `ready` seconds to read `cached` tokens."""
+    first = ready + result.prompt_seconds
+    line = f"{result.summary()} · {cached} tokens read from the file in {ready:.2f} s, first token after {first:.2f} s"
+    times = {"cache_seconds": round(ready, 4), "first_token_seconds": round(first, 4)}
+    return line, {"cached_tokens": cached, **times}
+
+
+def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> tuple[list[Any], list[int]]:
+    """Caches filled from `file`, and the tokens of `cached text + question` that are left to process.
+
+    Args:
+        question: what follows the cached text; it may begin with the whole of that text.
+        path: where `model` was loaded from, to check that the file belongs to it.
+
+    Raises CacheFileError when the file is not for this model, spec and template.
+    """
+    from ..caches import disk
+    from ..hosts.mlx_lm.generate import encode_prompt
+    from ..hosts.mlx_lm.hooks import installed
+    from ..hosts.mlx_lm.load import make_cache
+
+    record = installed(model)
+    cached = disk.load(
+        file,
+        into=make_cache(model),
+        revision=revision(path),
+        template=disk.template_hash(tokenizer),
+        spec=str(record.spec) if record else "f16",
+    )
+    prompt = cached.manifest.prompt
+    # A question may bring the text along, as in a run without the file.
+    whole = question if question.startswith(prompt["text"]) else prompt["text"] + (question and JOIN + question)
+    return cached.fit(encode_prompt(tokenizer, whole, system=prompt["system"], raw=prompt["raw"]))
+
+
+def shared_tokens(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
+    """The tokens that every prompt beginning with this text has: the last ones may depend on what follows."""
+    from ..hosts.mlx_lm.generate import encode_prompt
+
+    variants = [
+        encode_prompt(tokenizer, prompt["text"] + JOIN + ending, system=prompt["system"], raw=prompt["raw"])
+        for ending in ("What?", "7 names", "(and so on)")
+    ]
+    shared = []
+    for column in zip(*variants):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    if not shared:
+        raise UserError("the text has no tokens")
+    return shared
+
+
+def prefill(model: Any, caches: list[Any], tokens: list[int], step: int) -> None:
+    """Run `tokens` through the model in pieces of `step`."""
+    import mlx.core as mx
+
+    for start in range(0, len(tokens), step):
+        model(mx.array([tokens[start : start + step]]), cache=caches)
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+
+
+def revision(model: str) -> str:
+    """The fingerprint of a model folder, or of the local copy of a repository."""
+    from mlx_lm.utils import _download
+
+    from ..caches.disk import fingerprint
+
+    folder = Path(model).expanduser()
+    return fingerprint(folder if folder.is_dir() else _download(model))
+
+
+def describe(manifest: Manifest, file: Path) -> str:
+    size = file.stat().st_size
+    return f"{file}: {len(manifest.tokens)} tokens as {manifest.spec}, {size / 1e6:.2f} MB"
+
+
+def _read(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise UserError("give the text once: with --text-file FILE ('-' for standard input) or --text TEXT")
+    if file is not None:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"can't read the text {str(file)!r}: {error}") from error
+    assert text is not None
+    if not text.strip():
+        raise UserError("the text is empty")
+    return text

@@ -1,0 +1,221 @@
+"""`opentq eval`: fidelity, needle, generate and layers on any model folder; tables out, records kept, runs resumed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import UserError
+from .options import Model
+
+if TYPE_CHECKING:
+    from ..evaluate.corpus import Corpus
+    from ..evaluate.records import Record, Records
+
+app = typer.Typer(name="eval", help="Measure what a compressed KV cache costs a model.", no_args_is_help=True)
+
+SPECS = "int4,int4:norot,tq4,tq3,tq3p,polar4,qjl,k8v4"
+
+Specs = Annotated[
+    str, typer.Option("--kv", help="Specs, comma-separated; also native, mlx4, mlx8 (mlx-lm's --kv-bits), q4_0.")
+]
+Text = Annotated[Path | None, typer.Option("--text", help="Text file or folder to read instead of Python's library.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="text, md or json.")]
+Keep = Annotated[Path | None, typer.Option("--records", help="JSONL file to append to and to resume from.")]
+Simulate = Annotated[
+    bool, typer.Option("--simulate", help="Keep decoded values in fp16: the same errors, fast without fused kernels.")
+]
+Seed = Annotated[int, typer.Option(help="Which texts.")]
+Prefill = Annotated[int, typer.Option("--prefill-step-size", help="Tokens per prefill step.")]
+
+
+@app.command()
+def fidelity(
+    model: Model = "",
+    kv: Specs = SPECS,
+    depths: Annotated[str, typer.Option(help="Context lengths, comma-separated.")] = "512,2048,4096",
+    window: Annotated[int, typer.Option(help="Tokens scored at each depth.")] = 128,
+    step: Annotated[int, typer.Option(help="Tokens per teacher-forced step.")] = 16,
+    sequences: Annotated[int, typer.Option(help="Texts, read as one batch.")] = 4,
+    prefill_step_size: Prefill = 512,
+    seed: Seed = 0,
+    simulate: Simulate = False,
+    text: Text = None,
+    output: Output = "text",
+    records: Keep = None,
+) -> None:
+    """KL divergence, top-1 agreement and perplexity against the model's own cache."""
+    from ..evaluate import fidelity as task
+    from ..evaluate import show
+
+    protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
+    work = _prepare(model, kv, text, output, records)
+    passes = len(work.names) + ("native" not in work.names)
+    found = work.run(task, protocol, passes * protocol.sequences * (protocol.length - 1))
+    print(show.fidelity(found, output))
+
+
+@app.command()
+def needle(
+    model: Model = "",
+    kv: Specs = "native,int4,tq4,tq3",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "1024,4096",
+    depths: Annotated[str, typer.Option(help="Depths of the fact from 0 to 1, comma-separated.")] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int, typer.Option(help="Needles per length and depth.")] = 8,
+    batch: Annotated[int, typer.Option(help="Needles read together.")] = 8,
+    kind: Annotated[str, typer.Option(help="What is hidden: secret code, phone number or magic word.")] = "secret code",
+    distractors: Annotated[int, typer.Option(help="Facts about other names in the text.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the heat map to this PNG.")] = None,
+    prefill_step_size: Prefill = 512,
+    seed: Seed = 0,
+    simulate: Simulate = False,
+    text: Text = None,
+    output: Output = "text",
+    records: Keep = None,
+) -> None:
+    """Find a planted fact in a long text, at every length and depth."""
+    from ..evaluate import needle as task
+    from ..evaluate import show
+    from ..evaluate.plot import heat_map, pyplot
+
+    if plot is not None:
+        pyplot()  # a missing matplotlib is reported now, not after the work
+    whole, parts = _numbers(lengths, "--lengths"), _fractions(depths)
+    grid = task.Grid(
+        whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
+    )
+    work = _prepare(model, kv, text, output, records)
+    found = work.run(task, grid, len(work.names) * sum(whole) * len(parts) * trials)
+    print(show.needle(found, output))
+    if plot is not None:
+        heat_map(found, plot)
+
+
+@app.command()
+def generate(
+    model: Model = "",
+    kv: Specs = SPECS,
+    context: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    prompts: Annotated[int, typer.Option(help="Prompts, read as one batch.")] = 8,
+    questions: Annotated[int, typer.Option(help="Exact-answer questions of each kind; 0 asks none.")] = 8,
+    distractors: Annotated[int, typer.Option(help="Facts about other names in each question's text.")] = 8,
+    prefill_step_size: Prefill = 512,
+    seed: Seed = 0,
+    text: Text = None,
+    output: Output = "text",
+    records: Keep = None,
+) -> None:
+    """How long greedy generation agrees with the model's own cache, and exact answers."""
+    from ..evaluate import agreement as task
+    from ..evaluate import show
+
+    job = task.Task(context, tokens, prompts, questions, distractors, prefill_step_size, seed)
+    work = _prepare(model, kv, text, output, records)
+    found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
+    print(show.agreement(found, output))
+
+
+@app.command()
+def layers(
+    model: Model = "",
+    kv: Specs = "int4,tq4,tq3",
+    context: Annotated[int, typer.Option(help="Tokens to read.")] = 2048,
+    window: Annotated[int, typer.Option(help="Last tokens whose attention is looked at.")] = 32,
+    sequences: Annotated[int, typer.Option(help="Texts, read as one batch.")] = 2,
+    prefill_step_size: Prefill = 512,
+    seed: Seed = 0,
+    text: Text = None,
+    output: Output = "text",
+    records: Keep = None,
+) -> None:
+    """Error of keys, values, logits and attention output per layer, and how it grows with depth."""
+    from ..evaluate import layers as task
+    from ..evaluate import show
+
+    view = task.View(context, window, sequences, prefill_step_size, seed)
+    work = _prepare(model, kv, text, output, records)
+    rivals = [n for n in work.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
+    if rivals:
+        raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
+    found = work.run(task, view, (len(work.names) + 1) * sequences * context)
+    print(show.layers(found, output))
+
+
+class Work(NamedTuple):
+    """What every evaluation needs: (model, its identity, tokenizer), the text, the specs, the records."""
+
+    model: tuple[Any, dict, Any]
+    corpus: Corpus
+    names: list[str]
+    records: Records
+
+    def run(self, task: Any, job: Any, tokens: int) -> list[Record]:
+        """The records of `task.run` for `job`, with a progress bar over about that many tokens."""
+        with progress(task.__name__.rpartition(".")[2], tokens) as tick:
+            return task.run(*self.model, self.corpus, self.names, job, self.records, tick)
+
+
+def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path | None) -> Work:
+    """Check everything that is cheap to check, then load the model."""
+    from ..evaluate.show import check_format
+
+    check_format(output)
+    if not model:
+        raise UserError("no model given: use --model FOLDER or --model org/name")
+    check_tokenizer(model)
+    from ..evaluate import contenders, corpus
+    from ..evaluate.records import Records, model_name
+
+    names = [contenders.check(n) for n in kv.split(",") if n.strip()]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--kv {kv!r} must name at least one spec, and each once")
+    reading = corpus.load(text)
+    kept = Records(records)
+    from ..hosts.mlx_lm.load import load
+
+    loaded, tokenizer = load(model)
+    return Work((loaded, model_name(model), tokenizer), reading, names, kept)
+
+
+def check_tokenizer(model: str) -> None:
+    """Raise UserError for a model folder that has no tokenizer: evaluation needs text."""
+    folder = Path(model).expanduser()
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")
+    if folder.is_dir() and (folder / "config.json").exists() and not any((folder / n).exists() for n in names):
+        raise UserError(
+            f"model {model!r} has no tokenizer ({names[0]}), and evaluation needs text; add it to the folder"
+        )
+
+
+def _numbers(text: str, flag: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{flag} {text!r} must be numbers of tokens separated by commas, as in 512,2048") from error
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--depths {text!r} must be numbers from 0 to 1 separated by commas, as in 0,0.5,1") from error
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` tokens on a terminal's stderr; silent elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)

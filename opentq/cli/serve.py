@@ -1,0 +1,144 @@
+"""The `opentq serve` command: options in, server running. Imports what is heavy only when called."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def serve(
+    model: ModelArgument = "",
+    model_option: ModelAgain = "",
+    kv: KVOrOff = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = None,
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind to; 0: any that is free.", min=0, max=65535)] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="OPENTQ_API_KEY", help="Key that clients must send; needed with any other --host."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Bind to any --host without a key.")] = False,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Name in requests; may be repeated.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.", min=1)
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Answer length when a request gives none.", min=1)
+    ] = 4096,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for everything, e.g. 48GB; default: what the machine allows.")
+    ] = None,
+    prompt_cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for remembered prompts, e.g. 4GB; 0 for none.")
+    ] = None,
+    prompt_cache_dir: Annotated[Path | None, typer.Option(help="Keep remembered prompts in this folder, too.")] = None,
+    prompt_cache_dir_bytes: Annotated[str, typer.Option(help="Disk for remembered prompts.")] = "20GB",
+    decode_concurrency: Annotated[int, typer.Option(help="Most requests that run at once.", min=1)] = 64,
+    queue: Annotated[int, typer.Option(help="Most requests that wait for memory; further ones get a 503.", min=0)] = 64,
+    prefill_step_size: Annotated[
+        int | None, typer.Option(help="Tokens read between two decode steps; default: what at most triples their time.")
+    ] = None,
+    temp: Annotated[
+        float, typer.Option("--temp", "--temperature", help="Temperature when a request gives none.", min=0, max=2)
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="top_p when a request gives none.", min=0, max=1)] = 1.0,
+    chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
+    allowed_origins: Annotated[
+        str, typer.Option(help="Origins that browsers may send from, by commas; default: none.")
+    ] = "",
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Name this server may be called by; may be repeated.")
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="Largest request body.")] = "32MB",
+    keep_alive: Annotated[float, typer.Option(help="Seconds of silence before a keep-alive is sent.", min=0.1)] = 5.0,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that running answers get when the server is stopped.", min=0)
+    ] = 30.0,
+    allow_model_loading: Annotated[
+        list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a model: OpenAI and Anthropic APIs, continuous batching, compressed KV cache."""
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"opentq serve needs the extra: pip install 'opentq[serve]' ({error.name} is missing)"
+        ) from error
+    if log_level not in LEVELS:
+        raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
+    if model and model_option:
+        raise UserError("give the model once: as an argument or with --model")
+    if not (model or model_option):
+        raise UserError("no model given: opentq serve FOLDER, or org/name")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    if log_level == "info":  # of uvicorn and the rest of opentq, only warnings
+        for name in ("uvicorn", "opentq", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("opentq.serve").setLevel(logging.INFO)
+
+    from ..memory.device import parse_memory, wired
+    from ..server.launch import Options, Server, bind, check, describe, make_service
+    from ..spec.kv import spec_from_flags
+    from ..spec.recommended import AUTO
+
+    def size(text: str | None) -> int | None:
+        return None if text is None else 0 if text == "0" else parse_memory(text)
+
+    options = Options(
+        model=model or model_option,
+        kv=None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size) or AUTO,
+        names=tuple(served_model_name or ()),
+        host=host,
+        port=port,
+        api_key=api_key,
+        insecure=insecure,
+        hosts=tuple(allowed_host or ()),
+        origins=tuple(o.strip() for o in allowed_origins.split(",") if o.strip()),
+        max_body=size(max_body) or 1,
+        max_context=max_context,
+        max_tokens=max_tokens,
+        memory=size(memory),
+        prompt_cache_bytes=size(prompt_cache_bytes),
+        prompt_cache_dir=prompt_cache_dir,
+        prompt_cache_dir_bytes=size(prompt_cache_dir_bytes) or 0,
+        concurrency=decode_concurrency,
+        queue=queue,
+        prefill_step=prefill_step_size,
+        temperature=temp,
+        top_p=top_p,
+        template=_object(chat_template_args),
+        keep_alive=keep_alive,
+        drain=drain,
+        trust_remote_code=trust_remote_code,
+        loadable=tuple(allow_model_loading or ()),
+    )
+    check(options)
+    listener = bind(options)
+    options.port = listener.getsockname()[1]
+    service, prices = make_service(options)
+    print(describe(service, prices, options), flush=True)
+    with wired(prices.weights + prices.budget):
+        Server(service, options).run([listener])
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--chat-template-args is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError("--chat-template-args must be a JSON object")
+    return value

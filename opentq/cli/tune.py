@@ -1,0 +1,72 @@
+"""`opentq tune`: the smallest KV recipe for one model within a bound on quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .plan import parse_count
+
+
+def tune(
+    model: Annotated[str | None, typer.Argument(help="Model folder or repository.")] = None,
+    model_option: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
+    max_kl: Annotated[float, typer.Option(help="Largest mean KL to the model's own cache, nats per token.")] = 0.02,
+    memory: Annotated[str, typer.Option(help="Weights, cache and reserve must stay within this, such as 64GB.")] = "",
+    context: Annotated[str, typer.Option(help="Context for --memory, such as 128k.")] = "",
+    min_speed: Annotated[float, typer.Option(min=0, help="Least decode tokens per second.")] = 0.0,
+    depths: Annotated[str, typer.Option(help="Tokens of context before what is measured.")] = "1k",
+    sequences: Annotated[int, typer.Option(min=1, help="Texts read together.")] = 4,
+    window: Annotated[str, typer.Option(help="Sliding-window layers: native or compress.")] = "native",
+    generations: Annotated[int, typer.Option(min=1, help="Most generations of eight recipes.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("recipe.toml"),
+    records: Annotated[Path | None, typer.Option(help="Measurements (JSONL); a stopped run goes on from them.")] = None,
+) -> None:
+    """Find the smallest KV recipe, layer by layer, that keeps the model's predictions; `--kv recipe.toml` uses it."""
+    name = model or model_option
+    if not name or (model and model_option and model != model_option):
+        raise UserError("give one model: opentq tune MODEL")
+    if bool(memory) != bool(context):
+        raise UserError("--memory and --context go together: how much memory, at which context")
+    if max_kl <= 0:
+        raise UserError(f"--max-kl {max_kl:g} must be above 0; 0.02 is strict, 0.1 is loose")
+    if window not in ("native", "compress"):
+        raise UserError(f"--window {window!r} is not known: use native or compress")
+    from ..evaluate.fidelity import Protocol
+    from ..lab.store import need_optuna
+    from ..memory.device import parse_memory
+    from ..spec.recipe import text
+    from ..tuning.tune import Goal, Tuner
+
+    need_optuna()
+    goal = Goal(max_kl, parse_memory(memory) if memory else 0, parse_count(context) if context else 0, min_speed)
+    protocol = Protocol(tuple(parse_count(d) for d in depths.split(",")), 64, 16, sequences)
+    kept = records or Path("results/tune") / f"{Path(name).name}.jsonl"
+    winner = Tuner(name, goal, kept, protocol, window, typer.echo).run(generations)
+    against = f"{100 * winner.saving:.1f} % smaller than {winner.uniform}, the smallest uniform spec within the bound"
+    if winner.saving <= 0:
+        against = f"no recipe is smaller than {winner.uniform}, which is uniform"
+    summary = (
+        f"{winner.bits:.3f} bits per value, KL {winner.kl:.4f}, {winner.held_out['kl']:.4f} on held-out text; "
+        f"needles {winner.held_out['needles']} (own cache {winner.held_out['needles_native']}); {against}"
+    )
+    evidence = {
+        "model": name,
+        "max_kl": max_kl,
+        "bits": round(winner.bits, 4),
+        "kl": winner.kl,
+        **{f"held_out_{k}": v for k, v in winner.held_out.items()},
+        "uniform": winner.uniform,
+        "uniform_bits": round(winner.uniform_bits, 4),
+        "saving": round(winner.saving, 4),
+        "records": str(kept),
+    }
+    output.write_text(
+        text(winner.layers, f"Found by opentq tune for {name}. Use it with --kv {output}\n{summary}", evidence)
+    )
+    typer.echo("\n".join(f"layer {i:>3}  {layer}" for i, layer in enumerate(winner.layers)))
+    typer.echo(summary)
+    typer.echo(f"recipe: {output}; evidence: {kept}")

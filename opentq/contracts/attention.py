@@ -1,0 +1,131 @@
+"""One record that says everything about one attention call over a compressed cache.
+
+Where a token lives, in logical order: `[sink: dense] [packed] [tail: dense]`. Dense columns are float16 in the codec's
+basis: sink tokens, the recent tail, and last the L tokens of this very call. Packed tokens are strictly older than the
+query block, so the packed region never needs a causal mask, only its length (and a window's lower bound).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .codec import Codec, Packed
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class PackedKV:
+    """Packed keys or values: storage arrays `[B, H, rows, ...]` (over-allocated), their codec, layout and head dim."""
+
+    codec: Codec
+    layout: Layout
+    arrays: tuple[mx.array, ...]
+    head_dim: int
+
+    def decode(self, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
+        """Tokens `[start, stop)` as rotated vectors `[B, H, stop - start, D]`."""
+        return self.codec.decode(self.canonical(start, stop), dtype, self.head_dim)
+
+    def canonical(self, start: int, stop: int) -> Packed:
+        """Tokens `[start, stop)` in the canonical format."""
+        block = self.layout.block
+        first, last = start // block, -(-stop // block)
+        packed = self.layout.load(tuple(a[:, :, first:last] for a in self.arrays))
+        if (first * block, last * block) == (start, stop):
+            return packed
+        return tuple(a[:, :, start - first * block : stop - first * block] for a in packed)
+
+
+Lengths = tuple[int, int, int]
+"""(packed_len, sink_len, tail_start) of one sequence: valid are packed tokens `[0, packed_len)` and dense columns
+`[0, sink_len)` and `[tail_start, Td)`."""
+
+
+@dataclass(frozen=True)
+class AttnArgs:
+    """Attention of `q` over `[sink | packed | tail]`, everything in the codecs' bases.
+
+    Attributes:
+        q: `[B, Hq, L, Dk]`, any float dtype; the output has its dtype.
+        k, v: packed keys `[B, Hkv, ...]` of dim Dk and values of dim Dv.
+        dense_k, dense_v: float16 `[B, Hkv, Td, D]`; the last L columns are the tokens of this call.
+        lens: one `Lengths` per sequence.
+        scale: multiplies `q . k`.
+        causal: query row i, at dense column `Td - L + i`, sees no later token.
+        window: 0, or how many tokens a row sees, itself included.
+        mask: None, or bool / additive `[.., L, S]` in logical key order (right-aligned; portable path only).
+        sinks: None, or logits `[Hq]` that join the softmax denominator (gpt-oss).
+        softcap: 0, or c for `c * tanh(score / c)` (gemma2).
+    """
+
+    q: mx.array
+    k: PackedKV
+    v: PackedKV
+    dense_k: mx.array
+    dense_v: mx.array
+    lens: tuple[Lengths, ...]
+    scale: float
+    causal: bool = False
+    window: int = 0
+    mask: mx.array | None = None
+    sinks: mx.array | None = None
+    softcap: float = 0.0
+
+    @property
+    def projected(self) -> mx.array:
+        """The queries that multiply packed codes (`codecs.base.Coded`), `[B, Hq, L, E]`; dense keys always take `q`."""
+        project = getattr(self.k.codec, "project", None)
+        return project(self.q) if project else self.q
+
+    @property
+    def kv_heads(self) -> int:
+        return self.dense_k.shape[1]
+
+    @property
+    def gqa(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.dense_k.shape[1]
+
+    @property
+    def max_packed(self) -> int:
+        return max(packed for packed, _, _ in self.lens)
+
+    def lens_array(self) -> mx.array:
+        """`lens` as int32 `[B, 3]` for kernels."""
+        return _lens_array(self.lens)
+
+    def shape_key(self) -> tuple:
+        """What distinguishes one kind of call from another: no batch size, no lengths, no values."""
+        length = self.q.shape[2]
+        return (
+            self.q.shape[1],
+            "decode" if length <= 16 else "prefill",
+            self.q.dtype,
+            self.kv_heads,
+            (str(self.k.codec), self.k.head_dim),
+            (str(self.v.codec), self.v.head_dim),
+            self.k.layout.name,
+            self.causal,
+            bool(self.window),
+            self.mask is not None,
+            self.sinks is not None,
+            bool(self.softcap),
+        )
+
+    def describe(self) -> str:
+        """The whole record in words, for the error when nobody serves it."""
+        return (
+            f"q {tuple(self.q.shape)} {self.q.dtype}, keys {self.k.codec} D={self.k.head_dim}, "
+            f"values {self.v.codec} D={self.v.head_dim}, layout {self.k.layout.name}, KV heads {self.kv_heads}, "
+            f"dense {tuple(self.dense_k.shape)}, lens {self.lens}, scale {self.scale:g}, causal {self.causal}, "
+            f"window {self.window}, mask {None if self.mask is None else tuple(self.mask.shape)}, "
+            f"sinks {self.sinks is not None}, softcap {self.softcap:g}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _lens_array(lens: tuple[Lengths, ...]) -> mx.array:
+    return mx.array(lens, dtype=mx.int32)

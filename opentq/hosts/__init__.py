@@ -1,0 +1,1 @@
+"""Hosts: programs whose models we compress. Each folder is one of them, and the only place that knows its internals."""

@@ -1,0 +1,121 @@
+"""Load a model and make it generate on a compressed cache: thin over mlx-lm, with errors for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import sharded_load
+
+from ...errors import UserError
+from ...spec.kv import KVSpec
+from ...spec.recommended import AUTO
+from . import hooks
+
+WEIGHTS = ("*.safetensors", "*.npz")
+
+
+class ModelError(UserError):
+    """The model can't be loaded; the message says what is missing and what to do."""
+
+
+def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any, Any]:
+    """Load a model folder or Hugging Face repository; returns `(model, tokenizer)` as `mlx_lm.load` does.
+
+    Args:
+        path: folder or repository name.
+        kv: a KV spec such as `"int4"`; `"auto"` for what is recommended for the model's family; None leaves
+            mlx-lm's own caches.
+        options: passed on to `mlx_lm.load`.
+
+    Raises:
+        ModelError: the folder is missing, incomplete, or not a model that mlx-lm knows.
+        SpecError, NothingCompressed: see `opentq.compress`.
+    """
+    spec = kv if kv is None or kv == AUTO else KVSpec.parse(kv)
+    check_folder(path)
+    # Under mlx.launch every rank loads its share, and caches are compressed on each.
+    read = sharded_load if ranks() > 1 else mlx_lm.load
+    try:
+        model, tokenizer = read(path, **options)[:2]
+    except ValueError as error:
+        # mlx-lm's words for "model type not supported" and for weights that don't match the config.
+        raise ModelError(f"model {path!r} can't be loaded: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights of {path!r} can't be read ({_first_line(error)}); download them again"
+        ) from error
+    hooks.settle(model)
+    if spec is not None:
+        hooks.compress(model, spec)
+    return model, tokenizer
+
+
+def ranks() -> int:
+    """Processes that run this model together: 1, or what `mlx.launch -n N` started."""
+    return mx.distributed.init().size() if "MLX_RANK" in os.environ else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks."""
+    return ranks() == 1 or mx.distributed.init().rank() == 0
+
+
+def check_folder(path: str) -> None:
+    """Raise ModelError when `path` is a folder that can't hold a model, or a local path that does not exist."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.exists():
+        if looks_local:
+            raise ModelError(f"model folder {path!r} does not exist; give a folder or a repository like org/name")
+        if len(folder.parts) == 2 and Path(folder.parts[0]).is_dir():
+            raise ModelError(f"model folder {path!r} does not exist, though {folder.parts[0]!r} does; check the name")
+        return
+    if not folder.is_dir():
+        raise ModelError(f"{path!r} is a file; give the folder that holds config.json and the weights")
+    config = folder / "config.json"
+    if not config.exists():
+        raise ModelError(f"{path!r} is not a model folder: it has no config.json")
+    try:
+        json.loads(config.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{config} is damaged ({error}); download the model again") from error
+    present = {p.name for pattern in WEIGHTS for p in folder.glob(pattern)}
+    if not present:
+        raise ModelError(f"{path!r} has no weights (*.safetensors); the download is not complete")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if wanted - present:
+            raise ModelError(f"{path!r} lacks {', '.join(sorted(wanted - present))}; the download is not complete")
+
+
+def make_cache(model: Any) -> list[Any]:
+    """Fresh caches for one generation: compressed where `compress` said so."""
+    return make_prompt_cache(model)
+
+
+def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
+    """`mlx_lm.generate`: the whole answer as text."""
+    return mlx_lm.generate(model, tokenizer, prompt=prompt, **options)
+
+
+def cache_bytes(caches: list[Any]) -> int:
+    """Bytes that a generation's caches hold now."""
+    return sum(c.nbytes for c in caches if not c.empty())
+
+
+def fp16_bytes(model: Any, tokens: int) -> int:
+    """Bytes that the same tokens would take in fp16, compressed layers only (2 bytes per value)."""
+    record = hooks.installed(model)
+    plans = record.plans if record else []
+    return sum(tokens * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans if p.compressed)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

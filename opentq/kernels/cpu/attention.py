@@ -1,0 +1,161 @@
+"""Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (kernels/attend.cpp).
+
+Serves affine, codebook and polar codecs stored in the CPU's own layouts, with or without outlier channels apart, and
+raw fp16, in any pairing of keys and values; any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for
+masks given as arrays. Inputs are evaluated here, because the kernel reads their memory.
+
+Numerical class: fp16. Queries and probabilities go through the integer products as 15-bit integers (one step per query,
+one per group and block of values), everything else is fp32: the error is that of naive attention in fp16, or less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from ...codecs.affine import Affine
+from ...codecs.outliers import Outliers
+from ...codecs.raw import Raw
+from ...contracts.attention import AttnArgs, PackedKV
+from ...contracts.codec import Codec, Coded
+from ...contracts.layout import CANONICAL, Layout
+from .. import build
+from . import library as cpu
+from .blocks import TOKENS
+from .layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for
+from .outliers import CpuSpikes
+from .polar import CpuPolar
+
+
+def attend(args: AttnArgs) -> mx.array | None:
+    """`[B, Hq, L, Dv]` in q's dtype, or None when this call isn't for the CPU kernels."""
+    if not _serves(args):
+        return None
+    _check(args)
+    packed = args.max_packed > 0
+    k_spiked, v_spiked = (packed and isinstance(side.layout, CpuSpikes) for side in (args.k, args.v))
+    # Spikes of values come back apart and still to be rotated, so they may not be rounded yet.
+    q = args.q.astype(mx.float32) if v_spiked else args.q
+    coded = replace(args, q=q, k=_coded(args.k), v=_coded(args.v)) if k_spiked or v_spiked else args
+    projected = coded.projected if packed else q
+    plain = coded.k.codec.unrotate(q) if k_spiked else q
+    arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
+    if args.sinks is not None:
+        arrays.append(args.sinks)
+    mx.eval(arrays)
+    batch, heads, length, _ = q.shape
+    queries = [cpu.rows_view(a) for a in (q, projected, plain)]
+    dense_k, dense_v = cpu.rows_view(args.dense_k), cpu.rows_view(args.dense_v)
+    lens = np.array(args.lens, np.int32)
+    sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
+    dim = args.v.head_dim
+    out = np.empty((batch, heads, length, 2 * dim if v_spiked else dim), queries[0].dtype)
+    k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
+    call = cpu.Call(
+        batch,
+        args.kv_heads,
+        args.gqa,
+        length,
+        args.dense_k.shape[2],
+        *(cpu.Queries(*_strided(a)) for a in queries),
+        cpu.DTYPES[q.dtype],
+        args.causal,
+        args.k.head_dim,
+        dim,
+        _packed(coded.k, k),
+        _packed(coded.v, v),
+        _spikes(args.k, k),
+        _spikes(args.v, v),
+        cpu.Dense(*_strided(dense_k)),
+        cpu.Dense(*_strided(dense_v)),
+        lens.ctypes.data,
+        None if sinks is None else sinks.ctypes.data,
+        out.ctypes.data,
+        args.scale,
+        args.softcap,
+        args.window,
+        cpu.threads(),
+    )
+    cpu.call("opentq_attend", call)
+    result = mx.array(out)
+    if v_spiked:
+        return (result[..., :dim] + coded.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
+    return result.view(mx.bfloat16) if q.dtype == mx.bfloat16 else result
+
+
+def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
+    """The storage layouts these kernels want, canonical where they can't serve."""
+    k, v = (_layout(*side) for side in zip("kv", (k_codec, v_codec), dims))
+    if k is None or v is None or build.active_dialect() != "cpu" or not cpu.available():
+        return CANONICAL, CANONICAL
+    return k, v
+
+
+def _layout(kind: str, codec: Codec, dim: int) -> Layout | None:
+    if isinstance(codec, Raw):
+        return None if dim % 16 else CANONICAL
+    return layout_for(kind, codec, dim)
+
+
+def _readable(side: PackedKV) -> bool:
+    return isinstance(side.layout, CpuLayout) or (isinstance(side.codec, Raw) and side.head_dim % 16 == 0)
+
+
+def _serves(args: AttnArgs) -> bool:
+    return (
+        _readable(args.k)
+        and _readable(args.v)
+        and args.mask is None
+        and args.q.dtype in cpu.DTYPES
+        and args.dense_k.dtype == args.dense_v.dtype == mx.float16
+        and cpu.available()
+    )
+
+
+def _check(args: AttnArgs) -> None:
+    """Lengths that don't fit the buffers would read memory that isn't ours."""
+    columns, length = args.dense_k.shape[2], args.q.shape[2]
+    for packed, sink, tail in args.lens:
+        if not 0 <= sink <= tail <= columns - length or packed < 0:
+            raise ValueError(f"lengths {(packed, sink, tail)} don't fit {columns} dense columns and {length} queries")
+        for side in (args.k, args.v):
+            rows = min((a.shape[2] for a in side.arrays), default=0)
+            if packed > rows * side.layout.block:
+                raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
+
+
+def _coded(side: PackedKV) -> PackedKV:
+    """Keys or values without their spikes."""
+    if not isinstance(side.layout, CpuSpikes):
+        return side
+    return replace(side, codec=cast(Outliers, side.codec).inner, layout=side.layout.inner, arrays=side.arrays[:-2])
+
+
+def _spikes(side: PackedKV, views: list[np.ndarray]) -> cpu.Spikes:
+    return side.layout.view(*views[-2:]) if views and isinstance(side.layout, CpuSpikes) else cpu.Spikes()
+
+
+def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]:
+    """One or two runs as the kernel reads them; without views no tokens, of whatever form."""
+    runs = (cpu.Packed * 2)()
+    where: list[Place] = [(v.ctypes.data, v.strides[0], v.strides[1], v.strides[2]) for v in views]
+    layout = side.layout
+    if where and isinstance(layout, CpuPolar):
+        runs[0] = layout.view(where[0])
+    elif where and isinstance(layout, CpuBlocks | CpuRuns):
+        books = () if isinstance(side.codec, Affine) else cast(Coded, side.codec).books(side.head_dim)
+        for i, run in enumerate(layout.runs):
+            runs[i] = run.view(where[i], books[i] if books else None)
+    else:
+        data, batch, head, row = where[0] if where else (None, 0, 0, 0)
+        runs[0] = cpu.Packed(data, batch, head, TOKENS * row, 16, side.head_dim, side.head_dim, cpu.RAW)
+    return runs
+
+
+def _strided(view: np.ndarray) -> tuple[int, ...]:
+    """Address, and strides in elements of all axes but the last."""
+    return view.ctypes.data, *(s // view.itemsize for s in view.strides[:3])

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: CUDA sources, what launches them, their storage layouts and their attention."""

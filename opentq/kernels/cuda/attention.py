@@ -1,0 +1,214 @@
+"""Fused attention on NVIDIA GPUs: packed keys and values are read once, where they lie.
+
+Decode and short blocks (and everything the second way can't take) go through `decode.cu`: one launch, whatever
+the head dims, widths, windows, sinks and lengths. A prompt chunk of many rows is bound by arithmetic, and there the
+vendor's fp16 kernel is the best there is: a quarter of the KV heads of this one layer is laid out in fp16, attended,
+and dropped, with one quarter in work and the next one asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from ...codecs.affine import Affine
+from ...codecs.polar import Polar
+from ...codecs.qjl import QJL
+from ...codecs.turbo import Prod, Turbo
+from ...contracts.attention import AttnArgs
+from ...contracts.codec import Codec, Coded
+from . import launch as cuda
+from .geometry import Geometry
+from .layout import RECORD, MmaLayout
+
+AT_ONCE = 64 << 20
+"""Bytes of unpacked keys and values up to which a layer's heads are attended together."""
+
+SERVED = (mx.float16, mx.bfloat16)
+
+PREFILL_ROWS = 64
+"""Query tokens from which laying out fp16 pays."""
+
+
+def attend(args: AttnArgs) -> mx.array | None:
+    """`[B, Hq, L, Dv]` in q's dtype, or None: not a GPU, an array mask, a codec without a kernel, fp32 queries.
+
+    Tensor cores multiply fp16; two fp16 parts per query are 22 bits, and the error rule asks for more of fp32.
+    """
+    if not cuda.available() or args.mask is not None or args.q.dtype not in SERVED:
+        return None
+    if not (isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)):
+        return None
+    if prefers_prefill(args):
+        return prefill(args)
+    return decode(args)
+
+
+def extend(
+    codecs: tuple[Codec, Codec], dense: tuple[mx.array, mx.array], fresh: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array] | None:
+    """Columns of keys and values with new vectors behind them, rotated as codecs do, or None: another rotation."""
+    rotated = tuple(hadamard(codec, d.shape[-1]) for codec, d in zip(codecs, dense))
+    if not cuda.available() or None in rotated or not dense[0].size or fresh[0].dtype != fresh[1].dtype:
+        return None
+    return cuda.extend(bool(rotated[0]), bool(rotated[1]), dense, fresh)
+
+
+def hadamard(codec: Codec, dim: int) -> bool | None:
+    """Whether `codec` applies the kernels' rotation to vectors of `dim` channels; None for any other rotation."""
+    kind = None
+    if isinstance(codec, Affine):
+        kind = "hadamard" if codec.rotated else "none"
+    elif isinstance(codec, Turbo | Prod | Polar):
+        kind = codec.rotation
+    elif isinstance(codec, QJL):
+        kind = "none"
+    return {"none": False, "hadamard": True if cuda.rotates(dim) else None}.get(kind or "")
+
+
+def prefers_prefill(args: AttnArgs) -> bool:
+    """Whether the vendor's kernel can attend the unpacked heads: long blocks, no window, no softcap, D up to 128."""
+    return (
+        args.q.shape[2] >= PREFILL_ROWS
+        and not args.window
+        and not args.softcap
+        and max(args.k.head_dim, args.v.head_dim) <= 128
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[Geometry, cuda.Kernel]:
+    geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], rows)
+    return geometry, cuda.compiled(geometry.source())
+
+
+def decode(args: AttnArgs) -> mx.array:
+    """One launch of `decode.cu`."""
+    assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
+    batch, _, length, _ = args.q.shape
+    rows = args.gqa * length
+    geometry, kernel = _plan(args.k.layout, args.v.layout, args.q.dtype, rows)
+    tokens = args.max_packed
+    if args.window:
+        tokens = min(tokens, args.window + length)
+    splits = geometry.splits(
+        batch * args.kv_heads * -(-rows // geometry.row_tile),
+        -(-tokens // RECORD),
+        -(-args.dense_k.shape[2] // 16),
+        cuda.multiprocessors(),
+    )
+    blocks = geometry.grid(batch, args.kv_heads, rows, splits)
+    tickets = cuda.tickets(blocks[1] * blocks[2])
+    return kernel(inputs(args, tickets), outputs(args, geometry, blocks), scalars(args), blocks)[0]
+
+
+def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
+    """The kernel's inputs in its order."""
+    return [
+        query(args),
+        args.k.arrays[0] if args.k.arrays else cuda.no_records(),
+        args.v.arrays[0] if args.v.arrays else cuda.no_records(),
+        args.dense_k,
+        args.dense_v,
+        args.lens_array() if ragged(args) else cuda.no_lens(),
+        cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
+        tickets,
+    ]
+
+
+def query(args: AttnArgs) -> mx.array:
+    """`[B, Hq, L, layout.query]`: channels for dense keys first, those for the codes last, where they differ."""
+    assert isinstance(args.k.layout, MmaLayout)
+    if not args.k.layout.sketched:
+        return args.q
+    return args.q @ _projection(args.k.codec, args.k.layout, args.q.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
+    """`[Dk, layout.query]`: the identity, and the projection; `codec.project` as one product in q's dtype."""
+    assert isinstance(codec, Coded)
+    identity = mx.eye(layout.head_dim)
+    projected = codec.project(identity)
+    if projected.shape[-1] < layout.query:
+        projected = mx.concatenate([identity, projected], axis=-1)
+    projected = projected.astype(dtype)
+    mx.eval(projected)
+    return projected
+
+
+def outputs(args: AttnArgs, geometry: Geometry, blocks: tuple[int, int, int]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """Shapes and dtypes of the output and of the scratch for partial results."""
+    out = (*args.q.shape[:3], args.v.head_dim)
+    scratch = (blocks[1] * blocks[2], blocks[0], geometry.row_tile, args.v.head_dim + 2) if blocks[0] > 1 else (1,)
+    return [(out, args.q.dtype), (scratch, mx.float32)]
+
+
+def scalars(args: AttnArgs) -> cuda.Scalars:
+    """`cuda_geometry.CALL` of this call."""
+    k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
+    shape = (k_blocks, v_blocks, args.dense_k.shape[2], args.q.shape[1], args.kv_heads, args.q.shape[2])
+    lens = (-1, 0, 0) if ragged(args) else args.lens[0]
+    return (*shape, args.window, int(args.causal), *lens, cuda.single(args.scale), cuda.single(args.softcap))
+
+
+def ragged(args: AttnArgs) -> bool:
+    """Whether sequences differ in length; otherwise their lengths go with the call, and nobody waits for memory."""
+    return len(args.lens) > 1 and any(lens != args.lens[0] for lens in args.lens)
+
+
+def prefill(args: AttnArgs) -> mx.array:
+    """Some KV heads of one sequence at a time: unpacked to q's dtype, attended by `mx.fast`, dropped."""
+    done = []
+    for b, (packed, sink, tail_start) in enumerate(args.lens):
+        tokens = packed + sink + args.dense_k.shape[2] - tail_start
+        assert isinstance(args.k.layout, MmaLayout)
+        size = args.kv_heads * tokens * (args.k.layout.query + args.v.head_dim) * 2
+        step = args.kv_heads if size <= AT_ONCE else max(1, args.kv_heads // 4)
+        parts = []
+        for first in range(0, args.kv_heads, step):
+            parts.append(_attend_heads(args, b, range(first, min(first + step, args.kv_heads))))
+            if step < args.kv_heads:
+                # Two steps' heads exist at a time, and the GPU always has one to work on.
+                mx.async_eval(parts[-1])
+                mx.eval(parts[-2:-1])
+        done.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1))
+    return done[0] if len(done) == 1 else mx.concatenate(done, axis=0)
+
+
+def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
+    """KV heads `heads` of sequence b: `[1, len(heads) * gqa, L, Dv]`."""
+    dtype = args.q.dtype
+    rows = slice(heads.start * args.gqa, heads.stop * args.gqa)
+    sides = []
+    for kv, dense in ((args.k, args.dense_k), (args.v, args.dense_v)):
+        assert isinstance(kv.layout, MmaLayout)
+        records = kv.arrays[0] if kv.arrays else cuda.no_records()
+        if kv.layout.sketched:
+            sides.append(_unsketched(args, b, heads))
+        else:
+            sides.append(cuda.unpack(kv.layout, records, dense, args.lens[b], b, heads, dtype))
+    return mx.fast.scaled_dot_product_attention(
+        args.q[b : b + 1, rows],
+        *sides,
+        scale=args.scale,
+        mask="causal" if args.causal else None,
+        sinks=None if args.sinks is None else args.sinks[rows].astype(dtype),
+    )
+
+
+def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
+    """Keys of codes in a basis of their own, back in q's: `[1, heads, tokens, Dk]`.
+
+    With projected queries A q, a score is `<A q, codes> = <q, A^T codes>`: one matrix product for all tokens.
+    """
+    assert isinstance(args.k.layout, MmaLayout)
+    packed, sink, tail_start = args.lens[b]
+    dense = args.dense_k[b : b + 1, heads.start : heads.stop]
+    parts = [dense[:, :, :sink], dense[:, :, tail_start:]]
+    if packed:
+        codes = cuda.unpack(args.k.layout, args.k.arrays[0], args.dense_k, (packed, 0, 0), b, heads, mx.float16)
+        projection = _projection(args.k.codec, args.k.layout, mx.float16)[:, -args.k.layout.channels :]
+        parts.insert(1, codes @ projection.T)
+    return mx.concatenate(parts, axis=2).astype(args.q.dtype)

@@ -1,0 +1,1 @@
+"""Apple GPUs: Metal sources, what launches them and their attention."""

@@ -1,0 +1,264 @@
+"""Attention on Apple GPUs, on compressed bytes: decode in two kernels (splits, merge), prefill in one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ...codecs import Affine, Raw, codebooks
+from ...codecs.packing import words
+from ...codecs.polar import LEVELS, Polar
+from ...codecs.qjl import QJL
+from ...codecs.turbo import Fractional, Turbo, lengths
+from ...contracts.attention import AttnArgs, PackedKV
+from ...contracts.codec import Book, Codec, Coded
+from ...contracts.layout import Canonical, Layout, packs
+from . import launch as metal
+from .launch import Side
+
+MATRIX_ROWS = 8
+"""Query rows per KV head up to which the matrix kernel gives every simdgroup tokens of its own."""
+MAX_DIM = 512
+
+
+def attend(args: AttnArgs) -> mx.array | None:
+    """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know."""
+    k, v = side(args.k), side(args.v)
+    if args.mask is not None or k is None or v is None or v.sketch or args.q.shape[2] == 0:
+        return None
+    if args.gqa * args.q.shape[2] <= metal.lane_rows(k, v) and metal.tuning().variant == "lanes":
+        return merge(args, *decode_lanes(args, k, v))
+    return matrix(args, k, v)
+
+
+def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
+    """The canonical format for keys and values: what the kernels read. Blocks are packed by the pack kernel."""
+    return PACKED, PACKED
+
+
+class _Packed(Canonical):
+    """One row per token, written by a pack kernel where there is one."""
+
+    def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
+        if not y.size or not packs(codec):
+            return codec.encode(y)
+        return pack(codec, y) if isinstance(codec, Affine) else pack_book(cast(Turbo | Fractional, codec), y)
+
+
+PACKED = _Packed()
+
+
+def pack(codec: Affine, y: mx.array) -> tuple[mx.array, mx.array]:
+    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel."""
+    *lead, dim = y.shape
+    codec.check(dim)
+    tokens = y.size // dim
+    codes, scales = metal.kernel("pack")(
+        inputs=[mx.contiguous(y), _ints((tokens,))],
+        template=[("BITS", codec.bits), ("GROUP", min(codec.group, dim)), ("D", dim)],
+        grid=(-(-tokens // 4) * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(*lead, words(dim, codec.bits)), (*lead, 2 * codec.groups(dim))],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+    return codes, scales
+
+
+def pack_book(codec: Turbo | Fractional, y: mx.array) -> tuple[mx.array, ...]:
+    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel behind the lengths."""
+    *lead, dim = y.shape
+    codec.check(dim)
+    books = codec.books(dim)
+    y, bits = mx.contiguous(y), [book.bits for book in books]
+    tokens, sizes = y.size // dim, [words(books[0].dim, b) for b in bits]
+    codes, scales = metal.kernel("pack_book")(
+        inputs=[y, lengths(y, len(books)), *_cuts(books), _ints((tokens,))],
+        template=[
+            ("BITS", metal.BOOK + bits[0]),
+            ("BITS2", metal.BOOK + bits[1] if bits[1:] else 0),
+            ("N", books[0].dim),
+            ("NORM", codec.fit == "norm"),
+        ],
+        grid=(-(-tokens // 4) * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(*lead, sum(sizes)), (*lead, len(books))],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+    return (*mx.split(codes, sizes[:1], axis=-1), scales) if bits[1:] else (codes, scales)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuts(books: tuple[Book, ...]) -> tuple[mx.array, mx.array]:
+    """Of each book 63 boundaries, ascending, and its step, float32 `[64]`; and its entries, float32 `[64]`."""
+    cuts: list[float] = []
+    entries: list[float] = []
+    for book in books:
+        boundaries = codebooks.boundaries(book.values)
+        cuts += (*boundaries, *[0.0] * (63 - len(boundaries)), book.step)
+        entries += (*map(float, book.entries), *[0.0] * (64 - len(book.entries)))
+    return mx.array(cuts, dtype=mx.float32), mx.array(entries, dtype=mx.float32)
+
+
+def side(kv: PackedKV) -> Side | None:
+    """What the kernels need to know of packed keys or values, or None where they do not serve."""
+    if kv.layout.name != "canonical" or kv.head_dim % 16 or kv.head_dim > MAX_DIM:
+        return None
+    return codec_side(kv.codec, kv.head_dim)
+
+
+@functools.lru_cache(maxsize=256)
+def codec_side(codec: Codec, dim: int) -> Side | None:
+    """The `Side` of keys or values of `dim` channels, or None."""
+    if isinstance(codec, Affine):
+        return Side(codec.bits, min(codec.group, dim), dim)
+    if isinstance(codec, Raw):
+        return Side(16, dim, dim)
+    if isinstance(codec, Polar):
+        return Side(metal.POLAR, dim, dim)
+    if isinstance(codec, Coded):
+        books = codec.books(dim)
+        bits, run = [metal.BOOK + book.bits for book in books], books[0].dim
+        packed = run * len(books)
+        sketch = packed if isinstance(codec, QJL) else packed - dim
+        if packed <= MAX_DIM and dim + sketch <= metal.MAX_QUERY:
+            return Side(bits[0], run, dim, bits[1] if bits[1:] else 0, sketch, packed)
+    return None
+
+
+def queries(args: AttnArgs, k: Side) -> mx.array:
+    """What the kernels read: the queries, and behind each its sketch, where packed keys are the codes of one."""
+    if not k.sketch:
+        return mx.contiguous(args.q)
+    return mx.concatenate([args.q, args.projected[..., -k.sketch :]], axis=-1)
+
+
+def decode_lanes(args: AttnArgs, k: Side, v: Side) -> tuple[mx.array, mx.array]:
+    """Partials `[rows, splits, Dv]` float32 and their (max, sum) `[rows, splits, 2]`, rows = B * Hq * L."""
+    batch, q_heads, length, _ = args.q.shape
+    heads = batch * args.kv_heads
+    plan = metal.plan_decode(k, v, args.gqa * length, heads, _tokens(args), metal.tuning(), metal.cores())
+    splits, rows = plan.splits * plan.teams, batch * q_heads * length
+    threads = 32 * plan.members * plan.teams
+    template = [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams), ("SUB", plan.handover)]
+    partial, stat = metal.kernel("decode_lanes")(
+        inputs=[queries(args, k), *_cache_inputs(args)],
+        template=[*_template(args, k, v), *template],
+        grid=(threads, plan.splits, heads),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, splits, v.dim), (rows, splits, 2)],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    return partial, stat
+
+
+def matrix(args: AttnArgs, k: Side, v: Side) -> mx.array:
+    """Prefill, and decode where `Tuning.variant` is "matrix" or the rows are many: `[B, Hq, L, Dv]`."""
+    batch, q_heads, length, _ = args.q.shape
+    heads, rows = batch * args.kv_heads, args.gqa * length
+    own, wide = rows <= MATRIX_ROWS, args.q.dtype == mx.float32
+    plan = metal.plan_matrix(k, v, rows, heads, _tokens(args), own, wide, metal.tuning(), metal.cores())
+    splits = plan.splits * (plan.simdgroups if own else 1)
+    final = splits == 1
+    threads = 32 * plan.simdgroups
+    template: list[tuple[str, Any]] = [
+        ("TT", mx.float32 if wide else mx.float16),
+        ("OT", args.q.dtype if final else mx.float32),
+    ]
+    template += [("TK", plan.tile), ("NSG", plan.simdgroups), ("OWN", own), ("FINAL", final)]
+    out, stat = metal.kernel("matrix")(
+        inputs=[queries(args, k), *_cache_inputs(args), _sinks(args)],
+        template=[*_template(args, k, v), *template, ("SINK", args.sinks is not None)],
+        grid=(threads, plan.splits, heads * plan.row_tiles),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(batch * q_heads * length, splits, v.dim), (batch * q_heads * length, splits, 2)],
+        output_dtypes=[args.q.dtype if final else mx.float32, mx.float32],
+    )
+    return out.reshape(batch, q_heads, length, v.dim) if final else merge(args, out, stat)
+
+
+def merge(args: AttnArgs, partial: mx.array, stat: mx.array) -> mx.array:
+    """Splits to the output `[B, Hq, L, Dv]`."""
+    batch, q_heads, length, _ = args.q.shape
+    rows, splits, dim = partial.shape
+    capacity = 1 << max(5, (splits - 1).bit_length())
+    meta = _ints((splits, length, q_heads))
+    (out,) = metal.kernel("merge")(
+        inputs=[partial, stat, _sinks(args), meta],
+        template=[("T", args.q.dtype), ("DV", dim), ("SPLITS", capacity), ("SINK", args.sinks is not None)],
+        grid=(rows * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(batch, q_heads, length, dim)],
+        output_dtypes=[args.q.dtype],
+    )
+    return out
+
+
+def _tokens(args: AttnArgs) -> int:
+    return args.max_packed + args.dense_k.shape[2]
+
+
+def _template(args: AttnArgs, k: Side, v: Side) -> list[tuple[str, int | bool]]:
+    sides = [("KB", k.bits), ("KG", k.group), ("VB", v.bits), ("VG", v.group), ("DK", k.dim), ("DV", v.dim)]
+    sides += [("KB2", k.second), ("VB2", v.second), ("KE", k.width), ("QE", k.query)]
+    return [*sides, ("WIN", bool(args.window)), ("CAP", bool(args.softcap))]
+
+
+def _cache_inputs(args: AttnArgs) -> list[mx.array]:
+    """Packed and dense buffers, lengths and numbers, in the order of `metal._CACHE`."""
+    arrays: list[mx.array] = []
+    for kv in (args.k, args.v):
+        if kv.arrays and kv.arrays[0].size:
+            more = kv.arrays[1] if len(kv.arrays) == 3 else _nothing(mx.uint32)
+            arrays += [kv.arrays[0], more, kv.arrays[-1]]  # of the raw codec, which has no scales, the values twice
+        else:  # a buffer of no rows has no memory, and the kernel reads none of it
+            arrays += [_nothing(mx.uint32), _nothing(mx.uint32), _nothing(mx.float16)]
+    capacity = args.k.arrays[0].shape[2] if args.k.arrays else 0
+    meta = (args.q.shape[2], args.gqa, args.kv_heads, args.dense_k.shape[2], capacity, args.window, int(args.causal))
+    dense = [mx.contiguous(args.dense_k), mx.contiguous(args.dense_v)]  # as they are, unless a caller sliced them
+    books = _books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
+    return [*arrays, *dense, args.lens_array(), _ints(meta), _floats((args.scale, args.softcap)), books]
+
+
+@functools.lru_cache(maxsize=64)
+def _books(k_codec: Codec, k_dim: int, v_codec: Codec, v_dim: int) -> mx.array:
+    """Two books of keys and two of values, float32 `[128]`: what 32 lanes hold of each, zeros where there is none."""
+    entries: list[float] = []
+    for codec, dim in ((k_codec, k_dim), (v_codec, v_dim)):
+        tables: tuple[tuple[float, ...], ...] = ()
+        if isinstance(codec, Polar):
+            tables = _circles()
+        elif isinstance(codec, Coded):  # of 64 entries the upper half
+            tables = tuple(book.values[-metal.BOOK :] for book in codec.books(dim))
+        for table in (*tables, (0.0,), (0.0,))[:2]:
+            entries += (table * metal.BOOK)[: metal.BOOK]
+    return mx.array(entries, dtype=mx.float32)
+
+
+@functools.cache
+def _circles() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The polar codec's angles: cosines and sines of level 1; cosines of levels 4 times 3, then of level 2."""
+    angles = [codebooks.angle(bits, level) for level, bits in enumerate(LEVELS, 1)]
+    one, two, three, four = [[math.cos(a) for a in level] for level in angles]
+    return (*one, *map(math.sin, angles[0])), (*(a * b for a in four for b in three), *two)
+
+
+def _sinks(args: AttnArgs) -> mx.array:
+    return _nothing(mx.float32) if args.sinks is None else args.sinks.astype(mx.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def _ints(values: tuple[int, ...]) -> mx.array:
+    return mx.array(values, dtype=mx.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def _floats(values: tuple[float, ...]) -> mx.array:
+    return mx.array(values, dtype=mx.float32)
+
+
+@functools.cache
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    return mx.zeros((16,), dtype=dtype)

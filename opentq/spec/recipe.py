@@ -1,0 +1,87 @@
+"""A recipe: a KV spec for each layer, as `opentq tune` finds it. It is taken wherever a spec is.
+
+Written in one line it is the layers' specs with bars between (`k8v4|int4:g64|int4:g64`); in a file it is TOML, with the
+evidence for it. Layers are those that can be compressed, in the model's order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import toml
+from ..codecs import Codec
+from ..errors import UserError
+from .kv import KVSpec, SpecError
+
+SUFFIX = ".toml"
+BAR = "|"
+
+
+@dataclass(frozen=True)
+class Recipe(KVSpec):
+    """One spec per compressible layer."""
+
+    layers: tuple[KVSpec, ...] = field(default=())
+
+    @classmethod
+    def of(cls, layers: list[str] | tuple[str, ...]) -> Recipe:
+        """A recipe of the layers' specs. Raises SpecError."""
+        specs = tuple(KVSpec.parse(text) for text in layers)
+        if not specs or any(isinstance(s, Recipe) for s in specs):
+            raise SpecError("a recipe needs one plain KV spec per layer")
+        windows = {s.window for s in specs}
+        if len(windows) > 1:
+            raise SpecError("a recipe's layers must agree on window=native or window=compress")
+        return cls(window=windows.pop(), layers=specs)
+
+    @classmethod
+    def read(cls, text: str) -> Recipe:
+        """A recipe from one line, or from the file of that name. Raises SpecError."""
+        if not text.strip().endswith(SUFFIX):
+            return cls.of(text.split(BAR))
+        path = Path(text.strip()).expanduser()
+        try:
+            data = toml.loads(path.read_text())
+        except OSError as error:
+            raise SpecError(f"recipe {text!r} can't be read: {error.strerror}") from error
+        except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SpecError(f"recipe {text!r} is not valid TOML: {error}") from error
+        layers = data.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers):
+            raise SpecError(f"recipe {text!r} needs layers = [...], one KV spec per layer")
+        return cls.of(layers)
+
+    def __str__(self) -> str:
+        return BAR.join(map(str, self.layers))
+
+    def codecs(self) -> tuple[Codec, Codec]:
+        raise UserError(f"a recipe has codecs per layer, not one pair: {self}")
+
+    def for_layer(self, index: int, count: int) -> KVSpec:
+        """The spec of layer `index`. Raises UserError when the recipe was made for another number of layers."""
+        if count != len(self.layers):
+            raise UserError(
+                f"this recipe has {len(self.layers)} layers, and the model has {count} that can be compressed: "
+                "it was made for another model; run opentq tune for this one"
+            )
+        return self.layers[index]
+
+    def bits_per_value(self, head_dim: int, value_dim: int | None = None) -> float:
+        """Bits per value, averaged over layers of equal size."""
+        return sum(s.bits_per_value(head_dim, value_dim) for s in self.layers) / len(self.layers)
+
+    @property
+    def compresses(self) -> bool:
+        return any(s.compresses for s in self.layers)
+
+
+def text(layers: list[str], comment: str, evidence: dict[str, Any]) -> str:
+    """A recipe file: what `Recipe.read` takes, with a comment and the evidence."""
+    import json
+
+    lines = [f"# {line}" for line in comment.splitlines()]
+    lines += ["layers = [", *(f"  {json.dumps(layer)}," for layer in layers), "]", "", "[evidence]"]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in evidence.items()]
+    return "\n".join(lines) + "\n"
