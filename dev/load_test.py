@@ -37,7 +37,7 @@ import httpx
 from opentq.bench import run as bench
 
 WORDS = ("river", "harbour", "engine", "garden", "window", "letter", "captain", "teacher", "bridge", "market", "winter")
-SERVE = "import typer; from opentq.server.command import serve; typer.run(serve)"
+SERVE = "import typer; from opentq.cli.serve import serve; typer.run(serve)"
 OTHER = "import opentq; from mlx_lm.server import main; main()"
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import httpx
 import openai
 
-from opentq.server.launch import Options, Server, make_service
+from opentq.server.launch import ServeOptions, Server, make_service
 
 LONG = "".join(random.Random(7).choices("abcdefghij \n", k=3000))
 TOOL = {
@@ -43,7 +43,7 @@ class Running:
     """A server that listens; `client` speaks HTTP to it."""
 
     def __init__(self, folder, **options):
-        self.options = Options(
+        self.options = ServeOptions(
             str(folder), **{"kv": "int4", "memory": 4 << 30, "prefill_step": 64, "port": 0, **options}
         )
         service, self.prices = make_service(self.options)
@@ -71,7 +71,7 @@ class Running:
     def quiet(self):
         """Nothing runs, waits or is held any more."""
         a, e = self.service.admission, self.service.engine
-        return not (a.running or a.waiting or e.reading or e.shelves)
+        return not (a.running or a.waiting or e.reading or e.batches)
 
     def stop(self):
         self.client.close()
@@ -130,17 +130,17 @@ class Streaming:
 
 
 class Slow:
-    """Makes every piece of a prompt take a while."""
+    """Makes every chunk of a prompt take a while."""
 
     def __init__(self, engine, seconds=0.05):
         self.engine, self.seconds = engine, seconds
 
     def __enter__(self):
-        self.inner = self.engine._read_piece
-        self.engine._read_piece = lambda job: (time.sleep(self.seconds), self.inner(job))
+        self.inner = self.engine._read_chunk
+        self.engine._read_chunk = lambda job: (time.sleep(self.seconds), self.inner(job))
 
     def __exit__(self, *_):
-        self.engine._read_piece = self.inner
+        self.engine._read_chunk = self.inner
 
 
 def reachable(url):

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from opentq.server import anthropic, schema
-from opentq.server.launch import Options, check
+from opentq.server.launch import ServeOptions, check
 
 from .server_support import HI, LONG, PERSON, TOOL, content, events, serving, wait_for
 
@@ -305,9 +305,9 @@ def test_keys_hosts_and_limits(folder, caplog):
 
 def test_other_addresses_need_a_key():
     with pytest.raises(Exception, match="api-key"):
-        check(Options("m", host="0.0.0.0"))
-    check(Options("m", host="0.0.0.0", insecure=True))
-    check(Options("m", host="0.0.0.0", api_key="k"))
+        check(ServeOptions("m", host="0.0.0.0"))
+    check(ServeOptions("m", host="0.0.0.0", insecure=True))
+    check(ServeOptions("m", host="0.0.0.0", api_key="k"))
 
 
 def test_cors_when_asked(folder):

@@ -11,7 +11,7 @@ from opentq.dialogue.errors import ApiError
 from opentq.dialogue.output import Parser, StopText
 from opentq.server import anthropic, schema
 from opentq.server import openai as wire
-from opentq.server.admission import Admission, shelf
+from opentq.server.admission import Admission, bucket
 from opentq.server.pace import Pace
 from opentq.server.prefix import PrefixStore
 
@@ -199,7 +199,7 @@ def test_half_a_character_before_a_special_token(tokenizer):
 
 def test_admission_prices_the_rectangle():
     admission = Admission(price=lambda n: n, budget=10_000, slots=8, queue=2)
-    assert [shelf(n) for n in (1, 4096, 4097, 16384, 16385)] == [0, 0, 1, 1, 2]
+    assert [bucket(n) for n in (1, 4096, 4097, 16384, 16385)] == [0, 0, 1, 1, 2]
     assert admission.offer("a", 3000) == "run" and admission.offer("b", 100) == "run"
     assert admission.committed() == 6000
     assert admission.offer("c", 4000) == "wait"  # 3 * 4000
@@ -220,7 +220,7 @@ class FakeCache:
 
 
 def test_prefixes_are_dropped_least_recently_used_first():
-    store = PrefixStore(step=4, max_bytes=100)
+    store = PrefixStore(block=4, max_bytes=100)
     prompts = [list(range(n, n + 9)) for n in (0, 100, 200)]
     names = [store.names(p) for p in prompts]
     assert all(len(n) == 2 for n in names) and len(store.names(range(8))) == 1
@@ -269,4 +269,4 @@ def test_a_step_that_the_machine_held_up_allows_no_more_reading():
         pace.decoded(8.0)  # more answers now: that is no accident
     assert pace.idle > 7.0
     pace.owe(5.0, running=True)
-    assert pace.debt == 5.0 and pace.piece == 0.0
+    assert pace.debt == 5.0 and pace.chunk == 0.0

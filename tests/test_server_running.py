@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from opentq.caches import disk
 from opentq.cli.main import app
 from opentq.errors import UserError
-from opentq.server.launch import Options, Server, bind
+from opentq.server.launch import ServeOptions, Server, bind
 
 from .server_support import LONG, NO_END, Running, Slow, Streaming, content, reachable, serving, wait_for
 from .tiny_model import write
@@ -70,7 +70,7 @@ def test_reuse_equals_fresh_for_every_kind_of_cache(tmp_path, kind, kv):
         assert cached == 448, "the third of its kind begins where the first two parted"
         for prompt, answer in zip(prompts, answers):
             store.shrink(0)
-            store.shelf = None
+            store.files = None
             assert content(server.chat(prompt, max_tokens=16)) == answer
 
 
@@ -124,7 +124,7 @@ def test_cancel_touches_nobody_else(server):
             victim.until("content")
         victim.close()
     wait_for(lambda: len(server.service.admission.running) == 1)
-    assert steady.rest() in alone[-len(alone) :] and len(server.service.engine.shelves) <= 1
+    assert steady.rest() in alone[-len(alone) :] and len(server.service.engine.batches) <= 1
     wait_for(server.quiet)
 
 
@@ -172,10 +172,10 @@ def test_running_answers_go_on_while_a_prompt_is_read(server):
     steady.until("content")
     other = Streaming(server, LONG[3:], max_tokens=2)
     wait_for(lambda: engine.reading)
-    job = next(iter(engine.shelves.values()))[1][0]
+    job = next(iter(engine.batches.values()))[1][0]
     tokens, read = job.generated, engine.reading[0].read
     wait_for(lambda: not engine.reading)
-    # One piece of 64 tokens per step of the running answer.
+    # One chunk of 64 tokens per step of the running answer.
     assert job.generated - tokens >= (len(LONG) - read) // 64 - 1
     steady.close()
     other.close()
@@ -186,7 +186,7 @@ def test_one_bad_request_fails_alone(server, monkeypatch):
     steady = Streaming(server, "steady", max_tokens=200)
     steady.until("content")
     engine = server.service.engine
-    inner = engine._read_piece
+    inner = engine._read_chunk
 
     def fail(job):
         engine.at_work = job
@@ -194,7 +194,7 @@ def test_one_bad_request_fails_alone(server, monkeypatch):
             raise RuntimeError("out of luck")
         inner(job)
 
-    monkeypatch.setattr(engine, "_read_piece", fail)
+    monkeypatch.setattr(engine, "_read_chunk", fail)
     failed = server.chat("x" * 18)
     assert failed.status_code == 500 and failed.json()["error"]["code"] == "engine_error"
     assert "luck" not in failed.text
@@ -320,8 +320,8 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(folder):
 
 
 def test_two_servers_that_load_at_once_and_one_port(server):
-    first = bind(Options("m", port=0))
-    options = Options("m", port=first.getsockname()[1])
+    first = bind(ServeOptions("m", port=0))
+    options = ServeOptions("m", port=first.getsockname()[1])
     with first, bind(options) as second:
         first.listen()
         late = Server(server.service, options)

@@ -15,9 +15,9 @@ from jinja2 import TemplateError
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..dialogue.ask import Ask, Delta, Draw
 from ..dialogue.output import Parser
 from ..dialogue.prompt import Prompter
+from ..dialogue.request import Delta, Draw, GenerationRequest
 from ..dialogue.sampling import make_sampler
 from ..errors import UserError
 from ..hosts.mlx_lm import hooks
@@ -107,7 +107,7 @@ class Conversation:
 
     def _prompt(self) -> tuple[list[int], str]:
         head = [{"role": "system", "content": self.system}] if self.system else []
-        ask = Ask(messages=(*head, *self.messages))
+        ask = GenerationRequest(messages=(*head, *self.messages))
         if self.tokenizer.has_chat_template:
             try:
                 tokens = list(self.tokenizer.apply_chat_template(list(ask.messages or ()), add_generation_prompt=True))

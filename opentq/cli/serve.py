@@ -90,14 +90,14 @@ def serve(
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
     from ..memory.device import parse_memory, wired
-    from ..server.launch import Options, Server, bind, check, describe, make_service
+    from ..server.launch import ServeOptions, Server, bind, check, describe, make_service
     from ..spec.kv import spec_from_flags
     from ..spec.recommended import AUTO
 
     def size(text: str | None) -> int | None:
         return None if text is None else 0 if text == "0" else parse_memory(text)
 
-    options = Options(
+    options = ServeOptions(
         model=model or model_option,
         kv=None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size) or AUTO,
         names=tuple(served_model_name or ()),

@@ -1,6 +1,6 @@
 """From generated tokens to what a client reads: text, reasoning and tool calls, the same streamed or not.
 
-There is one parser, and both kinds of response take its pieces, so they can't disagree. Stop texts are matched on
+There is one parser, and both kinds of response take its deltas, so they can't disagree. Stop texts are matched on
 text, not on tokens, so that it does not matter how the model cut them. Tool calls are parsed by mlx-lm's parsers;
 markup that does not parse is given to the client as content, never dropped.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
-from .ask import Call, Delta
+from .request import Delta, ToolCall
 
 log = logging.getLogger("opentq.serve")
 
@@ -73,23 +73,23 @@ class Parser:
         return bool(self.stop.matched) or (self.calls > 0 and not self.parallel_calls)
 
     def token(self, token: int) -> list[Delta]:
-        """The pieces that one more token completes."""
+        """The deltas that one more token completes."""
         self.detokenizer.add_token(token)
         return self._text(self.detokenizer.last_segment)
 
     def finish(self) -> list[Delta]:
-        """The pieces that were held back, at the end of the answer."""
+        """The deltas that were held back, at the end of the answer."""
         if self.stopped:
             return []
-        pieces = self._text(self._last_words())
+        deltas = self._text(self._last_words())
         if self.stopped:
-            return pieces
-        pieces += self._split(self.stop.flush())
+            return deltas
+        deltas += self._split(self.stop.flush())
         self.state, rest, name = TextStateMachine.flush(self.state)
-        pieces += self._pieces([(name, rest)])
+        deltas += self._deltas([(name, rest)])
         if self._tool_text is not None:
-            pieces += self._end_tool(closed=not self.tokenizer.tool_call_end)
-        return _join(pieces)
+            deltas += self._end_tool(closed=not self.tokenizer.tool_call_end)
+        return _join(deltas)
 
     def _last_words(self) -> str:
         try:
@@ -104,20 +104,20 @@ class Parser:
 
     def _split(self, text: str) -> list[Delta]:
         self.state, segments = TextStateMachine.split(self.state, text)
-        return self._pieces(segments)
+        return self._deltas(segments)
 
-    def _pieces(self, segments: list[tuple[str, str]]) -> list[Delta]:
-        pieces: list[Delta] = []
+    def _deltas(self, segments: list[tuple[str, str]]) -> list[Delta]:
+        deltas: list[Delta] = []
         for name, text in segments:
             if self._tool_text is not None and name != "tool":
-                pieces += self._end_tool()
+                deltas += self._end_tool()
                 if self.stopped:
                     break
             if name == "tool":
                 self._tool_text = (self._tool_text or "") + text
             elif text:
-                pieces.append(Delta("reasoning" if name == "reasoning" else "content", text))
-        return pieces
+                deltas.append(Delta("reasoning" if name == "reasoning" else "content", text))
+        return deltas
 
     def _end_tool(self, closed: bool = True) -> list[Delta]:
         """The calls in the tool text; the markup itself, as content, when it does not parse or no tools were given."""
@@ -139,21 +139,21 @@ class Parser:
         return [Delta("call", call=c) for c in calls]
 
 
-def _call(parsed: dict[str, Any]) -> Call:
+def _call(parsed: dict[str, Any]) -> ToolCall:
     arguments = parsed["arguments"]
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return Call(str(parsed.get("id") or f"call_{uuid.uuid4().hex[:24]}"), str(parsed["name"]), arguments)
+    return ToolCall(str(parsed.get("id") or f"call_{uuid.uuid4().hex[:24]}"), str(parsed["name"]), arguments)
 
 
-def _join(pieces: list[Delta]) -> list[Delta]:
-    """Neighbouring pieces of text of one kind as one."""
+def _join(deltas: list[Delta]) -> list[Delta]:
+    """Neighbouring deltas of text of one kind as one."""
     joined: list[Delta] = []
-    for piece in pieces:
-        if joined and not piece.call and not joined[-1].call and joined[-1].kind == piece.kind:
-            joined[-1] = Delta(piece.kind, joined[-1].text + piece.text)
-        elif piece.call or piece.text:
-            joined.append(piece)
+    for delta in deltas:
+        if joined and not delta.call and not joined[-1].call and joined[-1].kind == delta.kind:
+            joined[-1] = Delta(delta.kind, joined[-1].text + delta.text)
+        elif delta.call or delta.text:
+            joined.append(delta)
     return joined
 
 

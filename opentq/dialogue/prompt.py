@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .ask import Ask
 from .errors import ApiError, bad
+from .request import GenerationRequest
 
 log = logging.getLogger("opentq.serve")
 
@@ -23,18 +23,18 @@ class Prompter:
         self.template = template or {}
         self._lock = threading.Lock()
 
-    def encode(self, ask: Ask) -> list[int]:
+    def encode(self, request: GenerationRequest) -> list[int]:
         """Token ids of the prompt. Raises ApiError when the model has no words for what is asked."""
         with self._lock:
-            tokens = self._text(ask) if ask.messages is None else self._chat(ask)
+            tokens = self._text(request) if request.messages is None else self._chat(request)
         if not tokens:
-            raise bad("the prompt is empty: it has no tokens", "prompt" if ask.messages is None else "messages")
+            raise bad("the prompt is empty: it has no tokens", "prompt" if request.messages is None else "messages")
         return tokens
 
-    def initial_state(self, ask: Ask, tokens: list[int]) -> str:
+    def initial_state(self, request: GenerationRequest, tokens: list[int]) -> str:
         """The state in which an answer begins: reasoning when the template itself opened the thought."""
         tokenizer = self.tokenizer
-        if ask.messages is None:
+        if request.messages is None:
             return "normal"
         if tokenizer.response_initial_state:
             return tokenizer.response_initial_state
@@ -42,25 +42,25 @@ class Prompter:
             return "reasoning"
         return "normal"
 
-    def _text(self, ask: Ask) -> list[int]:
-        if isinstance(ask.prompt, str):
-            return list(self.tokenizer.encode(ask.prompt))
-        if wrong := next((t for t in ask.prompt if t >= self.vocab), None):
+    def _text(self, request: GenerationRequest) -> list[int]:
+        if isinstance(request.prompt, str):
+            return list(self.tokenizer.encode(request.prompt))
+        if wrong := next((t for t in request.prompt if t >= self.vocab), None):
             raise bad(f"prompt has the token id {wrong}, but the model's ids end at {self.vocab - 1}", "prompt")
-        return list(ask.prompt)
+        return list(request.prompt)
 
-    def _chat(self, ask: Ask) -> list[int]:
+    def _chat(self, request: GenerationRequest) -> list[int]:
         tokenizer = self.tokenizer
         if not tokenizer.has_chat_template:
             raise bad("this model has no chat template; use /v1/completions with the bare prompt", "messages")
-        if ask.tools and not tokenizer.has_tool_calling:
+        if request.tools and not tokenizer.has_tool_calling:
             raise bad("this model's chat template has no form for tool calls", "tools", "unsupported_parameter")
-        messages = [dict(m) for m in ask.messages or ()]
-        variables = self.template | ask.template
+        messages = [dict(m) for m in request.messages or ()]
+        variables = self.template | request.template
         try:
             return list(
                 tokenizer.apply_chat_template(
-                    messages, tools=list(ask.tools) or None, add_generation_prompt=True, tokenize=True, **variables
+                    messages, tools=list(request.tools) or None, add_generation_prompt=True, tokenize=True, **variables
                 )
             )
         except TemplateError as error:
@@ -71,9 +71,9 @@ class Prompter:
             raise ApiError(400, "the model's chat template can't render these messages", "messages") from error
 
 
-def check_choices(ask: Ask, vocab: int) -> None:
+def check_choices(request: GenerationRequest, vocab: int) -> None:
     """Raise ApiError for sampling fields that name tokens the model does not have."""
-    if wrong := next((t for t, _ in ask.sampling.logit_bias if t >= vocab), None):
+    if wrong := next((t for t, _ in request.sampling.logit_bias if t >= vocab), None):
         raise bad(f"logit_bias has the token id {wrong}, but the model's ids end at {vocab - 1}", "logit_bias")
-    if ask.sampling.top_k >= vocab:
-        raise bad(f"top_k must be below the vocabulary of {vocab}, not {ask.sampling.top_k}", "top_k")
+    if request.sampling.top_k >= vocab:
+        raise bad(f"top_k must be below the vocabulary of {vocab}, not {request.sampling.top_k}", "top_k")

@@ -14,7 +14,7 @@ from functools import partial
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_top_p, greedy_sampler, make_logits_processors
 
-from .ask import Draw, Sampling
+from .request import Draw, SamplingParams
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -48,7 +48,7 @@ class KeyedSampler:
         return mx.random.categorical(logprobs / how.temperature, key=now)
 
 
-def make_processors(how: Sampling, prompt_tokens: int) -> list[Processor]:
+def make_processors(how: SamplingParams, prompt_tokens: int) -> list[Processor]:
     """Processors of `(tokens so far, logits [1, V])`. Presence and frequency look at the answer, as OpenAI's do;
     repetition looks at prompt and answer, as Hugging Face's does."""
     whole = 2**30

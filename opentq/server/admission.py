@@ -1,7 +1,7 @@
 """Who may run, who waits and who is sent away: every request is priced in bytes before any work is done for it.
 
 The price is the memory planner's (`memory/plan.py`), for prompt and longest answer together. A batch is stored as a
-rectangle, as long as its longest member, and it is priced so; sequences of similar length share a batch (`shelf`).
+rectangle, as long as its longest member, and it is priced so; sequences of similar length share a batch (`bucket`).
 Pure bookkeeping: no threads, no arrays.
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable
 
-SHELF = 4096
+FIRST_BUCKET = 4096
 
 
-def shelf(tokens: int) -> int:
+def bucket(tokens: int) -> int:
     """Which batch a sequence of `tokens` (prompt and longest answer) belongs to: up to 4K, 16K, 64K, 256K, ..."""
-    step, top = 0, SHELF
+    index, top = 0, FIRST_BUCKET
     while tokens > top:
-        step, top = step + 1, top * 4
-    return step
+        index, top = index + 1, top * 4
+    return index
 
 
 class Admission:
@@ -34,10 +34,10 @@ class Admission:
 
     def committed(self, more: int = 0) -> int:
         """Bytes that running requests may come to hold, with one of `more` tokens if given."""
-        shelves: dict[int, list[int]] = {}
+        buckets: dict[int, list[int]] = {}
         for tokens in [*self.running.values(), *([more] if more else [])]:
-            shelves.setdefault(shelf(tokens), []).append(tokens)
-        return sum(len(group) * self.price(max(group)) for group in shelves.values())
+            buckets.setdefault(bucket(tokens), []).append(tokens)
+        return sum(len(group) * self.price(max(group)) for group in buckets.values())
 
     def fits(self, tokens: int) -> bool:
         return len(self.running) < self.slots and self.committed(tokens) <= self.budget

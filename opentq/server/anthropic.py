@@ -1,12 +1,12 @@
-"""Anthropic's Messages API over the same engine: a body becomes an `Ask`, events become content blocks."""
+"""Anthropic's Messages API over the same engine: bodies become requests, events become content blocks."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from ..dialogue.ask import Ask, Delta, Done, Sampling, Step, Usage
 from ..dialogue.errors import ApiError, bad, unsupported
+from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
 from .openai import as_int, read_content, refuse_unsupported
 from .schema import COUNT, MESSAGES, check
 from .sse import frame
@@ -21,8 +21,8 @@ IDLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read(body: dict[str, Any], count_only: bool = False) -> Ask:
-    """The `Ask` of a /v1/messages body (or of /v1/messages/count_tokens). Raises ApiError."""
+def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
+    """The `GenerationRequest` of a /v1/messages body (or of /v1/messages/count_tokens). Raises ApiError."""
     refuse_unsupported(body, IDLE)
     check(body, COUNT if count_only else MESSAGES)
     choice = body.get("tool_choice") or {"type": "auto"}
@@ -40,7 +40,7 @@ def read(body: dict[str, Any], count_only: bool = False) -> Ask:
     for i, turn in enumerate(body["messages"]):
         messages += _turn(turn, f"messages[{i}]")
     thinking = body.get("thinking")
-    return Ask(
+    return GenerationRequest(
         model=body.get("model"),
         messages=tuple(messages),
         max_tokens=as_int(body.get("max_tokens")),
@@ -50,7 +50,7 @@ def read(body: dict[str, Any], count_only: bool = False) -> Ask:
         parallel_calls=not choice.get("disable_parallel_tool_use"),
         template={} if thinking is None else {"enable_thinking": thinking["type"] != "disabled"},
         stream=bool(body.get("stream")),
-        sampling=Sampling(
+        sampling=SamplingParams(
             temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default
             top_p=body.get("top_p"),  # type: ignore[arg-type]
             top_k=as_int(body.get("top_k")) or 0,
@@ -172,7 +172,7 @@ class Gathered:
     def __init__(self, id: str, model: str):
         self.id, self.model, self.blocks = id, model, Blocks()
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Generated) -> None:
         for delta in step.deltas:
             self.blocks.add(delta)
 
@@ -183,7 +183,7 @@ class Gathered:
 EMPTY: dict[str, dict[str, Any]] = {"tool_use": {"input": {}}, "text": {"text": ""}, "thinking": {"thinking": ""}}
 
 
-class Feed:
+class MessageFeed:
     """The named events of a streamed message."""
 
     ping = frame({"type": "ping"}, "ping")
@@ -195,7 +195,7 @@ class Feed:
         start = message(self.id, self.model, [], None, Usage(prompt=self.prompt_tokens))
         return _event("message_start", message=start) + self.ping
 
-    def step(self, step: Step) -> bytes:
+    def step(self, step: Generated) -> bytes:
         return b"".join(self._delta(d) for d in step.deltas)
 
     def _delta(self, delta: Delta) -> bytes:

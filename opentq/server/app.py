@@ -20,8 +20,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
-from ..dialogue.ask import Ask, Done, Step
 from ..dialogue.errors import ApiError, bad
+from ..dialogue.request import Done, Generated, GenerationRequest
 from . import anthropic, openai
 from .openapi import document
 from .roster import Roster
@@ -150,7 +150,7 @@ class Routes:
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        context = self.service.settings.max_context
+        context = self.service.config.max_context
         created = int(self.service.started)
         return {"id": name, "object": "model", "created": created, "owned_by": "opentq", "max_model_len": context}
 
@@ -160,30 +160,32 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         return await self._openai(request, openai.read_completion, False)
 
-    async def _openai(self, request: Request, read: Callable[[dict[str, Any]], Ask], chat: bool) -> Response:
+    async def _openai(
+        self, request: Request, read: Callable[[dict[str, Any]], GenerationRequest], chat: bool
+    ) -> Response:
         ask = await self._read(request, read)
         service = await self.roster.find(ask)
         stream = await service.open(ask)
         head = openai.Head(
             id=("chatcmpl-" if chat else "cmpl-") + stream.id,
             created=int(time.time()),
-            model=ask.model or service.settings.names[0],
+            model=ask.model or service.config.names[0],
             fingerprint=self.fingerprint,
             chat=chat,
             include_usage=ask.include_usage,
         )
         if ask.stream:
-            return EventStream(stream, OpenAIFeed(head, ask.logprobs is not None), self.service.settings.keep_alive)
+            return EventStream(stream, OpenAIFeed(head, ask.logprobs is not None), self.service.config.keep_alive)
         return WholeResponse(stream, OpenAIGather(head, ask.logprobs is not None))
 
     async def messages(self, request: Request) -> Response:
         ask = await self._read(request, anthropic.read)
         service = await self.roster.find(ask)
         stream: Stream = await service.open(ask)
-        model = ask.model or service.settings.names[0]
+        model = ask.model or service.config.names[0]
         if ask.stream:
-            feed = anthropic.Feed(stream.id, model, len(stream.job.tokens))
-            return EventStream(stream, feed, self.service.settings.keep_alive)
+            feed = anthropic.MessageFeed(stream.id, model, len(stream.job.tokens))
+            return EventStream(stream, feed, self.service.config.keep_alive)
         return WholeResponse(stream, anthropic.Gathered(stream.id, model))
 
     async def count_tokens(self, request: Request) -> Response:
@@ -191,7 +193,7 @@ class Routes:
         count = await asyncio.get_running_loop().run_in_executor(None, (await self.roster.find(ask)).count, ask)
         return JSONResponse({"input_tokens": count})
 
-    async def _read(self, request: Request, read: Callable[[dict[str, Any]], Ask]) -> Ask:
+    async def _read(self, request: Request, read: Callable[[dict[str, Any]], GenerationRequest]) -> GenerationRequest:
         body = await self._body(request)
         if len(body) <= INLINE:
             return read(parse(body))
@@ -242,7 +244,7 @@ class OpenAIFeed:
     def opening(self) -> bytes:
         return b"".join(map(frame, openai.opening(self.chunks.head)))
 
-    def step(self, step: Step) -> bytes:
+    def step(self, step: Generated) -> bytes:
         return b"".join(map(frame, self.chunks.step(step.deltas, step.tokens)))
 
     def done(self, done: Done) -> bytes:
@@ -256,9 +258,9 @@ class OpenAIGather:
     """OpenAI's whole response."""
 
     def __init__(self, head: openai.Head, logprobs: bool):
-        self.head, self.logprobs, self.answer = head, logprobs, openai.Answer()
+        self.head, self.logprobs, self.answer = head, logprobs, openai.GatheredAnswer()
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Generated) -> None:
         self.answer.add(step.deltas, step.tokens)
 
     def done(self, done: Done) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..dialogue.sampling import Processor, Sampler
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class RowSampling:
     """How the tokens of one sequence are chosen.
 
     Attributes:
@@ -39,7 +39,7 @@ class Choice:
 class Decoding(GenerationBatch):
     """A batch of one, to be joined by others with `extend`. `next` gives every sequence a token."""
 
-    samplers: Any  # a Choice for each sequence: mlx-lm keeps this list in step with them
+    samplers: Any  # a RowSampling for each sequence: mlx-lm keeps this list in step with them
     logits_processors: Any
 
     def __init__(
@@ -48,7 +48,7 @@ class Decoding(GenerationBatch):
         uid: int,
         tokens: list[int],
         caches: list[Any],
-        choice: Choice,
+        sampling: RowSampling,
         processors: list[Processor],
         stops: StopSequences,
         max_tokens: int,
@@ -57,9 +57,9 @@ class Decoding(GenerationBatch):
         self._biased: tuple[list[int], mx.array | None] = ([], None)
         seen = tokens[:-1] if processors else []
         last = mx.array(tokens[-1:])
-        choices: list[Any] = [choice]
+        samplings: list[Any] = [sampling]
         super().__init__(
-            model, [uid], last, caches, [seen], choices, greedy_sampler, [processors], [stops], [max_tokens]
+            model, [uid], last, caches, [seen], samplings, greedy_sampler, [processors], [stops], [max_tokens]
         )
 
     def extract_cache(self, idx: int) -> list[Any]:
@@ -87,10 +87,10 @@ class Decoding(GenerationBatch):
         """What is added to `logits [B, V]`; made anew when sequences came or went."""
         if self._biased[0] != self.uids:
             table = None
-            if any(choice.bias for choice in self.samplers):
+            if any(sampling.bias for sampling in self.samplers):
                 rows = np.zeros(logits.shape, np.float32)
-                for row, choice in zip(rows, self.samplers):
-                    for token, value in choice.bias:
+                for row, sampling in zip(rows, self.samplers):
+                    for token, value in sampling.bias:
                         row[token] += value
                 table = mx.array(rows).astype(logits.dtype)
             self._biased = (list(self.uids), table)
@@ -110,13 +110,13 @@ class Decoding(GenerationBatch):
     def _choose(self, logits: mx.array) -> tuple[mx.array, list[mx.array | None]]:
         """The next token of every row, and its log probabilities where they are used. Greedy rows share an argmax."""
         tokens = mx.argmax(logits, axis=-1)
-        if not any(choice.normalised for choice in self.samplers):
+        if not any(sampling.normalised for sampling in self.samplers):
             return tokens, [None] * len(self.samplers)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        if any(choice.sampler for choice in self.samplers):
+        if any(sampling.sampler for sampling in self.samplers):
             chosen = [
-                choice.sampler(logprobs[i : i + 1]) if choice.sampler else tokens[i : i + 1]
-                for i, choice in enumerate(self.samplers)
+                sampling.sampler(logprobs[i : i + 1]) if sampling.sampler else tokens[i : i + 1]
+                for i, sampling in enumerate(self.samplers)
             ]
             tokens = mx.concatenate(chosen)
-        return tokens, [row if choice.logprobs else None for row, choice in zip(logprobs, self.samplers)]
+        return tokens, [row if sampling.logprobs else None for row, sampling in zip(logprobs, self.samplers)]

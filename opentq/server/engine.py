@@ -1,11 +1,11 @@
 """The engine: one thread that does all of the model's work, one small step at a time.
 
-Each turn gives every running answer its next token, then reads one piece of one waiting prompt if that is within the
+Each turn gives every running answer its next token, then reads one chunk of one waiting prompt if that is within the
 time that `pace` allows: a running answer is not slowed down more than threefold, however long a prompt is that someone
 sends. Prompts take turns by two rules, alternately: the one with least left to read (short questions pass long
 documents), and the one that came first (nobody starves).
 
-Prompts are read alone, on single caches; then the sequence joins the batch of its shelf (`admission.shelf`).
+Prompts are read alone, on single caches; then the sequence joins the batch of its bucket (`admission.bucket`).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import numpy as np
 from mlx_lm.generate import StopSequences, _merge_caches
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..dialogue.ask import Chosen, Done, Progress, Sampling, Step, Usage
 from ..dialogue.errors import ApiError
 from ..dialogue.output import Parser
+from ..dialogue.request import Chosen, Done, Generated, Progress, SamplingParams, Usage
 from ..dialogue.sampling import KeyedSampler, Processor, make_processors
-from .admission import shelf
-from .decoding import Choice, Decoding
+from .admission import bucket
+from .decoding import Decoding, RowSampling
 from .grammar import Constraint
 from .pace import Pace
 from .prefix import PrefixStore, exact_trim
 
 log = logging.getLogger("opentq.serve")
 
-Event = Progress | Step | Done | ApiError
+Event = Progress | Generated | Done | ApiError
 
 
 @dataclass(eq=False)
@@ -44,7 +44,7 @@ class Job:
 
     tokens: list[int]
     max_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
     parser: Parser
     post: Callable[[Job, Event], None]
     constraint: Constraint | None = None
@@ -80,18 +80,18 @@ class Job:
 class Engine:
     """Runs jobs on a model. `submit`, `cancel` and `close` may be called from any thread; `run` is the thread."""
 
-    def __init__(self, model: Any, tokenizer: Any, store: PrefixStore, step: int):
+    def __init__(self, model: Any, tokenizer: Any, store: PrefixStore, chunk: int):
         self.model = model
         self.tokenizer = tokenizer
         self.store = store
-        self.step = step
+        self.chunk = chunk
         self.pace = Pace()
         self.reading: list[Job] = []
-        self.shelves: dict[int, tuple[Decoding, list[Job]]] = {}
+        self.batches: dict[int, tuple[Decoding, list[Job]]] = {}
         self.at_work: Job | None = None
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
-        self._pieces = 0
+        self._chunks = 0
         self._closed = False
 
     # ---- from other threads
@@ -112,34 +112,34 @@ class Engine:
     def run(self) -> None:
         """Work until closed. An error of the model's ends this call; `recover` says what to do then."""
         while not self._closed:
-            idle = not (self.reading or self.shelves)
-            if idle and self.store.shelf and self.store.shelf.waiting and self._inbox.empty():
-                self.store.shelf.write_one()
+            idle = not (self.reading or self.batches)
+            if idle and self.store.files and self.store.files.waiting and self._inbox.empty():
+                self.store.files.write_one()
                 continue
             self._read_inbox(block=idle)
-            if self.shelves:
+            if self.batches:
                 tic = time.perf_counter()
-                for key in sorted(self.shelves):
+                for key in sorted(self.batches):
                     self._decode(key)
                 self.pace.decoded(time.perf_counter() - tic)
-            if self.reading and not (self.shelves and self.pace.debt):
-                self._read_piece(self._next_reader())
+            if self.reading and not (self.batches and self.pace.debt):
+                self._read_chunk(self._next_reader())
 
     def finish(self) -> None:
         """After `close`: write what waits for the disk."""
-        while self.store.shelf and self.store.shelf.waiting:
-            self.store.shelf.write_one()
+        while self.store.files and self.store.files.waiting:
+            self.store.files.write_one()
 
     def forget(self) -> None:
         """After `finish`: let model, prefixes and caches go."""
         self.model = self.store = None  # type: ignore[assignment]
-        self.shelves.clear()
+        self.batches.clear()
 
     def recover(self, error: BaseException) -> None:
         """After `run` failed: end the job at work, or all running answers if it was theirs, with an error each."""
-        failed = [self.at_work] if self.at_work else [j for _, jobs in self.shelves.values() for j in jobs]
+        failed = [self.at_work] if self.at_work else [j for _, jobs in self.batches.values() for j in jobs]
         if not self.at_work:
-            self.shelves.clear()
+            self.batches.clear()
         self.at_work = None
         self.reading = [j for j in self.reading if j not in failed]
         mx.clear_cache()
@@ -173,27 +173,27 @@ class Engine:
         job.read = job.cached = hit.tokens
         if not exact_trim(job.caches):
             # Such caches are remembered only at points chosen beforehand: the end, and where known prompts part.
-            job.snapshots = {len(job.names) * self.store.step, hit.shared} - {0}
+            job.snapshots = {len(job.names) * self.store.block, hit.shared} - {0}
         self.reading.append(job)
         self.at_work = None
 
     def _next_reader(self) -> Job:
-        self._pieces += 1
-        if self._pieces % 2:
+        self._chunks += 1
+        if self._chunks % 2:
             return self.reading[0]
         return min(self.reading, key=lambda j: len(j.tokens) - j.read)
 
-    def _read_piece(self, job: Job) -> None:
-        """One piece of a prompt; after the last, in a turn of its own, the job joins a batch."""
+    def _read_chunk(self, job: Job) -> None:
+        """One chunk of a prompt; after the last, in a turn of its own, the job joins a batch."""
         self.at_work = job
-        tic, running = time.perf_counter(), bool(self.shelves)
-        end = min(job.read + self.step, len(job.tokens) - 1)
+        tic, running = time.perf_counter(), bool(self.batches)
+        end = min(job.read + self.chunk, len(job.tokens) - 1)
         if end > job.read:
             self.model(mx.array([job.tokens[job.read : end]]), cache=job.caches)
             mx.eval([c.state for c in job.caches or ()])
             job.read = end
             if end in job.snapshots:
-                names = job.names[: end // self.store.step]
+                names = job.names[: end // self.store.block]
                 self.store.remember(names, job.tokens, copy.deepcopy(job.caches or []))
             self.pace.read(time.perf_counter() - tic, running)
             job.post(job, Progress(end, len(job.tokens)))
@@ -209,25 +209,25 @@ class Engine:
         processors: list[Processor] = make_processors(how, len(job.tokens))
         if job.constraint:
             processors.append(job.constraint)
-        choice = Choice(KeyedSampler(how) if how.temperature else None, how.logit_bias, job.logprobs is not None)
+        row = RowSampling(KeyedSampler(how) if how.temperature else None, how.logit_bias, job.logprobs is not None)
         caches = _merge_caches([single])
-        batch = Decoding(self.model, id(job), job.tokens, caches, choice, processors, self._eos, job.max_tokens)
+        batch = Decoding(self.model, id(job), job.tokens, caches, row, processors, self._eos, job.max_tokens)
         job.first = time.perf_counter()
         job.caches = None
-        key = shelf(job.total)
-        if key in self.shelves:
-            self.shelves[key][0].extend(batch)
-            self.shelves[key][1].append(job)
+        key = bucket(job.total)
+        if key in self.batches:
+            self.batches[key][0].extend(batch)
+            self.batches[key][1].append(job)
         else:
-            self.shelves[key] = (batch, [job])
+            self.batches[key] = (batch, [job])
         if exact_trim(single):
             for c in single:
-                c.trim(job.read - len(job.names) * self.store.step)
+                c.trim(job.read - len(job.names) * self.store.block)
             self.store.remember(job.names, job.tokens, single)
 
     def _decode(self, key: int) -> None:
-        """The next token of every answer on a shelf."""
-        batch, jobs = self.shelves[key]
+        """The next token of every answer in a bucket."""
+        batch, jobs = self.batches[key]
         responses = batch.next()
         over = []
         for job, r in zip(list(jobs), responses):
@@ -245,7 +245,7 @@ class Engine:
                 jobs.remove(job)
                 deltas = deltas + job.parser.finish()
             if deltas or chosen:
-                job.post(job, Step(tuple(deltas), chosen))
+                job.post(job, Generated(tuple(deltas), chosen))
             if reason:
                 done = "tool_calls" if job.parser.calls and reason == "stop" else reason
                 job.post(job, Done(done, job.usage(), job.parser.stop.matched))
@@ -253,7 +253,7 @@ class Engine:
             gone = {id(j) for j in over}
             batch.filter([i for i, uid in enumerate(batch.uids) if uid not in gone])
         if not jobs:
-            del self.shelves[key]
+            del self.batches[key]
             mx.clear_cache()
 
     def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
@@ -270,12 +270,12 @@ class Engine:
             job.caches = None
             mx.clear_cache()
         else:
-            for key, (batch, jobs) in list(self.shelves.items()):
+            for key, (batch, jobs) in list(self.batches.items()):
                 if job in jobs:
                     jobs.remove(job)
                     batch.filter([i for i, uid in enumerate(batch.uids) if uid != id(job)])
                     if not jobs:
-                        del self.shelves[key]
+                        del self.batches[key]
                         mx.clear_cache()
                     break
             else:

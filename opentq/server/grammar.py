@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..dialogue.ask import Ask
 from ..dialogue.errors import ApiError, bad, unsupported
+from ..dialogue.request import GenerationRequest
 
 # What json.dumps writes, which is what models have read: no free white space for them to get lost in.
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -36,13 +36,13 @@ class Grammars:
         self.vocab = vocab
         self._tables: Any = None
 
-    def constraint(self, ask: Ask, state: str) -> Constraint | None:
-        """What holds the answer to `ask` in its form, or None. Raises ApiError for a form that can't be held."""
-        if ask.tool_choice == "required" and ask.tools:
-            return self._make(self._calls(ask), "tool_choice", state)
-        if ask.schema is None:
+    def constraint(self, request: GenerationRequest, state: str) -> Constraint | None:
+        """What holds the answer to `request` in its form, or None. Raises ApiError for a form that can't be held."""
+        if request.tool_choice == "required" and request.tools:
+            return self._make(self._calls(request), "tool_choice", state)
+        if request.schema is None:
             return None
-        return self._make(self._schema(ask.schema), "response_format", state)
+        return self._make(self._schema(request.schema), "response_format", state)
 
     def _make(self, grammar: str, param: str, state: str) -> Constraint:
         import llguidance
@@ -65,7 +65,7 @@ class Grammars:
                 f"response_format: the schema can't be used: {_first_line(str(error))}", "response_format"
             ) from error
 
-    def _calls(self, ask: Ask) -> str:
+    def _calls(self, request: GenerationRequest) -> str:
         """The markup of one tool call in the model's own form."""
         self._require("tool_choice")
         parser = getattr(self.tokenizer.tool_parser, "__module__", "")
@@ -73,7 +73,7 @@ class Grammars:
             raise unsupported(
                 "tool_choice", f"this model writes calls in the form of {parser}; only 'auto' and 'none' work"
             )
-        options = [_call_schema(t["function"]) for t in ask.tools]
+        options = [_call_schema(t["function"]) for t in request.tools]
         schema = {"x-guidance": STYLE, **(options[0] if len(options) == 1 else {"anyOf": options})}
         start, end = (self._marker(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
         return f"start: {start} gap call gap {end}\ngap: /\\n?/\ncall: %json {json.dumps(schema)}\n"

@@ -25,23 +25,23 @@ from ..spec.recommended import AUTO, advice
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine
-from .pace import choose_step
+from .pace import choose_chunk
 from .prefix import PrefixStore
+from .prefix_files import Identity, PrefixFiles, kept_chunk, model_folder
 from .pricing import Prices, appraise
 from .roster import Roster
-from .service import Service, Settings
-from .shelf import DiskShelf, Identity, model_folder, settled_step
+from .service import Service, ServiceConfig
 from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOCAL_HOSTS = frozenset({"127.0.0.1", "[::1]", "localhost"})
-PIECE_LIMIT = 2048
+MAX_CHUNK = 2048
 
 
 @dataclass
-class Options:
+class ServeOptions:
     """What `opentq serve` was asked for; see its help for the meanings."""
 
     model: str
@@ -78,7 +78,7 @@ class Options:
         return self.names or ((short,) if short == self.model else (short, self.model))
 
 
-def check(options: Options) -> None:
+def check(options: ServeOptions) -> None:
     """Raise UserError for options that must not go together, before anything is loaded."""
     if options.host not in LOOPBACK and not options.api_key and not options.insecure:
         raise UserError(
@@ -94,7 +94,7 @@ def check(options: Options) -> None:
             raise UserError(f"--allow-model-loading {folder} is not a folder")
 
 
-def bind(options: Options) -> socket.socket:
+def bind(options: ServeOptions) -> socket.socket:
     """Take the port before anything is loaded; nobody is let in yet. Raises UserError where it can't be had."""
     taken = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -106,18 +106,18 @@ def bind(options: Options) -> socket.socket:
     return taken
 
 
-def _no_port(options: Options, error: Exception) -> UserError:
+def _no_port(options: ServeOptions, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(f"can't listen on {options.host}, port {options.port} ({reason}): give another --host or --port")
 
 
-def make_service(options: Options, worker: Worker | None = None) -> tuple[Service, Prices]:
+def make_service(options: ServeOptions, worker: Worker | None = None) -> tuple[Service, Prices]:
     """Load the model in the engine's thread, a new one if none is given, and put the service together."""
     worker = worker or Worker()
     return worker.submit(_prepare, options, worker).result()
 
 
-def _prepare(options: Options, worker: Worker) -> tuple[Service, Prices]:
+def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     model, tokenizer = load(
         options.model, kv=options.kv, tokenizer_config={"trust_remote_code": options.trust_remote_code or None}
     )
@@ -127,9 +127,9 @@ def _prepare(options: Options, worker: Worker) -> tuple[Service, Prices]:
             options.model, fingerprint(model_folder(options.model)), str(record.spec) if record else "off"
         )
         folder = identity.folder(options.prompt_cache_dir)
-        step = settled_step(folder, lambda: choose_step(model, PIECE_LIMIT), options.prefill_step)
+        step = kept_chunk(folder, lambda: choose_chunk(model, MAX_CHUNK), options.prefill_step)
     else:
-        step = options.prefill_step or choose_step(model, PIECE_LIMIT)
+        step = options.prefill_step or choose_chunk(model, MAX_CHUNK)
     context = model_context(model)
     if options.max_context and context and options.max_context > context:
         log.warning(
@@ -155,10 +155,10 @@ def _prepare(options: Options, worker: Worker) -> tuple[Service, Prices]:
         pending = prices.budget // 8  # held until they are written; taken from what requests may hold
         admission.budget -= pending
         disk_bytes = options.prompt_cache_dir_bytes
-        store.shelf = DiskShelf(pieces, identity, store.step, disk_bytes, pending, lambda: make_cache(model))
+        store.files = PrefixFiles(pieces, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
     engine = Engine(model, tokenizer, store, step)
     vocab = int(model(mx.array([[0]])).shape[-1])
-    settings = Settings(
+    config = ServiceConfig(
         names=options.served_names,
         max_context=longest,
         max_tokens=options.max_tokens,
@@ -168,10 +168,10 @@ def _prepare(options: Options, worker: Worker) -> tuple[Service, Prices]:
         template=options.template,
         keep_alive=options.keep_alive,
     )
-    return Service(engine, admission, settings, vocab, worker), prices
+    return Service(engine, admission, config, vocab, worker), prices
 
 
-def access(options: Options) -> Access:
+def access(options: ServeOptions) -> Access:
     hosts = None
     if options.host in LOOPBACK or options.hosts:
         hosts = LOCAL_HOSTS | {h.lower() for h in options.hosts}
@@ -181,7 +181,7 @@ def access(options: Options) -> Access:
 class Server(uvicorn.Server):
     """uvicorn with a drain of our own: running answers end, the rest get an error each; a second signal is final."""
 
-    def __init__(self, service: Service, options: Options):
+    def __init__(self, service: Service, options: ServeOptions):
         self.roster = Roster(service, options, lambda o: make_service(o, service.worker)[0])
         config = uvicorn.Config(
             build(self.roster, access(options)),
@@ -210,7 +210,7 @@ class Server(uvicorn.Server):
         try:
             await super().serve(sockets)
         finally:
-            await self.roster.settle()
+            await self.roster.changed()
             self.service.close()
 
     async def startup(self, sockets: Any = None) -> None:
@@ -232,16 +232,16 @@ class Server(uvicorn.Server):
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        await self.roster.settle()
+        await self.roster.changed()
         await self.service.drain(self.options.drain)
         self.should_exit = True
 
 
-def describe(service: Service, prices: Prices, options: Options) -> str:
+def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
     """What is in use, for the terminal."""
     from ..hosts.mlx_lm.report import report
 
-    settings, engine = service.settings, service.engine
+    config, engine = service.config, service.engine
     lines = []
     if hooks.installed(engine.model):
         lines.append(str(report(engine.model)))
@@ -250,12 +250,12 @@ def describe(service: Service, prices: Prices, options: Options) -> str:
             lines.append(line)
     else:
         lines.append("KV cache: mlx-lm's own, not compressed")
-    full = prices.price(settings.max_context)
+    full = prices.price(config.max_context)
     lines += [
-        f"context: {settings.max_context} tokens, {full / 2**20:.0f} MiB each when full; "
+        f"context: {config.max_context} tokens, {full / 2**20:.0f} MiB each when full; "
         f"{prices.budget / GIB:.2f} GiB for requests and remembered prefixes",
-        f"prompts are read in pieces of {engine.step} tokens; up to {service.admission.slots} requests run, "
+        f"prompts are read in chunks of {engine.chunk} tokens; up to {service.admission.slots} requests run, "
         f"{service.admission.queue} wait",
-        f"serving {', '.join(settings.names)} on http://{options.host}:{options.port}/v1",
+        f"serving {', '.join(config.names)} on http://{options.host}:{options.port}/v1",
     ]
     return "\n".join(lines)

@@ -23,8 +23,8 @@ class Metrics:
         self.prefixes = Gauge("opentq_prefix_bytes", "Bytes of remembered prefixes", registry=r)
         self.active = Gauge("opentq_active_bytes", "Bytes of arrays, weights included, as MLX counts them", registry=r)
         self.step = Gauge("opentq_decode_step_seconds", "Time of one decode step, running mean", registry=r)
-        self.piece = Gauge(
-            "opentq_prompt_piece_seconds", "Time to read one piece of a prompt, running mean", registry=r
+        self.chunk = Gauge(
+            "opentq_prompt_chunk_seconds", "Time to read one chunk of a prompt, running mean", registry=r
         )
         self.first = Histogram(
             "opentq_first_token_seconds", "From the request to its first token", buckets=SECONDS, registry=r

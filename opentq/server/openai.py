@@ -1,4 +1,4 @@
-"""OpenAI's wire format, both ways, as pure functions: a checked body becomes an `Ask`, events become responses.
+"""OpenAI's wire format, both ways, as pure functions: a body becomes a `GenerationRequest`, events responses.
 
 Fields that nobody knows are ignored, as clients expect. Fields that OpenAI's API (or a known server) knows and this
 one can't serve are refused with a 400 that names them, unless their value asks for nothing.
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dialogue.ask import Ask, Call, Chosen, Delta, Done, Sampling, Usage
 from ..dialogue.errors import bad, unsupported
+from ..dialogue.request import Chosen, Delta, Done, GenerationRequest, SamplingParams, ToolCall, Usage
 from .schema import CHAT, COMPLETION, check
 
 # Known fields that are not served, with the values that ask for nothing.
@@ -60,8 +60,8 @@ def refuse_unsupported(body: dict[str, Any], idle: dict[str, tuple[Any, ...]] = 
             raise unsupported(name, HINTS.get(name, ""))
 
 
-def read_chat(body: dict[str, Any]) -> Ask:
-    """The `Ask` of a /v1/chat/completions body. Raises ApiError."""
+def read_chat(body: dict[str, Any]) -> GenerationRequest:
+    """The `GenerationRequest` of a /v1/chat/completions body. Raises ApiError."""
     refuse_unsupported(body)
     check(body, CHAT)
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
@@ -78,7 +78,7 @@ def read_chat(body: dict[str, Any]) -> Ask:
         tools = tuple(t for t in tools if t["function"]["name"] == choice)
         choice = "required"
     template = _template(body)
-    return Ask(
+    return GenerationRequest(
         model=body.get("model"),
         messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(body["messages"])),
         max_tokens=as_int(first(body, "max_completion_tokens", "max_tokens")),
@@ -92,14 +92,14 @@ def read_chat(body: dict[str, Any]) -> Ask:
     )
 
 
-def read_completion(body: dict[str, Any]) -> Ask:
-    """The `Ask` of a /v1/completions body. Raises ApiError."""
+def read_completion(body: dict[str, Any]) -> GenerationRequest:
+    """The `GenerationRequest` of a /v1/completions body. Raises ApiError."""
     refuse_unsupported(body)
     check(body, COMPLETION)
     prompt = body["prompt"]
     if isinstance(prompt, list):
         prompt = prompt[0] if isinstance(prompt[0], str) else tuple(int(t) for t in prompt)
-    return Ask(
+    return GenerationRequest(
         model=body.get("model"),
         prompt=prompt,
         max_tokens=as_int(body.get("max_tokens")),
@@ -186,7 +186,7 @@ def _common(body: dict[str, Any]) -> dict[str, Any]:
         "stop": tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),
         "stream": bool(body.get("stream")),
         "include_usage": bool((body.get("stream_options") or {}).get("include_usage")),
-        "sampling": Sampling(
+        "sampling": SamplingParams(
             temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default, filled in later
             top_p=body.get("top_p"),  # type: ignore[arg-type]
             top_k=as_int(body.get("top_k")) or 0,
@@ -213,12 +213,12 @@ def as_int(value: Any) -> int | None:
 
 
 @dataclass
-class Answer:
+class GatheredAnswer:
     """An answer gathered from its events, for clients that don't stream."""
 
     content: str = ""
     reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     tokens: list[Chosen] = field(default_factory=list)
 
     def add(self, deltas: Iterable[Delta], tokens: Iterable[Chosen]) -> None:
@@ -258,7 +258,7 @@ class Head:
         return body
 
 
-def response(head: Head, answer: Answer, done: Done, logprobs: bool) -> dict[str, Any]:
+def response(head: Head, answer: GatheredAnswer, done: Done, logprobs: bool) -> dict[str, Any]:
     """The whole response of a request that does not stream."""
     choice: dict[str, Any] = {"index": 0, "finish_reason": done.reason, "logprobs": None}
     if head.chat:
@@ -347,7 +347,7 @@ def timings(u: Usage) -> dict[str, float]:
     }
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 

@@ -1,9 +1,9 @@
 """How fast prompts may be read beside running answers: a budget of time, measured while it is spent.
 
-Prompts are read in pieces of one size, because what a cache holds depends on the pieces it was read in. The size is
-chosen at the start, so that a piece takes at most twice as long as a decode step. But pieces take longer deep in a
+Prompts are read in chunks of one size, because what a cache holds depends on the chunks it was read in. The size is
+chosen at the start, so that a chunk takes at most twice as long as a decode step. But chunks take longer deep in a
 long prompt, and with every model and machine in its own way: so each decode step allows only as much reading as keeps
-the mean time between two tokens within `STALL` times what it is when no prompt is being read, and a piece that takes
+the mean time between two tokens within `STALL` times what it is when no prompt is being read, and a chunk that takes
 longer is followed by steps without one, so that most times are not stretched at all.
 """
 
@@ -18,19 +18,19 @@ from mlx_lm.models.cache import make_prompt_cache
 STALL = 3.0
 SHARE = 0.9 * (STALL - 1)
 """Idle decode steps' worth of reading that every decode step allows: a margin is left for what is not measured."""
-PIECES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class Pace:
-    """Seconds as running means: of a decode step (all batches), of an idle one, of a piece; and what reading owes.
+    """Seconds as running means: of a decode step (all batches), of an idle one, of a chunk; and what reading owes.
 
     Attributes:
         debt: seconds of reading that decode steps have not yet allowed.
     """
 
     def __init__(self) -> None:
-        self.step = self.idle = self.piece = self.debt = 0.0
-        self._alone = True  # no piece was read since the last decode step
+        self.step = self.idle = self.chunk = self.debt = 0.0
+        self._alone = True  # no chunk was read since the last decode step
 
     def decoded(self, seconds: float) -> None:
         """Every running answer got a token."""
@@ -43,8 +43,8 @@ class Pace:
         self.debt = max(0.0, self.debt - SHARE * self.idle)
 
     def read(self, seconds: float, running: bool) -> None:
-        """A piece was read, with or without `running` answers that waited for it."""
-        self.piece = _mean(self.piece, seconds)
+        """A chunk was read, with or without `running` answers that waited for it."""
+        self.chunk = _mean(self.chunk, seconds)
         self.owe(seconds, running)
 
     def owe(self, seconds: float, running: bool) -> None:
@@ -60,8 +60,8 @@ def _mean(old: float, new: float) -> float:
     return 0.9 * old + 0.1 * new if old else new
 
 
-def choose_step(model: Any, limit: int = PIECES[-1]) -> int:
-    """The largest piece that takes at most `STALL - 1` times as long as a decode step."""
+def choose_chunk(model: Any, limit: int = CHUNKS[-1]) -> int:
+    """The largest chunk that takes at most `STALL - 1` times as long as a decode step."""
 
     def seconds(length: int, repeats: int) -> float:
         caches = make_prompt_cache(model)
@@ -74,8 +74,8 @@ def choose_step(model: Any, limit: int = PIECES[-1]) -> int:
         return best
 
     bound = (STALL - 1) * seconds(1, 5)
-    chosen = PIECES[0]
-    for length in PIECES[1:]:
+    chosen = CHUNKS[0]
+    for length in CHUNKS[1:]:
         if length > limit or seconds(length, 1) > bound:
             break
         chosen = length

@@ -1,9 +1,9 @@
 """What was read is remembered: packed prefixes of prompts, found by content, kept within a byte budget.
 
-A prompt is always read in the same pieces, whatever else is going on. So what a cache holds after a whole number of
-pieces is a function of those tokens alone, and an answer on a remembered prefix equals a fresh one. Whole blocks of
-`step` tokens are remembered, a piece or several (and at least the 64 that are packed together). A block is named by the
-hash of all tokens up to its end; disk uses the same names.
+A prompt is always read in the same chunks, whatever else is going on. So what a cache holds after a whole number of
+chunks is a function of those tokens alone, and an answer on a remembered prefix equals a fresh one. Whole blocks of
+`block` tokens are remembered, a chunk or several (and at least the 64 that are packed together). A block is named by
+the hash of all tokens up to its end; disk uses the same names.
 
 A cache that can be trimmed serves all shorter prefixes of itself. One that can't (a sliding window, recurrent state)
 serves only its full length, so such models also keep a snapshot where two prompts were seen to part.
@@ -24,7 +24,7 @@ from mlx_lm.models.cache import KVCache
 from ..caches.single import OpenTQCache
 
 
-class Shelf(Protocol):
+class Files(Protocol):
     """A second, slower store, on disk."""
 
     def find(self, names: Sequence[str]) -> int:
@@ -45,7 +45,7 @@ class Shelf(Protocol):
 
 
 @dataclass(eq=False)
-class Entry:
+class MemoryPrefix:
     """One remembered prefix: the names of its blocks, and its caches."""
 
     names: tuple[str, ...]
@@ -64,16 +64,16 @@ class Hit:
 
 
 class PrefixStore:
-    """Prefixes in memory, least recently used first out; `shelf`, if any, keeps them on disk as well."""
+    """Prefixes in memory, least recently used first out; `files`, if any, keeps them on disk as well."""
 
-    def __init__(self, step: int, max_bytes: int, shelf: Shelf | None = None):
-        self.step = step
+    def __init__(self, block: int, max_bytes: int, files: Files | None = None):
+        self.block = block
         self.max_bytes = max_bytes
         self.room = max_bytes  # what running requests leave of it
-        self.shelf = shelf
+        self.files = files
         self.nbytes = 0
-        self._entries: OrderedDict[Entry, None] = OrderedDict()
-        self._by_name: dict[str, list[Entry]] = {}
+        self._entries: OrderedDict[MemoryPrefix, None] = OrderedDict()
+        self._by_name: dict[str, list[MemoryPrefix]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -81,10 +81,10 @@ class PrefixStore:
     def names(self, tokens: Sequence[int]) -> list[str]:
         """The names of the whole blocks of a prompt. The last token is never remembered: it makes the first answer."""
         ids = np.asarray(tokens, dtype="<u4")
-        digest = hashlib.blake2b(f"{self.step}:".encode(), digest_size=20)
+        digest = hashlib.blake2b(f"{self.block}:".encode(), digest_size=20)
         found = []
-        for end in range(self.step, len(tokens), self.step):
-            digest.update(ids[end - self.step : end].tobytes())
+        for end in range(self.block, len(tokens), self.block):
+            digest.update(ids[end - self.block : end].tobytes())
             found.append(digest.hexdigest())
         return found
 
@@ -99,18 +99,18 @@ class PrefixStore:
             if usable:
                 best, length = usable[-1], n
                 break
-        if self.shelf and (stored := self.shelf.find(names)) > length:
-            caches = self.shelf.load(names[:stored])
+        if self.files and (stored := self.files.find(names)) > length:
+            caches = self.files.load(names[:stored])
             if caches is not None:
                 self.insert(names[:stored], copy.deepcopy(caches))
-                return Hit(caches, stored * self.step, max(shared, stored) * self.step)
+                return Hit(caches, stored * self.block, max(shared, stored) * self.block)
         if best is None:
-            return Hit(None, 0, shared * self.step)
+            return Hit(None, 0, shared * self.block)
         self._entries.move_to_end(best)
         caches = copy.deepcopy(best.caches)
         for c in caches if len(best.names) > length else ():
-            c.trim((len(best.names) - length) * self.step)
-        return Hit(caches, length * self.step, shared * self.step)
+            c.trim((len(best.names) - length) * self.block)
+        return Hit(caches, length * self.block, shared * self.block)
 
     def insert(self, names: Sequence[str], caches: list[Any]) -> None:
         """Remember caches that hold exactly the tokens of `names`. The store owns them from now on."""
@@ -119,7 +119,7 @@ class PrefixStore:
         nbytes = sum(c.nbytes for c in caches)
         if nbytes > self.room:
             return
-        entry = Entry(tuple(names), caches, nbytes, exact_trim(caches))
+        entry = MemoryPrefix(tuple(names), caches, nbytes, exact_trim(caches))
         if entry.trimmable:
             for shorter in {e for name in names[:-1] for e in self._by_name.get(name, ()) if e.names[-1] == name}:
                 self._drop(shorter)
@@ -131,8 +131,8 @@ class PrefixStore:
 
     def remember(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
         """`insert`, and on the disk too: caches that hold the blocks `names` of the prompt `tokens`."""
-        if self.shelf and names:
-            self.shelf.save(names, tokens[: len(names) * self.step], caches)
+        if self.files and names:
+            self.files.save(names, tokens[: len(names) * self.block], caches)
         self.insert(names, caches)
 
     def give_way(self, room: int) -> None:
@@ -153,7 +153,7 @@ class PrefixStore:
                 return True
         return False
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: MemoryPrefix) -> None:
         del self._entries[entry]
         self.nbytes -= entry.nbytes
         for name in entry.names:
@@ -164,7 +164,7 @@ class PrefixStore:
 
 
 def exact_trim(caches: Sequence[Any]) -> bool:
-    """Whether trimming these caches to a piece's end leaves them as they were at that point, bit for bit.
+    """Whether trimming these caches to a chunk's end leaves them as they were at that point, bit for bit.
 
     Compressed caches that keep `recent` tokens in fp16 can be trimmed, but what they have packed since stays packed.
     """

@@ -25,10 +25,10 @@ class Prices:
     weights: int
     budget: int
     float_bytes: int
-    step: int
+    chunk: int
 
     def price(self, tokens: int) -> int:
-        return plan.price(self.plans, tokens, self.float_bytes, self.step)
+        return plan.price(self.plans, tokens, self.float_bytes, self.chunk)
 
     def cached(self) -> Callable[[int], int]:
         """`price`, remembering what it was asked: admission asks the same again and again."""
@@ -44,19 +44,19 @@ class Prices:
         return price
 
 
-def appraise(model: Any, step: int, memory: int | None, context: int) -> Prices:
+def appraise(model: Any, chunk: int, memory: int | None, context: int) -> Prices:
     """The prices for a loaded model within `memory` bytes (None: what this machine allows a process).
 
-    Runs one piece of a prompt to learn what reading takes. Raises UserError when no request would fit.
+    Runs one chunk of a prompt to learn what reading takes. Raises UserError when no request would fit.
     """
     device = here()
     plans = tuple(layer_plans(model))
     weights = weight_bytes(model)
     limit = device.usable if memory is None else memory
-    growing = max((plan.held(p, context, device.float_bytes, step) for p in plans), default=0)
-    reading = measure_reading(model, step) + SCRATCH + growing
+    growing = max((plan.held(p, context, device.float_bytes, chunk) for p in plans), default=0)
+    reading = measure_reading(model, chunk) + SCRATCH + growing
     budget = limit - weights - reading - plan.RESERVE
-    prices = Prices(plans, weights, budget, device.float_bytes, step)
+    prices = Prices(plans, weights, budget, device.float_bytes, chunk)
     if budget < prices.price(1024):
         raise UserError(
             f"no memory for any request: of {limit / GIB:.2f} GiB the weights take {weights / GIB:.2f}, reading a "
@@ -66,11 +66,11 @@ def appraise(model: Any, step: int, memory: int | None, context: int) -> Prices:
     return prices
 
 
-def measure_reading(model: Any, step: int) -> int:
-    """Bytes that reading one piece takes at its peak, beyond what was held before."""
+def measure_reading(model: Any, chunk: int) -> int:
+    """Bytes that reading one chunk takes at its peak, beyond what was held before."""
     caches = make_prompt_cache(model)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model(mx.zeros((1, step), dtype=mx.int32), cache=caches)
+    model(mx.zeros((1, chunk), dtype=mx.int32), cache=caches)
     mx.eval([c.state for c in caches])
     return max(0, mx.get_peak_memory() - before)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..dialogue.ask import Ask
 from ..dialogue.errors import ApiError, overloaded
+from ..dialogue.request import GenerationRequest
 from ..errors import UserError
 from ..memory import source
 from ..memory.device import GIB, here
@@ -28,7 +28,7 @@ from ..spec.recommended import AUTO, recommend
 from .service import Service
 
 if TYPE_CHECKING:
-    from .launch import Options
+    from .launch import ServeOptions
 
 log = logging.getLogger("opentq.serve")
 
@@ -39,7 +39,7 @@ FIRST_CONTEXT = 1024
 class Roster:
     """The models that requests may name; `service` runs the one that is loaded. Used in the event loop."""
 
-    def __init__(self, service: Service, options: Options, load: Callable[[Options], Service]):
+    def __init__(self, service: Service, options: ServeOptions, load: Callable[[ServeOptions], Service]):
         """`load` makes a service from the options of one model; it is called in a worker thread."""
         self.service = service
         self.options = options
@@ -51,14 +51,14 @@ class Roster:
     @property
     def names(self) -> tuple[str, ...]:
         """The loaded model's names, then the others'."""
-        own = self.service.settings.names
+        own = self.service.config.names
         return (*own, *(n for n in sorted(self._known) if n not in own))
 
-    async def find(self, ask: Ask) -> Service:
-        """The service that answers `ask`, after its model was loaded if need be. Raises ApiError 503 or 507."""
+    async def find(self, request: GenerationRequest) -> Service:
+        """The service that answers `request`, after its model was loaded if need be. Raises ApiError 503 or 507."""
         if self._change_task and not self._change_task.done():
             raise overloaded("another model is being loaded", 10, "model_loading")
-        wanted = self._known.get(ask.model or "")
+        wanted = self._known.get(request.model or "")
         service = self.service
         if wanted is None or wanted.model == self.options.model or service.draining:
             return service
@@ -69,12 +69,12 @@ class Roster:
         await asyncio.shield(self._change_task)
         return self.service
 
-    async def settle(self) -> None:
+    async def changed(self) -> None:
         """Wait until no model is being changed."""
         if self._change_task:
             await asyncio.wait([self._change_task])
 
-    async def _change(self, wanted: Options) -> None:
+    async def _change(self, wanted: ServeOptions) -> None:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(None, check_memory, wanted)
@@ -94,9 +94,9 @@ class Roster:
             raise
         self.service, self.options = service, wanted
         service.start()
-        log.info("serving %s", ", ".join(service.settings.names))
+        log.info("serving %s", ", ".join(service.config.names))
 
-    def _swap(self, wanted: Options) -> Service:
+    def _swap(self, wanted: ServeOptions) -> Service:
         """Let the old model go, wait for what it writes to disk, and load the other. A worker thread."""
         self.service.close()
         self.service.engine.forget()
@@ -106,16 +106,16 @@ class Roster:
 
 
 def _busy(service: Service) -> ApiError:
-    name = service.settings.names[0]
+    name = service.config.names[0]
     return overloaded(f"{name!r} is answering; a request can have another model loaded after it", 10, "model_busy")
 
 
-def _failed(wanted: Options, error: UserError) -> ApiError:
+def _failed(wanted: ServeOptions, error: UserError) -> ApiError:
     log.error("%s can't be loaded: %s", wanted.model, error)
     return ApiError(507, "this model can't be loaded; the server's log says why", "model", "model_error")
 
 
-def check_memory(options: Options) -> None:
+def check_memory(options: ServeOptions) -> None:
     """Raise ApiError when, by the memory planner, the model does not fit with a short context."""
     device = here()
     limit = device.usable if options.memory is None else options.memory

@@ -1,4 +1,4 @@
-"""The server's core, without HTTP: an `Ask` comes in, is priced, waits or runs, and its events come out.
+"""The server's core, without HTTP: a `GenerationRequest` comes in, is priced, waits or runs, and its events come out.
 
 Everything here runs in the event loop's thread, except tokenizing (a worker thread) and the engine (its own).
 """
@@ -17,10 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..dialogue.ask import Ask, Done, Progress, Step
 from ..dialogue.errors import ApiError, bad, overloaded
 from ..dialogue.output import Parser
 from ..dialogue.prompt import Prompter, check_choices
+from ..dialogue.request import Done, Generated, GenerationRequest, Progress
 from .admission import Admission
 from .engine import Engine, Event, Job
 from .grammar import Grammars
@@ -33,7 +33,7 @@ GONE = ApiError(499, "the client went away", code="client_closed")
 
 
 @dataclass
-class Settings:
+class ServiceConfig:
     """What `opentq serve` was told."""
 
     names: tuple[str, ...]
@@ -56,7 +56,7 @@ class Stream:
         self.ended = False
         self._service = service
 
-    async def __aiter__(self) -> AsyncIterator[Progress | Step | Done]:
+    async def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]:
         while True:
             event = await self.events.get()
             if isinstance(event, ApiError):
@@ -74,12 +74,12 @@ class Stream:
 class Service:
     """Prices requests and moves them between the clients and the engine."""
 
-    def __init__(self, engine: Engine, admission: Admission, settings: Settings, vocab: int, worker: Worker):
+    def __init__(self, engine: Engine, admission: Admission, config: ServiceConfig, vocab: int, worker: Worker):
         self.engine = engine
         self.admission = admission
-        self.settings = settings
+        self.config = config
         self.metrics = Metrics()
-        self.prompter = Prompter(engine.tokenizer, vocab, settings.template)
+        self.prompter = Prompter(engine.tokenizer, vocab, config.template)
         self.grammars = Grammars(engine.tokenizer, vocab)
         self.vocab = vocab
         self.draining = False
@@ -142,31 +142,35 @@ class Service:
 
     # ---- requests
 
-    async def open(self, ask: Ask) -> Stream:
+    async def open(self, request: GenerationRequest) -> Stream:
         """Admit a request. Raises ApiError: 400 for what can't be served, 503 for what can't be served now."""
-        self._check_model(ask)
+        self._check_model(request)
         if self.draining:
             raise overloaded("the server is shutting down", 10, "shutting_down")
-        check_choices(ask, self.vocab)
+        check_choices(request, self.vocab)
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(None, self.prompter.encode, ask)
-        max_tokens = self._answer_room(ask, len(tokens))
-        state = self.prompter.initial_state(ask, tokens)
-        constraint = await loop.run_in_executor(None, self.grammars.constraint, ask, state)
+        tokens = await loop.run_in_executor(None, self.prompter.encode, request)
+        max_tokens = self._answer_room(request, len(tokens))
+        state = self.prompter.initial_state(request, tokens)
+        constraint = await loop.run_in_executor(None, self.grammars.constraint, request, state)
         sampling = replace(
-            ask.sampling,
-            temperature=self.settings.temperature if ask.sampling.temperature is None else ask.sampling.temperature,
-            top_p=self.settings.top_p if ask.sampling.top_p is None else ask.sampling.top_p,
+            request.sampling,
+            temperature=self.config.temperature
+            if request.sampling.temperature is None
+            else request.sampling.temperature,
+            top_p=self.config.top_p if request.sampling.top_p is None else request.sampling.top_p,
         )
         tokenizer = self.engine.tokenizer
-        parser = Parser(tokenizer, state, ask.stop, ask.tools, ask.parallel_calls, raw=ask.messages is None)
-        job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, ask.logprobs)
+        parser = Parser(
+            tokenizer, state, request.stop, request.tools, request.parallel_calls, raw=request.messages is None
+        )
+        job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, request.logprobs)
         return self._admit(job)
 
-    def count(self, ask: Ask) -> int:
+    def count(self, request: GenerationRequest) -> int:
         """Tokens of a prompt. Called from a worker thread."""
-        self._check_model(ask)
-        return len(self.prompter.encode(ask))
+        self._check_model(request)
+        return len(self.prompter.encode(request))
 
     def cancel(self, stream: Stream, error: ApiError) -> None:
         job = stream.job
@@ -175,22 +179,26 @@ class Service:
         else:
             self._deliver(job, error)
 
-    def _check_model(self, ask: Ask) -> None:
-        if ask.model and ask.model not in self.settings.names:
-            served = ", ".join(self.settings.names)
+    def _check_model(self, request: GenerationRequest) -> None:
+        if request.model and request.model not in self.config.names:
+            served = ", ".join(self.config.names)
             raise ApiError(
-                404, f"model {ask.model[:100]!r} is not served here; served: {served}", "model", "model_not_found"
+                404, f"model {request.model[:100]!r} is not served here; served: {served}", "model", "model_not_found"
             )
 
-    def _answer_room(self, ask: Ask, prompt: int) -> int:
-        limit = self.settings.max_context
-        answer = ask.max_tokens if ask.max_tokens is not None else min(self.settings.max_tokens, max(limit - prompt, 1))
+    def _answer_room(self, request: GenerationRequest, prompt: int) -> int:
+        limit = self.config.max_context
+        answer = (
+            request.max_tokens
+            if request.max_tokens is not None
+            else min(self.config.max_tokens, max(limit - prompt, 1))
+        )
         if prompt + answer > limit:
             raise bad(
                 # Clients look for these words, OpenAI's own.
                 f"This model's maximum context length is {limit} tokens; the request is {prompt + answer}: {prompt} "
                 f"in the prompt and {answer} for the answer. Shorten one of them.",
-                "max_tokens" if prompt < limit else ("prompt" if ask.messages is None else "messages"),
+                "max_tokens" if prompt < limit else ("prompt" if request.messages is None else "messages"),
                 "context_length_exceeded",
             )
         return answer
@@ -216,7 +224,7 @@ class Service:
         return stream
 
     def _submit(self, job: Job) -> None:
-        room = min(self.settings.prompt_cache_bytes, self.admission.budget - self.admission.committed())
+        room = min(self.config.prompt_cache_bytes, self.admission.budget - self.admission.committed())
         self.engine.submit(job, max(room, 0))
 
     def _retry_after(self) -> int:
@@ -279,7 +287,7 @@ class Service:
         m.prefixes.set(self.engine.store.nbytes)
         m.active.set(mx.get_active_memory())
         m.step.set(self.engine.pace.step)
-        m.piece.set(self.engine.pace.piece)
+        m.chunk.set(self.engine.pace.chunk)
         return m
 
     def health(self) -> dict[str, Any]:
@@ -291,5 +299,5 @@ class Service:
             "committed_bytes": a.committed(),
             "budget_bytes": a.budget,
             "prefix_bytes": self.engine.store.nbytes,
-            "max_context": self.settings.max_context,
+            "max_context": self.config.max_context,
         }

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..dialogue.ask import Done, Step
 from ..dialogue.errors import ApiError
+from ..dialogue.request import Done, Generated
 from .service import Stream
 
 
@@ -24,7 +24,7 @@ class Feed(Protocol):
     ping: bytes
 
     def opening(self) -> bytes: ...
-    def step(self, step: Step) -> bytes: ...
+    def step(self, step: Generated) -> bytes: ...
     def done(self, done: Done) -> bytes: ...
     def error(self, error: ApiError) -> bytes: ...
 
@@ -32,7 +32,7 @@ class Feed(Protocol):
 class Gather(Protocol):
     """One API's whole response, for clients that don't stream."""
 
-    def step(self, step: Step) -> None: ...
+    def step(self, step: Generated) -> None: ...
     def done(self, done: Done) -> dict[str, Any]: ...
 
 
@@ -85,7 +85,7 @@ class EventStream(Response):
                 while not events.empty():
                     batch.append(events.get_nowait())
                 for event in batch:
-                    if isinstance(event, Step):
+                    if isinstance(event, Generated):
                         text += self.feed.step(event)
                     elif isinstance(event, Done):
                         text, ended = text + self.feed.done(event), True
@@ -129,7 +129,7 @@ class WholeResponse(Response):
 
     async def _collect(self) -> dict[str, Any]:
         async for event in self.stream:
-            if isinstance(event, Step):
+            if isinstance(event, Generated):
                 self.gather.step(event)
             elif isinstance(event, Done):
                 return self.gather.done(event)

@@ -18,7 +18,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Sampling(Draw):
+class SamplingParams(Draw):
     """How the tokens of a request are chosen: what is done to the logits, and the draw."""
 
     presence_penalty: float = 0.0
@@ -28,7 +28,7 @@ class Sampling(Draw):
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One request for tokens.
 
     Attributes:
@@ -48,7 +48,7 @@ class Ask:
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | tuple[int, ...] = ""
     max_tokens: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     tools: tuple[dict[str, Any], ...] = ()
@@ -61,7 +61,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Call:
+class ToolCall:
     """A tool call that the model made; `arguments` is JSON text."""
 
     id: str
@@ -75,7 +75,7 @@ class Delta:
 
     kind: str
     text: str = ""
-    call: Call | None = None
+    call: ToolCall | None = None
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Progress:
-    """Prompt tokens read so far; sent after every piece of the prompt."""
+    """Prompt tokens read so far; sent after every chunk of the prompt."""
 
     done: int
     total: int
 
 
 @dataclass(frozen=True)
-class Step:
+class Generated:
     """What one or more generated tokens added: pieces of the answer, and the tokens themselves when asked for."""
 
     deltas: tuple[Delta, ...]

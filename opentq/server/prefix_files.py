@@ -1,7 +1,7 @@
 """Remembered prefixes on disk: they survive a restart, and a `kill -9` in the middle of a write.
 
 Each prefix is one file of `caches/disk.py` (canonical bytes, checksum, atomic rename), named by the hash of its tokens,
-and beside it a small index of its blocks' names, written last. Models, specs and piece sizes have folders of their own.
+and beside it a small index of its blocks' names, written last. Models, specs and chunk sizes have folders of their own.
 Writing waits until nobody is being served, because it is the engine's thread that does it; what is still unwritten
 when the server stops is written then.
 """
@@ -44,7 +44,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Book:
+class PrefixFile:
     """A prefix on disk: the names of its blocks, its bytes, and whether shorter prefixes can be cut from it."""
 
     names: tuple[str, ...]
@@ -52,26 +52,26 @@ class Book:
     trimmable: bool
 
 
-class DiskShelf:
+class PrefixFiles:
     """The prefixes of one model in one folder, least recently used first out."""
 
     def __init__(
         self,
         folder: Path,
         identity: Identity,
-        step: int,
+        block: int,
         max_bytes: int,
         max_pending: int,
         fresh: Callable[[], list[Any]],
     ):
         self.folder = folder
         self.identity = identity
-        self.step = step
+        self.block = block
         self.max_bytes = max_bytes
         self.max_pending = max_pending
         self.fresh = fresh
-        self.books: dict[str, Book] = {}
-        self._by_name: dict[str, list[Book]] = {}
+        self.files: dict[str, PrefixFile] = {}
+        self._by_name: dict[str, list[PrefixFile]] = {}
         self._pending: list[tuple[tuple[str, ...], tuple[int, ...], list[Any]]] = []
         self._sweep()
         for index in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
@@ -79,28 +79,28 @@ class DiskShelf:
 
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes for b in self.books.values())
+        return sum(f.nbytes for f in self.files.values())
 
     def find(self, names: Sequence[str]) -> int:
         """How many blocks of a prompt can be given back."""
         for n in range(len(names), 0, -1):
-            if any(b.trimmable or len(b.names) == n for b in self._by_name.get(names[n - 1], ())):
+            if any(f.trimmable or len(f.names) == n for f in self._by_name.get(names[n - 1], ())):
                 return n
         return 0
 
     def load(self, names: Sequence[str]) -> list[Any] | None:
         """The caches of a prefix that `find` found, or None when its file turns out damaged (it is removed)."""
-        book = next(b for b in self._by_name[names[-1]] if b.trimmable or len(b.names) == len(names))
-        path = self._path(book)
+        file = next(f for f in self._by_name[names[-1]] if f.trimmable or len(f.names) == len(names))
+        path = self._path(file)
         try:
             caches = disk.load(path, into=self.fresh(), revision=self.identity.revision, spec=self.identity.spec).caches
         except disk.CacheFileError as error:
             log.warning("a remembered prefix is dropped: %s", error)
-            self._remove(book)
+            self._remove(file)
             return None
-        self._touch(book)
-        for c in caches if len(book.names) > len(names) else ():
-            c.trim((len(book.names) - len(names)) * self.step)
+        self._touch(file)
+        for c in caches if len(file.names) > len(names) else ():
+            c.trim((len(file.names) - len(names)) * self.block)
         return caches
 
     def save(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
@@ -120,37 +120,37 @@ class DiskShelf:
     def write_one(self) -> None:
         """Write the oldest prefix that waits."""
         names, tokens, caches = self._pending.pop(0)
-        book = Book(names, sum(c.nbytes for c in caches), exact_trim(caches))
+        file = PrefixFile(names, sum(c.nbytes for c in caches), exact_trim(caches))
         identity = self.identity
-        path = self._path(book)
+        path = self._path(file)
         try:
             disk.save(path, caches, tokens, model=identity.model, revision=identity.revision, spec=identity.spec)
-            book = Book(names, path.stat().st_size, book.trimmable)
-            _write_whole(self._index(book), json.dumps(book.__dict__))
+            file = PrefixFile(names, path.stat().st_size, file.trimmable)
+            _write_whole(self._index(file), json.dumps(file.__dict__))
         except (OSError, disk.CacheFileError) as error:
             log.warning("a prefix could not be written: %s", error)
             return
-        for shorter in [b for b in self.books.values() if book.trimmable and names[: len(b.names)] == b.names]:
+        for shorter in [f for f in self.files.values() if file.trimmable and names[: len(f.names)] == f.names]:
             self._remove(shorter)
-        self._add(book)
+        self._add(file)
         while self.nbytes > self.max_bytes:
-            self._remove(next(iter(self.books.values())))
+            self._remove(next(iter(self.files.values())))
 
-    def _path(self, book: Book) -> Path:
-        return self.folder / f"{book.names[-1]}.safetensors"
+    def _path(self, file: PrefixFile) -> Path:
+        return self.folder / f"{file.names[-1]}.safetensors"
 
-    def _index(self, book: Book) -> Path:
-        return self.folder / f"{book.names[-1]}.json"
+    def _index(self, file: PrefixFile) -> Path:
+        return self.folder / f"{file.names[-1]}.json"
 
     def _read_index(self, path: Path) -> None:
         try:
             fields = json.loads(path.read_text())
-            book = Book(tuple(fields["names"]), int(fields["nbytes"]), bool(fields["trimmable"]))
+            file = PrefixFile(tuple(fields["names"]), int(fields["nbytes"]), bool(fields["trimmable"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("the index %s is not readable (%s) and is left alone", path.name, type(error).__name__)
             return
-        if book.names and self._path(book).exists():
-            self._add(book)
+        if file.names and self._path(file).exists():
+            self._add(file)
 
     def _sweep(self) -> None:
         """Remove what processes that are no more left half written."""
@@ -159,27 +159,27 @@ class DiskShelf:
             if pid.isdigit() and not _alive(int(pid)):
                 path.unlink(missing_ok=True)
 
-    def _add(self, book: Book) -> None:
-        self.books[book.names[-1]] = book
-        for name in book.names:
-            self._by_name.setdefault(name, []).append(book)
+    def _add(self, file: PrefixFile) -> None:
+        self.files[file.names[-1]] = file
+        for name in file.names:
+            self._by_name.setdefault(name, []).append(file)
 
-    def _touch(self, book: Book) -> None:
-        self.books[book.names[-1]] = self.books.pop(book.names[-1])
-        os.utime(self._index(book))
+    def _touch(self, file: PrefixFile) -> None:
+        self.files[file.names[-1]] = self.files.pop(file.names[-1])
+        os.utime(self._index(file))
 
-    def _remove(self, book: Book) -> None:
-        del self.books[book.names[-1]]
-        for name in book.names:
-            self._by_name[name].remove(book)
+    def _remove(self, file: PrefixFile) -> None:
+        del self.files[file.names[-1]]
+        for name in file.names:
+            self._by_name[name].remove(file)
             if not self._by_name[name]:
                 del self._by_name[name]
-        self._index(book).unlink(missing_ok=True)
-        self._path(book).unlink(missing_ok=True)
+        self._index(file).unlink(missing_ok=True)
+        self._path(file).unlink(missing_ok=True)
 
 
-def settled_step(folder: Path, chosen: Callable[[], int], wanted: int | None) -> int:
-    """The piece size that this folder's prefixes were read with; asked for or measured when there is none yet.
+def kept_chunk(folder: Path, chosen: Callable[[], int], wanted: int | None) -> int:
+    """The chunk size that this folder's prefixes were read with; asked for or measured when there is none yet.
 
     A measured size may come out differently after a restart, and prefixes read in other pieces are other prefixes.
     """
