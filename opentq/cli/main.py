@@ -9,6 +9,7 @@ import typer
 from ..errors import UserError
 from .bench import bench
 from .cache import app as cache
+from .calibrate import calibrate
 from .chat import chat
 from .demo import demo
 from .doctor import doctor
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, which costs a third of the start-up
 )
 
-for command in (generate, chat, serve, plan, tune, demo, doctor):
+for command in (generate, chat, serve, plan, tune, calibrate, demo, doctor):
     app.command()(command)
 for group, name in ((bench, "bench"), (evaluate, "eval"), (cache, "cache"), (lab, "lab")):
     app.add_typer(group, name=name)

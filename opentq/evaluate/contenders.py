@@ -138,9 +138,9 @@ class _MlxSpec(KVSpec):
 
 def check(name: str) -> str:
     """The canonical name of a contender, before any model is loaded. Raises SpecError."""
-    name = name.strip().lower()
-    if name in (NATIVE, "q4_0", "q4_0:norot") or _mlx(name):
-        return name
+    own = name.strip().lower()
+    if own in (NATIVE, "q4_0", "q4_0:norot") or _mlx(own):
+        return own
     return str(KVSpec.parse(name))
 
 

@@ -1,7 +1,8 @@
 """What the models read: running text of a wanted length, and needles planted in it.
 
 Unless a text is given, it is the source code of Python's standard library, which every machine that runs this has, and
-of it the files whose name's checksum is 8 modulo 20: the models in `models/` have never seen those. Names and codes of
+of it the files whose name's checksum is 8 modulo 20: the models in `models/` have never seen those. What calibrates a
+model is another twentieth (`CALIBRATION`), so that no model is judged on what it was calibrated on. Names and codes of
 needles are drawn from the tenth that those models have not seen, either.
 """
 
@@ -19,6 +20,8 @@ from typing import Any
 from ..errors import UserError
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+HELD_OUT, CALIBRATION = 8, 9
+"""Which twentieth of the standard library is read to judge and to calibrate."""
 KINDS = ("secret code", "phone number", "magic word")
 
 
@@ -73,8 +76,8 @@ def load(path: Path | None) -> Corpus:
     return Corpus(path.name, texts)
 
 
-def standard_library() -> Corpus:
-    """Source files of this Python's standard library that the models in `models/` were not trained on."""
+def standard_library(part: int = HELD_OUT) -> Corpus:
+    """A twentieth of this Python's standard library; of `HELD_OUT` the models in `models/` have seen nothing."""
     root = sysconfig.get_paths()["stdlib"]
     found = []
     for folder, names, files in os.walk(root):
@@ -82,11 +85,11 @@ def standard_library() -> Corpus:
         for file in sorted(files):
             path = Path(folder, file)
             name = path.relative_to(root).as_posix()
-            if file.endswith(".py") and zlib.crc32(name.encode()) % 20 == 8:
+            if file.endswith(".py") and zlib.crc32(name.encode()) % 20 == part:
                 text = path.read_bytes().decode("utf-8", errors="ignore")
                 if len(text) > 400:
                     found.append((name, text))
-    return Corpus("python-stdlib", tuple(sorted(found)))
+    return Corpus("python-stdlib" + ("" if part == HELD_OUT else f"-{part}"), tuple(sorted(found)))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -21,6 +21,10 @@ GRAMMAR = (
 )
 
 
+FILE = re.compile(r"(.+\.toml)((?::[^:/\\]+)*)")
+"""A recipe file, and options for all its layers."""
+
+
 class SpecError(UserError):
     """A KV spec that can't be understood; the message names the wrong part and what is allowed."""
 
@@ -66,7 +70,7 @@ class KVSpec:
         """Read a spec. Raises SpecError naming the part that is wrong."""
         if isinstance(text, KVSpec):
             return text
-        if "|" in text or text.strip().endswith(".toml"):
+        if "|" in text or FILE.fullmatch(text.strip()):
             from .recipe import Recipe
 
             try:
@@ -75,15 +79,7 @@ class KVSpec:
                 raise SpecError(f"KV spec {text!r}: {error}") from error
         head, *options = text.strip().lower().split(":")
         keys, values = _names(head, text)
-        spec = cls(keys, values)
-        seen: set[str] = set()
-        for option in options:
-            spec, kind = _apply(spec, option, text)
-            if kind in seen:
-                raise SpecError(f"KV spec {text!r}: {kind} is given twice")
-            seen.add(kind)
-        _check_options(spec, seen, text)
-        return spec
+        return with_options(cls(keys, values), options, text)
 
     def __str__(self) -> str:
         parts = [_short(self.keys, self.values)]
@@ -150,6 +146,18 @@ class KVSpec:
     @property
     def compresses(self) -> bool:
         return (self.keys, self.values) != ("f16", "f16")
+
+
+def with_options(spec: KVSpec, options: list[str], text: str) -> KVSpec:
+    """`spec` with the options of the spec `text`, each given once. Raises SpecError."""
+    seen: set[str] = set()
+    for option in options:
+        spec, kind = _apply(spec, option, text)
+        if kind in seen:
+            raise SpecError(f"KV spec {text!r}: {kind} is given twice")
+        seen.add(kind)
+    _check_options(spec, seen, text)
+    return spec
 
 
 def _names(head: str, text: str) -> tuple[str, str]:

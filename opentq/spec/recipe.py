@@ -1,29 +1,37 @@
 """A recipe: a KV spec for each layer, as `opentq tune` finds it. It is taken wherever a spec is.
 
 Written in one line it is the layers' specs with bars between (`k8v4|int4:g64|int4:g64`); in a file it is TOML, with the
-evidence for it. Layers are those that can be compressed, in the model's order.
+evidence for it. Layers are those that can be compressed, in the model's order. Options behind the name of a file go to
+all layers (`r.toml:recent=128`). A recipe that `opentq calibrate` made has tensors beside it (`calibration.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import toml
 from ..codecs import Codec
 from ..errors import UserError
-from .kv import KVSpec, SpecError
+from . import calibration
+from .kv import FILE, KVSpec, SpecError, with_options
 
-SUFFIX = ".toml"
 BAR = "|"
 
 
 @dataclass(frozen=True)
 class Recipe(KVSpec):
-    """One spec per compressible layer."""
+    """One spec per compressible layer.
+
+    Attributes:
+        source: the file and options that it was read from, where it has a calibration; it prints as that.
+        calibration: what was found out about its model, or None.
+    """
 
     layers: tuple[KVSpec, ...] = field(default=())
+    source: str = ""
+    calibration: calibration.Calibration | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, layers: list[str] | tuple[str, ...]) -> Recipe:
@@ -39,22 +47,28 @@ class Recipe(KVSpec):
     @classmethod
     def read(cls, text: str) -> Recipe:
         """A recipe from one line, or from the file of that name. Raises SpecError."""
-        if not text.strip().endswith(SUFFIX):
+        file = FILE.fullmatch(text.strip())
+        if not file:
             return cls.of(text.split(BAR))
-        path = Path(text.strip()).expanduser()
+        path = Path(file[1]).expanduser()
         try:
             data = toml.loads(path.read_text())
         except OSError as error:
-            raise SpecError(f"recipe {text!r} can't be read: {error.strerror}") from error
+            raise SpecError(f"recipe {file[1]!r} can't be read: {error.strerror}") from error
         except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SpecError(f"recipe {text!r} is not valid TOML: {error}") from error
+            raise SpecError(f"recipe {file[1]!r} is not valid TOML: {error}") from error
         layers = data.get("layers")
         if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers):
-            raise SpecError(f"recipe {text!r} needs layers = [...], one KV spec per layer")
-        return cls.of(layers)
+            raise SpecError(f"recipe {file[1]!r} needs layers = [...], one KV spec per layer")
+        options = [option.lower() for option in file[2].split(":") if option]
+        recipe = cls.of([str(with_options(KVSpec.parse(layer), options, text)) for layer in layers])
+        if "calibration" not in data:
+            return recipe
+        found = calibration.read(path, data["calibration"], len(layers))
+        return replace(recipe, source=":".join([file[1], *options]), calibration=found)
 
     def __str__(self) -> str:
-        return BAR.join(map(str, self.layers))
+        return self.source or BAR.join(map(str, self.layers))
 
     def codecs(self) -> tuple[Codec, Codec]:
         raise UserError(f"a recipe has codecs per layer, not one pair: {self}")
@@ -77,11 +91,13 @@ class Recipe(KVSpec):
         return any(s.compresses for s in self.layers)
 
 
-def text(layers: list[str], comment: str, evidence: dict[str, Any]) -> str:
-    """A recipe file: what `Recipe.read` takes, with a comment and the evidence."""
+def text(layers: list[str], comment: str, evidence: dict[str, Any], calibration: dict[str, Any] | None = None) -> str:
+    """A recipe file: what `Recipe.read` takes, with a comment, the evidence, and where tensors are."""
     import json
 
     lines = [f"# {line}" for line in comment.splitlines()]
-    lines += ["layers = [", *(f"  {json.dumps(layer)}," for layer in layers), "]", "", "[evidence]"]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in evidence.items()]
+    lines += ["layers = [", *(f"  {json.dumps(layer)}," for layer in layers), "]"]
+    for title, table in (("calibration", calibration), ("evidence", evidence)):
+        if table is not None:
+            lines += ["", f"[{title}]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
     return "\n".join(lines) + "\n"

@@ -25,8 +25,10 @@ from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle, LayerStats
 from ...spec.kv import KVSpec
+from ...spec.recipe import Recipe
 from ...spec.recommended import AUTO, recommend
 from . import seams
+from .identity import fingerprint
 from .policy import LayerPlan, decide, members, shaped
 
 CLASSES = (OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache)
@@ -58,11 +60,13 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
     weights become float32, because only such products are fast there; `uninstall` leaves them so.
 
     Raises:
-        SpecError: the spec can't be read.
+        SpecError, CalibrationError: the spec can't be read, or was calibrated on another model.
         NothingCompressed: no layer can be compressed.
         HookError: mlx-lm's internals are not as expected, or a layer did not enter the compressed path.
     """
     spec = recommend(model).spec if spec == AUTO else KVSpec.parse(spec)
+    if isinstance(spec, Recipe) and spec.calibration is not None:
+        spec.calibration.check(fingerprint(model))
     if installed(model):
         uninstall(model)
     original = model.__dict__.get("make_cache")

@@ -1,0 +1,57 @@
+"""`opentq calibrate`: where a model's queries look, as a recipe that `--kv` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .options import ModelAgain, ModelArgument
+from .plan import parse_count
+
+
+def calibrate(
+    model: ModelArgument = "",
+    model_option: ModelAgain = "",
+    kv: Annotated[str, typer.Option(help="KV spec of the recipe; default: recommended for the model.")] = "auto",
+    tokens: Annotated[str, typer.Option(help="Tokens to read, such as 8k.")] = "8k",
+    context: Annotated[str, typer.Option(help="Tokens of each text.")] = "2k",
+    text: Annotated[Path | None, typer.Option(help="Text file or folder to read instead of Python's library.")] = None,
+    seed: Annotated[int, typer.Option(help="Which texts.")] = 0,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 512,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("calibrated.toml"),
+) -> None:
+    """Find out in which channels a model's queries look, so that a long cache can be read page by page."""
+    name = model or model_option
+    if not name or (model and model_option and model != model_option):
+        raise UserError("give one model: opentq calibrate MODEL -o NAME.toml")
+    if output.suffix != ".toml":
+        raise UserError(f"--output {str(output)!r} must end in .toml, because a recipe is written")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+    from ..evaluate import corpus as corpora
+    from ..hosts.mlx_lm.load import load
+    from ..spec.kv import KVSpec
+    from ..spec.recommended import AUTO, recommend
+    from ..tuning.calibrate import Calibrator, Reading, texts
+    from .evaluate import check_tokenizer, progress
+
+    reading = Reading(parse_count(tokens), parse_count(context), prefill_step_size, seed)
+    spec = None if kv == AUTO else KVSpec.parse(kv)
+    check_tokenizer(name)
+    corpus = corpora.standard_library(corpora.CALIBRATION) if text is None else corpora.load(text)
+    loaded, tokenizer = load(name)
+    rows = texts(corpus, tokenizer, reading)
+    calibrator = Calibrator(loaded, spec or recommend(loaded).spec, reading, output.with_suffix(".partial"))
+    with progress("calibrate", sum(map(len, rows))) as tick:
+        calibrator.run(rows, f"{corpus.name} {corpus.digest}", tick)
+    calibrator.save(
+        output, {"model": name, "text": corpus.name, "text_digest": corpus.digest, "context": max(map(len, rows))}
+    )
+    calibrated = len(calibrator.places)
+    typer.echo(
+        f"recipe: {output}; {calibrator.tokens} tokens, {calibrated} of {len(calibrator.layers)} layers calibrated"
+    )
+    typer.echo(f"use it with --kv {output}")
