@@ -8,10 +8,14 @@ comma := ,
 EXTRAS = $(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))
 STAMPS := $(VENV)/stamps
 WORKERS ?= 2
+# What `make test` runs, as pytest's arguments; everything where nothing is said.
+TESTS ?=
+# Extras that `make install` adds to the one of this platform, such as dev.
+EXTRA ?=
 # Test processes side by side: a BLAS that spins on every core in each of them would only be in the way.
 QUIET_BLAS := OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo test lint format size clean docs-models test-msl-full help
+.PHONY: demo install test lint format size clean docs-models test-msl-full help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -19,13 +23,18 @@ help:  ## list the targets
 demo: $(STAMPS)/demo  ## install for this platform and run the demo
 	@$(BIN)/opentq demo
 
-test: $(STAMPS)/dev  ## install with development tools and run the tests
-	@$(QUIET_BLAS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+install: pyproject.toml  ## install for this platform, with EXTRA=dev the development tools, too
+	@$(MAKE) --no-print-directory $(STAMPS)/$(if $(EXTRA),$(EXTRA),demo)
 
-lint: $(STAMPS)/dev  ## formatting, lint and types
+test: $(STAMPS)/dev  ## install with development tools and run the tests
+	@$(QUIET_BLAS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+lint: $(STAMPS)/dev  ## formatting, lint, types and workflows
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/actionlint .github/workflows/*.yml
+	@$(BIN)/zizmor --offline --quiet --persona=pedantic .github
 
 format: $(STAMPS)/dev  ## rewrite the sources in the house format
 	@$(BIN)/ruff format .

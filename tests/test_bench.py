@@ -263,6 +263,14 @@ def test_command_prints_tables_and_keeps_records(tmp_path):
     assert "<script" not in html and "http" not in html.replace("http-equiv", "")
 
 
+def test_rows_are_compared_with_mlx_over_fp16():
+    records = list(kernel.bench((4, 2, 64), (128,), ("int4",), ("mlx",), 2, 0.0, 0.0))
+    fp16 = next(r["ms"] for r in records if (r["engine"], r["kv"]) == ("mlx", "f16"))
+    text = table.render(records, "md")
+    assert f"| {records[0]['ms'] / fp16:.2f}x |" in text and "| 1.00x |" in text
+    assert "x |" not in table.render(records[:1], "md")
+
+
 def test_charts_keep_the_newest_value_of_a_point():
     base = {"kind": "kernel", "shape": [4, 2, 64], "device": "d", "engine": "opentq", "kv": "int4"}
     rows = [{**base, "context": c, "ms": ms} for c, ms in ((1024, 5.0), (2048, 9.0), (1024, 4.0))]

@@ -52,7 +52,7 @@ def test_a_wrong_kernel_fails_the_bench(doctor, monkeypatch):
         assert done.exit_code == 1 and "FAILED conformance, broken, int4" in done.output and words in done.output
 
 
-@pytest.mark.parametrize("args", [["--quick"], ["-o", "x.jsonl"], ["--bench", "--json"]])
+@pytest.mark.parametrize("args", [["--quick"], ["--kv", "int4"], ["-o", "x.jsonl"], ["--bench", "--json"]])
 def test_options_that_do_not_go_together(doctor, args):
     done, records = doctor(*args)
     assert done.exit_code != 0 and "--bench" in str(done.exception) and not records

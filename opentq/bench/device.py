@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -74,6 +74,11 @@ class Plan:
     windows: int = run.WINDOWS
     warm: float = 0.5
     window: float = run.WINDOW_SECONDS
+
+    def only(self, specs: Sequence[str]) -> Plan:
+        """The same with these specs alone, each judged and timed. Raises ValueError for a spec that is none."""
+        names = tuple(str(KVSpec.parse(s)) for s in specs)
+        return replace(self, specs=names, timed=names)
 
 
 FULL = Plan()

@@ -43,7 +43,13 @@ def _csv(records: Sequence[Record]) -> str:
 
 def markdown(records: Sequence[Record]) -> str:
     """One Markdown table for records of one kind."""
-    head, row = {"kernel": (KERNEL, _kernel), "model": (MODEL, _model), "long": (LONG, _long)}[records[0]["kind"]]
+    mlx = [r for r in records if (r.get("engine"), r.get("kv")) == ("mlx", "f16")]
+    fp16 = {(tuple(r["shape"]), r["context"]): r["ms"] for r in mlx}
+
+    def kernel(r: Record) -> list[str]:
+        return _kernel(r, fp16.get((tuple(r["shape"]), r["context"])))
+
+    head, row = {"kernel": (KERNEL, kernel), "model": (MODEL, _model), "long": (LONG, _long)}[records[0]["kind"]]
     aligned = ["---" if column in LEFT else "---:" for column in head]
     lines = [head, aligned, *(row(r) for r in records)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -55,6 +61,7 @@ KERNEL = [
     "kv",
     "context",
     "ms",
+    "of MLX's",
     "GB/s",
     "of bandwidth",
     "error",
@@ -68,7 +75,8 @@ MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB",
 LONG = ["arm", "context", "prefill t/s", "decode t/s", "KV GB", "peak GB", "needle", "note"]
 
 
-def _kernel(r: Record) -> list[str]:
+def _kernel(r: Record, fp16: float | None) -> list[str]:
+    """A row; `fp16` is what MLX's own attention over fp16 took there, in ms."""
     note = r.get("note", "")
     if r["ms"] is None:
         return [r["engine"], r["kv"], f"{r['context']:,}", *[""] * (len(KERNEL) - 4), note]
@@ -77,6 +85,7 @@ def _kernel(r: Record) -> list[str]:
         r["kv"],
         f"{r['context']:,}",
         f"{r['ms']:.3f} ± {r['ms_sd']:.3f}",
+        f"{r['ms'] / fp16:.2f}x" if fp16 else "",
         f"{r['gb_per_s']:.1f}",
         f"{100 * r['bandwidth_share']:.0f} %",
         f"{r['error']:.1e}",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from .plan import split_list
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def doctor(
         typer.Option("--bench", help="Compile, verify and time every kernel on this device (minutes); keep records."),
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="With --bench: small sizes, to see that it works.")] = False,
+    kv: Annotated[str, typer.Option("--kv", help="With --bench: only these KV specs, comma-separated.")] = "",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="With --bench: the JSONL file; default: named after the device."),
@@ -41,11 +43,11 @@ def doctor(
     if bench:
         if as_json:
             raise UserError("--bench writes its records to a file: use --output instead of --json")
-        if not _bench(quick, output):
+        if not _bench(quick, split_list(kv), output):
             raise typer.Exit(1)
         return
-    if quick or output:
-        raise UserError("--quick and --output belong to --bench")
+    if quick or output or kv:
+        raise UserError("--quick, --kv and --output belong to --bench")
     checks = examine()
     if as_json:
         print(json.dumps([asdict(c) for c in checks]))
@@ -59,13 +61,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _bench(quick: bool, output: Path | None) -> bool:
+def _bench(quick: bool, specs: list[str], output: Path | None) -> bool:
     """Examine the device, write every record at once, and say what came of it; whether nothing failed."""
     from ..bench import device, run, table
 
+    plan = device.QUICK if quick else device.FULL
     path = output
     records: list[dict[str, Any]] = []
-    for record in device.examine(device.QUICK if quick else device.FULL):
+    for record in device.examine(plan.only(specs) if specs else plan):
         if path is None:
             path = Path(f"opentq-{_slug(record['device'])}-{record['date'][:10]}.jsonl")
         if not records:
