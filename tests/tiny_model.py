@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 CHAT = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}"
     "{{ raise_exception('roles are system, user, assistant and tool') }}{% endif %}"
     "<|{{ m.role }}|>{{ m.content }}{% for tool_call in m.tool_calls or [] %}<tool_call>"
     '{"name": "{{ tool_call.name or tool_call.function.name }}", '
     '"arguments": {{ (tool_call.arguments or tool_call.function.arguments) | tojson }}}'
     "</tool_call>{% endfor %}<|end|>{% endfor %}"
-    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% if add_generation_prompt %}<|assistant|>{% if think %}<think>{% endif %}{% endif %}"
 )
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<think>", "</think>"]

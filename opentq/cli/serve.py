@@ -29,6 +29,15 @@ def serve(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Bind to any --host without a key.")] = False,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name in requests; may be repeated.")] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name in requests, NAME or NAME=MODEL, e.g. claude-sonnet-4-5; may be repeated."),
+    ] = None,
+    any_model: Annotated[bool, typer.Option("--any-model", help="Answer to every model name, as agents need.")] = False,
+    keep_volatile: Annotated[
+        bool,
+        typer.Option("--keep-volatile", help="Keep agents' billing headers and token counts, which cost the prefix."),
+    ] = False,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.", min=1)
     ] = None,
@@ -90,7 +99,7 @@ def serve(
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
     from ..memory.device import parse_memory, wired
-    from ..server.launch import ServeOptions, Server, bind, check, describe, make_service
+    from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, make_service
     from ..spec.kv import spec_from_flags
     from ..spec.recommended import AUTO
 
@@ -124,7 +133,10 @@ def serve(
         drain=drain,
         trust_remote_code=trust_remote_code,
         loadable=tuple(allow_model_loading or ()),
+        any_model=any_model,
+        keep_volatile=keep_volatile,
     )
+    options.aliases = aliases(alias or [], options)
     check(options)
     listener = bind(options)
     options.port = listener.getsockname()[1]

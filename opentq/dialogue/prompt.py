@@ -8,8 +8,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from ..hosts.mlx_lm import tool_form
 from .errors import ApiError, bad
 from .request import GenerationRequest
+from .roles import Roles
+from .volatile import without
 
 log = logging.getLogger("opentq.serve")
 
@@ -17,10 +20,13 @@ log = logging.getLogger("opentq.serve")
 class Prompter:
     """Encodes prompts with one tokenizer. Called from worker threads; one prompt at a time."""
 
-    def __init__(self, tokenizer: Any, vocab: int, template: dict[str, Any] | None = None):
+    def __init__(self, tokenizer: Any, vocab: int, template: dict[str, Any] | None = None, keep_volatile: bool = False):
+        """`template`: variables for the chat template; `keep_volatile`: render the lines that `volatile` drops."""
         self.tokenizer = tokenizer
         self.vocab = vocab
         self.template = template or {}
+        self.keep_volatile = keep_volatile
+        self.roles = Roles(tokenizer, tool_form.lend(tokenizer))
         self._lock = threading.Lock()
 
     def encode(self, request: GenerationRequest) -> list[int]:
@@ -53,14 +59,21 @@ class Prompter:
         tokenizer = self.tokenizer
         if not tokenizer.has_chat_template:
             raise bad("this model has no chat template; use /v1/completions with the bare prompt", "messages")
-        if request.tools and not tokenizer.has_tool_calling:
-            raise bad("this model's chat template has no form for tool calls", "tools", "unsupported_parameter")
         messages = [dict(m) for m in request.messages or ()]
+        if not self.keep_volatile:
+            messages = without(messages)
+        tokens = self._render(messages, request)
+        if request.clear and request.clear.due(len(tokens), messages):
+            tokens = self._render(request.clear.apply(messages), request)
+        return tokens
+
+    def _render(self, messages: list[dict[str, Any]], request: GenerationRequest) -> list[int]:
         variables = self.template | request.template
+        messages, tools = self.roles.fit(messages, list(request.tools))
         try:
             return list(
-                tokenizer.apply_chat_template(
-                    messages, tools=list(request.tools) or None, add_generation_prompt=True, tokenize=True, **variables
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools or None, add_generation_prompt=True, tokenize=True, **variables
                 )
             )
         except TemplateError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .clearing import ClearTools
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -42,6 +44,7 @@ class GenerationRequest:
         parallel_calls: False ends the answer after the first tool call.
         schema: JSON Schema that the answer must fit, or None.
         template: extra variables for the chat template.
+        clear: which old tool results to leave out of a long conversation.
     """
 
     model: str | None = None
@@ -56,6 +59,7 @@ class GenerationRequest:
     parallel_calls: bool = True
     schema: dict[str, Any] | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    clear: ClearTools | None = None
     stream: bool = False
     include_usage: bool = False
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
+from ..dialogue.clearing import ClearTools
 from ..dialogue.errors import ApiError, bad, unsupported
 from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
-from .openai import as_int, read_content, refuse_unsupported
+from .claude_tools import function
+from .openai import as_int, first, refuse_unsupported
 from .schema import COUNT, MESSAGES, check
 from .sse import frame
 
-IDLE: dict[str, tuple[Any, ...]] = {
-    "container": (),
-    "mcp_servers": ([],),
-    "context_management": (),
-    "output_config": (),
-    "output_format": (),
-    "service_tier": ("auto", "standard_only"),
-}
+log = logging.getLogger("opentq.serve")
+
+IDLE: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
+
+EFFORT = {"xhigh": "high", "max": "high"}
+"""Efforts that templates do not know, by the nearest that they do."""
 
 
 def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
@@ -26,7 +27,7 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     refuse_unsupported(body, IDLE)
     check(body, COUNT if count_only else MESSAGES)
     choice = body.get("tool_choice") or {"type": "auto"}
-    tools = tuple(_tool(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ()))
+    tools = tuple(function(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ()))
     if choice["type"] == "none":
         tools = ()
     if choice["type"] == "tool":
@@ -35,11 +36,16 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     if choice["type"] in ("any", "tool") and not tools:
         raise bad("tool_choice names no tool that is given in tools", "tool_choice")
     messages: list[dict[str, Any]] = []
-    if system := read_content(body.get("system"), "system"):
+    if system := _blocks(body.get("system"), "system"):
         messages.append({"role": "system", "content": system})
     for i, turn in enumerate(body["messages"]):
         messages += _turn(turn, f"messages[{i}]")
-    thinking = body.get("thinking")
+    wanted = body.get("output_config") or {}
+    template: dict[str, Any] = {}
+    if (thinking := body.get("thinking")) is not None:
+        template["enable_thinking"] = thinking["type"] != "disabled"
+    if effort := wanted.get("effort"):
+        template["reasoning_effort"] = EFFORT.get(effort, effort)
     return GenerationRequest(
         model=body.get("model"),
         messages=tuple(messages),
@@ -48,7 +54,10 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
         tools=tools,
         tool_choice="required" if choice["type"] in ("any", "tool") else "auto",
         parallel_calls=not choice.get("disable_parallel_tool_use"),
-        template={} if thinking is None else {"enable_thinking": thinking["type"] != "disabled"},
+        schema=_format(first(body, "output_format"), "output_format")
+        or _format(wanted.get("format"), "output_config.format"),
+        template=template,
+        clear=_clearing(body.get("context_management") or {}),
         stream=bool(body.get("stream")),
         sampling=SamplingParams(
             temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default
@@ -58,13 +67,50 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     )
 
 
-def _tool(tool: dict[str, Any], path: str) -> dict[str, Any]:
-    if tool.get("type") not in (None, "custom"):
-        raise unsupported(f"{path}.type", f"{tool['type']!r}; only tools of your own can be called")
-    if tool.get("input_schema") is None:
-        raise bad(f"{path}.input_schema is missing", f"{path}.input_schema", "missing_required_parameter")
-    function = {"name": tool["name"], "description": tool.get("description") or "", "parameters": tool["input_schema"]}
-    return {"type": "function", "function": function}
+def _format(wanted: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
+    if not wanted:
+        return None
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        raise bad(f"{path}.type must be json_schema", f"{path}.type")
+    if not isinstance(wanted.get("schema"), dict):
+        raise bad(f"{path}.schema is missing", f"{path}.schema", "missing_required_parameter")
+    return wanted["schema"]
+
+
+_ignored: set[str] = set()
+
+
+def _clearing(management: dict[str, Any]) -> ClearTools | None:
+    """The edit that clears old tool results, if it is asked for. Others change nothing here: the log says so, once."""
+    found = None
+    for i, edit in enumerate(management.get("edits") or ()):
+        kind = str(edit.get("type"))
+        if kind.startswith("clear_tool_uses_"):
+            found = _clear_tools(edit, f"context_management.edits[{i}]")
+        elif kind not in _ignored and len(_ignored) < 16 and edit.get("keep") != "all":
+            _ignored.add(kind)
+            log.info(
+                "context_management asks for %s, which is not done here; such requests are served without", kind[:60]
+            )
+    return found
+
+
+def _clear_tools(edit: dict[str, Any], path: str) -> ClearTools:
+    trigger, keep = edit.get("trigger") or {"type": "input_tokens", "value": 100_000}, edit.get("keep") or {"value": 3}
+    for name, part in (("trigger", trigger), ("keep", keep)):
+        if not isinstance(part, dict) or not isinstance(part.get("value"), int) or part["value"] < 0:
+            raise bad(f"{path}.{name} must be an object with a number as its value", f"{path}.{name}")
+    names = edit.get("exclude_tools") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise bad(f"{path}.exclude_tools must be an array of names", f"{path}.exclude_tools")
+    by_uses = trigger.get("type") == "tool_uses"
+    return ClearTools(
+        tokens=None if by_uses else trigger["value"],
+        uses=trigger["value"] if by_uses else None,
+        keep=keep["value"],
+        exclude=frozenset(names),
+        inputs=bool(edit.get("clear_tool_inputs")),
+    )
 
 
 def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
@@ -75,8 +121,9 @@ def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
     current: dict[str, Any] = {"role": turn["role"], "content": ""}
     for i, block in enumerate(turn["content"]):
         where, kind = f"{path}.content[{i}]", block["type"]
-        if kind == "text":
-            current["content"] += _field(block, "text", where)
+        if kind in TEXTS:
+            text = _text(block, where)
+            current["content"] += f"\n{text}" if current["content"] and text else text
         elif kind == "thinking":
             current["reasoning_content"] = current.get("reasoning_content", "") + _field(block, "thinking", where)
         elif kind == "tool_use":
@@ -88,13 +135,45 @@ def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
             if current["content"]:
                 out.append(current)
                 current = {"role": turn["role"], "content": ""}
-            result = read_content(block.get("content"), f"{where}.content")
+            result = _blocks(block.get("content"), f"{where}.content")
+            if block.get("is_error") and "error" not in result[:80].lower():
+                result = f"Error: {result}"
             out.append({"role": "tool", "tool_call_id": _field(block, "tool_use_id", where), "content": result})
         elif kind != "redacted_thinking":
             raise unsupported(f"{where}.type", f"{kind!r}; only text, thinking, tool_use and tool_result can be read")
     if len(current) > 2 or current["content"] or not out:
         out.append(current)
     return out
+
+
+TEXTS = ("text", "document", "search_result", "tool_reference")
+
+
+def _blocks(content: Any, path: str) -> str:
+    """The text of a string or of blocks, a paragraph each."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n\n".join(_text(block, f"{path}[{i}]") for i, block in enumerate(content))
+
+
+def _text(block: dict[str, Any], path: str) -> str:
+    """A block as text: documents and search results as far as they are text. Raises ApiError for images and files."""
+    kind, source = block["type"], block.get("source")
+    if kind == "text":
+        return _field(block, "text", path)
+    if kind == "tool_reference":
+        return _field(block, "tool_name", path)
+    if kind == "search_result":
+        title = f"{block.get('title') or ''}\n{source or ''}".strip()
+        return f"{title}\n{_blocks(block.get('content'), f'{path}.content')}"
+    if kind == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
+        text = (
+            source.get("data") if source["type"] == "text" else _blocks(source.get("content"), f"{path}.source.content")
+        )
+        if not isinstance(text, str):
+            raise bad(f"{path}.source.data is missing", f"{path}.source.data", "missing_required_parameter")
+        return f"{block['title']}\n{text}" if isinstance(block.get("title"), str) else text
+    raise unsupported(f"{path}.type", f"{kind!r}; this model reads text only")
 
 
 def _field(block: dict[str, Any], name: str, path: str) -> str:

@@ -70,12 +70,30 @@ class ServeOptions:
     drain: float = 30.0
     trust_remote_code: bool = False
     loadable: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    any_model: bool = False
+    keep_volatile: bool = False
 
     @property
     def served_names(self) -> tuple[str, ...]:
-        """The names that requests may give: the model's own, and the path or repository as it was given."""
+        """The names that requests may give: the model's own, the path or repository as it was given, and aliases."""
         short = Path(self.model).name
-        return self.names or ((short,) if short == self.model else (short, self.model))
+        own = self.names or ((short,) if short == self.model else (short, self.model))
+        return (*own, *(alias for alias, name in self.aliases if name in own))
+
+
+def aliases(given: list[str], options: ServeOptions) -> tuple[tuple[str, str], ...]:
+    """The pairs of (alias, name) of `--alias NAME[=MODEL]`. Raises UserError for a model that is not served."""
+    models = [options.served_names, *((Path(folder).name, folder) for folder in options.loadable)]
+    own = options.served_names[0]
+    pairs = []
+    for text in given:
+        alias, _, name = (part.strip() for part in text.partition("="))
+        if not alias or not any((name or own) in names for names in models):
+            served = ", ".join(names[0] for names in models)
+            raise UserError(f"--alias {text!r} must be NAME or NAME=MODEL, and MODEL one of {served}")
+        pairs.append((alias, name or own))
+    return tuple(pairs)
 
 
 def check(options: ServeOptions) -> None:
@@ -167,6 +185,8 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         prompt_cache_bytes=store.max_bytes,
         template=options.template,
         keep_alive=options.keep_alive,
+        any_model=options.any_model,
+        keep_volatile=options.keep_volatile,
     )
     return Service(engine, admission, config, vocab, worker), prices
 

@@ -136,6 +136,8 @@ BLOCK: Schema = obj(
         "name": STRING,
         "input": OBJECT,
         "tool_use_id": STRING,
+        "tool_name": STRING,
+        "title": STRING,
         "content": {"anyOf": [STRING, array(PART, MAX_MESSAGES)]},
         "is_error": BOOLEAN,
         "cache_control": CACHE_CONTROL,
@@ -143,7 +145,7 @@ BLOCK: Schema = obj(
     ("type",),
 )
 TURN: Schema = obj(
-    {"role": {"enum": ["user", "assistant"]}, "content": {"anyOf": [STRING, array(BLOCK, MAX_MESSAGES)]}},
+    {"role": {"enum": ["user", "assistant", "system"]}, "content": {"anyOf": [STRING, array(BLOCK, MAX_MESSAGES)]}},
     ("role", "content"),
 )
 CLAUDE_TOOL: Schema = obj(
@@ -163,6 +165,9 @@ COUNT: Schema = obj(
         "thinking": obj(
             {"type": {"enum": ["enabled", "disabled", "adaptive"]}, "budget_tokens": integer(1)}, ("type",)
         ),
+        "context_management": obj({"edits": array(OBJECT, 64)}),
+        "output_config": obj({"effort": {"type": "string", "maxLength": 64}, "format": OBJECT}),
+        "output_format": OBJECT,
     },
     ("messages",),
 )

@@ -22,6 +22,7 @@ from ..dialogue.output import Parser
 from ..dialogue.prompt import Prompter, check_choices
 from ..dialogue.request import Done, Generated, GenerationRequest, Progress
 from .admission import Admission
+from .diverge import Watch
 from .engine import Engine, Event, Job
 from .grammar import Grammars
 from .metrics import Metrics
@@ -44,6 +45,8 @@ class ServiceConfig:
     prompt_cache_bytes: int = 1 << 62
     template: dict[str, Any] = field(default_factory=dict)
     keep_alive: float = 5.0
+    any_model: bool = False
+    keep_volatile: bool = False
 
 
 class Stream:
@@ -79,7 +82,8 @@ class Service:
         self.admission = admission
         self.config = config
         self.metrics = Metrics()
-        self.prompter = Prompter(engine.tokenizer, vocab, config.template)
+        self.prompter = Prompter(engine.tokenizer, vocab, config.template, config.keep_volatile)
+        self.watch = Watch()
         self.grammars = Grammars(engine.tokenizer, vocab)
         self.vocab = vocab
         self.draining = False
@@ -150,6 +154,8 @@ class Service:
         check_choices(request, self.vocab)
         loop = asyncio.get_running_loop()
         tokens = await loop.run_in_executor(None, self.prompter.encode, request)
+        if said := await loop.run_in_executor(None, self.watch.see, tokens):
+            log.info("%s", said)
         max_tokens = self._answer_room(request, len(tokens))
         state = self.prompter.initial_state(request, tokens)
         constraint = await loop.run_in_executor(None, self.grammars.constraint, request, state)
@@ -180,28 +186,24 @@ class Service:
             self._deliver(job, error)
 
     def _check_model(self, request: GenerationRequest) -> None:
-        if request.model and request.model not in self.config.names:
+        if request.model and request.model not in self.config.names and not self.config.any_model:
             served = ", ".join(self.config.names)
             raise ApiError(
                 404, f"model {request.model[:100]!r} is not served here; served: {served}", "model", "model_not_found"
             )
 
     def _answer_room(self, request: GenerationRequest, prompt: int) -> int:
+        """Tokens for the answer: what was asked for, or what is left, since clients send their model's maximum."""
         limit = self.config.max_context
-        answer = (
-            request.max_tokens
-            if request.max_tokens is not None
-            else min(self.config.max_tokens, max(limit - prompt, 1))
-        )
-        if prompt + answer > limit:
+        if prompt >= limit:
             raise bad(
                 # Clients look for these words, OpenAI's own.
-                f"This model's maximum context length is {limit} tokens; the request is {prompt + answer}: {prompt} "
-                f"in the prompt and {answer} for the answer. Shorten one of them.",
-                "max_tokens" if prompt < limit else ("prompt" if request.messages is None else "messages"),
+                f"This model's maximum context length is {limit} tokens; the prompt has {prompt}, and the answer needs "
+                "at least one. Shorten the prompt.",
+                "prompt" if request.messages is None else "messages",
                 "context_length_exceeded",
             )
-        return answer
+        return min(self.config.max_tokens if request.max_tokens is None else request.max_tokens, limit - prompt)
 
     def _admit(self, job: Job) -> Stream:
         if self.draining:
@@ -272,8 +274,8 @@ class Service:
             self.metrics.first.observe(job.first - job.created)
         self.metrics.whole.observe(seconds)
         log.info(
-            "%s %s: %d tokens read (%d remembered), %d written, %.2f s",
-            stream.id, outcome, len(job.tokens), job.cached, job.generated, seconds,
+            "%s %s: %d tokens in the prompt (%d remembered, %.0f %%), %d written, %.2f s",
+            stream.id, outcome, len(job.tokens), job.cached, 100 * job.cached / len(job.tokens), job.generated, seconds,
         )  # fmt: skip
 
     # ---- for /health and /metrics

@@ -1,0 +1,265 @@
+"""What agents and client libraries really send, recorded once and played back; texts in `clients/` are filler."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from opentq.dialogue.errors import ApiError
+from opentq.dialogue.roles import Roles
+from opentq.dialogue.volatile import without
+from opentq.server import anthropic
+from opentq.server.diverge import Watch
+
+from .server_support import HI, events, serving
+
+RECORDED = Path(__file__).parent / "clients"
+
+
+@pytest.fixture(scope="module")
+def agent(folder):
+    with serving(folder, names=("tiny",), max_context=20_000, any_model=True, prefill_step=256) as running:
+        yield running
+
+
+def recorded(name, **changes):
+    requests = json.loads((RECORDED / f"{name}.json").read_text())["requests"]
+    for request in requests:
+        request["body"] |= changes
+    return requests
+
+
+def send(server, request):
+    response = server.client.request(
+        request["method"], request["path"], headers=request["headers"], json=request["body"]
+    )
+    assert response.status_code == 200, response.text
+    return [json.loads(e) for e in events(response.text.splitlines())]
+
+
+def cached(data):
+    """Tokens remembered and in all, of an Anthropic stream."""
+    usage = next(d["usage"] for d in data if d["type"] == "message_delta")
+    return usage["cache_read_input_tokens"], usage["cache_read_input_tokens"] + usage["input_tokens"]
+
+
+# ---- Claude Code
+
+
+def test_claude_code_from_first_request_to_a_new_session(agent):
+    (request,) = recorded("claude-code-default", max_tokens=8)
+    data = send(agent, request)
+    assert [d["type"] for d in data][0] == "message_start" and data[-1]["type"] == "message_stop"
+    remembered, total = cached(data)
+    assert remembered < total / 2
+    other = copy.deepcopy(request)
+    other["body"]["system"][0]["text"] = (
+        "x-anthropic-billing-header: cc_version=9.9.9.abc; cc_entrypoint=cli; cch=0f0f0;"
+    )
+    remembered, total = cached(send(agent, other))
+    assert remembered >= 0.9 * total
+
+
+def test_claude_code_brings_a_tool_result(agent):
+    first, second = recorded("claude-code-tool-result", max_tokens=8)
+    _, total = cached(send(agent, first))
+    remembered, longer = cached(send(agent, second))
+    assert longer > total and remembered >= total - 256
+    messages = anthropic.read(second["body"]).messages
+    assert [m["role"] for m in messages] == ["system", "user", "system", "assistant", "tool"]
+
+
+def test_claude_code_counts_tokens(agent):
+    (request,) = recorded("claude-code-default")
+    body = {k: v for k, v in request["body"].items() if k not in ("stream", "max_tokens", "metadata")}
+    count = agent.client.post("/v1/messages/count_tokens?beta=true", json=body).json()["input_tokens"]
+    _, total = cached(send(agent, recorded("claude-code-default", max_tokens=1)[0]))
+    assert count == total
+
+
+def anthropic_body(**fields):
+    return {"max_tokens": 4, "messages": HI, **fields}
+
+
+def test_tools_that_the_client_runs_are_functions():
+    kinds = ("bash_20250124", "text_editor_20250728", "memory_20250818")
+    ask = anthropic.read(anthropic_body(tools=[{"type": k, "name": k.split("_")[0]} for k in kinds]))
+    fields = [set(t["function"]["parameters"]["properties"]) for t in ask.tools]
+    assert {"command", "restart"} == fields[0] and "insert_text" in fields[1] and "old_path" in fields[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools[0].type"),
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "url"}}]}]},
+         "messages[0].content[0].type"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919", "keep": 3}]}},
+         "context_management.edits[0].keep"),
+        ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
+    ],
+)  # fmt: skip
+def test_what_claude_code_may_ask_and_is_refused_by_name(fields, param):
+    with pytest.raises(ApiError) as caught:
+        anthropic.read(anthropic_body(**fields))
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_effort_form_and_documents_reach_the_prompt():
+    document = {
+        "type": "document",
+        "title": "Plan",
+        "source": {"type": "text", "media_type": "text/plain", "data": "ten"},
+    }
+    result = {"type": "tool_result", "tool_use_id": "1", "is_error": True, "content": [{"type": "text", "text": "no"}]}
+    schema = {"type": "object"}
+    ask = anthropic.read(
+        anthropic_body(
+            messages=[{"role": "user", "content": [document, result]}],
+            output_config={"effort": "max", "format": {"type": "json_schema", "schema": schema}},
+        )
+    )
+    assert [m["content"] for m in ask.messages] == ["Plan\nten", "Error: no"]
+    assert ask.template["reasoning_effort"] == "high" and ask.schema == schema
+
+
+def test_old_tool_results_are_cleared_when_asked(agent):
+    turns = list(HI)
+    for i in range(6):
+        call = {"type": "tool_use", "id": f"c{i}", "name": "read", "input": {"path": "a" * 50}}
+        turns += [
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"c{i}", "content": f"{i}" * 300}]},
+        ]
+    edit = {"type": "clear_tool_uses_20250919", "trigger": {"type": "input_tokens", "value": 1000}}
+    edit["keep"] = {"type": "tool_uses", "value": 2}
+
+    def count(**fields):
+        body = {"messages": turns, **fields}
+        return agent.client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+
+    whole, less = count(), count(context_management={"edits": [edit]})
+    assert whole - less > 4 * 200
+    assert count(context_management={"edits": [edit | {"clear_tool_inputs": True}]}) < less - 4 * 40
+    assert count(context_management={"edits": [edit | {"exclude_tools": ["read"]}]}) == whole
+    edit["trigger"]["value"] = 100_000
+    assert count(context_management={"edits": [edit]}) == whole
+
+
+# ---- what templates can show
+
+
+class Template:
+    """A tokenizer whose template refuses some orders of roles."""
+
+    def __init__(self, allowed):
+        self.allowed = allowed
+
+    def apply_chat_template(self, messages, **_):
+        if not self.allowed([m["role"] for m in messages]):
+            raise ValueError("not in this order")
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def alternating(roles):
+    return all(a != b for a, b in zip(roles, roles[1:])) and "system" not in roles and "tool" not in roles
+
+
+@pytest.mark.parametrize(
+    ("allowed", "roles"),
+    [
+        (lambda roles: True, ["system", "system", "user", "system", "user"]),
+        (lambda roles: "system" not in roles[1:], ["system", "user", "user", "user"]),
+        (alternating, ["user"]),
+    ],
+)
+def test_roles_are_folded_as_the_template_needs(allowed, roles):
+    given = ["system", "system", "user", "system", "user"]
+    messages = [{"role": r, "content": f"text {i}"} for i, r in enumerate(given)]
+    fitted, _ = Roles(Template(allowed)).fit(messages, [])
+    assert [m["role"] for m in fitted] == roles
+    assert all(any(f"text {i}" in m["content"] for m in fitted) for i in range(5))
+    # A longer conversation begins as the shorter one does.
+    longer, _ = Roles(Template(allowed)).fit([*messages, {"role": "assistant", "content": "so"}], [])
+    assert longer[: len(fitted)] == fitted
+
+
+def test_a_template_without_tools_gets_them_as_text():
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": 3}}}
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "a star"},
+    ]
+    fitted, tools = Roles(Template(alternating), plain_tools=True).fit(messages, [tool])
+    assert tools == [] and [m["role"] for m in fitted] == ["user", "assistant", "user"]
+    assert fitted[0]["content"].startswith("Be kind.") and '"name": "look"' in fitted[0]["content"]
+    assert '{"name": "look", "arguments": {"at": 3}}' in fitted[1]["content"] and "a star" in fitted[2]["content"]
+
+
+# ---- volatile text
+
+
+def test_volatile_lines_are_dropped_and_nothing_else():
+    header = "x-anthropic-billing-header: cc_version=1; cch=0;"
+    warning = "<system_warning>Token usage: 35000/200000; 165000 remaining</system_warning>"
+    messages = [
+        {"role": "system", "content": f"{header}\n\nYou are kind."},
+        {"role": "user", "content": f"What is {header}?"},
+        {"role": "user", "content": warning},
+        {"role": "user", "content": f"{warning}\nGo on. {warning}"},
+    ]
+    assert [m["content"] for m in without(messages)] == [
+        "You are kind.",
+        f"What is {header}?",
+        f"Go on. {warning}",
+    ]
+
+
+def test_volatile_lines_can_be_kept(folder):
+    from mlx_lm.tokenizer_utils import load
+
+    from opentq.dialogue.prompt import Prompter
+    from opentq.dialogue.request import GenerationRequest
+
+    ask = GenerationRequest(messages=({"role": "system", "content": "x-anthropic-billing-header: a\nB"}, *HI))
+    tokenizer = load(folder)
+    dropped = Prompter(tokenizer, 512).encode(ask)
+    assert "billing" not in tokenizer.decode(dropped)
+    assert "billing" in tokenizer.decode(Prompter(tokenizer, 512, keep_volatile=True).encode(ask))
+
+
+def test_the_place_where_prompts_part_is_told():
+    base = list(range(3000))
+    watch = Watch()
+    assert watch.see(base) == "" and watch.see(base[:2000]) == ""
+    said = watch.see([*base[:37], 9999, 9998, *base[40:]])
+    assert "diverges at token 37" in said and "9999" not in said
+    assert watch.see(list(range(5000, 8000))) == ""  # another prompt altogether
+    assert watch.see([*base[:2500], *range(9000, 9100)]) == ""  # the end differs: that is a conversation
+    assert watch.see(base[:40]) == ""
+
+
+# ---- names
+
+
+def test_aliases_and_any_model(folder, agent):
+    from opentq.server.launch import ServeOptions, aliases
+
+    options = ServeOptions("m/tiny", loadable=("m/other",))
+    assert aliases(["claude", "gpt=other"], options) == (("claude", "tiny"), ("gpt", "other"))
+    options.aliases = aliases(["claude=tiny"], options)
+    assert options.served_names == ("tiny", "m/tiny", "claude")
+    with pytest.raises(Exception, match="one of tiny, other"):
+        aliases(["x=nobody"], options)
+    answer = agent.post(messages=HI, model="claude-opus-9", max_tokens=2).json()
+    assert answer["model"] == "claude-opus-9"
