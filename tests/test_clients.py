@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def cached(data):
 def test_claude_code_from_first_request_to_a_new_session(agent):
     (request,) = recorded("claude-code-default", max_tokens=8)
     data = send(agent, request)
-    assert [d["type"] for d in data][0] == "message_start" and data[-1]["type"] == "message_stop"
+    assert data[0]["type"] == "message_start" and data[-1]["type"] == "message_stop"
     remembered, total = cached(data)
     assert remembered < total / 2
     other = copy.deepcopy(request)
@@ -169,7 +170,7 @@ class Template:
 
 
 def alternating(roles):
-    return all(a != b for a, b in zip(roles, roles[1:])) and "system" not in roles and "tool" not in roles
+    return all(a != b for a, b in pairwise(roles)) and "system" not in roles and "tool" not in roles
 
 
 @pytest.mark.parametrize(

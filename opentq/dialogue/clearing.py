@@ -1,4 +1,4 @@
-"""Old tool results taken out of a conversation that has become long, as Anthropic's `context_management` asks for it."""
+"""Old tool results left out of a conversation that has become long, as Anthropic's `context_management` asks."""
 
 from __future__ import annotations
 

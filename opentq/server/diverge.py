@@ -36,8 +36,8 @@ class Watch:
                 alike = float(np.isin(grams[common:], other).mean())
                 if alike > 0.5:
                     said = (
-                        f"prefix diverges at token {common}: of the {len(ids) - common} that follow, {alike:.0%} were in "
-                        "an earlier prompt; text that changes by request stands there"
+                        f"prefix diverges at token {common}: of the {len(ids) - common} that follow, {alike:.0%} were "
+                        "in an earlier prompt; text that changes by request stands there"
                     )
         self._recent.append((ids, np.unique(grams)))
         return said
