@@ -34,7 +34,7 @@ from typing import Any
 
 import httpx
 
-from opentq.bench import run as bench
+from opentq import records as store
 
 WORDS = ("river", "harbour", "engine", "garden", "window", "letter", "captain", "teacher", "bridge", "market", "winter")
 SERVE = "import typer; from opentq.cli.serve import serve; typer.run(serve)"
@@ -274,9 +274,9 @@ def measure(part: str, server: Server, name: str, args: argparse.Namespace) -> d
     finally:
         server.stop()
     about = {"part": part, "server": name, "model": Path(args.model).name, "kv": args.kv if name == "opentq" else "f32"}
-    found = bench.record("server", **about, **found)
+    found = store.record("server", **about, **found)
     found["command"] = shlex.join(["python", "dev/load_test.py", *sys.argv[1:]])
-    print(json.dumps({k: v for k, v in found.items() if k in about or k not in bench.environment()}), flush=True)
+    print(json.dumps({k: v for k, v in found.items() if k in about or k not in store.environment()}), flush=True)
     return found
 
 
@@ -339,7 +339,7 @@ def main() -> int:
             copy = str(float32(args.model, Path(folder)))
             for part in [p for p in args.parts.split(",") if p != "soak"]:
                 records.append(measure(part, Server(OTHER, "--model", copy), "mlx-lm", args))
-    bench.append(args.output, records)
+    store.append(args.output, records)
     print(table(records))
     bad = [f"{r['part']}: {why}" for r in records for why in failures(r)]
     print("\n".join(bad), file=sys.stderr)

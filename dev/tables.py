@@ -192,7 +192,7 @@ def plan_gemma() -> str:
 
 def planned(model: str, contexts: str) -> str:
     arguments = ["plan", model, "--ctx", contexts, "--memory", "64GB"]
-    done = subprocess.run([sys.executable, "-m", "opentq.cli", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "opentq", *arguments], capture_output=True, text=True, check=True)
     return f"```\n$ opentq {' '.join(arguments)}\n{done.stdout.strip()}\n```"
 
 

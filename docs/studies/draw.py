@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from opentq.evaluate.plot import heat_map, lines
-from opentq.evaluate.records import Record, Records
 from opentq.evaluate.show import table
+from opentq.records import Record, Records
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "results"

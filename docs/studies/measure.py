@@ -20,7 +20,7 @@ import mlx.core as mx
 # isort: on
 from opentq.attention import tiled
 from opentq.evaluate import contenders, corpus, fidelity, layers, needle, show
-from opentq.evaluate.records import Records, model_name
+from opentq.records import Records, model_name
 from opentq.spec.kv import KVSpec
 
 ROOT = Path(__file__).parents[2]

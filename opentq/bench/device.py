@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import records as store
 from ..attention import backends, dispatch, reference
 from ..caches.single import OpenTQCache
 from ..caches.step import Step
@@ -23,7 +24,7 @@ from ..contracts.attention import AttnArgs
 from ..contracts.codec import Codec, Packed
 from ..kernels.metal import launch as metal
 from ..spec.kv import KVSpec
-from . import kernel, run
+from . import kernel, timing
 
 Record = dict[str, Any]
 Call = tuple[int, str, int]
@@ -48,7 +49,7 @@ class Plan:
         tokens: tokens in the cache that is judged.
         timed: specs to time, at `shape` and each of `contexts`.
         prompt: query tokens of the timed prefill; 0 skips it.
-        windows, warm, window: as `run.interleave`.
+        windows, warm, window: as `timing.interleave`.
     """
 
     specs: tuple[str, ...] = (
@@ -71,9 +72,9 @@ class Plan:
     shape: Shape = (32, 8, 128)
     contexts: tuple[int, ...] = (4096, 32768)
     prompt: int = 512
-    windows: int = run.WINDOWS
+    windows: int = timing.WINDOWS
     warm: float = 0.5
-    window: float = run.WINDOW_SECONDS
+    window: float = timing.WINDOW_SECONDS
 
     def only(self, specs: Sequence[str]) -> Plan:
         """The same with these specs alone, each judged and timed. Raises ValueError for a spec that is none."""
@@ -134,7 +135,7 @@ def failed(record: Record) -> bool:
 
 
 def _record(kind: str, **fields: Any) -> Record:
-    return _scrubbed(run.record(kind, **fields))
+    return _scrubbed(store.record(kind, **fields))
 
 
 def _scrubbed(record: Record) -> Record:
@@ -259,7 +260,7 @@ def _long_calls(plan: Plan) -> Iterator[Record]:
             cache.update_and_fetch(k, v)
             mx.eval(cache.state)
 
-        timings = run.interleave([prefill, append], plan.windows, plan.warm, plan.window)
-        for what, tokens, timing in zip(("prefill", "append"), (plan.prompt, context), timings):
+        timings = timing.interleave([prefill, append], plan.windows, plan.warm, plan.window)
+        for what, tokens, taken in zip(("prefill", "append"), (plan.prompt, context), timings):
             case = {"kv": spec, "shape": list(plan.shape), "context": context, "tokens": tokens}
-            yield _record("call", what=what, ms=timing.median * 1e3, ms_sd=timing.sd * 1e3, **case)
+            yield _record("call", what=what, ms=taken.median * 1e3, ms_sd=taken.sd * 1e3, **case)

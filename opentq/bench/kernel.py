@@ -18,8 +18,9 @@ import numpy as np
 from ..caches.single import OpenTQCache
 from ..errors import UserError
 from ..kernels.cpu import library as cpu
+from ..records import record
 from ..spec.kv import KVSpec
-from . import run
+from . import timing
 from .rivals import Entry, find
 
 FILL = 4096
@@ -154,9 +155,9 @@ def bench(
     contexts: Sequence[int],
     kv: Sequence[str],
     against: Sequence[str] = (),
-    windows: int = run.WINDOWS,
-    warm: float = run.WARM_SECONDS,
-    window: float = run.WINDOW_SECONDS,
+    windows: int = timing.WINDOWS,
+    warm: float = timing.WARM_SECONDS,
+    window: float = timing.WINDOW_SECONDS,
     seed: int = 0,
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
@@ -183,9 +184,9 @@ def bench(
             expected = seconds_per_token.get(entry, 0.0) * context
             note = f"left out: a call would take about {expected:.0f} s" if expected > budget else ""
             arm = None if note else entry.make(problem, cpu.threads())
-            first = expected if arm is None else run.seconds(arm.call)
+            first = expected if arm is None else timing.seconds(arm.call)
             if arm is not None and first * (windows + 1) > budget:  # slow, or cold, or disturbed?
-                first = min(first, run.undisturbed(lambda arm=arm: run.seconds(arm.call))[0])  # type: ignore[misc]
+                first = min(first, timing.undisturbed(lambda arm=arm: timing.seconds(arm.call))[0])  # type: ignore[misc]
             seconds_per_token[entry] = first / context
             if arm is not None and first * (windows + 1) > budget:
                 note = f"timed once: {windows} windows would take {first * windows:.0f} s"
@@ -193,23 +194,23 @@ def bench(
             firsts.append(first)
             notes.append(note)
         many = [i for i, note in enumerate(notes) if not note]
-        timings = dict(zip(many, run.interleave([arms[i].call for i in many], windows, warm, window)))  # type: ignore[union-attr]
+        timings = dict(zip(many, timing.interleave([arms[i].call for i in many], windows, warm, window)))  # type: ignore[union-attr]
         for i, (entry, arm) in enumerate(zip(entries, arms)):
             fields = {"shape": list(shape), "context": context, "engine": entry.engine, "kv": entry.kv}
             if arm is None:
-                yield run.record("kernel", **fields, **dict.fromkeys(FIGURES), served_by="", note=notes[i])
+                yield record("kernel", **fields, **dict.fromkeys(FIGURES), served_by="", note=notes[i])
                 continue
-            timing = timings.get(i, run.Timing((firsts[i],)))
+            taken = timings.get(i, timing.Timing((firsts[i],)))
             out = np.asarray(arm.call(), np.float64).reshape(problem.q_heads, problem.dim)[: len(q)]
-            rate = arm.nbytes / timing.median
+            rate = arm.nbytes / taken.median
             figures = (
-                *(timing.median * 1e3, timing.sd * 1e3, [t * 1e3 for t in timing.windows], round(timing.stolen, 3)),
-                *(arm.nbytes, rate / 1e9, rate / run.read_bandwidth(), run.read_bandwidth()),
+                *(taken.median * 1e3, taken.sd * 1e3, [t * 1e3 for t in taken.windows], round(taken.stolen, 3)),
+                *(arm.nbytes, rate / 1e9, rate / timing.read_bandwidth(), timing.read_bandwidth()),
                 *(relative(out, attend_float64(q, *arm.stored(heads), problem.scale)), relative(out, exact), heads),
                 arm.scratch,
             )
             fields |= dict(zip(FIGURES, figures, strict=True))
-            yield run.record("kernel", **fields, served_by=arm.served_by, note=notes[i])
+            yield record("kernel", **fields, served_by=arm.served_by, note=notes[i])
 
 
 FIGURES = (

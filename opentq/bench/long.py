@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..evaluate import corpus
 from ..evaluate.contenders import Contender, enter
 from ..memory.device import GIB
-from . import run
+from ..records import record
 from .build import Built
 
 DECODE = 32
@@ -130,4 +130,4 @@ def _generate(built: Built, caches: list[Any], last: int) -> list[int]:
 
 def _row(built: Built, arm: str, context: int, note: str = "", **measured: Any) -> dict[str, Any]:
     empty = dict.fromkeys(("prefill_per_s", "decode_per_s", "kv_bytes", "peak_bytes", "needle"))
-    return run.record("long", model=built.name, arm=arm, context=context, note=note, **{**empty, **measured})
+    return record("long", model=built.name, arm=arm, context=context, note=note, **{**empty, **measured})

@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..errors import UserError
 from ..kernels.metal import launch as metal
 from ..kernels.metal.launch import Tuning
-from . import kernel, run
+from . import kernel, timing
 
 SHAPES = ((32, 8, 128), (64, 8, 128))
 CONTEXTS = (4096, 32768)
@@ -78,7 +78,7 @@ def tune(windows: int, warm: float, window: float) -> Iterator[str]:
     names = [f"{q}/{h} heads, D {d}, {n}" for q, h, d in SHAPES for n in CONTEXTS]
     problems = [kernel.Ours(SPEC, kernel.Problem.random(s, n)).call for s in SHAPES for n in CONTEXTS]
     start = metal.tuning()
-    rows = search(problems, lambda calls: [t.median for t in run.interleave(calls, windows, warm, window)], start)
+    rows = search(problems, lambda calls: [t.median for t in timing.interleave(calls, windows, warm, window)], start)
     yield f"{metal.architecture()}, {SPEC}; milliseconds for {'; '.join(names)}; relative to what was in use"
     yield from (line(row) + ("   in use" if row.tuning == start else "") for row in rows)
     yield f"the first is now used on this GPU: {metal.keep(rows[0].tuning)}"

@@ -18,8 +18,9 @@ from ..errors import UserError
 from ..hosts.mlx_lm import hooks
 from ..hosts.mlx_lm.policy import members
 from ..memory.device import GIB
+from ..records import record
 from ..spec.kv import KVSpec
-from . import run
+from . import timing
 from .build import Built
 
 FILL = 2048
@@ -204,8 +205,8 @@ def bench(
                         continue
                     others = sum(a.nbytes for a in arms if a is not arm)
                     work = arm.prompt if kind == "pp" else arm.generate
-                    tries = run.TRIES if parallel == 1 else 1  # a batch would grow with every try
-                    seconds, _ = run.undisturbed(lambda: _try(arm, work, count, others), tries)  # noqa: B023
+                    tries = timing.TRIES if parallel == 1 else 1  # a batch would grow with every try
+                    seconds, _ = timing.undisturbed(lambda: _try(arm, work, count, others), tries)  # noqa: B023
                     if turn and not arm.note:
                         samples[arm.kv].append(parallel * count / seconds)
             base = samples.get(YARDSTICK) or []
@@ -229,9 +230,9 @@ def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> float:
 def _record(
     built: Built, arm: Arm, test: str, depth: int, fill: str, samples: list[float], base: list[float]
 ) -> dict[str, Any]:
-    timing = run.Timing(tuple(samples)) if samples else None
+    taken = timing.Timing(tuple(samples)) if samples else None
     served = {c.stats.served_by for c in arm.caches if hasattr(c, "stats")}
-    return run.record(
+    return record(
         "model",
         model=built.name,
         weight_bytes=built.weight_bytes,
@@ -239,12 +240,12 @@ def _record(
         test=test,
         depth=depth,
         fill=fill,
-        tokens_per_s=timing.mean if timing else None,
-        tokens_per_s_sd=timing.sd if timing else None,
+        tokens_per_s=taken.mean if taken else None,
+        tokens_per_s_sd=taken.sd if taken else None,
         samples=samples,
-        peak_bytes=arm.peak if timing else None,
-        kv_bytes=arm.nbytes if timing else None,
-        vs_f16=timing.mean / run.Timing(tuple(base)).mean if timing and base else None,
+        peak_bytes=arm.peak if taken else None,
+        kv_bytes=arm.nbytes if taken else None,
+        vs_f16=taken.mean / timing.Timing(tuple(base)).mean if taken and base else None,
         served_by=", ".join(sorted(served - {""})) or "mlx-lm",
         note=arm.note,
     )

@@ -28,7 +28,6 @@ from .single import OpenTQCache
 FORMAT = "opentq-prompt-cache"
 VERSION = 1
 BLANK = "0" * 64
-SAMPLE = 1 << 16
 CHUNK = 1 << 22
 
 
@@ -42,7 +41,7 @@ class Manifest:
 
     Attributes:
         model: the path or repository that the cache was built with, for people.
-        revision: fingerprint of the model's configuration and weights (`fingerprint`).
+        revision: fingerprint of the model's configuration and weights (`records.fingerprint`).
         template: fingerprint of the chat template, "" without one.
         spec: the KV spec.
         tokens: the tokens whose keys and values the caches hold.
@@ -175,26 +174,6 @@ def read_manifest(path: Path | str) -> tuple[Manifest, int]:
 
 
 # ---- who made it
-
-
-def fingerprint(folder: Path | str) -> str:
-    """A hash of a model folder that changes with its configuration or weights, without reading all of them.
-
-    It covers config.json, and of every weight file the name, the size and 64 KB at its start, middle and end.
-    """
-    digest = hashlib.sha256()
-    folder = Path(folder)
-    config = folder / "config.json"
-    if config.exists():
-        digest.update(config.read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for start in (0, max(0, size // 2), max(0, size - SAMPLE)):
-                stream.seek(start)
-                digest.update(stream.read(SAMPLE))
-    return digest.hexdigest()
 
 
 def template_hash(tokenizer: Any) -> str:

@@ -120,10 +120,10 @@ def report(
     export: Annotated[Path | None, typer.Option(help="Write every chart as PNG and SVG into this folder.")] = None,
 ) -> None:
     """One self-contained page from records: tables, charts, and the records behind each."""
+    from .. import records as store
     from ..bench import report as reports
-    from ..bench import run
 
-    records = run.read(files)
+    records = store.read(files)
     output.write_text(reports.page(records))
     typer.echo(f"{output}: {len(records)} records")
     if export:
@@ -136,7 +136,8 @@ def _counts(text: str) -> list[int]:
 
 def _emit(records: Iterable[dict[str, Any]], output: str, results: Path | None) -> None:
     """Store each record as it comes, and print the table at the end."""
-    from ..bench import run, table
+    from .. import records as store
+    from ..bench import table
 
     if output not in table.FORMATS:
         raise UserError(f"output format {output!r} is not known: use {', '.join(table.FORMATS)}")
@@ -144,7 +145,7 @@ def _emit(records: Iterable[dict[str, Any]], output: str, results: Path | None) 
     for record in records:
         found.append(record)
         if results:
-            run.append(results, [record])
+            store.append(results, [record])
         if output == "jsonl":
             typer.echo(table.render([record], "jsonl"))
     if output != "jsonl":

@@ -191,12 +191,10 @@ def prefill(model: Any, caches: list[Any], tokens: list[int], step: int) -> None
 
 def revision(model: str) -> str:
     """The fingerprint of a model folder, or of the local copy of a repository."""
-    from mlx_lm.utils import _download
+    from ..hosts.mlx_lm.load import model_folder
+    from ..records import fingerprint
 
-    from ..caches.disk import fingerprint
-
-    folder = Path(model).expanduser()
-    return fingerprint(folder if folder.is_dir() else _download(model))
+    return fingerprint(model_folder(model))
 
 
 def describe(manifest: Manifest, file: Path) -> str:

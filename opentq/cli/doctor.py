@@ -63,7 +63,8 @@ def doctor(
 
 def _bench(quick: bool, specs: list[str], output: Path | None) -> bool:
     """Examine the device, write every record at once, and say what came of it; whether nothing failed."""
-    from ..bench import device, run, table
+    from .. import records as store
+    from ..bench import device, table
 
     plan = device.QUICK if quick else device.FULL
     path = output
@@ -74,7 +75,7 @@ def _bench(quick: bool, specs: list[str], output: Path | None) -> bool:
         if not records:
             path.unlink(missing_ok=True)
             print(f"{record['device']}, kernels: {record['backend_kernels']}; records go to {path}")
-        run.append(path, [record])
+        store.append(path, [record])
         records.append(record)
         if device.failed(record):
             print(f"FAILED {_case(record)}")

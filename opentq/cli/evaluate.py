@@ -15,7 +15,7 @@ from .options import Model
 
 if TYPE_CHECKING:
     from ..evaluate.corpus import Corpus
-    from ..evaluate.records import Record, Records
+    from ..records import Record, Records
 
 app = typer.Typer(name="eval", help="Measure what a compressed KV cache costs a model.", no_args_is_help=True)
 
@@ -170,7 +170,7 @@ def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path 
         raise UserError("no model given: use --model FOLDER or --model org/name")
     check_tokenizer(model)
     from ..evaluate import contenders, corpus
-    from ..evaluate.records import Records, model_name
+    from ..records import Records, model_name
 
     names = [contenders.check(n) for n in kv.split(",") if n.strip()]
     if not names or len(set(names)) < len(names):

@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..records import Record, Records
 from . import metrics
 from .contenders import NATIVE, enter
-from .corpus import KINDS, Corpus
+from .corpus import KINDS, Corpus, about
 from .forward import Tick, greedy, nothing, prefill
 from .needle import Grid, ask, make
-from .records import Record, Records, about
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..records import Record
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 HELD_OUT, CALIBRATION = 8, 9
@@ -182,3 +183,8 @@ def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     before, _, after = whole.partition(mark)
     return tokenizer.encode(before, add_special_tokens=False), tokenizer.encode(after, add_special_tokens=False)
+
+
+def about(kind: str, model: Record, corpus: Corpus, **more: Any) -> Record:
+    """What identifies a result of `kind`: the model, the text that it read, and the task's own settings."""
+    return {"kind": kind, "model": model, "text": {"name": corpus.name, "digest": corpus.digest}, **more}

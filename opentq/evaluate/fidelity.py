@@ -17,11 +17,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..records import Record, Records
 from . import metrics
 from .contenders import NATIVE, Contender, enter
-from .corpus import Corpus
+from .corpus import Corpus, about
 from .forward import Tick, forced, nothing, prefill
-from .records import Record, Records, about
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import mlx.core as mx
 from ..caches.step import Handle, Step
 from ..errors import UserError
 from ..hosts.mlx_lm import hooks
+from ..records import Record, Records
 from ..spec.kv import KVSpec
-from .corpus import Corpus
+from .corpus import Corpus, about
 from .forward import Tick, nothing, prefill
-from .records import Record, Records, about
 from .simulate import SimulatedCache
 
 

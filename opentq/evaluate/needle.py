@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
+from ..records import Record, Records
 from .contenders import enter
-from .corpus import KINDS, Corpus, Needle, needle
+from .corpus import KINDS, Corpus, Needle, about, needle
 from .forward import Tick, greedy, nothing, prefill
 from .metrics import wilson
-from .records import Record, Records, about
 
 
 @dataclass(frozen=True)

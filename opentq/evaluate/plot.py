@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .records import Record
+from ..records import Record
 from .show import grouped
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from ..errors import UserError
-from .records import Record
+from ..records import Record
 
 FORMATS = ("text", "md", "json")
 SHADES = " ░▒▓█"

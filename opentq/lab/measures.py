@@ -30,7 +30,7 @@ def fidelity(s: Settings) -> Result:
     """
     from ..evaluate import corpus
     from ..evaluate import fidelity as evaluate
-    from ..evaluate.records import Records
+    from ..records import Records
 
     model, tokenizer = _loaded(s["model"])
     protocol = evaluate.Protocol((s["depth"],), s["window"], 16, s["sequences"], 512, s["seed"], s["simulate"])
@@ -43,7 +43,7 @@ def needle(s: Settings) -> Result:
     """Share of planted facts that are found."""
     from ..evaluate import corpus
     from ..evaluate import needle as evaluate
-    from ..evaluate.records import Records
+    from ..records import Records
 
     model, tokenizer = _loaded(s["model"])
     options = {k: s[k] for k in ("trials", "distractors", "seed", "simulate")}

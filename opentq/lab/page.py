@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ..bench import run as records
+from .. import records
 from .record import Finding, findings, sentence
 from .study import Study
 

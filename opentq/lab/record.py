@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bench import run as records
+from .. import records
 from ..errors import UserError
 from .study import Settings
 

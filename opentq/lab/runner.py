@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..bench import run as records
+from .. import records
 from ..errors import UserError
 from . import measures
 from .store import Store, check_database, locked

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bench import run as records
+from .. import records
 from ..errors import UserError
 from .study import Settings, Study, key
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .. import machine
 from ..errors import UserError
 
 KINDS = ("mac", "gpu", "cpu")
@@ -77,15 +77,15 @@ def assumed(memory: int, kind: str = "mac") -> Device:
 
 def here() -> Device:
     """The machine this runs on, on the device that MLX uses."""
-    if mx.default_device() == mx.Device(mx.gpu):
-        info = mx.device_info()
-        name = str(info.get("device_name", "GPU"))
-        memory = int(info.get("memory_size") or info.get("total_memory") or 0)
-        if "max_recommended_working_set_size" in info:
-            return Device("mac", name, memory, int(info["max_recommended_working_set_size"]))
-        return Device("gpu", name, memory, memory - GIB)
-    memory = _ram()
-    return Device("cpu", _cpu_name(), memory, memory - reserve(memory), float_bytes=4)
+    kind, name = machine.device()
+    if kind == "cpu":
+        memory = _ram()
+        return Device("cpu", name, memory, memory - reserve(memory), float_bytes=4)
+    info = mx.device_info()
+    memory = int(info.get("memory_size") or info.get("total_memory") or 0)
+    if kind == "mac":
+        return Device("mac", name, memory, int(info["max_recommended_working_set_size"]))
+    return Device("gpu", name, memory, memory - GIB)
 
 
 def _ram() -> int:
@@ -95,13 +95,6 @@ def _ram() -> int:
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
-        return f"{found[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def parse_memory(text: str) -> int:

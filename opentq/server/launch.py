@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import uvicorn
 
-from ..caches.disk import fingerprint
 from ..contracts.layout import FLUSH
 from ..errors import UserError
 from ..hosts.mlx_lm import hooks
-from ..hosts.mlx_lm.load import check_folder, load, make_cache
+from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
 from ..memory.device import GIB
 from ..memory.loaded import model_context
+from ..records import fingerprint
 from ..spec.kv import KVSpec
 from ..spec.recommended import AUTO, advice
 from .admission import Admission
@@ -27,7 +27,7 @@ from .app import MAX_HEADERS, Access, build
 from .engine import Engine
 from .pace import choose_chunk
 from .prefix import PrefixStore
-from .prefix_files import Identity, PrefixFiles, kept_chunk, model_folder
+from .prefix_files import Identity, PrefixFiles, kept_chunk
 from .pricing import Prices, appraise
 from .roster import Roster
 from .service import Service, ServiceConfig

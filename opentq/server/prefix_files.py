@@ -191,15 +191,6 @@ def kept_chunk(folder: Path, chosen: Callable[[], int], wanted: int | None) -> i
     return step
 
 
-def model_folder(model: str) -> Path:
-    """Where a model's files are, downloaded or local."""
-    if Path(model).expanduser().exists():
-        return Path(model).expanduser()
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, local_files_only=True))
-
-
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -14,13 +14,13 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluate import corpus, fidelity, needle
-from ..evaluate.records import Records, model_name
 from ..hosts.mlx_lm import hooks
 from ..hosts.mlx_lm.policy import LayerPlan
 from ..lab.store import need_optuna
 from ..memory import plan
 from ..memory.device import GIB, here
 from ..memory.loaded import weight_bytes
+from ..records import Records, model_name
 from ..spec.kv import KVSpec
 from ..spec.recipe import Recipe
 from .sensitivity import CHOICES, Choice, Sensitivity, frontier, probes

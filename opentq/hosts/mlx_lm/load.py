@@ -95,6 +95,15 @@ def check_folder(path: str) -> None:
             raise ModelError(f"{path!r} lacks {', '.join(sorted(wanted - present))}; the download is not complete")
 
 
+def model_folder(model: str) -> Path:
+    """Where a model's files are, downloaded or local."""
+    if Path(model).expanduser().exists():
+        return Path(model).expanduser()
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, local_files_only=True))
+
+
 def make_cache(model: Any) -> list[Any]:
     """Fresh caches for one generation: compressed where `compress` said so."""
     return make_prompt_cache(model)

@@ -16,8 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...machine import physical_cores, threads
 from .. import build
-from .threads import physical_cores, threads
 
 SOURCES = ("blas_shim.cpp",)
 SYSTEM = ("libopenblas.so.0", "libopenblas.so")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ...machine import physical_cores, threads
 from .. import build
-from .threads import physical_cores, threads
 
 __all__ = [
     "Call",

@@ -5,36 +5,24 @@ Arms take turns window by window, forwards and then backwards, so that a machine
 
 from __future__ import annotations
 
-import datetime
 import functools
-import importlib.metadata
-import json
 import math
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
-from ..kernels.cpu import library as cpu
-from ..memory.device import here
+from ..machine import threads
 
 WINDOWS = 7
 WARM_SECONDS = 1.0
 WINDOW_SECONDS = 0.25
-
-PACKAGES = ("opentq", "mlx", "mlx-lm", "numpy", "llama-cpp-python", "onnxruntime")
 
 
 TRIES = 12
@@ -123,13 +111,13 @@ def read_bandwidth(mebibytes: int = 512, rounds: int = 5) -> float:
         best = min(seconds(lambda: mx.eval([x.max() for _ in range(8)])) / 8 for _ in range(rounds))
         return x.nbytes / best
     data = np.ones(mebibytes << 18, np.float32)
-    parts = np.array_split(data, cpu.threads())
+    parts = np.array_split(data, threads())
 
     def one_pass() -> None:
-        threads = [threading.Thread(target=np.maximum.reduce, args=(p,)) for p in parts]
-        for t in threads:
+        readers = [threading.Thread(target=np.maximum.reduce, args=(p,)) for p in parts]
+        for t in readers:
             t.start()
-        for t in threads:
+        for t in readers:
             t.join()
 
     one_pass()
@@ -142,74 +130,3 @@ def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
-
-
-# ---- records
-
-
-@functools.cache
-def environment() -> dict[str, Any]:
-    """What every record says about where it comes from: device, versions, command, date, commit."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "device": here().name,
-        "backend": here().kind,
-        "threads": cpu.threads(),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": versions,
-        "command": shlex.join(["opentq", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "kernels": os.environ.get("OPENTQ_KERNELS", ""),
-    }
-
-
-def _commit() -> str:
-    """The commit of the source tree that runs, with `+` when it is changed; "" for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "opentq") else "")
-
-
-def record(kind: str, **fields: Any) -> dict[str, Any]:
-    """One result as it is stored: `kind`, the figures, and the environment."""
-    return {"kind": kind, **fields, **environment()}
-
-
-def append(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to a JSONL file, each line whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(r) + "\n" for r in records)
-    try:
-        with path.open("a") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"can't write records to {path}: {error.strerror}") from error
-
-
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """All records of JSONL files, in order. A last line that was cut off is skipped; damage elsewhere is an error."""
-    found = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"there is no file {path}")
-        lines = path.read_text().splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):
-                    raise UserError(f"{path}, line {number} is damaged: {error}") from error
-    return found

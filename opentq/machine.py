@@ -1,9 +1,11 @@
-"""How many threads the CPU may use: one setting for kernels and matrix products. Imports nothing heavy."""
+"""What this machine is: its name, its cores, and how many threads may be used. Imports nothing heavy at the top."""
 
 from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
 import sys
 from pathlib import Path
 
@@ -31,3 +33,21 @@ def physical_cores() -> int:
         except OSError:
             return len(usable)
     return max(1, len(cores))
+
+
+def device() -> tuple[str, str]:
+    """The device that MLX uses: `mac` (a GPU with the machine's own memory), `gpu` or `cpu`, and its name."""
+    import mlx.core as mx
+
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "cpu", _cpu_name()
+    info = mx.device_info()
+    kind = "mac" if "max_recommended_working_set_size" in info else "gpu"
+    return kind, str(info.get("device_name", "GPU"))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        return f"{found[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
