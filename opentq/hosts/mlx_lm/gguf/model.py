@@ -16,8 +16,6 @@ from .architectures import config
 from .header import GGUFError, Header
 from .tokenizer import eos_ids, write
 
-__all__ = ["config", "load", "loaded_bytes"]
-
 
 def load(header: Header, tokenizer_config: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """The model, evaluated, and its tokenizer.
@@ -34,7 +32,9 @@ def load(header: Header, tokenizer_config: dict[str, Any] | None = None) -> tupl
         try:
             model, _ = load_model(folder, lazy=True, strict=False)
         except (TypeError, ValueError, KeyError) as error:
-            raise GGUFError(f"{header.path.name} can't be loaded as a {settings['model_type']} model: {error}") from error
+            raise GGUFError(
+                f"{header.path.name} can't be loaded as a {settings['model_type']} model: {error}"
+            ) from error
         tokenizer = load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_ids(header))
     _fill(model, header, settings)
     return model, tokenizer
@@ -70,15 +70,3 @@ def _fill(model: Any, header: Header, settings: dict[str, Any]) -> None:
 
 def _floats(arch: architectures.Architecture) -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else arch.half
-
-
-def loaded_bytes(header: Header, float_bytes: int) -> int:
-    """Bytes that the weights take once loaded with floats of `float_bytes`."""
-    total = 0
-    for tensor in header.tensors.values():
-        count = 1
-        for n in tensor.shape:
-            count *= n
-        width = tensors.bits(tensor)
-        total += count * width // 8 + 2 * float_bytes * count // tensors.GROUP if width else count * float_bytes
-    return total

@@ -59,7 +59,9 @@ OPENED = WHOLE_WORDS - {"glm4"}
 def find(name: str | None, file: str) -> PreTokenizer:
     """The pre-tokenizer of a name. Raises GGUFError for none and for one that is not known."""
     if name is None:
-        raise GGUFError(f"{file} does not name its pre-tokenizer (tokenizer.ggml.pre): an old converter made it; convert anew")
+        raise GGUFError(
+            f"{file} does not name its pre-tokenizer (tokenizer.ggml.pre): an old converter made it; convert anew"
+        )
     for names, expressions in EXPRESSIONS.items():
         if name in names:
             cuts = [Split(Regex(expression), "isolated") for expression in expressions]

@@ -1,7 +1,7 @@
 """Tensors of a GGUF file as mlx-lm's weights: quantised ones stay so where MLX has the same arithmetic.
 
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and the K-quants Q4_K and Q5_K are a scale and an offset per 32 values, which is MLX's affine
-form in groups of 32: codes are kept bit for bit, scales and offsets rounded to fp16 where the file holds them as
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and the K-quants Q4_K and Q5_K are a scale and an offset per 32 values, which is MLX's
+affine form in groups of 32: codes are kept bit for bit, scales and offsets rounded to fp16 where the file holds them as
 products (Q4_K, Q5_K). All others are decoded by the `gguf` package. Layouts: ggml-common.h of llama.cpp.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .header import GGUFError, Tensor, library
+from .header import GGUFError, Header, Tensor, library
 
 GROUP = 32
 KEPT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5}
@@ -28,6 +28,18 @@ def type_name(tensor: Tensor) -> str:
 def bits(tensor: Tensor) -> int:
     """Bits of the codes of a tensor that stays quantised; 0 when it will be floats."""
     return KEPT.get(type_name(tensor), 0) if tensor.shape[-1] % GROUP == 0 and len(tensor.shape) > 1 else 0
+
+
+def loaded_bytes(header: Header, float_bytes: int) -> int:
+    """Bytes that the weights take once loaded with floats of `float_bytes`."""
+    total = 0
+    for tensor in header.tensors.values():
+        count = 1
+        for n in tensor.shape:
+            count *= n
+        width = bits(tensor)
+        total += count * width // 8 + 2 * float_bytes * count // GROUP if width else count * float_bytes
+    return total
 
 
 def read(tensor: Tensor) -> dict[str, mx.array]:
@@ -58,7 +70,7 @@ def read(tensor: Tensor) -> dict[str, mx.array]:
 
 
 def _pack(codes: mx.array, width: int) -> mx.array:
-    """Codes `[..., D]` below `2**width` -> uint32 `[..., D * width / 32]`, a little-endian stream as in `mx.quantize`."""
+    """Codes `[..., D]` below `2**width` -> uint32 `[..., D * width / 32]`, little-endian, as `mx.quantize` packs."""
     if 32 % width == 0:
         shifts = mx.arange(0, 32, width, dtype=mx.uint32)
         return (codes.astype(mx.uint32).reshape(*codes.shape[:-1], -1, 32 // width) << shifts).sum(-1).astype(mx.uint32)
@@ -66,12 +78,12 @@ def _pack(codes: mx.array, width: int) -> mx.array:
     wide = codes.astype(mx.uint64).reshape(*codes.shape[:-1], -1, 32)
     words = []
     for word in range(width):
-        parts = [
-            wide[..., i] << (i * width - 32 * word) if i * width >= 32 * word else wide[..., i] >> (32 * word - i * width)
-            for i in range(32)
-            if i * width < 32 * (word + 1) and (i + 1) * width > 32 * word
-        ]
-        words.append(sum(parts[1:], parts[0]) & 0xFFFFFFFF)
+        total = mx.zeros(wide.shape[:-1], mx.uint64)
+        for i in range(32):
+            shift = i * width - 32 * word
+            if -width < shift < 32:
+                total = total + (wide[..., i] << shift if shift >= 0 else wide[..., i] >> -shift)
+        words.append(total & 0xFFFFFFFF)
     return mx.stack(words, axis=-1).astype(mx.uint32).reshape(*codes.shape[:-1], -1)
 
 
