@@ -37,6 +37,7 @@ lint: $(STAMPS)/dev  ## formatting, lint, types and workflows
 	@$(BIN)/mypy
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/actionlint .github/workflows/*.yml
 	@$(BIN)/zizmor --offline --quiet --persona=pedantic .github
+	@$(BIN)/lint-imports
 
 format: $(STAMPS)/dev  ## rewrite the sources in the house format
 	@$(BIN)/ruff format .

@@ -28,8 +28,9 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from opentq.caches.composite import members
 from opentq.hosts.mlx_lm import hooks, seams
-from opentq.hosts.mlx_lm.policy import NothingCompressed, members, native_reason
+from opentq.hosts.mlx_lm.policy import NothingCompressed, native_reason
 from opentq.spec.kv import KVSpec
 
 from .architectures import LEFT_OUT, NAMES, build

@@ -13,8 +13,9 @@ from opentq.codecs import REGISTRY, Affine, codebooks, packing, rotation, sketch
 from opentq.codecs.outliers import Outliers
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
-from opentq.codecs.turbo import Fractional, Prod, Turbo, nearest
-from opentq.contracts.codec import Coded
+from opentq.codecs.rounding import nearest
+from opentq.codecs.turbo import Fractional, Prod, Turbo
+from opentq.contracts.codec import Codebooks
 from opentq.spec.kv import KVSpec
 
 # Relative error of a decoded Gaussian vector, |x - x'| / |x|, that a codec may not exceed.
@@ -198,12 +199,13 @@ def test_fields_are_little_endian_and_three_bits_are_two_planes():
 
 @pytest.mark.parametrize("spec", ["tq4", "tq3:nc", "tq2.5", "tq3.5:ub", "tq2p", "tq4p", "qjl2", "qjl4:sketch=gauss"])
 def test_books_and_projected_queries_say_what_decoding_says(spec):
-    """`Coded`: what kernels multiply is what attention over decoded keys multiplies."""
+    """`Codebooks`: what kernels multiply is what attention over decoded keys multiplies."""
     dim, (codec, _) = 64, KVSpec.parse(spec).codecs()
-    assert isinstance(codec, Coded)
+    form = codec.format(dim)
+    assert isinstance(form, Codebooks)
     q, keys = (codec.rotate(mx.random.normal((1, 2, n, dim))) for n in (5, 64))
     *codes, scales = packed = codec.encode(keys)
-    books, projected = codec.books(dim), codec.project(q)
+    books, projected = form.books, codec.project(q)
     assert projected.shape[-1] == sum(book.dim for book in books)
     scores, at = mx.array(0.0), 0
     for i, (book, code) in enumerate(zip(books, codes, strict=True)):

@@ -13,10 +13,10 @@ import pytest
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from typer.testing import CliRunner
 
-from opentq.attention import backends
 from opentq.caches import disk
 from opentq.caches.single import OpenTQCache
 from opentq.cli.cache import JOIN, app, resume
+from opentq.contracts.layout import CANONICAL
 from opentq.hosts.mlx_lm.generate import Request, encode_prompt, run
 from opentq.hosts.mlx_lm.hooks import compress, install_shim
 from opentq.hosts.mlx_lm.load import load
@@ -79,7 +79,7 @@ def test_every_layout_reads_it(file, monkeypatch):
     native = disk.load(file).caches
     monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
     portable = disk.load(file).caches
-    assert portable[0].k_layout is backends.PLAIN[0]
+    assert portable[0].k_layout is CANONICAL
     assert all(same_state(a, b) for a, b in zip(native, portable))
 
 

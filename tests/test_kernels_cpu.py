@@ -139,7 +139,7 @@ def check(args: AttnArgs) -> None:
 
 
 EACH = (4, "tq2.5", "f16", "polar4:out=1")
-"""One of each kind of values: integers, two runs, floats, and floats with spikes."""
+"""One of each kind of values: integers, two runs, floats, and floats with outliers."""
 
 
 @pytest.mark.parametrize("k_form,v_form", [(k, v) for k in K_FORMS for v in V_FORMS if v in EACH or k == 4])

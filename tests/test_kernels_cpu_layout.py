@@ -71,7 +71,7 @@ def test_what_has_no_layout():
 
 @pytest.mark.parametrize("form", ["polar4", "polar4:out=3", "tq4:out=1", "tq2.5:out=2"])
 @pytest.mark.parametrize("dim", [32, 96, 288])
-def test_layout_of_angles_and_spikes(form, dim):
+def test_layout_of_angles_and_outliers(form, dim):
     codec = codec_of(form)
     layout = layout_of("v", codec, dim)
     y = mx.random.normal((2, 3, 128, dim), key=mx.random.key(1))

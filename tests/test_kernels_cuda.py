@@ -14,13 +14,14 @@ import pytest
 from opentq.attention import backends, dispatch
 from opentq.caches import single
 from opentq.caches.single import OpenTQCache
-from opentq.codecs import Raw, codebooks, packing, rotation, turbo
+from opentq.codecs import Raw, codebooks, packing, rotation, rounding
 from opentq.codecs.affine import Affine
 from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.contracts.attention import AttnArgs, PackedKV
-from opentq.contracts.layout import packs
+from opentq.contracts.codec import packable
+from opentq.contracts.layout import CANONICAL
 from opentq.kernels.cuda import attention as fused_cuda
 from opentq.kernels.cuda import geometry as cuda_geometry
 from opentq.kernels.cuda import launch as cuda
@@ -34,6 +35,7 @@ from .matrix import Shape
 from .oracle import args_of, fill, judge, queries, vectors
 
 INT4 = Affine(4)
+PLAIN = (CANONICAL, CANONICAL)
 RECORDS = Path(__file__).parent.parent / "results" / "cuda.jsonl"
 
 
@@ -106,10 +108,10 @@ def test_layout_names_are_read_back_and_others_are_refused():
         assert cuda_layout.layout_named(layout.name) == backends.layout_named(layout.name) == layout
     assert layout_for("k", Prod(3), 128).name == "mma64-k-2t128+1s128-d128"
     assert cuda_layout.layout_named("canonical") is cuda_layout.layout_named("mma64-k-d128") is None
-    assert cuda_layout.layouts(Affine(4), Turbo(6), (128, 128)) is None, "64 magnitudes do not fit the registers"
-    assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) is None
-    assert cuda_layout.layouts(QJL(8), Affine(8), (128, 128)) is None, "1,024 signs"
-    assert cuda_layout.layouts(Fractional(2.5), Turbo(4), (80, 80)) is None, "half a tile"
+    assert cuda_layout.layouts(Affine(4), Turbo(6), (128, 128)) == PLAIN, "64 magnitudes do not fit the registers"
+    assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) == PLAIN
+    assert cuda_layout.layouts(QJL(8), Affine(8), (128, 128)) == PLAIN, "1,024 signs"
+    assert cuda_layout.layouts(Fractional(2.5), Turbo(4), (80, 80)) == PLAIN, "half a tile"
     assert cuda_layout.layouts(Turbo(4), Affine(8), (128, 64)) == (
         MmaLayout("k", 128, (Run(4, BOOK, 128),)),
         MmaLayout("v", 64, (Run(8, 32, 64),)),
@@ -257,14 +259,14 @@ def test_pack_is_bit_for_bit_the_codec(side, codec, dim, dtype):
     y = y.astype(dtype)
     (want,) = layout.store(codec.encode(y))
     source = cuda.pack_source(layout, cuda.CTYPES[dtype], getattr(codec, "fit", "") == "norm")
-    inputs = [y] if layout.zeroed else [y, turbo.lengths(y, layout.groups)]
+    inputs = [y] if layout.zeroed else [y, rounding.lengths(y, layout.groups)]
     (got,), _ = emulator.run(source, (8, 1, 1), inputs, [(want.shape, mx.uint32)])
     assert mx.array_equal(got, want)
 
 
 def test_what_the_pack_kernel_makes():
-    assert all(map(packs, (INT4, Turbo(4), Turbo(3, fit="norm"), Fractional(1.5))))
-    assert not any(map(packs, (Turbo(4, fit="unbiased"), Prod(3), QJL(2), Raw())))
+    assert all(packable(c.format(64)) for c in (INT4, Turbo(4), Turbo(3, fit="norm"), Fractional(1.5)))
+    assert not any(packable(c.format(64)) for c in (Turbo(4, fit="unbiased"), Prod(3), QJL(2), Raw()))
 
 
 @pytest.mark.parametrize(

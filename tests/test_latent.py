@@ -8,9 +8,10 @@ import mlx.core as mx
 import pytest
 
 from opentq.attention import reference
-from opentq.caches.latent import LatentCodec, OpenTQLatentCache, latent_spec
+from opentq.caches.latent import LatentCodec, OpenTQLatentCache
 from opentq.caches.single import OpenTQCache
 from opentq.spec.kv import KVSpec
+from opentq.spec.latent import latent_spec
 
 from .matrix import Shape
 from .oracle import args_of, fill, judge, queries, same_state, vectors

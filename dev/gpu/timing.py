@@ -21,8 +21,7 @@ from opentq.codecs.polar import Polar
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.contracts.attention import AttnArgs, PackedKV
-from opentq.contracts.codec import Codec
-from opentq.contracts.layout import packs
+from opentq.contracts.codec import Codec, packable
 from opentq.kernels.cuda import attention as fused_cuda
 from opentq.kernels.cuda import launch as cuda
 from opentq.kernels.cuda import nvrtc
@@ -298,11 +297,12 @@ def pack_row(log, tokens: int) -> None:
     mx.eval(y)
     codecs: list[Codec] = [INT4, Turbo(4), Turbo(4, fit="norm"), Fractional(2.5), Prod(3), QJL(2), Polar()]
     for codec in codecs:
+        form = codec.format(128)
         layout = layout_for("k", codec, 128)
         assert layout is not None
         ways = {"codec": functools.partial(lambda c, f: f.store(c.encode(y))[0], codec, layout)}
-        if packs(codec):
-            ways["kernel"] = functools.partial(cuda.pack, layout, codec, y)
+        if packable(form):
+            ways["kernel"] = functools.partial(cuda.pack, layout, form, y)
         for name, way in ways.items():
             seconds = repeated(way)
             log.row("pack", engine=name, tokens=tokens, us=round(seconds * 1e6, 2), heads=8, dim=128, k=str(codec))

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..contracts.attention import AttnArgs
+from ..contracts.backend import Pair
 from ..contracts.codec import Codec
-from ..contracts.layout import Layout
+from ..contracts.layout import CANONICAL, Layout
 from . import backends, tiled
-from .backends import Pair
 
 log = logging.getLogger("opentq")
 
@@ -65,7 +65,7 @@ def native_candidates() -> list[tuple[str, AttnFn]]:
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
     """The storage layouts that this machine's kernels want for keys and values of `dims = (Dk, Dv)`."""
     backend = backends.active() if kernel_mode() != "tiled" else None
-    return backend.layouts(k_codec, v_codec, dims) if backend else backends.PLAIN
+    return backend.layouts(k_codec, v_codec, dims) if backend else (CANONICAL, CANONICAL)
 
 
 def extend(codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:

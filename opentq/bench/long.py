@@ -122,7 +122,7 @@ def _prompt(built: Built, context: int, depth: float) -> tuple[list[int], str | 
 
 def _generate(built: Built, caches: list[Any], last: int) -> list[int]:
     """Greedy tokens after `last`, as many as are timed; the answer is at their start."""
-    from mlx_lm.generate import generate_step
+    from ..hosts.mlx_lm.public import generate_step
 
     steps = generate_step(mx.array([last]), built.model, max_tokens=DECODE, prompt_cache=caches)
     return [int(token) for token, _ in steps]

@@ -14,9 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..caches.composite import members
 from ..errors import UserError
 from ..hosts.mlx_lm import hooks
-from ..hosts.mlx_lm.policy import members
+from ..hosts.mlx_lm.public import make_prompt_cache
 from ..memory.device import GIB
 from ..records import record
 from ..spec.kv import KVSpec
@@ -95,7 +96,7 @@ class Arm:
         mx.eval(self.built.model(tokens[:, -1:], cache=caches))
 
     def _generate(self, caches: list[Any], count: int) -> None:
-        from mlx_lm.generate import generate_step
+        from ..hosts.mlx_lm.public import generate_step
 
         for _ in generate_step(self._tokens(1)[0], self.built.model, max_tokens=count, prompt_cache=caches):
             pass
@@ -119,14 +120,9 @@ class Arm:
 
 def make_caches(model: Any, kv: str) -> list[Any]:
     """Fresh caches of one format: mlx-lm's own for `f16`, ours for any other spec."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     if kv == YARDSTICK:
         return make_prompt_cache(model)
-    hooks.compress(model, KVSpec.parse(kv))
-    caches = make_prompt_cache(model)
-    hooks.uninstall(model)  # caches carry their attention with them
-    return caches
+    return hooks.make_caches(hooks.prepare(model, KVSpec.parse(kv)))
 
 
 def prefill(

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
 
 from ..codecs import Packed
 from ..contracts.attention import Lengths
@@ -21,8 +20,9 @@ from ..contracts.layout import FLUSH
 from ..spec.kv import KVSpec
 from .buffer import EVERY, Buffer, joined, own
 from .extent import Extent
+from .mask import CausalMask, causal_mask
 from .single import OpenTQCache, mean_key, relay, shifted
-from .step import CausalMask, Handle, LayerStats
+from .step import Handle, LayerStats
 
 Columns = Sequence[Sequence[int]]
 """For every lane, source columns: those of its sink and those of its tail, in order."""
@@ -63,8 +63,7 @@ class BatchOpenTQCache(OpenTQCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """None, "causal", or, where the model insists, an array whose columns end at each sequence's last token."""
         if return_array and N > 1:
-            window = window_size or self.window or None
-            return create_causal_mask(N, self.size(), window_size=window, left_padding=self.left_padding)
+            return causal_mask(N, self.size(), window_size or self.window, self.left_padding)
         if window_size and window_size != self.window:
             return CausalMask(window_size)
         return "causal" if N > 1 else None

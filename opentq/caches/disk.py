@@ -18,10 +18,9 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import cache as mlx_cache
 
 from ..errors import UserError
-from ..hosts.mlx_lm.policy import members
+from .composite import composite, members, trim, trimmable
 from .latent import OpenTQLatentCache
 from .single import OpenTQCache
 
@@ -29,6 +28,10 @@ FORMAT = "opentq-prompt-cache"
 VERSION = 1
 BLANK = "0" * 64
 CHUNK = 1 << 22
+
+
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (OpenTQCache, OpenTQLatentCache)}
+"""Cache classes by the names that files hold; a host adds its own."""
 
 
 class CacheFileError(UserError):
@@ -81,12 +84,12 @@ class PromptCache:
         if not shared:
             raise CacheFileError("the prompt does not begin with the text that the prompt cache holds")
         if shared < len(held):
-            if not mlx_cache.can_trim_prompt_cache(self.caches):
+            if not trimmable(self.caches):
                 raise CacheFileError(
                     f"the prompt leaves the cached text after {shared} of {len(held)} tokens, and this model's caches "
                     "can't take tokens back; build the cache for the part that all prompts share"
                 )
-            mlx_cache.trim_prompt_cache(self.caches, len(held) - shared)
+            trim(self.caches, len(held) - shared)
         return self.caches, list(prompt[shared:])
 
 
@@ -187,7 +190,7 @@ def template_hash(tokenizer: Any) -> str:
 
 def portable(cache: Any) -> Any:
     """A cache's state in the canonical format, whatever layout this machine stores it in."""
-    if isinstance(cache, mlx_cache.CacheList):
+    if composite(cache):
         return [[portable(c), type(c).__name__] for c in members(cache)]
     if not isinstance(cache, OpenTQCache) or not cache.n_packed:
         return cache.state
@@ -201,7 +204,7 @@ def portable(cache: Any) -> Any:
 
 def restore(cache: Any, state: Any) -> None:
     """Fill a fresh cache with a state that `portable` made."""
-    if isinstance(cache, mlx_cache.CacheList):
+    if composite(cache):
         for member, (inner, _) in zip(members(cache), state):
             restore(member, inner)
     else:
@@ -209,9 +212,9 @@ def restore(cache: Any, state: Any) -> None:
 
 
 def _class(name: str) -> Any:
-    """A cache class by name: ours, or mlx-lm's."""
-    ours = {cls.__name__: cls for cls in (OpenTQCache, OpenTQLatentCache)}
-    return ours.get(name) or getattr(mlx_cache, name)
+    if name not in CLASSES:
+        raise CacheFileError(f"the prompt cache holds a {name}, which needs its model's own caches to be read into")
+    return CLASSES[name]
 
 
 def _to_array(leaf: Any) -> tuple[mx.array, str]:

@@ -9,20 +9,19 @@ its own rotation and scales, because their magnitudes have nothing to do with ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codecs import REGISTRY, Codec, Packed, Raw
+from ..codecs import Codec, Packed, Raw
 from ..contracts.attention import Lengths, PackedKV
-from ..spec.kv import KVSpec
 from .batch import BatchOpenTQCache
 from .single import OpenTQCache
 from .step import Handle, Step
 
 
 @dataclass(frozen=True)
-class LatentCodec:
+class LatentCodec(Codec):
     """`[latent | rotary]`, each part by `inner`: the packed arrays of the first are those of the second's left."""
 
     inner: Codec
@@ -104,13 +103,3 @@ class BatchOpenTQLatentCache(_Latent, BatchOpenTQCache):
     """The same for many sequences."""
 
     Single = OpenTQLatentCache
-
-
-def latent_spec(spec: KVSpec) -> KVSpec:
-    """The spec of a cache of latents: key and value are one vector, so one codec serves both, the one with more bits,
-    or that of the values where the keys' is made for keys only.
-    """
-    key, value = spec.codecs()
-    keys_only = bool(REGISTRY[spec.keys].partner)
-    name = spec.values if keys_only or value.bits_per_value(512) > key.bits_per_value(512) else spec.keys
-    return replace(spec, keys=name, values=name)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from ..attention import backends, dispatch
 from ..codecs import Codec, Packed, Raw
@@ -23,13 +22,14 @@ from ..errors import UserError
 from ..spec.kv import KVSpec
 from .buffer import Buffer, own
 from .extent import Extent, Limits
-from .step import CausalMask, Handle, LayerStats, Step
+from .mask import CausalMask, causal_mask
+from .step import Handle, LayerStats, Step
 
 if TYPE_CHECKING:
     from .batch import BatchOpenTQCache
 
 
-class OpenTQCache(_BaseCache):
+class OpenTQCache:
     """mlx-lm's cache protocol over packed keys and values. One per layer; B sequences of equal length.
 
     Args:
@@ -210,7 +210,8 @@ class OpenTQCache(_BaseCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """None, "causal" (with a window where the model asks for one), or an array where it insists on one."""
         if return_array:
-            return create_attention_mask(N, self.extent.held, True, window_size or self.window or None)
+            window = window_size or self.window
+            return causal_mask(N, self.extent.held, window) if N > 1 or window else None
         if window_size and window_size != self.window:
             return CausalMask(window_size)
         return "causal" if N > 1 else None

@@ -27,17 +27,6 @@ class LayerStats:
         return self
 
 
-class CausalMask(str):
-    """The mask "causal", with the window that the model asked for: what `make_mask` returns in place of an array."""
-
-    window: int
-
-    def __new__(cls, window: int) -> CausalMask:
-        mask = super().__new__(cls, "causal")
-        mask.window = window
-        return mask
-
-
 class Handle:
     """What `update_and_fetch` gives the model in place of an array: a snapshot that can only be attended.
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
-from mlx_lm import stream_generate
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..dialogue.output import Parser
 from ..dialogue.prompt import Prompter
@@ -22,6 +20,7 @@ from ..dialogue.sampling import make_sampler
 from ..errors import UserError
 from ..hosts.mlx_lm import hooks
 from ..hosts.mlx_lm.load import cache_bytes, fp16_bytes, make_cache
+from ..hosts.mlx_lm.public import can_trim_prompt_cache, stream_generate, trim_prompt_cache
 
 
 @dataclass(frozen=True)

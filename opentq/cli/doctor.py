@@ -179,7 +179,8 @@ def _conformance() -> list[Check]:
 
 def _probe_model():
     import mlx.core as mx
-    from mlx_lm.models import llama
+
+    from ..hosts.mlx_lm.public import llama
 
     args = llama.ModelArgs(
         model_type="llama",

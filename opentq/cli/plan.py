@@ -32,7 +32,7 @@ def plan(
 
     Needs no weights and, for known shapes, no network.
     """
-    from ..memory.deferred import defer_mlx_lm
+    from ..hosts.mlx_lm.deferred import defer_mlx_lm
 
     defer_mlx_lm()
     from ..memory.answer import answer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..contracts.codec import FP16_MAX, Packed, finite
+from ..contracts.codec import FP16_MAX, Codec, Integers, Packed, finite
 from . import packing, rotation
 
 BITS = (2, 3, 4, 8)
@@ -19,7 +19,7 @@ GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Codec):
     """Integers of `bits` bits with an fp16 scale and zero per `group` channels (the last group may be shorter).
 
     Packed: `codes` uint32 `[B, H, T, W]` (`packing.py`) and `scales` float16 `[B, H, T, 2G]`, interleaved
@@ -53,6 +53,13 @@ class Affine:
     def bits_per_value(self, head_dim: int) -> float:
         """Bits per stored value, scales, zeros and padding included."""
         return (32 * packing.words(head_dim, self.bits) + 32 * self.groups(head_dim)) / head_dim
+
+    @property
+    def basis(self) -> str:
+        return "hadamard" if self.rotated else "none"
+
+    def format(self, head_dim: int) -> Integers:
+        return Integers(self.bits, self.group)
 
     def rotate(self, x: mx.array) -> mx.array:
         return rotation.rotate(x) if self.rotated else x

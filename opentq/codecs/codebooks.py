@@ -52,8 +52,8 @@ def sphere_book(bits: int, dim: int) -> Book:
 
 
 def sign_book(dim: int) -> Book:
-    """One bit: -1 or 1."""
-    return Book(1, dim, (-127, 127), 1 / 127)
+    """The signs of a sketch: -1 or 1."""
+    return Book(1, dim, (-127, 127), 1 / 127, sketch=True)
 
 
 def _sphere(bits: int, dim: int) -> Codebook:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..contracts.codec import FP16_MAX, Codec, Packed, finite
+from ..contracts.codec import FP16_MAX, Codec, Packed, WithOutliers, finite
 
 
 @dataclass(frozen=True)
-class Outliers:
+class Outliers(Codec):
     """`inner` with the `count` largest channels in fp16.
 
     Packed: the arrays of `inner`, then `channels` uint8 (uint16 above 256 channels) and `values` float16, both
@@ -39,6 +39,17 @@ class Outliers:
     def bits_per_value(self, head_dim: int) -> float:
         return self.inner.bits_per_value(head_dim) + self.count * (16 + 8 * _index_type(head_dim).size) / head_dim
 
+    @property
+    def basis(self) -> str:
+        return self.inner.basis
+
+    def format(self, head_dim: int) -> WithOutliers | None:
+        inner = self.inner.format(head_dim)
+        return None if inner is None or isinstance(inner, WithOutliers) else WithOutliers(inner, self.count)
+
+    def project(self, q: mx.array) -> mx.array:
+        return self.inner.project(q)
+
     def rotate(self, x: mx.array) -> mx.array:
         return self.inner.rotate(x)
 
@@ -58,8 +69,10 @@ class Outliers:
         """Packed arrays -> rotated vectors `[B, H, T, D]`."""
         *inner, channels, values = packed
         rest = self.inner.decode(tuple(inner), mx.float32, head_dim)
-        spikes = mx.put_along_axis(mx.zeros(rest.shape), channels.astype(mx.uint32), values.astype(mx.float32), axis=-1)
-        return finite(rest + self.inner.rotate(spikes), dtype)
+        outliers = mx.put_along_axis(
+            mx.zeros(rest.shape), channels.astype(mx.uint32), values.astype(mx.float32), axis=-1
+        )
+        return finite(rest + self.inner.rotate(outliers), dtype)
 
 
 def _index_type(head_dim: int) -> mx.Dtype:

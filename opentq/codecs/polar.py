@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..contracts.codec import FP16_MAX, Packed, finite
+from ..contracts.codec import FP16_MAX, Angles, Packed, finite
 from . import codebooks, packing
-from .turbo import check_dim, lookup, nearest, rotate, unrotate
+from .rotation import Rotated
+from .rounding import check_dim, lookup, nearest
 
 BLOCK = 16
 LEVELS = (4, 2, 2, 2)
@@ -22,7 +23,7 @@ LEVELS = (4, 2, 2, 2)
 
 
 @dataclass(frozen=True)
-class Polar:
+class Polar(Rotated):
     """Angles of bits 4, 2, 2, 2 and one fp16 radius per 16 channels.
 
     Packed: `first` uint32 `[B, H, T, D/16]` (level 1, 4 bits, in order), `rest` uint8 `[B, H, T, ceil(7D/64)]` (2-bit
@@ -42,11 +43,8 @@ class Polar:
     def bits_per_value(self, head_dim: int) -> float:
         return (4 * head_dim // 2 + 8 * _rest_bytes(head_dim) + 16 * head_dim // BLOCK) / head_dim
 
-    def rotate(self, x: mx.array) -> mx.array:
-        return rotate(x, self.rotation)
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return unrotate(y, self.rotation)
+    def format(self, head_dim: int) -> Angles:
+        return Angles()
 
     def encode(self, y: mx.array) -> Packed:
         """Rotated vectors `[B, H, T, D]` -> `(first, rest, radii)`."""

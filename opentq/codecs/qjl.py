@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..contracts.codec import FP16_MAX, Book, Packed, finite
+from ..contracts.codec import FP16_MAX, Codebooks, Codec, Packed, finite
 from . import codebooks, packing, sketch
-from .turbo import check_dim, rms
+from .rounding import check_dim, rms
 
 
 @dataclass(frozen=True)
-class QJL:
+class QJL(Codec):
     """`ratio` sign bits per channel and one fp16 length per key.
 
     Packed: `signs` uint32 `[B, H, T, ratio * D / 32]` (1 is positive), `scales` float16 `[B, H, T, 1]`, |k|/sqrt(D).
@@ -44,12 +44,10 @@ class QJL:
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(self.ratio * head_dim, 1) + 16) / head_dim
 
-    def rotate(self, x: mx.array) -> mx.array:
+    @property
+    def basis(self) -> str:
         """The projection is random itself: no rotation."""
-        return x
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return y
+        return "none"
 
     def encode(self, y: mx.array) -> Packed:
         """Keys `[B, H, T, D]` -> `(signs, scales)`."""
@@ -65,8 +63,8 @@ class QJL:
         estimate = sketch.expand(bits, self._matrix(head_dim), self.orthogonal)
         return finite(scales.astype(mx.float32) * estimate, dtype)
 
-    def books(self, head_dim: int) -> tuple[Book, ...]:
-        return (codebooks.sign_book(self.ratio * head_dim),)
+    def format(self, head_dim: int) -> Codebooks:
+        return Codebooks((codebooks.sign_book(self.ratio * head_dim),))
 
     def project(self, q: mx.array) -> mx.array:
         """Queries `[..., D]` -> `[..., ratio * D]`."""

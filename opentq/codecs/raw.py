@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..contracts.codec import FP16_MAX, Packed
+from ..contracts.codec import FP16_MAX, Codec, Halves, Packed
 
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(Codec):
     """float16 values `[B, H, T, D]`; magnitudes above 65504 are clipped so that no infinity is ever stored."""
 
     def __str__(self) -> str:
@@ -22,11 +22,12 @@ class Raw:
     def bits_per_value(self, head_dim: int) -> float:
         return 16.0
 
-    def rotate(self, x: mx.array) -> mx.array:
-        return x
+    @property
+    def basis(self) -> str:
+        return "none"
 
-    def unrotate(self, y: mx.array) -> mx.array:
-        return y
+    def format(self, head_dim: int) -> Halves:
+        return Halves()
 
     def encode(self, y: mx.array) -> Packed:
         return (mx.clip(y, -FP16_MAX, FP16_MAX).astype(mx.float16),)

@@ -15,13 +15,18 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..contracts.codec import Codec
+from . import sketch
+
+ROTATIONS = ("hadamard", "haar", "none")
+
 
 def rotate(x: mx.array) -> mx.array:
     """`[..., D]` -> `R x`, in x's dtype (float32 inside)."""
     dim = x.shape[-1]
-    kernel = _kernel(dim)
-    if kernel and x.size:
-        return kernel(x)
+    launched = _launched(x)
+    if launched is not None:
+        return launched
     y = x.astype(mx.float32)
     y = mx.hadamard_transform(y) if is_power_of_two(dim) else y @ matrix(dim).T
     return y.astype(x.dtype)
@@ -30,22 +35,59 @@ def rotate(x: mx.array) -> mx.array:
 def unrotate(y: mx.array) -> mx.array:
     """`[..., D]` -> `R^T y`, in y's dtype: the inverse of `rotate`."""
     dim = y.shape[-1]
-    kernel = _kernel(dim)
-    if kernel and y.size:
-        return kernel(y)
+    launched = _launched(y)
+    if launched is not None:
+        return launched
     x = y.astype(mx.float32)
     # A Sylvester-Hadamard matrix is symmetric, so it is its own inverse.
     x = mx.hadamard_transform(x) if is_power_of_two(dim) else x @ matrix(dim)
     return x.astype(y.dtype)
 
 
-def _kernel(dim: int) -> Callable[[mx.array], mx.array] | None:
-    """One launch instead of three operations, on NVIDIA GPUs: the transform is its own inverse."""
-    if mx.default_device() != mx.gpu:
-        return None
-    from ..kernels.cuda import launch as cuda
+Fused = Callable[[mx.array], "mx.array | None"]
 
-    return cuda.rotate if cuda.available() and cuda.rotates(dim) else None
+_fused: list[Fused] = []
+
+
+def register(rotation: Fused) -> None:
+    """Ask `rotation` first from now on: a back end's transform in one launch, which is its own inverse, or None for
+    vectors that it does not serve.
+    """
+    _fused.append(rotation)
+
+
+def _launched(x: mx.array) -> mx.array | None:
+    return next((y for y in (fused(x) for fused in _fused if x.size) if y is not None), None)
+
+
+class Rotated(Codec):
+    """A codec whose basis is named by its `rotation`: "hadamard", "haar" (uniformly random) or "none"."""
+
+    rotation: str
+
+    @property
+    def basis(self) -> str:
+        return "own" if self.rotation == "haar" else self.rotation
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return apply(x, self.rotation)
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        return undo(y, self.rotation)
+
+
+def apply(x: mx.array, kind: str) -> mx.array:
+    """`[..., D]` -> `R x` in x's dtype, R named by `kind`, one of `ROTATIONS`."""
+    if kind == "hadamard":
+        return rotate(x)
+    return x if kind == "none" else (x.astype(mx.float32) @ sketch.haar(x.shape[-1]).T).astype(x.dtype)
+
+
+def undo(y: mx.array, kind: str) -> mx.array:
+    """`[..., D]` -> `R^T y`: the inverse of `apply`."""
+    if kind == "hadamard":
+        return unrotate(y)
+    return y if kind == "none" else (y.astype(mx.float32) @ sketch.haar(y.shape[-1])).astype(y.dtype)
 
 
 @functools.cache

@@ -9,21 +9,21 @@ arXiv 2504.19874. The rotation is Hadamard unless asked otherwise; the paper's i
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..contracts.codec import FP16_MAX, Book, Packed, finite
+from ..contracts.codec import FP16_MAX, Codebooks, Codec, Packed, finite
 from . import codebooks, packing, rotation, sketch
+from .rotation import ROTATIONS, Rotated
+from .rounding import check_dim, lookup, nearest, rms
 
 BITS = (1, 2, 3, 4, 5, 6)
-ROTATIONS = ("hadamard", "haar", "none")
 FITS = ("length", "norm", "unbiased")
 
 
 @dataclass(frozen=True)
-class Turbo:
+class Turbo(Rotated):
     """`bits` bits per channel and one fp16 scale: `y_d = scale * codebook[code_d]`.
 
     Packed: `codes` uint32 `[B, H, T, W]` (`packing.py`), `scales` float16 `[B, H, T, 1]`. The codebook is
@@ -59,12 +59,6 @@ class Turbo:
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(head_dim, self.bits) + 16) / head_dim
 
-    def rotate(self, x: mx.array) -> mx.array:
-        return rotate(x, self.rotation)
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return unrotate(y, self.rotation)
-
     def encode(self, y: mx.array) -> Packed:
         """Rotated vectors `[B, H, T, D]` of any float dtype -> `(codes, scales)`."""
         self.check(y.shape[-1])
@@ -97,15 +91,12 @@ class Turbo:
         points = lookup(packing.unpack(codes, self.bits, head_dim), codebooks.sphere(self.bits, head_dim))
         return finite(scales.astype(mx.float32) * points, dtype)
 
-    def books(self, head_dim: int) -> tuple[Book, ...]:
-        return (codebooks.sphere_book(self.bits, head_dim),)
-
-    def project(self, q: mx.array) -> mx.array:
-        return q
+    def format(self, head_dim: int) -> Codebooks:
+        return Codebooks((codebooks.sphere_book(self.bits, head_dim),), kernel_fit(self.fit))
 
 
 @dataclass(frozen=True)
-class Prod:
+class Prod(Rotated):
     """`bits - 1` bits of `Turbo` and the signs of a random projection of the residual: unbiased, for keys only.
 
     `<q, k>` is estimated by `<Rq, c> + |r| * coefficient * <S Rq, sign(S r)>`, r the residual; decoding gives the one
@@ -142,12 +133,6 @@ class Prod:
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(head_dim, self.bits - 1) + 32 * packing.words(head_dim, 1) + 32) / head_dim
 
-    def rotate(self, x: mx.array) -> mx.array:
-        return rotate(x, self.rotation)
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return unrotate(y, self.rotation)
-
     def encode(self, y: mx.array) -> Packed:
         """Rotated vectors `[B, H, T, D]` -> `(codes, signs, scales)`."""
         self.check(y.shape[-1])
@@ -165,8 +150,8 @@ class Prod:
         left = sketch.expand(packing.unpack(signs, 1, head_dim), self._matrix(head_dim), self.orthogonal)
         return finite(base + scales[..., 1:].astype(mx.float32) * left, dtype)
 
-    def books(self, head_dim: int) -> tuple[Book, ...]:
-        return *self.base.books(head_dim), codebooks.sign_book(head_dim)
+    def format(self, head_dim: int) -> Codebooks:
+        return Codebooks((codebooks.sphere_book(self.bits - 1, head_dim), codebooks.sign_book(head_dim)))
 
     def project(self, q: mx.array) -> mx.array:
         """Rotated queries `[..., D]` -> `[..., 2 D]`: themselves, and their sketch."""
@@ -177,7 +162,7 @@ class Prod:
 
 
 @dataclass(frozen=True)
-class Fractional:
+class Fractional(Codec):
     """Half of the channels at `bits + 1/2` bits and half at `bits - 1/2`, each half rotated and scaled by itself.
 
     The paper splits outlier channels from the others before the rotation and runs two instances. Its 2.5 bits are 32
@@ -217,10 +202,10 @@ class Fractional:
         quarter = x.shape[-1] // 4
         fast_a, slow_a, fast_b, slow_b = mx.split(x, [quarter, 2 * quarter, 3 * quarter], axis=-1)
         halves = mx.concatenate([slow_a, slow_b], axis=-1), mx.concatenate([fast_a, fast_b], axis=-1)
-        return mx.concatenate([rotate(half, self.rotation) for half in halves], axis=-1)
+        return mx.concatenate([rotation.apply(half, self.rotation) for half in halves], axis=-1)
 
     def unrotate(self, y: mx.array) -> mx.array:
-        slow, fast = (unrotate(half, self.rotation) for half in mx.split(y, 2, axis=-1))
+        slow, fast = (rotation.undo(half, self.rotation) for half in mx.split(y, 2, axis=-1))
         quarters = [q for pair in zip(mx.split(fast, 2, axis=-1), mx.split(slow, 2, axis=-1)) for q in pair]
         return mx.concatenate(quarters, axis=-1)
 
@@ -237,63 +222,11 @@ class Fractional:
         pairs = zip(self.parts, codes, mx.split(scales, 2, axis=-1))
         return mx.concatenate([p.decode((c, s), dtype, head_dim // 2) for p, c, s in pairs], axis=-1)
 
-    def books(self, head_dim: int) -> tuple[Book, ...]:
-        return tuple(codebooks.sphere_book(part.bits, head_dim // 2) for part in self.parts)
-
-    def project(self, q: mx.array) -> mx.array:
-        return q
+    def format(self, head_dim: int) -> Codebooks:
+        books = tuple(codebooks.sphere_book(part.bits, head_dim // 2) for part in self.parts)
+        return Codebooks(books, kernel_fit(self.fit))
 
 
-def check_dim(name: str, head_dim: int) -> None:
-    """Raise ValueError unless `head_dim` is a multiple of 16."""
-    if head_dim % 16 or head_dim < 16:
-        raise ValueError(f"{name} codec: head_dim {head_dim} must be a multiple of 16; use --kv f16 for this model")
-
-
-def rotate(x: mx.array, kind: str) -> mx.array:
-    """`[..., D]` -> `R x` in x's dtype, R named by `kind`."""
-    if kind == "hadamard":
-        return rotation.rotate(x)
-    return x if kind == "none" else (x.astype(mx.float32) @ sketch.haar(x.shape[-1]).T).astype(x.dtype)
-
-
-def unrotate(y: mx.array, kind: str) -> mx.array:
-    """`[..., D]` -> `R^T y`: the inverse of `rotate`."""
-    if kind == "hadamard":
-        return rotation.unrotate(y)
-    return y if kind == "none" else (y.astype(mx.float32) @ sketch.haar(y.shape[-1])).astype(y.dtype)
-
-
-def rms(y: mx.array) -> mx.array:
-    """Root mean square over channels, `[..., 1]`: the length over sqrt(D), which never overflows fp16."""
-    return mx.sqrt(mx.square(y).mean(-1, keepdims=True))
-
-
-def lengths(y: mx.array, runs: int = 1) -> mx.array:
-    """`rms` of each of equal runs of rotated vectors `[..., D]`, float32 `[..., runs]`.
-
-    Pack kernels are given them, because a mean depends on the order of its sum.
-    """
-    parts = mx.split(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX), runs, axis=-1)
-    return mx.concatenate([rms(part) for part in parts], axis=-1)
-
-
-def nearest(t: mx.array, book: codebooks.Codebook) -> mx.array:
-    """Index of the nearest entry of an ascending codebook of 2^b entries, uint32: b steps of binary search."""
-    cuts = _constant(codebooks.boundaries(book))
-    index = mx.zeros(t.shape, mx.uint32)
-    step = len(book) // 2
-    while step:
-        index = index + mx.where(t > cuts[index + (step - 1)], step, 0).astype(mx.uint32)
-        step //= 2
-    return index
-
-
-def lookup(codes: mx.array, book: codebooks.Codebook) -> mx.array:
-    """Codebook values float32 of the shape of `codes`."""
-    return _constant(book)[codes]
-
-
-@functools.lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...]) -> mx.array:
-    return mx.array(values, dtype=mx.float32)
+def kernel_fit(fit: str) -> str:
+    """The fit where pack kernels know it, else ""."""
+    return "" if fit == "unbiased" else fit

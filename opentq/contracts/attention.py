@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .codec import Codec, Packed
+from .codec import Codec, Format, Packed
 from .layout import Layout
 
 
@@ -24,6 +24,11 @@ class PackedKV:
     layout: Layout
     arrays: tuple[mx.array, ...]
     head_dim: int
+
+    @property
+    def format(self) -> Format | None:
+        """What the packed arrays are."""
+        return _format(self.codec, self.head_dim)
 
     def decode(self, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
         """Tokens `[start, stop)` as rotated vectors `[B, H, stop - start, D]`."""
@@ -76,9 +81,8 @@ class AttnArgs:
 
     @property
     def projected(self) -> mx.array:
-        """The queries that multiply packed codes (`codecs.base.Coded`), `[B, Hq, L, E]`; dense keys always take `q`."""
-        project = getattr(self.k.codec, "project", None)
-        return project(self.q) if project else self.q
+        """The queries that multiply packed codes (`Codec.project`), `[B, Hq, L, E]`; dense keys always take `q`."""
+        return self.k.codec.project(self.q)
 
     @property
     def kv_heads(self) -> int:
@@ -124,6 +128,11 @@ class AttnArgs:
             f"window {self.window}, mask {None if self.mask is None else tuple(self.mask.shape)}, "
             f"sinks {self.sinks is not None}, softcap {self.softcap:g}"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _format(codec: Codec, head_dim: int) -> Format | None:
+    return codec.format(head_dim)
 
 
 @functools.lru_cache(maxsize=64)

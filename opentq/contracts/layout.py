@@ -9,17 +9,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..codecs.affine import Affine
-from ..codecs.turbo import Fractional, Turbo
 from .codec import Codec, Packed
 
 FLUSH = 64
 """Tokens leave the fp16 tail in blocks of this many; every layout's block divides it."""
-
-
-def packs(codec: Codec) -> bool:
-    """Whether pack kernels make what `codec` makes: not sketches, whose signs come from a matrix product."""
-    return isinstance(codec, Affine) or (isinstance(codec, Turbo | Fractional) and codec.fit != "unbiased")
 
 
 class Layout(Protocol):

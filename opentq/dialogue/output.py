@@ -12,8 +12,7 @@ import logging
 import uuid
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
-
+from ..hosts.mlx_lm.private import TextStateMachine, make_text_state_machine
 from .request import Delta, ToolCall
 
 log = logging.getLogger("opentq.serve")

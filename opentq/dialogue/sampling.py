@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_top_p, greedy_sampler, make_logits_processors
 
+from ..hosts.mlx_lm.private import apply_top_p, greedy_sampler
+from ..hosts.mlx_lm.public import make_logits_processors
 from .request import Draw, SamplingParams
 
 Sampler = Callable[[mx.array], mx.array]

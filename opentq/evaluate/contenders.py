@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
 
 from ..codecs import Affine, Codec, packing
 from ..contracts.codec import FP16_MAX, Packed
 from ..errors import UserError
 from ..hosts.mlx_lm import hooks
 from ..hosts.mlx_lm.policy import native_reason
+from ..hosts.mlx_lm.public import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from ..spec.kv import KVSpec
 from .simulate import SimulatedCache
 
@@ -44,7 +44,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class _Q4:
+class _Q4(Codec):
     """llama.cpp's q4_0 as scale and zero: the extreme of a block of 32 becomes -8, `x = (code - 8) * scale`.
 
     Not an `Affine`, whose fused kernels would choose scales and codes in their own way.
@@ -97,7 +97,7 @@ class _Q4Spec(KVSpec):
 
 
 @dataclass(frozen=True)
-class _Mlx:
+class _Mlx(Codec):
     """mlx-lm's quantisation as a codec, for simulation: `mx.quantize` of fp16 numbers, groups of 64, not rotated."""
 
     bits: int = 4
@@ -111,12 +111,6 @@ class _Mlx:
 
     def bits_per_value(self, head_dim: int) -> float:
         return self.bits + 32 / 64
-
-    def rotate(self, x: mx.array) -> mx.array:
-        return x
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return y
 
     def encode(self, y: mx.array) -> Packed:
         return tuple(mx.quantize(y.astype(mx.float16), group_size=64, bits=self.bits))
@@ -154,7 +148,7 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
     hooks.uninstall(model)
 
     def own() -> list[Any]:
-        return mlx_cache.make_prompt_cache(model)
+        return make_prompt_cache(model)
 
     bits = _mlx(name)
     if not simulate and name == NATIVE:
@@ -162,10 +156,7 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
     if not simulate and bits:
         return Contender(name, bits + 32 / 64, lambda: [_quantised(c, bits) for c in own()])
     spec = _spec(name)
-    hooks.compress(model, spec)
-    record = hooks.installed(model)
-    hooks.uninstall(model)
-    assert record is not None
+    record = hooks.prepare(model, spec)
     plans = [p for p in record.plans if p.compressed]
     values = sum(p.kv_heads * (p.key_dim + p.value_dim) for p in plans)
     true_bits = 8 * sum(p.bytes_per_token() for p in plans) / values
@@ -180,7 +171,7 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
         for i, cache in enumerate(caches):
             if i in places:
                 caches[i] = SimulatedCache(places[i], eager=bool(bits))
-            elif type(cache) is mlx_cache.RotatingKVCache and not cache.keep:
+            elif type(cache) is RotatingKVCache and not cache.keep:
                 caches[i] = SimulatedCache("f16", window=cache.max_size)
         return caches
 
@@ -203,4 +194,4 @@ def _mlx(name: str) -> int:
 
 def _quantised(cache: Any, bits: int) -> Any:
     """mlx-lm's quantised cache where it has one, as `mlx_lm.generate --kv-bits` would use."""
-    return mlx_cache.QuantizedKVCache(group_size=64, bits=bits) if not native_reason(cache) else cache
+    return QuantizedKVCache(group_size=64, bits=bits) if not native_reason(cache) else cache

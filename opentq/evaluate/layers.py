@@ -116,10 +116,7 @@ def _without_layer(record: Record) -> Record:
 
 def _watch(model: Any, tokens: mx.array, spec: KVSpec, view: View, tick: Tick) -> dict[int, _Probe]:
     """Read the tokens with probes in all layers that can be compressed; returns them by layer index."""
-    hooks.compress(model, spec)
-    record = hooks.installed(model)
-    hooks.uninstall(model)
-    assert record is not None
+    record = hooks.prepare(model, spec)
     caches = record.own_caches()
     probes = {p.index: _Probe(p.spec) for p in record.plans if p.spec is not None and not p.part}
     if len(probes) < sum(p.compressed for p in record.plans):

@@ -88,10 +88,10 @@ def speed(s: Settings) -> Result:
     """
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models.cache import make_prompt_cache
 
     from ..hosts.mlx_lm import hooks
     from ..hosts.mlx_lm.load import load
+    from ..hosts.mlx_lm.public import make_prompt_cache
 
     model, _ = load(s["model"])
     if s["weights"]:
@@ -123,9 +123,9 @@ def speed(s: Settings) -> Result:
 def speculative(s: Settings) -> Result:
     """Speculative decoding: the share of tokens that the draft model got right, and speed against plain decoding."""
     import mlx.core as mx
-    from mlx_lm.generate import generate_step, speculative_generate_step
 
     from ..evaluate import corpus
+    from ..hosts.mlx_lm.public import generate_step, speculative_generate_step
 
     (model, tokenizer), (draft, _) = _loaded(s["model"]), _loaded(s["draft"])
     prompt = mx.array(corpus.load(None).tokens(tokenizer, 1, s["depth"], s["seed"])[0])

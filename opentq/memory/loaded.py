@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
+from ..caches.composite import members
 from ..hosts.mlx_lm import hooks
-from ..hosts.mlx_lm.policy import LayerPlan, members, shaped
+from ..hosts.mlx_lm.policy import shaped
+from ..hosts.mlx_lm.public import make_prompt_cache
+from ..hosts.plan import LayerPlan
 from .skeleton import flat
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..attention import tiled
 from ..caches.buffer import STEP_TOKENS
 from ..caches.extent import Extent, Limits
-from ..hosts.mlx_lm.policy import LayerPlan
+from ..hosts.plan import LayerPlan
 from .device import GIB, Device
 from .skeleton import Skeleton
 

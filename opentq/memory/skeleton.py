@@ -17,9 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..caches.composite import members
 from ..errors import UserError
 from ..hosts.mlx_lm import seams
-from ..hosts.mlx_lm.policy import LayerPlan, decide, members, shaped
+from ..hosts.mlx_lm.policy import decide, shaped
+from ..hosts.plan import LayerPlan
 from ..spec.kv import KVSpec
 
 
@@ -158,7 +160,7 @@ def tie(model: Any) -> None:
 def _caches(model: Any) -> list[Any]:
     if hasattr(model, "make_cache"):
         return model.make_cache()
-    from mlx_lm.models.cache import KVCache
+    from ..hosts.mlx_lm.public import KVCache
 
     return [KVCache() for _ in model.layers]
 
@@ -171,7 +173,7 @@ def classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
     try:
         arch = importlib.import_module(f"mlx_lm.models.{kind}")
     except ModuleNotFoundError:
-        from mlx_lm.utils import _get_classes  # knows the renamed types, but imports transformers: 2 s
+        from ..hosts.mlx_lm.private import _get_classes  # knows the renamed types, but imports transformers: 2 s
 
         try:
             return (*_get_classes(copy.deepcopy(config)), ())

@@ -11,10 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationBatch, StopSequences
-from mlx_lm.sample_utils import greedy_sampler
 
 from ..dialogue.sampling import Processor, Sampler
+from ..hosts.mlx_lm.private import GenerationBatch, StopSequences, greedy_sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +37,9 @@ class RowSampling:
 
 class Decoding(GenerationBatch):
     """A batch of one, to be joined by others with `extend`. `next` gives every sequence a token."""
+
+    _next_tokens: Any
+    _next_logprobs: Any
 
     samplers: Any  # a RowSampling for each sequence: mlx-lm keeps this list in step with them
     logits_processors: Any

@@ -20,13 +20,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import StopSequences, _merge_caches
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..dialogue.errors import ApiError
 from ..dialogue.output import Parser
 from ..dialogue.request import Chosen, Done, Generated, Progress, SamplingParams, Usage
 from ..dialogue.sampling import KeyedSampler, Processor, make_processors
+from ..hosts.mlx_lm.private import StopSequences, _merge_caches
+from ..hosts.mlx_lm.public import make_prompt_cache
 from .admission import bucket
 from .decoding import Decoding, RowSampling
 from .grammar import Constraint

@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+
+from ..hosts.mlx_lm.public import make_prompt_cache
 
 STALL = 3.0
 SHARE = 0.9 * (STALL - 1)

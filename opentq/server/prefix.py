@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
 from ..caches.single import OpenTQCache
+from ..hosts.mlx_lm.public import KVCache
 
 
 class Files(Protocol):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..attention.tiled import SCRATCH
 from ..errors import UserError
-from ..hosts.mlx_lm.policy import LayerPlan
+from ..hosts.mlx_lm.public import make_prompt_cache
+from ..hosts.plan import LayerPlan
 from ..memory import plan
 from ..memory.device import GIB, here
 from ..memory.loaded import layer_plans, weight_bytes

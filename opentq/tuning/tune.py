@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..evaluate import corpus, fidelity, needle
 from ..hosts.mlx_lm import hooks
-from ..hosts.mlx_lm.policy import LayerPlan
+from ..hosts.plan import LayerPlan
 from ..lab.store import need_optuna
 from ..memory import plan
 from ..memory.device import GIB, here
@@ -95,10 +95,7 @@ class Tuner:
         self.blocks = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
 
     def _plans(self, spec: KVSpec) -> list[LayerPlan]:
-        hooks.uninstall(self.model)
-        plans = list(hooks.compress(self.model, spec))
-        hooks.uninstall(self.model)
-        return plans
+        return hooks.plan(self.model, spec)
 
     def lines(self, recipe: list[Choice]) -> list[str]:
         """One spec per layer."""

@@ -44,7 +44,7 @@ template <class T> struct Odd {
 
 // A side's coding by number: 2, 3, 4, 8 affine bits; 101 .. 106 codebooks of 1 .. 6 bits; 16 raw fp16; 2ab two runs of a and
 // b bits, half of the channels each; 3ab two runs of all channels and 40r one run of r bits a channel, both for keys, whose
-// queries are projected; 500 angles; and on top of any of them, 1000 for every spike of a token.
+// queries are projected; 500 angles; and on top of any of them, 1000 for every outlier of a token.
 constexpr int RAW16 = 16, BOOKS = 100, HALVES = 200, SKETCH = 300, SIGNS = 400, ANGLES = 500;
 
 struct Shape {
@@ -116,7 +116,7 @@ static const Angles angles;
 
 // A side of `rows` heads with `slots` random tokens each: the stored runs, and what they decode to.
 struct Side {
-  Side(int coding, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), dim(dim), spikes(coding / 1000) {
+  Side(int coding, int group, int dim, bool values, int rows, int slots) : rows(rows), slots(slots), dim(dim), outliers(coding / 1000) {
     const int number = coding % 1000;
     raw = number == RAW16, polar = number == ANGLES;
     if (raw || polar) width = dim;
@@ -126,7 +126,7 @@ struct Side {
     else runs.emplace_back(number % BOOKS, number > BOOKS, group, dim, values);
     for (Run& r : runs) width += r.f.dim;
     decoded.resize(size_t(rows) * slots * width);
-    const size_t count = size_t(rows) * slots * spikes;
+    const size_t count = size_t(rows) * slots * outliers;
     channels.reset(new Odd<uint8_t>(count * channel_bytes())), numbers.reset(new Odd<uint16_t>(count));
     for (size_t i = 0; i < count; i++) {
       const int channel = int(uniform() * dim);
@@ -134,9 +134,9 @@ struct Side {
     }
   }
   size_t channel_bytes() const { return dim > 256 ? 2 : 1; }
-  // Calls body(channel, value) for the spikes of one token.
-  template <class Body> void for_spikes(size_t slot, Body body) const {
-    for (size_t i = slot * spikes; i < (slot + 1) * spikes; i++) {
+  // Calls body(channel, value) for the outliers of one token.
+  template <class Body> void for_outliers(size_t slot, Body body) const {
+    for (size_t i = slot * outliers; i < (slot + 1) * outliers; i++) {
       int channel = 0;
       std::memcpy(&channel, channels->get() + i * channel_bytes(), channel_bytes());
       body(channel, half(numbers->get()[i]));
@@ -165,11 +165,11 @@ struct Side {
     return true;
   }
   // As attention reads them.
-  void view(int heads, Packed* out, Spikes& extra) const {
+  void view(int heads, Packed* out, Outliers& extra) const {
     const auto strided = [&](const void* data, int64_t token) {
       return Strided{static_cast<const uint8_t*>(data), heads * slots * token, slots * token, 64 * token, token};
     };
-    extra = {strided(channels->get(), spikes * channel_bytes()), strided(numbers->get(), spikes * 2), spikes, int32_t(channel_bytes())};
+    extra = {strided(channels->get(), outliers * channel_bytes()), strided(numbers->get(), outliers * 2), outliers, int32_t(channel_bytes())};
     if (raw) out[0] = {blocks[0]->get(), int64_t(heads) * slots * 2 * dim, int64_t(slots) * 2 * dim, 128 * dim, 16, dim, dim, RAW, nullptr, 0, 0};
     if (polar) {
       const int64_t token = Angles::bytes(dim), head = slots * token;
@@ -179,7 +179,7 @@ struct Side {
   }
   int rows, slots;
   bool raw, polar, projects = false;
-  int dim, width = 0, spikes;  // channels, and numbers of a decoded token
+  int dim, width = 0, outliers;  // channels, and numbers of a decoded token
   std::unique_ptr<Odd<uint8_t>> channels;
   std::unique_ptr<Odd<uint16_t>> numbers;
   std::vector<Run> runs;
@@ -241,7 +241,7 @@ static bool run(const Shape& s) {
   Odd<uint16_t> dense_k(size_t(rows) * columns * s.dk), dense_v(size_t(rows) * columns * s.dv);
   for (size_t i = 0; i < size_t(rows) * columns * s.dk; i++) dense_k.get()[i] = to_half(normal());
   for (size_t i = 0; i < size_t(rows) * columns * s.dv; i++) dense_v.get()[i] = to_half(normal());
-  std::vector<float> sinks(q_heads, 0.5f), out(q_rows * s.dv * (v.spikes ? 2 : 1)), second(out.size());
+  std::vector<float> sinks(q_heads, 0.5f), out(q_rows * s.dv * (v.outliers ? 2 : 1)), second(out.size());
   std::vector<int32_t> lens;
   for (int b = 0; b < s.batch; b++) {  // ragged: later sequences are shorter, and skip columns before their tail
     lens.push_back(std::max(0, s.packed - 37 * b)), lens.push_back(s.sink), lens.push_back(s.sink + std::min(s.tail, 3 * b));
@@ -254,7 +254,7 @@ static bool run(const Shape& s) {
   c.q = queries(q, s.dk), c.projected = k.projects ? queries(projected, k.width) : c.q, c.plain = queries(plain, s.dk);
   c.dim_k = s.dk, c.dim_v = s.dv;
   c.causal = s.causal, c.window = s.window, c.softcap = s.softcap, c.scale = float(1 / std::sqrt(s.dk)), c.threads = s.threads;
-  k.view(heads, c.k, c.k_spikes), v.view(heads, c.v, c.v_spikes);
+  k.view(heads, c.k, c.k_outliers), v.view(heads, c.v, c.v_outliers);
   c.dense_k = {dense_k.get(), int64_t(heads) * columns * s.dk, int64_t(columns) * s.dk, s.dk};
   c.dense_v = {dense_v.get(), int64_t(heads) * columns * s.dv, int64_t(columns) * s.dv, s.dv};
   c.lens = lens.data(), c.sinks = s.sinks ? sinks.data() : nullptr, c.out = out.data();
@@ -283,7 +283,7 @@ static bool run(const Shape& s) {
             for (int d = 0; d < s.dk; d++) dot += query[d] * half(dense_k.get()[column * s.dk + d]);
           else
             for (int d = 0; d < k.width; d++) dot += packed_query[d] * k.decoded[slot * k.width + d];
-          if (!dense) k.for_spikes(slot, [&](int channel, double value) { dot += value * plain[q_row * s.dk + channel]; });
+          if (!dense) k.for_outliers(slot, [&](int channel, double value) { dot += value * plain[q_row * s.dk + channel]; });
           score[t] = dot * c.scale;
           if (s.softcap != 0) score[t] = s.softcap * std::tanh(score[t] / s.softcap);
           top = std::max(top, score[t]);
@@ -296,7 +296,7 @@ static bool run(const Shape& s) {
           const size_t column = size_t(row) * columns + (t < sink ? t : start + t - sink - packed), slot = size_t(row) * slots + (t - sink);
           sum += p;
           for (int d = 0; d < s.dv; d++) o[d] += p * (dense ? half(dense_v.get()[column * s.dv + d]) : v.decoded[slot * s.dv + d]);
-          if (!dense) v.for_spikes(slot, [&](int channel, double value) { o[s.dv + channel] += p * value; });
+          if (!dense) v.for_outliers(slot, [&](int channel, double value) { o[s.dv + channel] += p * value; });
         }
         for (int d = 0; d < c.dim_out(); d++) {
           const double want = sum > 0 ? o[d] / sum : 0, got = out[q_row * c.dim_out() + d];

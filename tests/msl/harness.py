@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
@@ -25,7 +27,7 @@ def gpu(monkeypatch, request):
     monkeypatch.setattr(metal, "make", launch.metal_kernel)
     monkeypatch.setattr(metal, "tuning", lambda: LANES)
     monkeypatch.setattr(metal, "cores", lambda: 2)
-    metal_backend = backends.Backend("metal", fused_metal.attend, fused_metal.layouts)
+    metal_backend = replace(fused_metal.BACKEND, available=lambda: True)
     monkeypatch.setattr(backends, "active", lambda: metal_backend)
     monkeypatch.setenv("OPENTQ_KERNELS", "native")
     metal.kernel.cache_clear()

@@ -52,7 +52,7 @@ class Quantized:
         return sum(a.nbytes for a in (*self.k, *self.v))
 
     def call(self) -> mx.array:
-        from mlx_lm.models.base import quantized_scaled_dot_product_attention
+        from ...hosts.mlx_lm.private import quantized_scaled_dot_product_attention
 
         queries = mx.array(self.q)  # the function scales them in place
         out = quantized_scaled_dot_product_attention(

@@ -10,7 +10,6 @@ planned layer was not entered.
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,22 +20,20 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
 from ...caches.batch import BatchOpenTQCache
+from ...caches.composite import members
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle, LayerStats
 from ...spec.kv import KVSpec
 from ...spec.recipe import Recipe
 from ...spec.recommended import AUTO, recommend
-from . import seams
+from ..plan import LayerPlan
+from . import private, seams
 from .identity import fingerprint
-from .policy import LayerPlan, decide, members, shaped
+from .policy import decide, shaped
+from .private import HookError
 
 CLASSES = (OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache)
-EXPECTED = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
-
-
-class HookError(RuntimeError):
-    """mlx-lm is not as expected, or the compressed path was not entered."""
 
 
 @dataclass
@@ -56,7 +53,7 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
 
     Everything in mlx-lm that asks the model for caches (generate, stream_generate, speculative decoding, batches)
     then uses them. Calling it again replaces the spec. "auto" is what is recommended for the model's family
-    (`evaluate/recommended.toml`). `self_test` runs one token through the model. On a CPU the model's half-precision
+    (`spec/recommended.toml`). `self_test` runs one token through the model. On a CPU the model's half-precision
     weights become float32, because only such products are fast there; `uninstall` leaves them so.
 
     Raises:
@@ -65,28 +62,49 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
         HookError: mlx-lm's internals are not as expected, or a layer did not enter the compressed path.
     """
     spec = recommend(model).spec if spec == AUTO else KVSpec.parse(spec)
+    uninstall(model)
+    record = prepare(model, spec, self_test)
+    model.make_cache = lambda: make_caches(record)
+    model._opentq = record
+    return record.plans
+
+
+def prepare(model: Any, spec: KVSpec, self_test: bool = True) -> Installation:
+    """All that `compress` does but the last step: caches made of the record (`make_caches`) are compressed, those that
+    the model itself makes are its own. Raises what `compress` raises.
+    """
     if isinstance(spec, Recipe) and spec.calibration is not None:
         spec.calibration.check(fingerprint(model))
-    if installed(model):
-        uninstall(model)
-    original = model.__dict__.get("make_cache")
-    own = model.make_cache if hasattr(model, "make_cache") else lambda: [mlx_cache.KVCache() for _ in model.layers]
-    traits = seams.traits(model)
+    traits, own = seams.traits(model), own_caches(model)
     plans = decide(own(), spec, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
-    record = Installation(spec, plans, stats, original, own, traits.lends)
+    record = Installation(spec, plans, stats, model.__dict__.get("make_cache"), own, traits.lends)
     settle(model)
     install_shim()
     seams.enter(model)
-    model.make_cache = lambda: make_caches(record)
-    model._opentq = record
     if self_test:
-        try:
-            _self_test(model, record)
-        except BaseException:
-            uninstall(model)
-            raise
-    return record.plans
+        _self_test(model, record)
+    return record
+
+
+def plan(model: Any, spec: KVSpec) -> list[LayerPlan]:
+    """What `compress` would do to each layer, its shapes filled in; nothing is changed and nothing is computed.
+
+    Raises NothingCompressed.
+    """
+    caches = own_caches(model)()
+    plans = decide(caches, spec, seams.traits(model))
+    model(mx.array([[0]]), cache=caches)
+    held = [members(caches[p.index])[p.part] for p in plans]
+    return [shaped(_used(p, cache), cache) for p, cache in zip(plans, held)]
+
+
+def own_caches(model: Any) -> Callable[[], list[Any]]:
+    """What makes the model's own caches, whether it is compressed or not."""
+    record = installed(model)
+    if record:
+        return record.own_caches
+    return model.make_cache if hasattr(model, "make_cache") else lambda: [mlx_cache.KVCache() for _ in model.layers]
 
 
 def settle(model: Any) -> None:
@@ -182,15 +200,11 @@ def _attend(queries, keys, values, scale, mask, sinks):
 
 def install_shim() -> None:
     """Swap the code of mlx-lm's attention function, once. Raises HookError on an unexpected signature."""
-    function = base.scaled_dot_product_attention
     if shim_installed():
         return
-    names = tuple(inspect.signature(function).parameters)
-    if names != EXPECTED or function.__closure__ is not None:
-        raise HookError(
-            f"mlx_lm.models.base.scaled_dot_product_attention has parameters {names}, expected {EXPECTED}: this mlx-lm "
-            "is not supported; install 'mlx-lm>=0.32.2,<0.33'"
-        )
+    function = private.scaled_dot_product_attention
+    if function.__closure__ is not None:
+        raise HookError("mlx-lm's attention function has a closure; is another tool installed in its place?")
     original = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     base.__dict__.update(_opentq_handle=Handle, _opentq_attend=_attend, _opentq_original=original)
     function.__code__ = _shim.__code__

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from ..plan import LayerPlan
 from . import hooks
-from .policy import LayerPlan
 
 
 @dataclass(frozen=True)

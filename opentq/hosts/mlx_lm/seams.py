@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...caches.single import OpenTQCache
-from .policy import Traits
+from ..plan import Traits
 
 PACKAGE = "mlx_lm.models."
 

@@ -40,8 +40,8 @@ struct Strided {
   int64_t batch_stride, head_stride, block_stride, token_stride;
 };
 
-// `count` fp16 numbers of a token (spikes.h) and the channels that they belong to, `width` bytes each. count 0: none.
-struct Spikes {
+// `count` fp16 numbers of a token (outliers.h) and the channels that they belong to, `width` bytes each. count 0: none.
+struct Outliers {
   Strided channels, values;
   int32_t count, width;
 };
@@ -64,12 +64,12 @@ struct Call {
   int64_t batch, kv_heads, gqa, length, columns;  // length = query rows per head
   Queries q;                                      // [B, Hq, L, Dk], for dense and raw keys
   Queries projected;                              // [B, Hq, L, E], for coded keys; q itself where nothing is projected
-  Queries plain;                                  // [B, Hq, L, Dk], not rotated, for spikes of keys
+  Queries plain;                                  // [B, Hq, L, Dk], not rotated, for outliers of keys
   int32_t dtype, causal, dim_k, dim_v;            // channels of dense keys and values
   // One run of codes, or two of the same dim (else dim is 0). The second run of keys meets the second half of a projected
   // query; the second run of values is the second half of the channels.
   Packed k[2], v[2];
-  Spikes k_spikes, v_spikes;
+  Outliers k_outliers, v_outliers;
   Dense dense_k, dense_v;
   const int32_t* lens;  // [B][packed, sink, tail_start]
   const float* sinks;   // [Hq] logits for the softmax denominator, or null
@@ -77,7 +77,7 @@ struct Call {
   float scale, softcap; // softcap 0: none
   int64_t window;       // 0: none
   int32_t threads, pad;
-  int dim_out() const { return v_spikes.count ? 2 * dim_v : dim_v; }  // spikes behind the rest
+  int dim_out() const { return v_outliers.count ? 2 * dim_v : dim_v; }  // outliers behind the rest
 };
 
 // What one packed token is made of.

@@ -11,23 +11,19 @@ one per group and block of values), everything else is fp32: the error is that o
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
-from ...codecs.affine import Affine
-from ...codecs.outliers import Outliers
-from ...codecs.raw import Raw
 from ...contracts.attention import AttnArgs, PackedKV
-from ...contracts.codec import Codec, Coded
+from ...contracts.backend import Backend, Finding
+from ...contracts.codec import Book, Codebooks, Codec, Halves, WithOutliers
 from ...contracts.layout import CANONICAL, Layout
-from .. import build
+from . import blas
 from . import library as cpu
 from .blocks import TOKENS
-from .layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for
-from .outliers import CpuSpikes
+from .layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for, layout_named
+from .outliers import CpuOutliers
 from .polar import CpuPolar
 
 
@@ -37,12 +33,11 @@ def attend(args: AttnArgs) -> mx.array | None:
         return None
     _check(args)
     packed = args.max_packed > 0
-    k_spiked, v_spiked = (packed and isinstance(side.layout, CpuSpikes) for side in (args.k, args.v))
-    # Spikes of values come back apart and still to be rotated, so they may not be rounded yet.
-    q = args.q.astype(mx.float32) if v_spiked else args.q
-    coded = replace(args, q=q, k=_coded(args.k), v=_coded(args.v)) if k_spiked or v_spiked else args
-    projected = coded.projected if packed else q
-    plain = coded.k.codec.unrotate(q) if k_spiked else q
+    k_outlying, v_outlying = (packed and isinstance(side.layout, CpuOutliers) for side in (args.k, args.v))
+    # Outliers of values come back apart and still to be rotated, so they may not be rounded yet.
+    q = args.q.astype(mx.float32) if v_outlying else args.q
+    projected = args.k.codec.project(q) if packed else q
+    plain = args.k.codec.unrotate(q) if k_outlying else q
     arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
     if args.sinks is not None:
         arrays.append(args.sinks)
@@ -53,7 +48,7 @@ def attend(args: AttnArgs) -> mx.array | None:
     lens = np.array(args.lens, np.int32)
     sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
     dim = args.v.head_dim
-    out = np.empty((batch, heads, length, 2 * dim if v_spiked else dim), queries[0].dtype)
+    out = np.empty((batch, heads, length, 2 * dim if v_outlying else dim), queries[0].dtype)
     k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
     call = cpu.Call(
         batch,
@@ -66,10 +61,10 @@ def attend(args: AttnArgs) -> mx.array | None:
         args.causal,
         args.k.head_dim,
         dim,
-        _packed(coded.k, k),
-        _packed(coded.v, v),
-        _spikes(args.k, k),
-        _spikes(args.v, v),
+        _packed(args.k, k),
+        _packed(args.v, v),
+        _outliers(args.k, k),
+        _outliers(args.v, v),
         cpu.Dense(*_strided(dense_k)),
         cpu.Dense(*_strided(dense_v)),
         lens.ctypes.data,
@@ -82,27 +77,25 @@ def attend(args: AttnArgs) -> mx.array | None:
     )
     cpu.call("opentq_attend", call)
     result = mx.array(out)
-    if v_spiked:
-        return (result[..., :dim] + coded.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
+    if v_outlying:
+        return (result[..., :dim] + args.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
     return result.view(mx.bfloat16) if q.dtype == mx.bfloat16 else result
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
     """The storage layouts these kernels want, canonical where they can't serve."""
     k, v = (_layout(*side) for side in zip("kv", (k_codec, v_codec), dims))
-    if k is None or v is None or build.active_dialect() != "cpu" or not cpu.available():
-        return CANONICAL, CANONICAL
-    return k, v
+    return (CANONICAL, CANONICAL) if k is None or v is None else (k, v)
 
 
 def _layout(kind: str, codec: Codec, dim: int) -> Layout | None:
-    if isinstance(codec, Raw):
+    if codec.format(dim) == Halves():
         return None if dim % 16 else CANONICAL
     return layout_for(kind, codec, dim)
 
 
 def _readable(side: PackedKV) -> bool:
-    return isinstance(side.layout, CpuLayout) or (isinstance(side.codec, Raw) and side.head_dim % 16 == 0)
+    return isinstance(side.layout, CpuLayout) or (side.head_dim % 16 == 0 and side.format == Halves())
 
 
 def _serves(args: AttnArgs) -> bool:
@@ -128,28 +121,24 @@ def _check(args: AttnArgs) -> None:
                 raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
 
 
-def _coded(side: PackedKV) -> PackedKV:
-    """Keys or values without their spikes."""
-    if not isinstance(side.layout, CpuSpikes):
-        return side
-    return replace(side, codec=cast(Outliers, side.codec).inner, layout=side.layout.inner, arrays=side.arrays[:-2])
-
-
-def _spikes(side: PackedKV, views: list[np.ndarray]) -> cpu.Spikes:
-    return side.layout.view(*views[-2:]) if views and isinstance(side.layout, CpuSpikes) else cpu.Spikes()
+def _outliers(side: PackedKV, views: list[np.ndarray]) -> cpu.Outliers:
+    return side.layout.view(*views[-2:]) if views and isinstance(side.layout, CpuOutliers) else cpu.Outliers()
 
 
 def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]:
     """One or two runs as the kernel reads them; without views no tokens, of whatever form."""
     runs = (cpu.Packed * 2)()
+    layout, form = side.layout, side.format
+    if isinstance(layout, CpuOutliers):
+        layout, views = layout.inner, views[:-2]
     where: list[Place] = [(v.ctypes.data, v.strides[0], v.strides[1], v.strides[2]) for v in views]
-    layout = side.layout
     if where and isinstance(layout, CpuPolar):
         runs[0] = layout.view(where[0])
     elif where and isinstance(layout, CpuBlocks | CpuRuns):
-        books = () if isinstance(side.codec, Affine) else cast(Coded, side.codec).books(side.head_dim)
-        for i, run in enumerate(layout.runs):
-            runs[i] = run.view(where[i], books[i] if books else None)
+        form = form.inner if isinstance(form, WithOutliers) else form
+        books: tuple[Book | None, ...] = form.books if isinstance(form, Codebooks) else (None,)
+        for i, (run, book) in enumerate(zip(layout.runs, books)):
+            runs[i] = run.view(where[i], book)
     else:
         data, batch, head, row = where[0] if where else (None, 0, 0, 0)
         runs[0] = cpu.Packed(data, batch, head, TOKENS * row, 16, side.head_dim, side.head_dim, cpu.RAW)
@@ -159,3 +148,18 @@ def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]
 def _strided(view: np.ndarray) -> tuple[int, ...]:
     """Address, and strides in elements of all axes but the last."""
     return view.ctypes.data, *(s // view.itemsize for s in view.strides[:3])
+
+
+def findings() -> list[Finding]:
+    """What `opentq doctor` says about the kernels and about matrix products."""
+    status = cpu.status()
+    if status.error:
+        found = Finding("kernels", "slow", f"portable path only: {status.error}", "install g++ or clang++, or set CXX")
+    else:
+        found = Finding("kernels", "ok", f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}")
+    product = blas.status()
+    slow = product.kind == "reference"
+    return [found, Finding("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
+
+
+BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, findings=findings)

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ...codecs import codebooks, packing, polar, turbo
-from ...codecs.affine import Affine
-from ...codecs.outliers import Outliers
-from ...contracts.codec import Book, Codec, Coded, Packed
-from ...contracts.layout import packs
+from ...codecs import codebooks, packing
+from ...codecs.rounding import lengths
+from ...contracts.codec import Angles, Book, Codebooks, Codec, Format, Integers, Packed, WithOutliers
 from . import library as cpu
 from .blocks import TOKENS, load_numpy, store_numpy
-from .outliers import CpuSpikes
+from .outliers import CpuOutliers
 from .polar import CpuPolar
 
 Place = tuple[int | None, int, int, int]
@@ -117,30 +115,33 @@ class CpuBlocks:
         """`store(codec.encode(y))` for `y [B,H,T,D]`, in one pass where codes are rounded coordinates; the same bits (a
         zero may differ in sign).
         """
-        _check(self, codec, y)
+        form = _checked(self, codec, y)
+        packed = self.pack(y, *((form.books[0], form.fit) if isinstance(form, Codebooks) else ()))
+        return self.store(codec.encode(y)) if packed is None else packed
+
+    def pack(self, y: mx.array, book: Book | None = None, fit: str = "norm") -> tuple[mx.array, ...] | None:
+        """The blocks of rotated vectors, by `book` and its fit or as integers; None where no kernel makes them."""
         blocks = _whole_blocks(self.name, y.shape[2])
-        fit = codec.fit if isinstance(codec, turbo.Turbo) else ""
-        if not packs(codec) or y.dtype not in cpu.DTYPES or not cpu.available():
-            return self.store(codec.encode(y))
-        lengths = turbo.lengths(y) if fit else mx.zeros(0)
-        mx.eval(y, lengths)
+        if not fit or y.dtype not in cpu.DTYPES or not cpu.available():
+            return None
+        sizes = lengths(y) if book else mx.zeros(0)
+        mx.eval(y, sizes)
         x = cpu.rows_view(y)
         out = np.empty((*y.shape[:2], blocks, self.block_bytes), np.uint8)
         strides = [s // x.itemsize for s in x.strides[:3]]
         grid = cpu.Grid(*y.shape[:2], blocks, *strides, cpu.DTYPES[y.dtype], cpu.threads())
-        given = cpu.view(lengths)
-        form = self._format(codec, fit == "norm")
+        given = cpu.view(sizes)
+        form = self._format(book, fit == "norm")
         cpu.call("opentq_pack", form, grid, x.ctypes.data, given.ctypes.data, out.ctypes.data)
         return (mx.array(out),)
 
-    def _format(self, codec: Codec | None = None, norm: bool = False) -> cpu.Format:
+    def _format(self, book: Book | None = None, norm: bool = False) -> cpu.Format:
         """What the packing kernels read; its codebook, too, where they are to make codes."""
         values = self.kind == "v"
         if self.group:
             return cpu.Format(self.bits, self.group, self.dim, values, cpu.AFFINE)
         form = cpu.Format(self.bits, self.dim, self.dim, values, cpu.BOOK, norm)
-        if isinstance(codec, turbo.Turbo):
-            (book,) = codec.books(self.dim)
+        if book:
             form.book, form.step, form.cuts = _entries(book).ctypes.data, book.step, _cuts(book).ctypes.data
         return form
 
@@ -184,43 +185,45 @@ class CpuRuns:
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
         """`store(codec.encode(y))`, in one pass a run where runs are halves of the vector; the same bits."""
-        _check(self, codec, y)
-        if not isinstance(codec, turbo.Fractional):
-            return self.store(codec.encode(y))
-        halves = zip(self.runs, codec.parts, mx.split(y, 2, axis=-1))
-        return tuple(run.encode(part, half)[0] for run, part, half in halves)
+        form = _checked(self, codec, y)
+        assert isinstance(form, Codebooks)
+        parts = zip(self.runs, form.books, mx.split(y, len(self.runs), axis=-1) if form.fit else ())
+        packed = [run.pack(part, book, form.fit) for run, book, part in parts]
+        return tuple(p[0] for p in packed if p) if packed and all(packed) else self.store(codec.encode(y))
 
     def __deepcopy__(self, memo: dict) -> CpuRuns:
         return self
 
 
-CpuLayout = CpuBlocks | CpuRuns | CpuPolar | CpuSpikes
+CpuLayout = CpuBlocks | CpuRuns | CpuPolar | CpuOutliers
 
 
 def layout_for(kind: str, codec: Codec, head_dim: int) -> CpuLayout | None:
     """The layout for what `codec` makes, as keys "k" or values "v"; None when the kernels can't hold it."""
-    if isinstance(codec, Outliers):
-        inner = layout_for(kind, codec.inner, head_dim)
-        return None if inner is None or isinstance(inner, CpuSpikes) else CpuSpikes(inner, codec.count)
-    if isinstance(codec, Affine):
-        return None if head_dim % 16 else CpuBlocks(kind, codec.bits, codec.group, head_dim)
-    if isinstance(codec, polar.Polar):
+    return _layout_for(kind, codec.format(head_dim), head_dim)
+
+
+def _layout_for(kind: str, form: Format | None, head_dim: int) -> CpuLayout | None:
+    if isinstance(form, WithOutliers):
+        inner = _layout_for(kind, form.inner, head_dim)
+        return None if inner is None or isinstance(inner, CpuOutliers) else CpuOutliers(inner, form.count)
+    if isinstance(form, Integers):
+        return None if head_dim % 16 else CpuBlocks(kind, form.bits, form.group, head_dim)
+    if isinstance(form, Angles):
         return None if head_dim % 16 else CpuPolar(head_dim)
-    # Codes of a sketch make scores, not values.
-    if not isinstance(codec, Coded) or not (kind == "k" or isinstance(codec, turbo.Turbo | turbo.Fractional)):
+    if not isinstance(form, Codebooks) or (form.sketched and kind == "v"):
         return None
-    books = codec.books(head_dim)
-    if any(book.dim % 16 for book in books):
+    if any(book.dim % 16 for book in form.books):
         return None
-    runs = tuple(CpuBlocks(kind, book.bits, 0, book.dim) for book in books)
+    runs = tuple(CpuBlocks(kind, book.bits, 0, book.dim) for book in form.books)
     return CpuRuns((runs[0], runs[1])) if len(runs) == 2 else runs[0]
 
 
 def layout_named(name: str) -> CpuLayout | None:
     """The layout of that name, or None when it isn't one of these."""
-    if spikes := CpuSpikes.parts(name):
-        inner = layout_named(spikes[0])
-        return None if inner is None or isinstance(inner, CpuSpikes) else CpuSpikes(inner, spikes[1])
+    if outliers := CpuOutliers.parts(name):
+        inner = layout_named(outliers[0])
+        return None if inner is None or isinstance(inner, CpuOutliers) else CpuOutliers(inner, outliers[1])
     runs = tuple(CpuBlocks.named(part) for part in name.split("+"))
     if len(runs) == 2 and runs[0] and runs[1]:
         return CpuRuns((runs[0], runs[1]))
@@ -239,10 +242,12 @@ def _cuts(book: Book) -> np.ndarray:
     return np.array(codebooks.boundaries(book.values), np.float32)
 
 
-def _check(layout: CpuBlocks | CpuRuns, codec: Codec, y: mx.array) -> None:
-    """Raise ValueError unless the layout holds what `codec` makes of `y`."""
-    if layout_for(layout.kind, codec, y.shape[3]) != layout:
+def _checked(layout: CpuBlocks | CpuRuns, codec: Codec, y: mx.array) -> Format | None:
+    """The format of what `codec` makes of `y`; raises ValueError unless the layout holds it."""
+    form = codec.format(y.shape[3])
+    if _layout_for(layout.kind, form, y.shape[3]) != layout:
         raise ValueError(f"layout {layout.name} can't hold what codec {codec} makes of {y.shape[3]} channels")
+    return form
 
 
 def _whole_blocks(name: str, tokens: int) -> int:

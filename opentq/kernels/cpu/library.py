@@ -23,9 +23,9 @@ __all__ = [
     "Dense",
     "Format",
     "Grid",
+    "Outliers",
     "Packed",
     "Queries",
-    "Spikes",
     "Strided",
     "available",
     "call",
@@ -77,8 +77,8 @@ class Strided(ctypes.Structure):
     ]
 
 
-class Spikes(ctypes.Structure):
-    """`struct Spikes` of abi.h."""
+class Outliers(ctypes.Structure):
+    """`struct Outliers` of abi.h."""
 
     _fields_ = [("channels", Strided), ("values", Strided), ("count", c_int32), ("width", c_int32)]
 
@@ -113,8 +113,8 @@ class Call(ctypes.Structure):
         ("dim_v", c_int32),
         ("k", Packed * 2),
         ("v", Packed * 2),
-        ("k_spikes", Spikes),
-        ("v_spikes", Spikes),
+        ("k_outliers", Outliers),
+        ("v_outliers", Outliers),
         ("dense_k", Dense),
         ("dense_v", Dense),
         ("lens", c_void_p),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from ...codecs.outliers import Outliers
-from ...contracts.codec import Codec, Packed
+from ...contracts.codec import Codec, Packed, WithOutliers
 from . import library as cpu
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CpuSpikes:
-    """`inner` and `count` spikes a token: arrays `[B, H, T / block, block * count]` of channels and of values."""
+class CpuOutliers:
+    """`inner` and `count` outliers a token: arrays `[B, H, T / block, block * count]` of channels and of values."""
 
     inner: CpuBlocks | CpuRuns | CpuPolar
     count: int
@@ -56,18 +55,19 @@ class CpuSpikes:
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
         """`store(codec.encode(y))`."""
-        if not isinstance(codec, Outliers) or codec.count != self.count:
+        form = codec.format(y.shape[3])
+        if not isinstance(form, WithOutliers) or form.count != self.count:
             raise ValueError(f"layout {self.name} can't hold what codec {codec} makes")
         return self.store(codec.encode(y))
 
-    def view(self, channels: np.ndarray, values: np.ndarray) -> cpu.Spikes:
+    def view(self, channels: np.ndarray, values: np.ndarray) -> cpu.Outliers:
         """What attention reads."""
         size = 64 // self.block  # storage rows of a block of 64 tokens
         where = []
         for a in (channels, values):
             token = self.count * a.itemsize if self.block > 1 else a.strides[2]
             where.append(cpu.Strided(a.ctypes.data, a.strides[0], a.strides[1], size * a.strides[2], token))
-        return cpu.Spikes(where[0], where[1], self.count, channels.itemsize)
+        return cpu.Outliers(where[0], where[1], self.count, channels.itemsize)
 
-    def __deepcopy__(self, memo: dict) -> CpuSpikes:
+    def __deepcopy__(self, memo: dict) -> CpuOutliers:
         return self

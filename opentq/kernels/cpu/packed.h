@@ -16,7 +16,7 @@
 #include "dense.h"
 #include "matrix.h"
 #include "polar.h"
-#include "spikes.h"
+#include "outliers.h"
 
 namespace otq {
 
@@ -69,7 +69,7 @@ inline void load_params(Rows& rows, const Packed& v, const uint16_t* params, uin
 }
 
 // Softmax of one chunk: scores, in units of `step` per row, -> integers p8 with p_step, and the float sums of the state;
-// for spikes, floats in the place of the scores, too.
+// for outliers, floats in the place of the scores, too.
 inline void softmax_packed(Rows& rows, int r0, int n, const float* step, const MatrixUnit& unit) {
   const int groups = rows.groups_v;
   alignas(64) float block_top[CHUNK + 16], next[CHUNK + 16], share[CHUNK + 16];
@@ -89,7 +89,7 @@ inline void softmax_packed(Rows& rows, int r0, int n, const float* step, const M
     }
     store(rows.weight + r * W, fma(sum, f, load(rows.weight + r * W)));
     if (i % 4 == 3) unit.stay_awake();
-    if (rows.spikes)
+    if (rows.outliers)
       UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) store(rows.scores + 64 * i + W * j, mul(p[j], f));
     for (int g = 0; g < groups; g++) {
       const float *scale = rows.params + 128 * g, *zero = scale + 64;
@@ -172,7 +172,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
   Rows more = rows.second();
   Run k(c.k[0], batch, head, often, matrix, rows.wide_k), v(c.v[0], batch, head, often, matrix, rows.wide_v);
   Run k2(c.k[1], batch, head, often, matrix, more.wide_k), v2(c.v[1], batch, head, often, matrix, more.wide_v);
-  SpikeBlock k_spikes(c.k_spikes, batch, head, rows.dim_q), v_spikes(c.v_spikes, batch, head, rows.dim_v);
+  OutlierBlock k_outliers(c.k_outliers, batch, head, rows.dim_q), v_outliers(c.v_outliers, batch, head, rows.dim_v);
   int64_t low = 0, high = INT64_MAX, any_low = INT64_MAX, any_high = 0;  // tokens that every row sees, and that any row sees
   for (int r = 0; r < rows.count; r++) {
     low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
@@ -190,8 +190,8 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
     if (float_v) v.widen_values(rows, any);
     else load_params(rows, v.p, v.params, any);
     unit.stay_awake();
-    if (rows.plain) k_spikes.open(b, any);
-    if (rows.spikes) v_spikes.open(b, any);
+    if (rows.plain) k_outliers.open(b, any);
+    if (rows.outliers) v_outliers.open(b, any);
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
       const float* step = float_k ? ONES : rows.q_step + r0;
@@ -202,7 +202,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
         for (int i = 0; i < 64 * n; i += W) store(rows.scores + i, add(load(rows.scores + i), load(more.scores + i)));
       }
       if (rows.plain)
-        for (int i = 0; i < n; i++) k_spikes.add_scores(rows.plain + size_t(r0 + i) * rows.dim_q, 1 / step[i], rows.scores + 64 * i);
+        for (int i = 0; i < n; i++) k_outliers.add_scores(rows.plain + size_t(r0 + i) * rows.dim_q, 1 / step[i], rows.scores + 64 * i);
       if (rows.softcap != 0.f) {
         for (int i = 0; i < n; i++) cap_scores(rows.scores + 64 * i, step[i], rows.softcap);
         step = ONES;
@@ -217,8 +217,8 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
         v.values(rows, r0, n);
         if (two_v) v2.values(more, r0, n);
       }
-      if (rows.spikes)
-        for (int i = 0; i < n; i++) v_spikes.add_values(rows.scores + 64 * i, rows.spikes + size_t(r0 + i) * rows.dim_v);
+      if (rows.outliers)
+        for (int i = 0; i < n; i++) v_outliers.add_values(rows.scores + 64 * i, rows.outliers + size_t(r0 + i) * rows.dim_v);
     }
   }
 }

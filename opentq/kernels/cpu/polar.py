@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...codecs import codebooks, polar
-from ...contracts.codec import Codec, Packed
+from ...contracts.codec import Angles, Codec, Packed
 from . import library as cpu
 
 
@@ -47,7 +47,7 @@ class CpuPolar:
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
         """`store(codec.encode(y))`."""
-        if not isinstance(codec, polar.Polar) or y.shape[3] != self.dim:
+        if codec.format(y.shape[3]) != Angles() or y.shape[3] != self.dim:
             raise ValueError(f"layout {self.name} can't hold what codec {codec} makes of {y.shape[3]} channels")
         return self.store(codec.encode(y))
 

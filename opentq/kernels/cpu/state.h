@@ -77,7 +77,7 @@ struct Rows {
   // query
   float* q;         // [count][dim_q], times scale * log2(e)
   float* projected; // [runs_k * dim_k]: one row's query of packed keys, times the same
-  float* plain;     // [count][dim_q]: the query of spikes, times the same; null without any
+  float* plain;     // [count][dim_q]: the query of outliers, times the same; null without any
   int8_t* q8;       // [runs_k][filled()][hi, lo][dim_k]: the bytes of its integers
   float* q_step;    // [count]: query ~ q_step * v, and the unit of packed scores
   float* q_sum;     // [runs_k][count][groups_k]: sum of these integers over the group, for the zeros
@@ -85,7 +85,7 @@ struct Rows {
   float* top;       // [count + 16]: largest score so far
   float* weight;    // [count][W]: lane-wise sums of probabilities
   float* acc;       // [count][dim_v]: sum of p * (v - zero)
-  float* spikes;    // [count][dim_v]: sum of p * spikes; null without any
+  float* outliers;    // [count][dim_v]: sum of p * outliers; null without any
   float* zero;      // [count][groups_v][W]: lane-wise sums of p * zero
   // scratch of one chunk
   float* scores;    // [CHUNK][64]
@@ -103,9 +103,9 @@ struct Rows {
     runs_k = c.k[1].dim ? 2 : 1, run_v = c.v[0].dim, groups_v = c.v[0].groups() + c.v[1].groups();
     const size_t n = rows, dq = dim_q, dk = runs_k * dim_k, dv = dim_v, gk = runs_k * groups_k, gv = groups_v;
     const size_t floats = n * (dq + gk + 1 + W + dv + gv * W + 1) + 16 + dk + CHUNK * (128 + gv) + 129 * gv + 64 * (dq + dv);
-    const size_t plains = c.k_spikes.count ? n * dq : 0, spiked = c.v_spikes.count ? n * dv : 0;
-    arena.reset(4 * (floats + plains + spiked) + filled() * 2 * dk + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 26);
-    plain = plains ? arena.take<float>(plains) : nullptr, spikes = spiked ? arena.take<float>(spiked) : nullptr;
+    const size_t plains = c.k_outliers.count ? n * dq : 0, outlying = c.v_outliers.count ? n * dv : 0;
+    arena.reset(4 * (floats + plains + outlying) + filled() * 2 * dk + CHUNK * 128 * gv + 64 * (dk + dv) + 64 * 26);
+    plain = plains ? arena.take<float>(plains) : nullptr, outliers = outlying ? arena.take<float>(outlying) : nullptr;
     q = arena.take<float>(n * dq), projected = arena.take<float>(dk), q8 = arena.take<int8_t>(filled() * 2 * dk);
     q_step = arena.take<float>(n), q_sum = arena.take<float>(n * gk);
     top = arena.take<float>(n + 16), weight = arena.take<float>(n * W), acc = arena.take<float>(n * dv);
@@ -118,7 +118,7 @@ struct Rows {
     std::fill(weight, weight + n * W, 0.f);
     std::fill(acc, acc + n * dv, 0.f);
     std::fill(zero, zero + n * gv * W, 0.f);
-    std::fill(spikes, spikes + spiked, 0.f);
+    std::fill(outliers, outliers + outlying, 0.f);
   }
 
   // Rows of whole chunks: products may read those that fill up the last one.
@@ -161,8 +161,8 @@ struct Rows {
       const F s = set1(shrink);
       top[r] = next[i];
       for (int d = 0; d < dim_v; d += W) store(acc + size_t(r) * dim_v + d, mul(s, load(acc + size_t(r) * dim_v + d)));
-      if (spikes)
-        for (int d = 0; d < dim_v; d += W) store(spikes + size_t(r) * dim_v + d, mul(s, load(spikes + size_t(r) * dim_v + d)));
+      if (outliers)
+        for (int d = 0; d < dim_v; d += W) store(outliers + size_t(r) * dim_v + d, mul(s, load(outliers + size_t(r) * dim_v + d)));
       store(weight + r * W, mul(s, load(weight + r * W)));
       for (int g = 0; g < groups_v; g++) {
         float* z = zero + (size_t(r) * groups_v + g) * W;
@@ -174,7 +174,7 @@ struct Rows {
   // The row's sums with all lanes and zeros folded in: out [dim_out], returns the weight.
   float finish(int r, int group, float* out) const {
     std::copy_n(acc + size_t(r) * dim_v, dim_v, out);
-    if (spikes) std::copy_n(spikes + size_t(r) * dim_v, dim_v, out + dim_v);
+    if (outliers) std::copy_n(outliers + size_t(r) * dim_v, dim_v, out + dim_v);
     for (int g = 0; g < groups_v; g++) {
       const float z = hsum(load(zero + (size_t(r) * groups_v + g) * W));
       for (int d = g * group; d < std::min((g + 1) * group, dim_v); d++) out[d] += z;

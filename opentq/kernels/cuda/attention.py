@@ -12,15 +12,12 @@ import functools
 
 import mlx.core as mx
 
-from ...codecs.affine import Affine
-from ...codecs.polar import Polar
-from ...codecs.qjl import QJL
-from ...codecs.turbo import Prod, Turbo
 from ...contracts.attention import AttnArgs
-from ...contracts.codec import Codec, Coded
+from ...contracts.backend import Backend, Finding
+from ...contracts.codec import Codec
 from . import launch as cuda
 from .geometry import Geometry
-from .layout import RECORD, MmaLayout
+from .layout import RECORD, MmaLayout, layout_named, layouts
 
 AT_ONCE = 64 << 20
 """Bytes of unpacked keys and values up to which a layer's heads are attended together."""
@@ -57,14 +54,7 @@ def extend(
 
 def hadamard(codec: Codec, dim: int) -> bool | None:
     """Whether `codec` applies the kernels' rotation to vectors of `dim` channels; None for any other rotation."""
-    kind = None
-    if isinstance(codec, Affine):
-        kind = "hadamard" if codec.rotated else "none"
-    elif isinstance(codec, Turbo | Prod | Polar):
-        kind = codec.rotation
-    elif isinstance(codec, QJL):
-        kind = "none"
-    return {"none": False, "hadamard": True if cuda.rotates(dim) else None}.get(kind or "")
+    return {"none": False, "hadamard": True if cuda.rotates(dim) else None}.get(codec.basis)
 
 
 def prefers_prefill(args: AttnArgs) -> bool:
@@ -128,7 +118,6 @@ def query(args: AttnArgs) -> mx.array:
 @functools.lru_cache(maxsize=16)
 def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
     """`[Dk, layout.query]`: the identity, and the projection; `codec.project` as one product in q's dtype."""
-    assert isinstance(codec, Coded)
     identity = mx.eye(layout.head_dim)
     projected = codec.project(identity)
     if projected.shape[-1] < layout.query:
@@ -212,3 +201,11 @@ def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
         projection = _projection(args.k.codec, args.k.layout, mx.float16)[:, -args.k.layout.channels :]
         parts.insert(1, codes @ projection.T)
     return mx.concatenate(parts, axis=2).astype(args.q.dtype)
+
+
+def findings() -> list[Finding]:
+    """What `opentq doctor` says about the kernels."""
+    return [Finding("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use")]
+
+
+BACKEND = Backend("cuda", cuda.available, attend, layouts, layout_named, extend, cuda.rotate, findings)

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...codecs import codebooks, turbo
-from ...contracts.codec import Codec
+from ...codecs import codebooks
+from ...codecs.rounding import lengths
+from ...contracts.codec import Book, Codebooks, Format
 from . import nvrtc
 from .layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
@@ -168,12 +169,18 @@ def format_type(layout: MmaLayout) -> str:
 def _run_type(run: Run) -> str:
     if run.zeroed:
         return f"opentq::Affine<{run.dim}, {run.bits}, {run.group}>"
-    book = run.book
+    book = _book(run)
     magnitudes = bytes(book.entries[len(book.entries) // 2 :]).ljust(16, b"\0")
     words = ", ".join(f"0x{int.from_bytes(magnitudes[i : i + 4], 'little'):08x}u" for i in range(0, 16, 4))
     if run.bits == 1:
         words = "0x7f7f7f7fu, 0u, 0u, 0u"  # no rank to look up: all four bytes
     return f"opentq::Book<{run.dim}, {run.bits}, {words}, {round(book.step * 2**31)}>"
+
+
+def _book(run: Run) -> Book:
+    if run.book is None:
+        raise ValueError(f"run {run} was read from a file's name: what its codes mean is known to its codec only")
+    return run.book
 
 
 @functools.cache
@@ -206,11 +213,12 @@ def pack_source(layout: MmaLayout, dtype: str, norm: bool = False) -> KernelSour
 def _pack_run(layout: MmaLayout, i: int, flags: str, dtype: str) -> str:
     """The call that encodes run i: boundaries and step go into its text, exactly."""
     run = layout.runs[i]
-    cuts = ", ".join(f"{single(cut).hex()}f" for cut in codebooks.boundaries(run.book.values))
+    book = _book(run)
+    cuts = ", ".join(f"{single(cut).hex()}f" for cut in codebooks.boundaries(book.values))
     types = f"{dtype}, {format_type(layout)}, {_run_type(run)}, {i}, {flags}"
     return (
         f"  const float cuts_{i}[] = {{{cuts}}};\n"
-        f"  opentq::pack_book<{types}>(y, lengths, records, cuts_{i}, {single(run.book.step).hex()}f);"
+        f"  opentq::pack_book<{types}>(y, lengths, records, cuts_{i}, {single(book.step).hex()}f);"
     )
 
 
@@ -242,13 +250,13 @@ def compiled(source: KernelSource) -> Kernel:
     return Kernel(source)
 
 
-def pack(layout: MmaLayout, codec: Codec, y: mx.array) -> mx.array:
-    """`layout.store(codec.encode(y))` on the GPU for codecs that `layout.packs`: y `[B, H, T, D]`, T = 64 n."""
+def pack(layout: MmaLayout, form: Format | None, y: mx.array) -> mx.array:
+    """`layout.store(codec.encode(y))` on the GPU for a codec of this `packable` format: y `[B, H, T, D]`, T = 64 n."""
     batch, heads, tokens, _ = y.shape
     shape = (batch, heads, tokens // BLOCK, 2 * layout.record_words)
     records = batch * heads * tokens // RECORD
-    source = pack_source(layout, CTYPES[y.dtype], getattr(codec, "fit", "") == "norm")
-    inputs = [y] if layout.zeroed else [y, turbo.lengths(y, layout.groups)]
+    source = pack_source(layout, CTYPES[y.dtype], isinstance(form, Codebooks) and form.fit == "norm")
+    inputs = [y] if layout.zeroed else [y, lengths(y, layout.groups)]
     return compiled(source)(inputs, [(shape, mx.uint32)], (), (records, 1, 1))[0]
 
 
@@ -322,8 +330,10 @@ def rotates(dim: int) -> bool:
     return 32 <= dim <= 512 and not dim & (dim - 1)
 
 
-def rotate(x: mx.array) -> mx.array:
-    """`codecs.rotation.rotate` on the GPU, in one launch: `[..., D]` of float16, bfloat16 or float32."""
+def rotate(x: mx.array) -> mx.array | None:
+    """`codecs.rotation.rotate` in one launch: `[..., D]` of float16, bfloat16 or float32; None where it can't serve."""
+    if not rotates(x.shape[-1]) or not available():
+        return None
     vectors = x.size // x.shape[-1]
     kernel = compiled(rotate_source(x.shape[-1], CTYPES[x.dtype]))
     return kernel([x], [(x.shape, x.dtype)], (vectors,), (-(-vectors // 4), 1, 1))[0]

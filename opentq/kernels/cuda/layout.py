@@ -9,16 +9,14 @@ canonical tokens (but for polar codes: 4 bits per channel where 3.875 are canoni
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ...codecs import codebooks, packing
-from ...codecs.affine import Affine
+from ...codecs import packing
 from ...codecs.polar import BLOCK as POLAR_BLOCK
-from ...codecs.polar import Polar
-from ...contracts.codec import Book, Codec, Coded, Packed
-from ...contracts.layout import packs
+from ...contracts.codec import Angles, Book, Codebooks, Codec, Integers, Packed, packable
+from ...contracts.layout import CANONICAL, Layout
 from .lane_words import from_lane_words, planes, to_lane_words
 
 BLOCK = 64
@@ -33,15 +31,18 @@ MAX_CHANNELS = 512
 
 @dataclass(frozen=True)
 class Run:
-    """`dim` codes per token. `group`: channels that share a scale and a zero, or `BOOK` or `SIGNS`."""
+    """`dim` codes per token. `group`: channels that share a scale and a zero, or `BOOK` or `SIGNS`; `book`: what the
+    codes of these two mean, which is no part of how they lie.
+    """
 
     bits: int
     group: int
     dim: int
+    book: Book | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, book: Book) -> Run:
-        return cls(book.bits, SIGNS if book == codebooks.sign_book(book.dim) else BOOK, book.dim)
+        return cls(book.bits, SIGNS if book.sketch else BOOK, book.dim, book)
 
     @classmethod
     def named(cls, name: str, head_dim: int) -> Run:
@@ -56,11 +57,6 @@ class Run:
     @property
     def zeroed(self) -> bool:
         return self.group > 0
-
-    @property
-    def book(self) -> Book:
-        """What codes mean, where they are of a codebook."""
-        return codebooks.sign_book(self.dim) if self.group == SIGNS else codebooks.sphere_book(self.bits, self.dim)
 
     def ranked(self, codes: mx.array) -> mx.array:
         """Codebook codes <-> sign and rank of the magnitude, its own inverse; affine codes are left alone."""
@@ -159,7 +155,8 @@ class MmaLayout:
         """`store(codec.encode(y))`: bit for bit, in one launch where there is a kernel."""
         from . import launch as cuda
 
-        return (cuda.pack(self, codec, y),) if cuda.available() and packs(codec) else self.store(codec.encode(y))
+        form = codec.format(self.head_dim)
+        return (cuda.pack(self, form, y),) if packable(form) and cuda.available() else self.store(codec.encode(y))
 
     def _store_codes(self, codes: list[mx.array], lead: tuple[int, ...]) -> list[mx.array]:
         """Canonical arrays `[B, H, T, ..]` but the scales -> the words `[*lead, ..]` of `lead` records, in parts."""
@@ -263,23 +260,24 @@ def _angle_shifts() -> mx.array:
     return mx.array([0, 6, 8, 14, 2, 10, 4, 12], dtype=mx.uint32)
 
 
-def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[MmaLayout, MmaLayout] | None:
-    """The layouts in which the CUDA kernels read these codecs, or None where they can't."""
+def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
+    """The layouts in which the CUDA kernels read these codecs, canonical where they can't."""
     k, v = layout_for("k", k_codec, dims[0]), layout_for("v", v_codec, dims[1])
-    return (k, v) if k and v else None
+    return (k, v) if k and v else (CANONICAL, CANONICAL)
 
 
 def layout_for(side: str, codec: Codec, dim: int) -> MmaLayout | None:
     """One side's layout, or None where no kernel serves the codec or the head dim."""
+    form = codec.format(dim)
     if dim % 16 or dim > MAX_CHANNELS:
         return None
-    if isinstance(codec, Affine):
-        return MmaLayout(side, dim, (Run(codec.bits, codec.group, dim),))
-    if isinstance(codec, Polar):
+    if isinstance(form, Integers):
+        return MmaLayout(side, dim, (Run(form.bits, form.group, dim),))
+    if isinstance(form, Angles):
         return PolarLayout(side, dim)
-    if not isinstance(codec, Coded):
+    if not isinstance(form, Codebooks):
         return None
-    layout = MmaLayout(side, dim, tuple(Run.of(book) for book in codec.books(dim)))
+    layout = MmaLayout(side, dim, tuple(Run.of(book) for book in form.books))
     # 64 magnitudes (6 bits) do not fit the registers, and half a tile is no tile.
     fits = all(run.bits in BOOK_BITS and run.dim % 16 == 0 for run in layout.runs)
     return layout if fits and layout.channels <= MAX_CHANNELS and not (side == "v" and layout.sketched) else None

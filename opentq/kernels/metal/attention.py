@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
-from ...codecs import Affine, Raw, codebooks
+from ...codecs import codebooks
 from ...codecs.packing import words
-from ...codecs.polar import LEVELS, Polar
-from ...codecs.qjl import QJL
-from ...codecs.turbo import Fractional, Turbo, lengths
+from ...codecs.polar import LEVELS
+from ...codecs.rounding import lengths
 from ...contracts.attention import AttnArgs, PackedKV
-from ...contracts.codec import Book, Codec, Coded
-from ...contracts.layout import Canonical, Layout, packs
+from ...contracts.backend import Backend, Finding
+from ...contracts.codec import Angles, Book, Codebooks, Codec, Halves, Integers
+from ...contracts.layout import Canonical, Layout
 from . import launch as metal
 from .launch import Side
 
@@ -43,35 +43,34 @@ class _Packed(Canonical):
     """One row per token, written by a pack kernel where there is one."""
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
-        if not y.size or not packs(codec):
-            return codec.encode(y)
-        return pack(codec, y) if isinstance(codec, Affine) else pack_book(cast(Turbo | Fractional, codec), y)
+        form = codec.format(y.shape[-1]) if y.size else None
+        if isinstance(form, Integers):
+            return pack(form, y)
+        return pack_book(form, y) if isinstance(form, Codebooks) and form.fit else codec.encode(y)
 
 
 PACKED = _Packed()
 
 
-def pack(codec: Affine, y: mx.array) -> tuple[mx.array, mx.array]:
-    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel."""
+def pack(form: Integers, y: mx.array) -> tuple[mx.array, mx.array]:
+    """Rotated vectors `[B, H, T, D]` -> packed arrays of this format, in one kernel."""
     *lead, dim = y.shape
-    codec.check(dim)
-    tokens = y.size // dim
+    tokens, group = y.size // dim, min(form.group, dim)
     codes, scales = metal.kernel("pack")(
         inputs=[mx.contiguous(y), _ints((tokens,))],
-        template=[("BITS", codec.bits), ("GROUP", min(codec.group, dim)), ("D", dim)],
+        template=[("BITS", form.bits), ("GROUP", group), ("D", dim)],
         grid=(-(-tokens // 4) * 128, 1, 1),
         threadgroup=(128, 1, 1),
-        output_shapes=[(*lead, words(dim, codec.bits)), (*lead, 2 * codec.groups(dim))],
+        output_shapes=[(*lead, words(dim, form.bits)), (*lead, 2 * -(-dim // group))],
         output_dtypes=[mx.uint32, mx.float16],
     )
     return codes, scales
 
 
-def pack_book(codec: Turbo | Fractional, y: mx.array) -> tuple[mx.array, ...]:
-    """Rotated vectors `[B, H, T, D]` -> `codec.encode(y)`, in one kernel behind the lengths."""
+def pack_book(form: Codebooks, y: mx.array) -> tuple[mx.array, ...]:
+    """Rotated vectors `[B, H, T, D]` -> packed arrays of this format, in one kernel behind the lengths."""
     *lead, dim = y.shape
-    codec.check(dim)
-    books = codec.books(dim)
+    books = form.books
     y, bits = mx.contiguous(y), [book.bits for book in books]
     tokens, sizes = y.size // dim, [words(books[0].dim, b) for b in bits]
     codes, scales = metal.kernel("pack_book")(
@@ -80,7 +79,7 @@ def pack_book(codec: Turbo | Fractional, y: mx.array) -> tuple[mx.array, ...]:
             ("BITS", metal.BOOK + bits[0]),
             ("BITS2", metal.BOOK + bits[1] if bits[1:] else 0),
             ("N", books[0].dim),
-            ("NORM", codec.fit == "norm"),
+            ("NORM", form.fit == "norm"),
         ],
         grid=(-(-tokens // 4) * 128, 1, 1),
         threadgroup=(128, 1, 1),
@@ -112,17 +111,16 @@ def side(kv: PackedKV) -> Side | None:
 @functools.lru_cache(maxsize=256)
 def codec_side(codec: Codec, dim: int) -> Side | None:
     """The `Side` of keys or values of `dim` channels, or None."""
-    if isinstance(codec, Affine):
-        return Side(codec.bits, min(codec.group, dim), dim)
-    if isinstance(codec, Raw):
+    form = codec.format(dim)
+    if isinstance(form, Integers):
+        return Side(form.bits, min(form.group, dim), dim)
+    if isinstance(form, Halves):
         return Side(16, dim, dim)
-    if isinstance(codec, Polar):
+    if isinstance(form, Angles):
         return Side(metal.POLAR, dim, dim)
-    if isinstance(codec, Coded):
-        books = codec.books(dim)
-        bits, run = [metal.BOOK + book.bits for book in books], books[0].dim
-        packed = run * len(books)
-        sketch = packed if isinstance(codec, QJL) else packed - dim
+    if isinstance(form, Codebooks):
+        bits, run = [metal.BOOK + book.bits for book in form.books], form.books[0].dim
+        packed, sketch = run * len(form.books), sum(book.dim for book in form.books if book.sketch)
         if packed <= MAX_DIM and dim + sketch <= metal.MAX_QUERY:
             return Side(bits[0], run, dim, bits[1] if bits[1:] else 0, sketch, packed)
     return None
@@ -226,12 +224,12 @@ def _cache_inputs(args: AttnArgs) -> list[mx.array]:
 def _books(k_codec: Codec, k_dim: int, v_codec: Codec, v_dim: int) -> mx.array:
     """Two books of keys and two of values, float32 `[128]`: what 32 lanes hold of each, zeros where there is none."""
     entries: list[float] = []
-    for codec, dim in ((k_codec, k_dim), (v_codec, v_dim)):
+    for form in (k_codec.format(k_dim), v_codec.format(v_dim)):
         tables: tuple[tuple[float, ...], ...] = ()
-        if isinstance(codec, Polar):
+        if isinstance(form, Angles):
             tables = _circles()
-        elif isinstance(codec, Coded):  # of 64 entries the upper half
-            tables = tuple(book.values[-metal.BOOK :] for book in codec.books(dim))
+        elif isinstance(form, Codebooks):  # of 64 entries the upper half
+            tables = tuple(book.values[-metal.BOOK :] for book in form.books)
         for table in (*tables, (0.0,), (0.0,))[:2]:
             entries += (table * metal.BOOK)[: metal.BOOK]
     return mx.array(entries, dtype=mx.float32)
@@ -262,3 +260,11 @@ def _floats(values: tuple[float, ...]) -> mx.array:
 @functools.cache
 def _nothing(dtype: mx.Dtype) -> mx.array:
     return mx.zeros((16,), dtype=dtype)
+
+
+def findings() -> list[Finding]:
+    """What `opentq doctor` says about the kernels."""
+    return [Finding("kernels", "ok", "Metal, compiled on first use")]
+
+
+BACKEND = Backend("metal", mx.metal.is_available, attend, layouts, findings=findings)

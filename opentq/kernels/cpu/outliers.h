@@ -1,5 +1,5 @@
-// Spikes: the few largest channels of a token in fp16, beside the codes of the others (codecs/outliers.py). They are channels
-// of the model's own basis, where a spike is one number: a key's score gains value * q[channel], q not rotated, and values
+// Outliers: the few largest channels of a token in fp16, beside the codes of the others (codecs/outliers.py). They are channels
+// of the model's own basis, where a outlier is one number: a key's score gains value * q[channel], q not rotated, and values
 // gather p * value in an accumulator of their own, which the caller rotates.
 #pragma once
 #include "state.h"
@@ -8,9 +8,9 @@ namespace otq {
 
 constexpr int MAX_SPIKES = 8;
 
-// The spikes of one side, block after block.
-struct SpikeBlock {
-  SpikeBlock(const Spikes& spikes, int64_t batch, int64_t head, int dim) : s(spikes), dim(dim) {
+// The outliers of one side, block after block.
+struct OutlierBlock {
+  OutlierBlock(const Outliers& outliers, int64_t batch, int64_t head, int dim) : s(outliers), dim(dim) {
     channels = s.channels.data + batch * s.channels.batch_stride + head * s.channels.head_stride;
     values = s.values.data + batch * s.values.batch_stride + head * s.values.head_stride;
   }
@@ -39,7 +39,7 @@ struct SpikeBlock {
       for (int t = 0; t < 64; t++) acc[channel[j][t]] += p[t] * value[j][t];
   }
 
-  const Spikes& s;
+  const Outliers& s;
   int dim;
   const uint8_t *channels, *values;
   int32_t channel[MAX_SPIKES][64];

@@ -11,7 +11,7 @@ import sys
 import types
 from typing import Any
 
-from ..errors import UserError
+from ...errors import UserError
 
 
 def defer_mlx_lm() -> None:

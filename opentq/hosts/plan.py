@@ -1,0 +1,84 @@
+"""What happens to one layer's cache, in words that hold for every host.
+
+The start-up report, the memory planner and the server's admission check read the same plans, so they can't disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+from ..spec.kv import KVSpec
+
+FP16_BITS = 16
+
+
+class NothingCompressed(UserError):
+    """Compression was asked for and no layer can be compressed."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's KV cache.
+
+    Attributes:
+        index: position in the model's cache list; for a `CacheList`, `part` says which member.
+        kind: name of the cache class that mlx-lm would use.
+        spec: the layer's spec, or None when it stays native.
+        reason: why it is native ("" when compressed).
+        kv_heads, key_dim, value_dim: 0 while unknown (before the first forward step).
+        bound: tokens that a native cache holds at most; 0 when it grows with the context.
+        constant: bytes that a native layer holds whatever the context (recurrent state).
+        window: tokens that a query of a compressed sliding-window layer sees; 0 when it sees all.
+        latent: the cache holds latents (MLA): the key is the latent, the value its rotary part.
+    """
+
+    index: int
+    kind: str
+    spec: KVSpec | None
+    reason: str = ""
+    part: int = 0
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    bound: int = 0
+    constant: int = 0
+    window: int = 0
+    latent: bool = False
+
+    @property
+    def compressed(self) -> bool:
+        return self.spec is not None
+
+    @property
+    def codec(self) -> str:
+        """Short name for tables."""
+        return str(self.spec) if self.spec else "native"
+
+    def bytes_per_token(self) -> float:
+        """Bytes that one packed token takes in this layer, metadata included."""
+        if self.spec is None:
+            return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8
+        key, value = self.spec.codecs()
+        bits = key.bits_per_value(self.key_dim) * self.key_dim + value.bits_per_value(self.value_dim) * self.value_dim
+        return self.kv_heads * bits / 8
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is special about a model's attention (`seams.traits`).
+
+    Attributes:
+        arrays: why it reads its growing caches as arrays; "" when it doesn't.
+        windows: why its sliding windows can't be compressed; "" when they can.
+        latent: its growing caches hold a latent and a rotary part (MLA), not keys and values.
+        lends: layers attend to keys and values that another layer's cache has taken.
+    """
+
+    arrays: str = ""
+    windows: str = ""
+    latent: bool = False
+    lends: bool = False
+
+
+PLAIN = Traits()
