@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
+from ...caches import disk
 from ...caches.batch import BatchOpenTQCache
 from ...caches.composite import members
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
@@ -33,6 +34,7 @@ from .identity import fingerprint
 from .policy import decide, shaped
 from .private import HookError
 
+disk.CLASSES.update({name: c for name, c in vars(mlx_cache).items() if isinstance(c, type)})
 CLASSES = (OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache)
 
 
