@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opentq.attention import dispatch
-from opentq.bench import device, metal_tune, run
+from opentq.bench import device, metal_tune, timing
 from opentq.codecs import Affine
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
@@ -333,7 +333,7 @@ def test_tune_finds_the_fastest_and_the_kernels_use_it(m9, monkeypatch):
     monkeypatch.setattr(metal_tune, "SHAPES", ((4, 2, 64),))
     monkeypatch.setattr(metal_tune, "CONTEXTS", (65, 130))
     monkeypatch.setattr(metal_tune.kernel.Ours, "call", lambda self: metal.tuning())
-    monkeypatch.setattr(run, "interleave", lambda calls, *_: [run.Timing((seconds(c()),)) for c in calls])
+    monkeypatch.setattr(timing, "interleave", lambda calls, *_: [timing.Timing((seconds(c()),)) for c in calls])
     assert metal.tuning() == metal.Tuning()
     lines = list(metal_tune.tune(2, 0.0, 0.0))
     assert "applegpu_g99s" in lines[0] and lines[1].startswith("matrix") and str(m9) in lines[-1]
