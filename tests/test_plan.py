@@ -17,7 +17,7 @@ from opentq.hosts.mlx_lm import hooks
 from opentq.memory import device as machines
 from opentq.memory import shapes, skeleton, source
 from opentq.memory.answer import answer
-from opentq.memory.device import GIB, Device
+from opentq.memory.device import GIB
 from opentq.memory.plan import capacity, payload, predict, price
 from opentq.spec.kv import KVSpec
 
@@ -260,32 +260,6 @@ def test_names_find_shapes(name, shape):
 
 
 # ---- machines
-
-
-class FakeMetal:
-    def __init__(self):
-        self.limit, self.history = 7, []
-
-    def set_wired_limit(self, value):
-        before, self.limit = self.limit, value
-        self.history.append(value)
-        return before
-
-
-def test_wired_limit_is_set_within_the_recommended_and_restored(monkeypatch):
-    fake = FakeMetal()
-    monkeypatch.setattr(mx, "set_wired_limit", fake.set_wired_limit)
-    mac = machines.assumed(64 * GIB)
-    with machines.wired(10 * GIB, mac) as limit:
-        assert limit == fake.limit == 10 * GIB + machines.MARGIN
-    assert fake.limit == 7
-    with pytest.raises(ZeroDivisionError), machines.wired(100 * GIB, mac):
-        assert fake.limit == 48 * GIB
-        1 / 0
-    assert fake.limit == 7
-    with machines.wired(GIB, Device("cpu", "", GIB, GIB)) as limit:
-        assert limit == 0
-    assert len(fake.history) == 4
 
 
 def test_this_machine_has_memory():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode
+from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode, Wire
 
 
 def chat(
@@ -29,6 +29,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.", min=0)] = 0,
     min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.", min=0, max=1)] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    wire: Wire = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a model in the terminal, on a compressed cache."""
@@ -38,13 +39,14 @@ def chat(
     from ..chat.conversation import Conversation, Settings
     from ..hosts.mlx_lm.load import load
     from ..memory.loaded import model_context
-    from ..memory.wiring import wired_for
+    from ..memory.wiring import needs, parse_wire, wired
     from ..spec.kv import spec_from_flags
     from ..spec.recommended import AUTO, advice
 
     if bool(model) == bool(model_option):
         raise UserError("give the model once: opentq chat FOLDER, or org/name")
     path = model or model_option
+    wiring = parse_wire(wire)
     off = kv == "off"
     spec = None if off else spec_from_flags(kv, kv_bits, kv_group_size)
     options = {"trust_remote_code": trust_remote_code or None}
@@ -55,5 +57,5 @@ def chat(
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
     if sys.stdin.isatty():
         use_history()
-    with wired_for([lm], context):
+    with wired(lambda: needs([lm], context), wiring):
         Console(Conversation(lm, tokenizer, context, system_prompt, settings), Path(path).name).run()

@@ -111,7 +111,7 @@ def _case(record: dict[str, Any]) -> str:
 
 def examine() -> list[Check]:
     """Every check, in the order of the way of a token."""
-    return [*_versions(), _device(), *_kernels(), _seam(), *_conformance()]
+    return [*_versions(), _device(), *_wired(), *_kernels(), _seam(), *_conformance()]
 
 
 def _versions() -> list[Check]:
@@ -126,6 +126,16 @@ def _device() -> Check:
 
     name = mx.device_info().get("device_name") or platform.processor() or platform.machine()
     return Check("device", "ok", f"{mx.default_device().type.name}: {name}")
+
+
+def _wired() -> list[Check]:
+    """Of a Mac, how much the GPU may use and what opentq wires; of others nothing."""
+    from ..memory import device, wiring
+
+    machine = device.here()
+    if machine.kind != "mac":
+        return []
+    return [Check("wired limit", "ok", wiring.explain(machine, device.raised_limit()))]
 
 
 def _kernels() -> list[Check]:

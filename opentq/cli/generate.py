@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .options import KVBits, KVGroupSize, Model
+from .options import KVBits, KVGroupSize, Model, Wire
 
 
 def generate(
@@ -42,6 +42,7 @@ def generate(
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Begin after the text of this file, made by `opentq cache build`.")
     ] = None,
+    wire: Wire = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Allow code shipped with the tokenizer.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the answer to this file, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
@@ -51,11 +52,11 @@ def generate(
     from ..hosts.mlx_lm.generate import Request, check_context, check_trims, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
     from ..hosts.mlx_lm.report import report
-    from ..memory.wiring import wired_for
+    from ..memory.wiring import needs, parse_wire, wired
     from ..spec.kv import KVSpec, spec_from_flags
     from ..spec.recommended import AUTO, advice
 
-    spec = spec_from_flags(kv, kv_bits, kv_group_size)
+    spec, wiring = spec_from_flags(kv, kv_bits, kv_group_size), parse_wire(wire)
     text = read_prompt(prompt, prompt_option, prompt_file)
     if not model:
         raise UserError("no model given: use --model FOLDER or --model org/name")
@@ -101,7 +102,8 @@ def generate(
     if speaks and (line := advice(lm, spec)):
         print(line, file=sys.stderr)
     on_text = (lambda piece: print(piece, end="", flush=True)) if speaks else None
-    with wired_for([m for m in (lm, draft) if m is not None], cached + len(tokens) + max_tokens, prefill_step_size):
+    models, length = [m for m in (lm, draft) if m is not None], cached + len(tokens) + max_tokens
+    with wired(lambda: needs(models, length, prefill_step_size), wiring):
         result = run(lm, tokenizer, request, on_text=on_text)
     if not speaks:
         return

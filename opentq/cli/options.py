@@ -16,3 +16,9 @@ KVOrOff = Annotated[
 KVBits = Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv intN.")]
 KVGroupSize = Annotated[int | None, typer.Option(help="mlx-lm's name: same as --kv ...:gN.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")]
+Wire = Annotated[
+    str,
+    typer.Option(
+        "--wire", help="Macs: keep the plan's bytes in memory (wired): auto where it needs it, off, or a size."
+    ),
+]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode
+from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode, Wire
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -77,6 +77,7 @@ def serve(
         list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    wire: Wire = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model: OpenAI and Anthropic APIs, continuous batching, compressed KV cache."""
@@ -86,6 +87,9 @@ def serve(
         raise UserError(
             f"opentq serve needs the extra: pip install 'opentq[serve]' ({error.name} is missing)"
         ) from error
+    from ..memory.wiring import parse_wire, wired
+
+    wiring = parse_wire(wire)
     if log_level not in LEVELS:
         raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
     if model and model_option:
@@ -98,7 +102,7 @@ def serve(
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
-    from ..memory.device import parse_memory, wired
+    from ..memory.device import parse_memory
     from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, make_service
     from ..spec.kv import spec_from_flags
     from ..spec.recommended import AUTO
@@ -142,7 +146,8 @@ def serve(
     options.port = listener.getsockname()[1]
     service, prices = make_service(options)
     print(describe(service, prices, options), flush=True)
-    with wired(prices.weights + prices.budget):
+    # Caches come and go: only what stays is worth wiring, and churn in wired memory is what has panicked Macs.
+    with wired(lambda: prices.weights, wiring):
         Server(service, options).run([listener])
 
 

@@ -1,4 +1,4 @@
-"""What a machine gives: its memory, how much of it a process may really use, and macOS's wired limit, set and restored.
+"""What a machine gives: its memory, and how much of it a process may really use.
 
 On Apple Silicon the GPU may by default use two thirds to three quarters of the memory (48 GB of 64); weights above that
 are paged and decode slows down tenfold. `sysctl iogpu.wired_limit_mb` raises the limit until the next restart.
@@ -6,11 +6,10 @@ are paged and decode slows down tenfold. `sysctl iogpu.wired_limit_mb` raises th
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +87,15 @@ def here() -> Device:
     return Device("gpu", name, memory, memory - GIB)
 
 
+def raised_limit() -> int:
+    """`iogpu.wired_limit_mb`: MB that the owner of this Mac lets the GPU wire; 0 where nobody set it, or no Mac."""
+    try:
+        done = subprocess.run(["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else 0
+
+
 def _ram() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # A container may be allowed less than the machine has.
@@ -104,21 +112,3 @@ def parse_memory(text: str) -> int:
         raise UserError(f"memory {text!r} is not a size: write it like 64GB or 512MB")
     unit = {"T": 1 << 40, "G": GIB, "": GIB, "M": 1 << 20}[found[2].upper()]
     return int(float(found[1]) * unit)
-
-
-@contextlib.contextmanager
-def wired(needed: int, device: Device | None = None) -> Iterator[int]:
-    """Wire `needed` bytes and a margin, never more than recommended, and restore the old limit on the way out.
-
-    Yields the limit that was set: 0 where there is nothing to wire (no Metal).
-    """
-    device = device or here()
-    if device.kind != "mac":
-        yield 0
-        return
-    limit = min(needed + MARGIN, device.usable)
-    before = mx.set_wired_limit(limit)
-    try:
-        yield limit
-    finally:
-        mx.set_wired_limit(before)
