@@ -31,11 +31,12 @@ install: pyproject.toml  ## install for this platform, with EXTRA=dev the develo
 test: $(STAMPS)/dev  ## install with development tools and run the tests
 	@$(QUIET_BLAS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
-lint: $(STAMPS)/dev  ## formatting, lint, types and workflows
+lint: $(STAMPS)/dev  ## formatting, lint, types, workflows and files that people sent in
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/actionlint .github/workflows/*.yml
+	@$(BIN)/python dev/community.py
 	@$(BIN)/zizmor --offline --quiet --persona=pedantic .github
 	@$(BIN)/lint-imports
 

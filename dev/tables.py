@@ -13,6 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import community
+
+from opentq.records import read
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -72,6 +76,12 @@ def words(test: str) -> str:
     """`pp512`, `tg32`, `tg32x8` in words."""
     kind, parallel = test[:2], test.partition("x")[2]
     return f"{'prefill' if kind == 'pp' else 'decode'} tokens/s" + (f", {parallel} sequences" if parallel else "")
+
+
+@table
+def metal() -> str:
+    """Macs, from the files in results/community."""
+    return community.table([read([file]) for file in sorted(community.FOLDER.glob("*.jsonl"))])
 
 
 @table

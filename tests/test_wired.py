@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm.generate as host
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +13,7 @@ from opentq.cli.main import app
 from opentq.errors import UserError
 from opentq.hosts.mlx_lm import wired as host_wired
 from opentq.hosts.mlx_lm.hooks import HookError
+from opentq.hosts.mlx_lm.wired import host
 from opentq.memory import device, wiring
 from opentq.memory.device import GIB, Device
 

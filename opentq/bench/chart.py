@@ -45,7 +45,7 @@ class Chart:
 
 def charts(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
     """Every chart that the records are enough for, with the records behind it."""
-    return [*_kernel(records), *_model(records), *_long(records), *_quality(records)]
+    return [*_kernel(records), *_call(records), *_model(records), *_long(records), *_quality(records)]
 
 
 def _series(rows: Sequence[Record], label: Any, x: Any, y: Any) -> tuple[Series, ...]:
@@ -69,9 +69,26 @@ def _kernel(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
     out = []
     for (shape, device), rows in _groups(records, "kernel", lambda r: (tuple(r["shape"]), r["device"])).items():
         title = f"Attention of one layer, {shape[0]} query and {shape[1]} KV heads, D={shape[2]}, on {device}"
-        lines = _series(rows, lambda r: f"{r['engine']} {r['kv']}", lambda r: r["context"], lambda r: r["ms"])
+        lines = _series(rows, _arm, lambda r: r["context"], lambda r: r["ms"])
         name = f"kernel-{'-'.join(map(str, shape))}"
         out.append((Chart(name, title, "context, tokens", "milliseconds per call", lines, log_y=True), rows))
+    return out
+
+
+def _arm(r: Record) -> str:
+    """Engine, format, and the kernel where several are compared."""
+    return " ".join(part for part in (r["engine"], r["kv"], r.get("variant", "")) if part)
+
+
+def _call(records: Sequence[Record]) -> list[tuple[Chart, list[Record]]]:
+    """Prompt chunks at the end of a context, from `opentq doctor --bench`."""
+    out = []
+    chunks = [r for r in records if r.get("what") == "prefill"]
+    for (shape, device), rows in _groups(chunks, "call", lambda r: (tuple(r["shape"]), r["device"])).items():
+        title = f"Attention of {rows[0]['tokens']} prompt tokens, {shape[0]} query and {shape[1]} KV heads, on {device}"
+        lines = _series(rows, lambda r: r["kv"], lambda r: r["context"], lambda r: r["ms"])
+        name = f"prefill-{'-'.join(map(str, shape))}"
+        out.append((Chart(name, title, "context, tokens", "milliseconds per chunk", lines, log_y=True), rows))
     return out
 
 

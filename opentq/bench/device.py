@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,17 +24,15 @@ from ..contracts.attention import AttnArgs
 from ..contracts.codec import Codec, Packed
 from ..kernels.metal import launch as metal
 from ..spec.kv import KVSpec
-from . import kernel, timing
+from . import device_times, kernel, timing
+from .facts import facts
 
 Record = dict[str, Any]
 Call = tuple[int, str, int]
 Shape = tuple[int, int, int]
-Variant = Callable[[], AbstractContextManager[None]]
 COMMAND = "opentq doctor --bench"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 ATOL = 2e-5
-FACTS = ("architecture", "device_name", "memory_size", "total_memory", "max_recommended_working_set_size")
-"""What is told of the device, and no more: some drivers also give identifiers of the very card."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,15 @@ class Plan:
         calls: (query tokens, dtype, window) with which every spec and shape is judged: decode and prefill.
         options: more of them, for the first two specs and the first shape.
         tokens: tokens in the cache that is judged.
-        timed: specs to time, at `shape` and each of `contexts`.
-        prompt: query tokens of the timed prefill; 0 skips it.
-        windows, warm, window: as `timing.interleave`.
+        timed: specs to time, at `shape` and each of `contexts` that fits this machine.
+        deep: contexts at whose end a chunk of `prompt` tokens is timed.
+        prompt: tokens of that chunk.
+        windows: as `timing.interleave`.
     """
 
     specs: tuple[str, ...] = (
-        *("int8", "int4", "int3", "int2", "k8v4:g64", "f16", "tq4", "tq3", "tq5/tq2", "tq6/tq1"),
-        *("tq2.5", "tq3p/int4", "qjl2/int4", "polar4"),
+        *("int8", "int4", "int3", "int2", "k8v4:g64", "f16", "tq5/tq3:nc", "tq4", "tq3", "tq5/tq2"),
+        *("tq6/tq1", "tq2.5", "tq3p/int4", "qjl2/int4", "polar4"),
     )
     shapes: tuple[Shape, ...] = ((8, 2, 128), (8, 1, 64), (7, 1, 80), (2, 2, 128), (4, 2, 256))
     calls: tuple[Call, ...] = ((1, "float16", 0), (40, "float16", 0))
@@ -68,13 +67,12 @@ class Plan:
         (40, "float32", 0),
     )
     tokens: int = 333
-    timed: tuple[str, ...] = ("f16", "int8", "int4", "int3", "tq4", "tq3")
+    timed: tuple[str, ...] = ("f16", "int8", "k8v4", "int4", "tq4", "tq5/tq3:nc")
     shape: Shape = (32, 8, 128)
-    contexts: tuple[int, ...] = (4096, 32768)
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536, 131072, 262144)
+    deep: tuple[int, ...] = (4096, 32768)
     prompt: int = 512
-    windows: int = timing.WINDOWS
-    warm: float = 0.5
-    window: float = timing.WINDOW_SECONDS
+    windows: device_times.Windows = (timing.WINDOWS, 0.5, timing.WINDOW_SECONDS)
 
     def only(self, specs: Sequence[str]) -> Plan:
         """The same with these specs alone, each judged and timed. Raises ValueError for a spec that is none."""
@@ -90,39 +88,46 @@ QUICK = Plan(
     timed=("int4", "tq4"),
     shape=(4, 2, 64),
     contexts=(512,),
+    deep=(512,),
     prompt=64,
-    windows=2,
-    warm=0.0,
-    window=0.0,
+    windows=(2, 0.0, 0.0),
 )
 
 
 def examine(plan: Plan) -> Iterator[Record]:
-    """All records: one of the device, then conformance, packing, and times. Records that failed have `ok` false."""
+    """All records: one of the device, then conformance, packing, and times. Records that failed have `ok` false.
+
+    Only what was right is timed.
+    """
     backend = backends.active()
-    facts = {k: v for k, v in mx.device_info().items() if k in FACTS}
-    kernels = {"backend_kernels": backend.name if backend else "none: portable path", "device_info": facts}
+    told = facts() | {"backend_kernels": backend.name if backend else "none: portable path"}
     if metal.architecture():
-        kernels["tuning"] = asdict(metal.tuning())
-    yield _record("device", **kernels)
+        told["tuning"] = asdict(metal.tuning())
+    bandwidths = {"read_bandwidth": timing.read_bandwidth(), "copy_bandwidth": device_times.copy_bandwidth()}
+    yield _record("device", **told, **bandwidths)
+    wrong = set()
     for name, variant in variants():
         for i, spec in enumerate(plan.specs):
             for j, shape in enumerate(plan.shapes):
                 for call in plan.calls + (plan.options if i < 2 and j == 0 else ()):
-                    yield from _judge(plan.tokens, name, variant, spec, shape, call)
+                    for found in _judge(plan.tokens, name, variant, spec, shape, call):
+                        if failed(found):
+                            wrong.add((spec, name))
+                        yield found
     for spec in plan.specs:
         yield from _pack(plan, spec)
+    arms = [(spec, name, variant) for name, variant in variants() for spec in plan.timed if (spec, name) not in wrong]
+    right = [spec for spec in plan.timed if not any(s == spec for s, _ in wrong)]
     try:
-        for name, variant in variants():
-            with variant():
-                found = kernel.bench(plan.shape, plan.contexts, plan.timed, (), plan.windows, plan.warm, plan.window)
-                yield from (_scrubbed(record) | {"variant": name} for record in found)
-        yield from _long_calls(plan)
+        for found in device_times.decode(plan.shape, plan.contexts, [kernel.ours(*arm) for arm in arms], plan.windows):
+            yield _scrubbed(found)
+        for found in device_times.prefill(plan.shape, plan.deep, right, plan.prompt, plan.windows):
+            yield _scrubbed(found)
     except RuntimeError as error:
         yield _record("times", ok=False, failure=str(error)[:4000])
 
 
-def variants() -> list[tuple[str, Variant]]:
+def variants() -> list[tuple[str, kernel.Variant]]:
     """The ways to decode here: on Metal both kernels, elsewhere there is one."""
     if not metal.architecture():
         return [("", contextlib.nullcontext)]
@@ -139,14 +144,17 @@ def _record(kind: str, **fields: Any) -> Record:
 
 
 def _scrubbed(record: Record) -> Record:
-    """Without the words of the command line, in which a path may name a person."""
-    return record | {"command": COMMAND}
+    """Without the words of the command line and without the user's folder, in which a path may name a person."""
+    told = {"command": COMMAND}
+    if "failure" in record:
+        told["failure"] = record["failure"].replace(str(Path.home()), "~")
+    return record | told
 
 
 # ---- conformance
 
 
-def _judge(tokens: int, name: str, variant: Variant, spec: str, shape: Shape, call: Call) -> Iterator[Record]:
+def _judge(tokens: int, name: str, variant: kernel.Variant, spec: str, shape: Shape, call: Call) -> Iterator[Record]:
     """One call, by every attention function that serves it."""
     heads, kv_heads, dim = shape
     length, dtype, window = call
@@ -171,7 +179,7 @@ def _step(spec: str, kv_heads: int, dim: int, tokens: int, length: int) -> Step:
     return step
 
 
-def _verdict(args: AttnArgs, name: str, function: dispatch.AttnFn, variant: Variant) -> Record | None:
+def _verdict(args: AttnArgs, name: str, function: dispatch.AttnFn, variant: kernel.Variant) -> Record | None:
     """Errors and seconds of the first call and the second (the first compiles), or None where it does not serve."""
     seconds = []
     try:
@@ -236,31 +244,3 @@ def _pack(plan: Plan, spec: str) -> Iterator[Record]:
 def _distance(codec: Codec, packed: Packed, y: mx.array) -> float:
     y = y.astype(mx.float32)
     return float((mx.linalg.norm(codec.decode(packed, mx.float32, y.shape[-1]) - y) / mx.linalg.norm(y)).item())  # type: ignore[arg-type]
-
-
-# ---- times of calls that are not one token's
-
-
-def _long_calls(plan: Plan) -> Iterator[Record]:
-    """A prompt chunk over a compressed prefix, and appending (rotating and packing) all of it."""
-    heads, kv_heads, dim = plan.shape
-    context = plan.contexts[0]
-    mx.random.seed(0)
-    q = mx.random.normal((1, heads, plan.prompt, dim)).astype(mx.float16)
-    k, v = (mx.random.normal((1, kv_heads, context, dim)).astype(mx.float16) for _ in range(2))
-    mx.eval(q, k, v)
-    for spec in plan.timed:
-        step = _step(spec, kv_heads, dim, context, plan.prompt)
-
-        def prefill(step: Step = step) -> None:
-            mx.eval(step.attend(q, scale=dim**-0.5, mask="causal"))
-
-        def append(spec: str = spec) -> None:
-            cache = OpenTQCache(spec)
-            cache.update_and_fetch(k, v)
-            mx.eval(cache.state)
-
-        timings = timing.interleave([prefill, append], plan.windows, plan.warm, plan.window)
-        for what, tokens, taken in zip(("prefill", "append"), (plan.prompt, context), timings):
-            case = {"kv": spec, "shape": list(plan.shape), "context": context, "tokens": tokens}
-            yield _record("call", what=what, ms=taken.median * 1e3, ms_sd=taken.sd * 1e3, **case)

@@ -8,7 +8,9 @@ some KV heads are checked, as each row says. An arm that would take too long is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -62,6 +64,10 @@ class Problem:
         return cls(q_heads, kv_heads, dim, context, draw(q_heads, dim), k, v)
 
 
+Variant = Callable[[], AbstractContextManager[None]]
+"""What surrounds a call, so that one of several kernels serves it."""
+
+
 class Arm(Protocol):
     """One engine with one KV format on one problem."""
 
@@ -89,9 +95,9 @@ class Ours:
 
     engine = "opentq"
 
-    def __init__(self, spec: str, problem: Problem):
+    def __init__(self, spec: str, problem: Problem, variant: Variant = contextlib.nullcontext):
         self.kv = str(KVSpec.parse(spec))
-        self.problem = problem
+        self.problem, self.variant = problem, variant
         self.cache = OpenTQCache(spec)
         for start in range(0, problem.context, FILL):
             # The last token enters alone, as in a decode step.
@@ -112,7 +118,8 @@ class Ours:
         return round(p.kv_heads * (packed * per_token + dense * 4 * p.dim))
 
     def call(self) -> mx.array:
-        out = self.step.attend(self.q, scale=self.problem.scale)
+        with self.variant():
+            out = self.step.attend(self.q, scale=self.problem.scale)
         mx.eval(out)
         return out
 
@@ -128,8 +135,9 @@ class Ours:
         return out[0], out[1]
 
 
-def _ours(spec: str) -> Callable[[Problem, int], Ours]:
-    return lambda problem, threads: Ours(spec, problem)
+def ours(spec: str, name: str = "", variant: Variant = contextlib.nullcontext) -> Entry:
+    """Our cache with the kernels that serve inside `variant()`, which is called `name`."""
+    return Entry("opentq", str(KVSpec.parse(spec)), lambda problem, threads: Ours(spec, problem, variant), name)
 
 
 def _steps(start: int, stop: int, context: int) -> list[tuple[int, int]]:
@@ -162,15 +170,33 @@ def bench(
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
     """Records for every context and arm. Raises UserError for a bad shape or a rival that is not installed."""
+    entries = [ours(spec) for spec in kv]
+    check_shape(shape)
+    for name in against:
+        entries += find(name)(shape[2])
+    return measure(shape, contexts, entries, windows, warm, window, seed, budget)
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raises UserError for what is not query heads, KV heads and head dim."""
     if len(shape) != 3 or min(shape) < 1 or shape[0] % shape[1]:
         raise UserError(
             f"--shape {','.join(map(str, shape))}: give query heads, KV heads and head dim such as 64,8,128; "
             "query heads must be a multiple of KV heads"
         )
-    specs = [str(KVSpec.parse(s)) for s in kv]
-    entries = [Entry("opentq", spec, _ours(spec)) for spec in specs]
-    for name in against:
-        entries += find(name)(shape[2])
+
+
+def measure(
+    shape: Sequence[int],
+    contexts: Sequence[int],
+    entries: Sequence[Entry],
+    windows: int = timing.WINDOWS,
+    warm: float = timing.WARM_SECONDS,
+    window: float = timing.WINDOW_SECONDS,
+    seed: int = 0,
+    budget: float = BUDGET,
+) -> Iterator[dict[str, Any]]:
+    """Records for every context and entry, whose arms take turns at each context."""
     seconds_per_token: dict[Entry, float] = {}
     for context in contexts:
         problem = Problem.random(shape, context, seed)
@@ -197,6 +223,7 @@ def bench(
         timings = dict(zip(many, timing.interleave([arms[i].call for i in many], windows, warm, window)))  # type: ignore[union-attr]
         for i, (entry, arm) in enumerate(zip(entries, arms)):
             fields = {"shape": list(shape), "context": context, "engine": entry.engine, "kv": entry.kv}
+            fields |= {"variant": entry.variant} if entry.variant else {}
             if arm is None:
                 yield record("kernel", **fields, **dict.fromkeys(FIGURES), served_by="", note=notes[i])
                 continue

@@ -49,13 +49,22 @@ def markdown(records: Sequence[Record]) -> str:
     def kernel(r: Record) -> list[str]:
         return _kernel(r, fp16.get((tuple(r["shape"]), r["context"])))
 
-    head, row = {"kernel": (KERNEL, kernel), "model": (MODEL, _model), "long": (LONG, _long)}[records[0]["kind"]]
+    head, row = {
+        "kernel": (KERNEL, kernel),
+        "model": (MODEL, _model),
+        "long": (LONG, _long),
+        "call": (CALL, _call),
+        "conformance": (JUDGED, _judged),
+    }[records[0]["kind"]]
     aligned = ["---" if column in LEFT else "---:" for column in head]
     lines = [head, aligned, *(row(r) for r in records)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-LEFT = ("engine", "kv", "model", "backend", "fill", "served by", "test", "arm", "needle", "note")
+LEFT = (
+    *("engine", "kv", "model", "backend", "fill", "served by", "test", "arm", "needle", "note"),
+    *("what", "variant", "shape", "dtype", "passed"),
+)
 KERNEL = [
     "engine",
     "kv",
@@ -75,6 +84,24 @@ MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB",
 LONG = ["arm", "context", "prefill t/s", "decode t/s", "KV GB", "peak GB", "needle", "note"]
 
 
+CALL = ["what", "kv", "context", "tokens", "ms"]
+JUDGED = ["kv", "served by", "variant", "shape", "tokens", "dtype", "window", "passed", "error", "naive", "compile s"]
+
+
+def _call(r: Record) -> list[str]:
+    return [r["what"], r["kv"], f"{r['context']:,}", f"{r['tokens']:,}", f"{r['ms']:.3f} ± {r['ms_sd']:.3f}"]
+
+
+def _judged(r: Record) -> list[str]:
+    """A verdict of `opentq doctor --bench`: its largest error, that of naive attention, and what compiling took."""
+    shape = "/".join(map(str, r["shape"]))
+    case = [r["kv"], r["served_by"], r["variant"], shape, str(r["length"]), r["dtype"], str(r["window"])]
+    if "failure" in r:
+        return [*case, r["failure"].splitlines()[0], "", "", ""]
+    compiled = max(0.0, r["first_seconds"] - r["again_seconds"])
+    return [*case, "yes" if r["ok"] else "NO", f"{r['max_error']:.1e}", f"{r['naive_error']:.1e}", f"{compiled:.2f}"]
+
+
 def _kernel(r: Record, fp16: float | None) -> list[str]:
     """A row; `fp16` is what MLX's own attention over fp16 took there, in ms."""
     note = r.get("note", "")
@@ -82,7 +109,7 @@ def _kernel(r: Record, fp16: float | None) -> list[str]:
         return [r["engine"], r["kv"], f"{r['context']:,}", *[""] * (len(KERNEL) - 4), note]
     return [
         r["engine"],
-        r["kv"],
+        " ".join((r["kv"], r.get("variant", ""))).strip(),
         f"{r['context']:,}",
         f"{r['ms']:.3f} ± {r['ms_sd']:.3f}",
         f"{r['ms'] / fp16:.2f}x" if fp16 else "",

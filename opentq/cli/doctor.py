@@ -87,10 +87,11 @@ def _bench(quick: bool, specs: list[str], output: Path | None) -> bool:
     print(table.render([r for r in records if r["kind"] == "kernel"], "md"))
     for r in records:
         if r["kind"] == "call":
-            print(f"{r['what']} of {r['tokens']} tokens, {r['kv']}: {r['ms']:.2f} ms")
+            print(f"{r['what']} of {r['tokens']} tokens at {r['context']}, {r['kv']}: {r['ms']:.2f} ms")
     print(
-        f"\nPlease send {path} in: attach it to an issue in opentq's repository. Its {len(records)} lines say what\n"
-        "machine this is, which versions ran, which cases passed and how long they took; no names, no paths, no text."
+        f"\n{path}: {len(records)} lines say what machine this is, which versions ran, which cases passed and how\n"
+        "long they took; no names, no paths, no text. Nothing was sent. `opentq bench report FILE` draws it. Please\n"
+        "send it in: by a pull request that puts it into results/community/, or attached to an issue."
     )
     return not any(device.failed(r) for r in records)
 

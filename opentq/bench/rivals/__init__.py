@@ -17,11 +17,12 @@ MODULES = {"mlx": "mlx_sdpa", "mlx-lm": "mlx_lm_quantized", "llama.cpp": "llama_
 
 @dataclass(frozen=True)
 class Entry:
-    """An engine with one KV format; `make(problem, threads)` fills its cache."""
+    """An engine with one KV format; `make(problem, threads)` fills its cache. `variant` names a kernel."""
 
     engine: str
     kv: str
     make: Callable[[Problem, int], Arm]
+    variant: str = ""
 
 
 def find(name: str) -> Callable[[int], list[Entry]]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from importlib import metadata
-
-import mlx_lm.generate as host
+from importlib import import_module, metadata
 
 from .hooks import HookError
+
+host = import_module("mlx_lm.generate")  # the package hides it behind its function of the same name
 
 NAME = "maybe_set_recommended_wired_limit"
 
