@@ -12,8 +12,8 @@ from .msl.tally import pytest_terminal_summary  # noqa: F401
 
 @pytest.fixture(params=["tiled", "native"])
 def kernels(request, monkeypatch):
-    """Run a test once with the portable path and once with this machine's fused kernels."""
-    monkeypatch.setenv("OPENTQ_KERNELS", "" if request.param == "native" else "tiled")
+    """Run a test once with the portable path alone and once with this machine's fused kernels alone."""
+    monkeypatch.setenv("OPENTQ_KERNELS", request.param)
     if request.param == "native" and not dispatch.native_candidates():
         pytest.skip("no fused kernels on this machine: no C++ compiler, no GPU")
     return request.param

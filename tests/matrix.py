@@ -47,3 +47,14 @@ HEAD_DIMS = [Shape(key_dim=d, value_dim=d) for d in (64, 80, 96, 112, 128, 192, 
 GQA = [Shape(q_heads=2 * g, kv_heads=2) for g in (1, 2, 4, 7, 8, 16)]
 ODD = [Shape(batch=2, q_heads=6, kv_heads=3, key_dim=192, value_dim=128), Shape(q_heads=5, kv_heads=1)]
 SHAPES = [*HEAD_DIMS, *GQA, *ODD]
+
+DIMS = (64, 80, 96, 112, 128, 256, 512)
+HALVES = {("tq2.5:nc", 80), ("tq2.5:nc", 112)}
+OUTLIERS = {("k8tq4:out=2", dim) for dim in DIMS}
+SKETCHES = {("qjl2/int4", 512), ("tq3p:recent=70", 512)}
+NOT_SERVED = {
+    "cpu": HALVES,
+    "cuda": HALVES | OUTLIERS | SKETCHES | {("f16", dim) for dim in DIMS},
+    "metal": OUTLIERS | SKETCHES,
+}
+"""(spec, head dim) that a back end's fused kernels leave to the portable path; all else of `SPECS` x `DIMS` is theirs."""

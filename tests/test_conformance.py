@@ -10,8 +10,13 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from opentq.attention import dispatch, reference
 from opentq.caches.single import OpenTQCache
+from opentq.contracts.layout import CANONICAL
+from opentq.kernels.cpu import attention as cpu
+from opentq.kernels.cuda import layout as cuda_layout
+from opentq.kernels.metal import attention as metal
+from opentq.spec.kv import KVSpec
 
-from .matrix import SHAPES, SPECS, Shape
+from .matrix import DIMS, NOT_SERVED, SHAPES, SPECS, Shape
 from .oracle import args_of, fill, judge, queries, same_state, vectors
 
 SMALL = Shape()
@@ -217,6 +222,28 @@ def test_attention_sinks(length, kernels):
     _, handles = filled("int4", 200, [200 - length, length])
     q = queries(SMALL, length, dtype=mx.float16)
     judge(args_of(handles, q, causal=True, sinks=mx.array([0.5, -1.0, 3.0, 20.0])))
+
+
+def test_the_table_says_what_kernels_leave_to_the_portable_path():
+    """Layouts decide it, and they are the same on every machine; a call with an array as its mask is nobody's."""
+    served = {
+        "cpu": lambda k, v, dim: None not in (cpu._layout("k", k, dim), cpu._layout("v", v, dim)),
+        "cuda": lambda k, v, dim: CANONICAL not in cuda_layout.layouts(k, v, (dim, dim)),
+        "metal": lambda k, v, dim: None not in (metal.codec_side(k, dim), metal.codec_side(v, dim)),
+    }
+    for backend, serves in served.items():
+        left = {(s, d) for s in SPECS for d in DIMS if not serves(*KVSpec.parse(s).codecs(), d)}
+        assert left == NOT_SERVED[backend], backend
+
+
+def test_array_masks_are_left_to_the_portable_path(kernels, monkeypatch):
+    _, handles = filled("int4", 100, [99, 1])
+    args = args_of(handles, queries(SMALL, 1, dtype=mx.float16), mask=mx.ones((1, 100), mx.bool_))
+    if kernels == "native":
+        with pytest.raises(dispatch.NoAttention, match=r"mask \(1, 100\)"):
+            dispatch.attend(args)
+        monkeypatch.setenv("OPENTQ_KERNELS", "")
+    assert dispatch.attend(args)[1] == "tiled"
 
 
 def test_softcap(kernels):
