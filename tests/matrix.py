@@ -57,4 +57,4 @@ NOT_SERVED = {
     "cuda": HALVES | OUTLIERS | SKETCHES | {("f16", dim) for dim in DIMS},
     "metal": OUTLIERS | SKETCHES,
 }
-"""(spec, head dim) that a back end's fused kernels leave to the portable path; all else of `SPECS` x `DIMS` is theirs."""
+"""(spec, head dim) that fused kernels leave to the portable path; all else of `SPECS` x `DIMS` is theirs."""

@@ -1,4 +1,4 @@
-"""A new codec costs one file: what it says of itself is enough for specs, caches, files and the kernels of all dialects."""
+"""A new codec costs one file: what it says of itself is enough for specs, caches, files and all kernels."""
 
 from __future__ import annotations
 
