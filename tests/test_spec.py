@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opentq.codecs import GROUPS, REGISTRY
 from opentq.spec.kv import KVSpec, SpecError, spec_from_flags
+from opentq.spec.latent import latent_spec
 
 names = st.sampled_from(sorted(REGISTRY))
 value_names = st.sampled_from(sorted(name for name, method in REGISTRY.items() if not method.partner))
@@ -128,3 +132,33 @@ def test_mlx_lm_flags_are_aliases():
     for bad in (("int4", 4, None), (None, None, 64), (None, 5, 64)):
         with pytest.raises(SpecError):
             spec_from_flags(*bad)
+
+
+def random_spec(rng: random.Random) -> KVSpec:
+    """Any spec of the grammar: names of both sides, and each option with some chance where a codec takes it."""
+    while True:
+        keys, values = rng.choice(list(REGISTRY)), rng.choice([n for n in REGISTRY if not REGISTRY[n].partner])
+        options = ["g64", "norot", "haar", "nc", "ub", "center", "out=2", "sketch=gauss", "sink=4", "recent=70"]
+        options += ["skip=first1,last1", "first2=int8", "last1=tq4p/tq4", "window=compress"]
+        text = ":".join([f"{keys}/{values}", *(o for o in options if rng.random() < 0.25)])
+        try:
+            return KVSpec.parse(text)
+        except SpecError:
+            continue
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_derived_spec_prints_what_parses(seed):
+    """Specs made of specs (a layer's, a latent's, a window's) are written to files and read back."""
+    spec = random_spec(random.Random(seed))
+    layers = [spec.for_layer(i, 5) for i in range(5)]
+    derived = [spec, *layers, *(latent_spec(s) for s in layers), *(replace(s, sink=0) for s in layers)]
+    for made in derived:
+        assert KVSpec.parse(str(made)) == made, (spec, made)
+
+
+def test_an_option_that_one_codec_does_not_take_is_said_of_one():
+    with pytest.raises(SpecError, match="f16 takes no option 'rot'"):
+        KVSpec.parse("f16:norot")
+    with pytest.raises(SpecError, match="int4 and int8 take no option 'haar'"):
+        KVSpec.parse("k8v4:haar")

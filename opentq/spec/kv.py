@@ -206,7 +206,8 @@ def _check_options(spec: KVSpec, seen: set[str], text: str) -> None:
     """Raise SpecError for an option that none of the codecs named would read."""
     names, taken = _taken(spec)
     for kind in sorted(seen & OPTION_FIELDS.keys() - taken):
-        raise SpecError(f"KV spec {text!r}: {' and '.join(sorted(names))} take no option {kind!r}; leave it out")
+        take = "takes" if len(names) == 1 else "take"
+        raise SpecError(f"KV spec {text!r}: {' and '.join(sorted(names))} {take} no option {kind!r}; leave it out")
     if spec.haar and not spec.rotate:
         raise SpecError(f"KV spec {text!r}: norot and haar exclude each other")
 
