@@ -325,8 +325,13 @@ def test_health_metrics_and_openapi(server):
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["opentq_generated_tokens_total"]) > 0 and float(values["opentq_running"]) == 0
     document = server.client.get("/openapi.json").json()
-    posted = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert posted == schema.CHAT
+    schemas = document["components"]["schemas"]
+    for form, path in (("ChatRequest", "/v1/chat/completions"), ("MessagesRequest", "/v1/messages")):
+        posted = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert posted == {"$ref": f"#/components/schemas/{form}"}
+        assert schemas[form]["properties"]["messages"]["maxItems"] == schema.MAX_MESSAGES
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert len(named) > 15 and named <= set(schemas)
 
 
 # ---- heavier clients, run with -m slow where they are installed

@@ -11,7 +11,7 @@ from ..dialogue.errors import ApiError, bad, unsupported
 from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
 from .claude_tools import function
 from .openai import as_int, first, refuse_unsupported
-from .schema import COUNT, MESSAGES, check
+from .schema import CountRequest, MessagesRequest, check
 from .sse import frame
 
 log = logging.getLogger("opentq.serve")
@@ -25,7 +25,7 @@ EFFORT = {"xhigh": "high", "max": "high"}
 def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     """The `GenerationRequest` of a /v1/messages body (or of /v1/messages/count_tokens). Raises ApiError."""
     refuse_unsupported(body, IDLE)
-    check(body, COUNT if count_only else MESSAGES)
+    check(body, CountRequest if count_only else MessagesRequest)
     choice = body.get("tool_choice") or {"type": "auto"}
     tools = tuple(function(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ()))
     if choice["type"] == "none":

@@ -6,14 +6,24 @@ one can't serve are refused with a 400 that names them, unless their value asks 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..dialogue.errors import bad, unsupported
 from ..dialogue.request import Chosen, Delta, Done, GenerationRequest, SamplingParams, ToolCall, Usage
-from .schema import CHAT, COMPLETION, check
+from .schema import (
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    Message,
+    MessageCall,
+    NamedTool,
+    Part,
+    ResponseFormat,
+    check,
+    parse_json,
+)
 
 # Known fields that are not served, with the values that ask for nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
@@ -61,100 +71,87 @@ def refuse_unsupported(body: dict[str, Any], idle: dict[str, tuple[Any, ...]] = 
 
 
 def read_chat(body: dict[str, Any]) -> GenerationRequest:
-    """The `GenerationRequest` of a /v1/chat/completions body. Raises ApiError."""
+    """The request in a /v1/chat/completions body. Raises ApiError."""
     refuse_unsupported(body)
-    check(body, CHAT)
-    if body.get("top_logprobs") is not None and not body.get("logprobs"):
+    form = check(body, ChatRequest)
+    if form.top_logprobs is not None and not form.logprobs:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-    tools, choice = tuple(body.get("tools") or ()), body.get("tool_choice") or "auto"
+    tools: tuple[dict[str, Any], ...] = tuple(body.get("tools") or ())
+    choice = form.tool_choice or "auto"
     if choice == "none":
         tools = ()
     elif choice != "auto" and not tools:
         raise bad("tool_choice needs tools", "tool_choice")
-    if isinstance(choice, dict):
-        choice = choice["function"]["name"]
-        if choice not in {t["function"]["name"] for t in tools}:
-            raise bad(f"tool_choice names {choice!r}, which is not in tools", "tool_choice")
-        tools = tuple(t for t in tools if t["function"]["name"] == choice)
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        if name not in {t["function"]["name"] for t in tools}:
+            raise bad(f"tool_choice names {name!r}, which is not in tools", "tool_choice")
+        tools = tuple(t for t in tools if t["function"]["name"] == name)
         choice = "required"
-    template = _template(body)
     return GenerationRequest(
-        model=body.get("model"),
-        messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(body["messages"])),
-        max_tokens=as_int(first(body, "max_completion_tokens", "max_tokens")),
-        logprobs=(body.get("top_logprobs") or 0) if body.get("logprobs") else None,
+        messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(form.messages)),
+        max_tokens=form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens,
+        logprobs=(form.top_logprobs or 0) if form.logprobs else None,
         tools=tools,
         tool_choice=choice,
-        parallel_calls=body.get("parallel_tool_calls") is not False,
-        schema=read_format(body),
-        template=template,
-        **_common(body),
+        parallel_calls=form.parallel_tool_calls is not False,
+        template=_template(form),
+        **_common(form),
     )
 
 
 def read_completion(body: dict[str, Any]) -> GenerationRequest:
-    """The `GenerationRequest` of a /v1/completions body. Raises ApiError."""
+    """The request in a /v1/completions body. Raises ApiError."""
     refuse_unsupported(body)
-    check(body, COMPLETION)
-    prompt = body["prompt"]
-    if isinstance(prompt, list):
-        prompt = prompt[0] if isinstance(prompt[0], str) else tuple(int(t) for t in prompt)
-    return GenerationRequest(
-        model=body.get("model"),
-        prompt=prompt,
-        max_tokens=as_int(body.get("max_tokens")),
-        logprobs=as_int(body.get("logprobs")),
-        schema=read_format(body),
-        **_common(body),
-    )
+    form = check(body, CompletionRequest)
+    prompt = form.prompt if isinstance(form.prompt, str) else tuple(form.prompt)
+    return GenerationRequest(prompt=prompt, max_tokens=form.max_tokens, logprobs=form.logprobs, **_common(form))
 
 
-def read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
+def read_message(message: Message, path: str) -> dict[str, Any]:
     """A message as chat templates take it: text content, developer as system, call arguments as objects."""
-    out = {k: v for k, v in message.items() if k in ("name", "tool_call_id") and v is not None}
-    out["role"] = "system" if message["role"] == "developer" else message["role"]
-    out["content"] = read_content(message.get("content"), f"{path}.content")
-    if reasoning := first(message, "reasoning_content", "reasoning"):
+    role = "system" if message.role == "developer" else message.role
+    out: dict[str, Any] = {"role": role, "content": read_content(message.content, f"{path}.content")}
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    if reasoning := message.reasoning_content or message.reasoning:
         out["reasoning_content"] = reasoning
-    if calls := message.get("tool_calls"):
-        out["tool_calls"] = [_read_call(c, f"{path}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    if message.tool_calls:
+        out["tool_calls"] = [_read_call(c, f"{path}.tool_calls[{i}]") for i, c in enumerate(message.tool_calls)]
     return out
 
 
-def read_content(content: Any, path: str) -> str:
+def read_content(content: str | list[Part] | None, path: str) -> str:
     """The text of a content: a string, or text parts joined. Raises ApiError for images, audio and files."""
     if content is None or isinstance(content, str):
         return content or ""
     for i, part in enumerate(content):
-        if part["type"] not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            raise unsupported(f"{path}[{i}].type", f"{part['type']!r}; only text parts can be read")
-    return "".join(part["text"] for part in content)
+        if part.type not in ("text", "input_text", "output_text") or part.text is None:
+            raise unsupported(f"{path}[{i}].type", f"{part.type!r}; only text parts can be read")
+    return "".join(part.text or "" for part in content)
 
 
-def read_format(body: dict[str, Any]) -> dict[str, Any] | None:
+def read_format(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     """The JSON Schema that response_format asks for, or None."""
-    wanted = body.get("response_format")
-    if not wanted or wanted["type"] == "text":
+    if wanted is None or wanted.type == "text":
         return None
-    if wanted["type"] == "json_object":
+    if wanted.type == "json_object":
         return {"type": "object"}
-    schema = (wanted.get("json_schema") or {}).get("schema")
-    if schema is None:
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise bad("response_format.json_schema.schema is missing", "response_format.json_schema.schema")
-    return schema
+    return wanted.json_schema.schema_
 
 
-def _read_call(call: dict[str, Any], path: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call["function"]["arguments"] or "{}")
-    except ValueError as error:
-        raise bad(f"{path}.function.arguments is not JSON: {error}", f"{path}.function.arguments") from error
-    function = {"name": call["function"]["name"], "arguments": arguments}
-    return {"id": call.get("id") or "", "type": "function", "function": function}
+def _read_call(call: MessageCall, path: str) -> dict[str, Any]:
+    arguments = parse_json(call.function.arguments or "{}", f"{path}.function.arguments")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id or "", "type": "function", "function": function}
 
 
-def _template(body: dict[str, Any]) -> dict[str, Any]:
-    variables = dict(body.get("chat_template_kwargs") or {})
+def _template(form: ChatRequest) -> dict[str, Any]:
+    variables = dict(form.chat_template_kwargs or {})
     for name, value in variables.items():
         plain = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) < 256)
         if name in RESERVED or not name.isidentifier() or name.startswith("_") or not plain:
@@ -162,8 +159,8 @@ def _template(body: dict[str, Any]) -> dict[str, Any]:
             raise bad(
                 f"{path} can't be set by a request; only simple values for the template's own variables can", path
             )
-    if body.get("reasoning_effort"):
-        variables.setdefault("reasoning_effort", body["reasoning_effort"])
+    if form.reasoning_effort:
+        variables.setdefault("reasoning_effort", form.reasoning_effort)
     return variables
 
 
@@ -175,27 +172,28 @@ RESERVED = frozenset(
 )
 
 
-def _common(body: dict[str, Any]) -> dict[str, Any]:
-    stop = body.get("stop") or ()
-    bias = body.get("logit_bias") or {}
+def _common(form: Common) -> dict[str, Any]:
+    stops = [form.stop] if isinstance(form.stop, str) else form.stop or []
+    bias = form.logit_bias or {}
     wrong = next((k for k in bias if not (k.isascii() and k.isdigit() and len(k) < 12)), None)
     if wrong is not None:
         raise bad(f"logit_bias has the key {wrong[:20]!r}; keys are token ids", "logit_bias")
-    seed = as_int(body.get("seed"))
     return {
-        "stop": tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),
-        "stream": bool(body.get("stream")),
-        "include_usage": bool((body.get("stream_options") or {}).get("include_usage")),
+        "model": form.model,
+        "stop": tuple(s for s in stops if s),
+        "schema": read_format(form.response_format),
+        "stream": bool(form.stream),
+        "include_usage": bool(form.stream_options and form.stream_options.include_usage),
         "sampling": SamplingParams(
-            temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default, filled in later
-            top_p=body.get("top_p"),  # type: ignore[arg-type]
-            top_k=as_int(body.get("top_k")) or 0,
-            min_p=body.get("min_p") or 0.0,
-            seed=None if seed is None else seed % 2**64,
-            presence_penalty=body.get("presence_penalty") or 0.0,
-            frequency_penalty=body.get("frequency_penalty") or 0.0,
-            repetition_penalty=body.get("repetition_penalty") or 1.0,
-            logit_bias=tuple((int(k), float(v)) for k, v in bias.items()),
+            temperature=form.temperature,  # type: ignore[arg-type]  # None: the server's default, filled in later
+            top_p=form.top_p,  # type: ignore[arg-type]
+            top_k=form.top_k or 0,
+            min_p=form.min_p or 0.0,
+            seed=None if form.seed is None else form.seed % 2**64,
+            presence_penalty=form.presence_penalty or 0.0,
+            frequency_penalty=form.frequency_penalty or 0.0,
+            repetition_penalty=form.repetition_penalty or 1.0,
+            logit_bias=tuple((int(k), v) for k, v in bias.items()),
         ),
     }
 

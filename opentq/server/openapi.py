@@ -1,10 +1,20 @@
-"""The OpenAPI document: the schemas are those that requests are checked against."""
+"""The OpenAPI document, from the models that requests are checked against."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .schema import CHAT, COMPLETION, COUNT, MESSAGES, Schema
+from pydantic.json_schema import models_json_schema
+
+from .schema import ChatRequest, CompletionRequest, CountRequest, Form, MessagesRequest
+
+Schema = dict[str, Any]
+POSTS: dict[str, tuple[str, type[Form]]] = {
+    "/v1/chat/completions": ("OpenAI chat completion", ChatRequest),
+    "/v1/completions": ("OpenAI text completion", CompletionRequest),
+    "/v1/messages": ("Anthropic message", MessagesRequest),
+    "/v1/messages/count_tokens": ("Tokens of an Anthropic message", CountRequest),
+}
 
 JSON = "application/json"
 ERROR: Schema = {
@@ -27,6 +37,8 @@ ERROR: Schema = {
 
 def document(version: str) -> dict[str, Any]:
     """OpenAPI 3.1 of all routes."""
+    forms: list[Any] = [(form, "validation") for _, form in POSTS.values()]
+    _, schemas = models_json_schema(forms, ref_template="#/components/schemas/{model}")
     return {
         "openapi": "3.1.0",
         "info": {"title": "opentq", "version": version},
@@ -34,12 +46,12 @@ def document(version: str) -> dict[str, Any]:
             "/health": {"get": _get("Whether the server works, and how loaded it is")},
             "/metrics": {"get": _get("Prometheus metrics", "text/plain", {"type": "string"})},
             "/v1/models": {"get": _get("What is served")},
-            "/v1/chat/completions": {"post": _post("OpenAI chat completion", CHAT)},
-            "/v1/completions": {"post": _post("OpenAI text completion", COMPLETION)},
-            "/v1/messages": {"post": _post("Anthropic message", MESSAGES)},
-            "/v1/messages/count_tokens": {"post": _post("Tokens of an Anthropic message", COUNT)},
+            **{path: {"post": _post(summary, form.__name__)} for path, (summary, form) in POSTS.items()},
         },
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -50,12 +62,12 @@ def _get(summary: str, kind: str = JSON, schema: Schema | None = None) -> dict[s
     }
 
 
-def _post(summary: str, schema: Schema) -> dict[str, Any]:
+def _post(summary: str, form: str) -> dict[str, Any]:
     answer = _body("The answer; as server-sent events when `stream` is true", JSON, {"type": "object"})
     answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return {
         "summary": summary,
-        "requestBody": {"required": True, "content": {JSON: {"schema": schema}}},
+        "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{form}"}}}},
         "responses": {"200": answer, **_errors("400", "401", "403", "404", "408", "413", "415", "503", "507")},
     }
 

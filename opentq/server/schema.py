@@ -1,289 +1,348 @@
-"""The shape of requests, once: the JSON Schemas that are published in /openapi.json are the ones that are enforced.
+"""The shape of requests, once: the models that bodies are checked against are the ones that /openapi.json publishes.
 
-`check` knows the part of JSON Schema that the request schemas below use, and no more. Values that JSON allows and this
-server can't use (NaN, lone surrogates) are refused when the body is read, in `parse`.
+Values that JSON allows and this server can't use (infinite numbers, lone surrogates, text nested deeper than 200
+levels) are refused when JSON is read, in `parse_json`: bodies, and every JSON text inside a body.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
-from ..dialogue.errors import ApiError, bad
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import from_json
 
-Schema = dict[str, Any]
+from ..dialogue.errors import bad
 
 MAX_MESSAGES = 4096
-MAX_STOP = 16
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
-
-STRING: Schema = {"type": "string"}
-BOOLEAN: Schema = {"type": "boolean"}
-OBJECT: Schema = {"type": "object"}
+MAX_TOKENS = 2**53
 
 
-def number(low: float, high: float) -> Schema:
-    return {"type": "number", "minimum": low, "maximum": high}
+class Form(BaseModel):
+    """A part of a request. Fields that nobody knows are ignored; null is the same as nothing."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-def integer(low: int, high: int = 2**53) -> Schema:
-    return {"type": "integer", "minimum": low, "maximum": high}
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 5.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def array(items: Schema, high: int, low: int = 0) -> Schema:
-    return {"type": "array", "items": items, "minItems": low, "maxItems": high}
+def _finite(value: Any) -> Any:
+    json.dumps(value, allow_nan=False)  # ValueError: 1e999 is a number to JSON
+    return value
 
 
-def optional(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
+def _by_type(words: str) -> Discriminator:
+    """Which member of a union a value is checked against: the one of its JSON type."""
+
+    def tag(value: Any) -> str | None:
+        tags = {"<text>": str, "<array>": list, "<object>": (dict, Form)}
+        return next((name for name, kind in tags.items() if isinstance(value, kind)), None)  # type: ignore[arg-type]
+
+    return Discriminator(tag, "type", f"must be {words}")
 
 
-def obj(properties: dict[str, Schema], required: tuple[str, ...] = ()) -> Schema:
-    """An object whose fields are optional and may be null unless required."""
-    fields = {name: s if name in required else optional(s) for name, s in properties.items()}
-    return {"type": "object", "properties": fields, "required": list(required)}
+Int = Annotated[int, BeforeValidator(_whole)]
+Tokens = Annotated[Int, Field(ge=1, le=MAX_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=2**31)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
+StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+TopK = Annotated[Int, Field(ge=0, le=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 256}
-STOP: Schema = {"anyOf": [STRING, array(STRING, MAX_STOP)]}
+class Part(Form):
+    type: str
+    text: str | None = None
 
-SAMPLING: dict[str, Schema] = {
-    "temperature": number(0, 2),
-    "top_p": number(0, 1),
-    "top_k": integer(0),
-    "min_p": number(0, 1),
-    "seed": integer(-(2**63), 2**64 - 1),
-    "stop": STOP,
-    "presence_penalty": number(-2, 2),
-    "frequency_penalty": number(-2, 2),
-    "repetition_penalty": number(0.01, 10),
-    "logit_bias": {"type": "object", "additionalProperties": number(-100, 100)},
-    "stream": BOOLEAN,
-    "stream_options": obj({"include_usage": BOOLEAN}),
-}
 
-FUNCTION: Schema = obj({"name": NAME, "description": STRING, "parameters": OBJECT}, ("name",))
-TOOL: Schema = obj({"type": {"enum": ["function"]}, "function": FUNCTION}, ("type", "function"))
-CALL: Schema = obj(
-    {"id": STRING, "type": STRING, "function": obj({"name": NAME, "arguments": STRING}, ("name", "arguments"))},
-    ("function",),
-)
-PART: Schema = obj({"type": STRING, "text": STRING}, ("type",))
-MESSAGE: Schema = obj(
-    {
-        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {"anyOf": [STRING, array(PART, MAX_MESSAGES)]},
-        "name": STRING,
-        "tool_calls": array(CALL, 128),
-        "tool_call_id": STRING,
-        "reasoning": STRING,
-        "reasoning_content": STRING,
-    },
-    ("role",),
-)
-FORMAT: Schema = obj(
-    {
-        "type": {"enum": ["text", "json_object", "json_schema"]},
-        "json_schema": obj({"name": STRING, "schema": OBJECT, "strict": BOOLEAN}),
-    },
-    ("type",),
-)
-CHOICE: Schema = {
-    "anyOf": [
-        {"enum": ["none", "auto", "required"]},
-        obj({"type": {"enum": ["function"]}, "function": obj({"name": NAME}, ("name",))}, ("type", "function")),
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], Field(max_length=MAX_MESSAGES), Tag("<array>")],
+    _by_type("a string or an array of parts"),
+]
+
+
+# ---- OpenAI
+
+
+class Function(Form):
+    name: Name
+    description: str | None = None
+    parameters: JsonObject | None = None
+
+
+class Tool(Form):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Form):
+    name: Name
+    arguments: str
+
+
+class MessageCall(Form):
+    id: str | None = None
+    type: str | None = None
+    function: CalledFunction
+
+
+class Message(Form):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[MessageCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class JsonSchemaFormat(Form):
+    name: str | None = None
+    schema_: JsonObject | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Form):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class NamedFunction(Form):
+    name: Name
+
+
+class NamedTool(Form):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StreamOptions(Form):
+    include_usage: bool | None = None
+
+
+class Common(Form):
+    """What all of OpenAI's routes take."""
+
+    model: str | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    seed: Annotated[Int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopText, Tag("<text>")] | Annotated[Stops, Tag("<array>")],
+            _by_type("a string or an array of strings"),
+        ]
+        | None
+    ) = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+
+class ChatRequest(Common):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=256)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<object>")],
+            _by_type("none, auto, required, or an object that names a function"),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    chat_template_kwargs: JsonObject | None = None
+
+
+def _one_prompt(value: Any) -> Any:
+    """OpenAI takes several prompts at once; a list of one is as good as that one."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise ValueError(f"must be one prompt, not {len(value)}: send a request for each")
+        return value[0]
+    return value
+
+
+class CompletionRequest(Common):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=2**22, fail_fast=True), Tag("<array>")],
+        _by_type("a string or an array of token ids"),
+        BeforeValidator(_one_prompt),
     ]
-}
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-CHAT: Schema = obj(
-    {
-        "model": STRING,
-        "messages": array(MESSAGE, MAX_MESSAGES, low=1),
-        "max_tokens": integer(1),
-        "max_completion_tokens": integer(1),
-        "logprobs": BOOLEAN,
-        "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
-        "tools": array(TOOL, 256),
-        "tool_choice": CHOICE,
-        "parallel_tool_calls": BOOLEAN,
-        "response_format": FORMAT,
-        "reasoning_effort": {"type": "string", "maxLength": 64},
-        "chat_template_kwargs": OBJECT,
-        **SAMPLING,
-    },
-    ("messages",),
+
+# ---- Anthropic
+
+
+class Block(Form):
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: JsonObject | None = None
+    tool_use_id: str | None = None
+    tool_name: str | None = None
+    title: str | None = None
+    content: Content | None = None
+    is_error: bool | None = None
+
+
+class Turn(Form):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[Block], Field(max_length=MAX_MESSAGES), Tag("<array>")],
+        _by_type("a string or an array of blocks"),
+    ]
+
+
+class ClaudeTool(Form):
+    name: Name
+    type: str | None = None
+    description: str | None = None
+    input_schema: JsonObject | None = None
+
+
+class ClaudeToolChoice(Form):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Form):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Tokens | None = None
+
+
+class ContextManagement(Form):
+    edits: Annotated[list[JsonObject], Field(max_length=64)] | None = None
+
+
+class OutputConfig(Form):
+    effort: Annotated[str, Field(max_length=64)] | None = None
+    format: JsonObject | None = None
+
+
+class CountRequest(Form):
+    """POST /v1/messages/count_tokens: a message request whose answer is not wanted."""
+
+    model: str | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: Content | None = None
+    max_tokens: Tokens | None = None
+    tools: Annotated[list[ClaudeTool], Field(max_length=256)] | None = None
+    tool_choice: ClaudeToolChoice | None = None
+    thinking: Thinking | None = None
+    context_management: ContextManagement | None = None
+    output_config: OutputConfig | None = None
+    output_format: JsonObject | None = None
+    stop_sequences: Stops | None = None
+    stream: bool | None = None
+    temperature: Share | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    metadata: JsonObject | None = None
+
+
+class MessagesRequest(CountRequest):
+    """POST /v1/messages."""
+
+    max_tokens: Tokens
+
+
+# ---- reading
+
+F = TypeVar("F", bound=Form)
+# pydantic speaks of Python, clients of JSON.
+WORDS = (
+    (r"a valid dictionary( or instance of \w+)?", "object"),
+    ("a valid list", "array"),
+    ("a valid ", "a "),
+    (r"be a? ?(object|array|integer)", r"be an \1"),
+    (" after validation", ""),
 )
 
-COMPLETION: Schema = obj(
-    {
-        "model": STRING,
-        "prompt": {"anyOf": [STRING, array(integer(0, 2**31), 2**22, low=1), array(STRING, 1, low=1)]},
-        "max_tokens": integer(1),
-        "logprobs": integer(0, MAX_TOP_LOGPROBS),
-        "response_format": FORMAT,
-        **SAMPLING,
-    },
-    ("prompt",),
-)
 
-CACHE_CONTROL: Schema = OBJECT
-BLOCK: Schema = obj(
-    {
-        "type": STRING,
-        "text": STRING,
-        "thinking": STRING,
-        "id": STRING,
-        "name": STRING,
-        "input": OBJECT,
-        "tool_use_id": STRING,
-        "tool_name": STRING,
-        "title": STRING,
-        "content": {"anyOf": [STRING, array(PART, MAX_MESSAGES)]},
-        "is_error": BOOLEAN,
-        "cache_control": CACHE_CONTROL,
-    },
-    ("type",),
-)
-TURN: Schema = obj(
-    {"role": {"enum": ["user", "assistant", "system"]}, "content": {"anyOf": [STRING, array(BLOCK, MAX_MESSAGES)]}},
-    ("role", "content"),
-)
-CLAUDE_TOOL: Schema = obj(
-    {"name": NAME, "type": STRING, "description": STRING, "input_schema": OBJECT, "cache_control": CACHE_CONTROL},
-    ("name",),
-)
-COUNT: Schema = obj(
-    {
-        "model": STRING,
-        "messages": array(TURN, MAX_MESSAGES, low=1),
-        "system": {"anyOf": [STRING, array(PART, MAX_MESSAGES)]},
-        "tools": array(CLAUDE_TOOL, 256),
-        "tool_choice": obj(
-            {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": STRING, "disable_parallel_tool_use": BOOLEAN},
-            ("type",),
-        ),
-        "thinking": obj(
-            {"type": {"enum": ["enabled", "disabled", "adaptive"]}, "budget_tokens": integer(1)}, ("type",)
-        ),
-        "context_management": obj({"edits": array(OBJECT, 64)}),
-        "output_config": obj({"effort": {"type": "string", "maxLength": 64}, "format": OBJECT}),
-        "output_format": OBJECT,
-    },
-    ("messages",),
-)
-MESSAGES: Schema = {
-    **COUNT,
-    "properties": {
-        **COUNT["properties"],
-        "max_tokens": integer(1),
-        "stop_sequences": optional(array(STRING, MAX_STOP)),
-        "stream": optional(BOOLEAN),
-        "temperature": optional(number(0, 1)),
-        "top_p": optional(number(0, 1)),
-        "top_k": optional(integer(0)),
-        "metadata": optional(OBJECT),
-    },
-    "required": ["messages", "max_tokens"],
-}
+def parse_json(text: bytes | str, where: str = "") -> Any:
+    """JSON inside a request. Raises ApiError that names `where` it is (the body itself by default)."""
+    try:
+        value = from_json(text, allow_inf_nan=False)
+        return _finite(value) if where else value  # a body's own fields have types that say it
+    except ValueError as error:
+        words = "is nested too deeply" if "recursion limit" in str(error) else f"is not valid JSON: {error}"
+        raise bad(f"{where or 'the body'} {words}", where) from error
 
 
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object in a request body. Raises ApiError for anything else."""
-    try:
-        # Strict UTF-8 decoding refuses raw surrogates; escaped ones are found by encoding the strings again.
-        value = json.loads(body.decode("utf-8"), parse_constant=_constant)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeError as error:
-        raise bad("the body is not valid Unicode text") from error
-    except RecursionError as error:
-        raise bad("the body is nested too deeply") from error
-    except ValueError as error:
-        raise bad(f"the body is not valid JSON: {error}") from error
+    value = parse_json(body)
     if not isinstance(value, dict):
-        raise bad(f"the body must be a JSON object, not {_kind(value)}")
+        raise bad(f"the body must be a JSON object, not {_show(value)}")
     return value
 
 
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def check(value: Any, schema: Schema, path: str = "") -> None:
-    """Raise ApiError naming the first field of `value` that does not fit `schema`, by its path."""
-    if "anyOf" in schema:
-        _check_any(value, schema["anyOf"], path)
-        return
-    if "enum" in schema and not any(value == e and type(value) is type(e) for e in schema["enum"]):
-        allowed = ", ".join(map(str, schema["enum"]))
-        raise bad(f"{path or 'the body'} must be one of {allowed}, not {_show(value)}", path)
-    kind = schema.get("type")
-    if kind and not _is(value, kind):
-        raise bad(f"{path or 'the body'} must be {_article(kind)}, not {_kind(value)}", path)
-    if kind in ("number", "integer"):
-        low, high = schema.get("minimum"), schema.get("maximum")
-        if (low is not None and value < low) or (high is not None and value > high):
-            raise bad(f"{path} must be from {low} to {high}, not {_show(value)}", path)
-    elif kind == "string":
-        low, high = schema.get("minLength", 0), schema.get("maxLength")
-        if len(value) < low or (high is not None and len(value) > high):
-            raise bad(f"{path} must have from {low} to {high} characters, not {len(value)}", path)
-    elif kind == "array":
-        if not schema["minItems"] <= len(value) <= schema["maxItems"]:
-            raise bad(
-                f"{path} must have from {schema['minItems']} to {schema['maxItems']} items, not {len(value)}", path
-            )
-        for i, item in enumerate(value):
-            check(item, schema["items"], f"{path}[{i}]")
-    elif kind == "object":
-        for name in schema.get("required", ()):
-            if name not in value:
-                where = f"{path}.{name}" if path else name
-                raise bad(f"{where} is missing", where, "missing_required_parameter")
-        properties, rest = schema.get("properties", {}), schema.get("additionalProperties")
-        for name, item in value.items():
-            if (inner := properties.get(name, rest)) is not None:
-                check(item, inner, f"{path}.{name}" if path else name)
-
-
-def _check_any(value: Any, options: list[Schema], path: str) -> None:
-    """Some option must fit; the error is that of the option whose type fits, which says more than "none fits"."""
-    failures: list[ApiError] = []
-    for option in options:
-        try:
-            return check(value, option, path)
-        except ApiError as error:
-            failures.append(error)
-    named = [o for o in options if o.get("type") != "null"]
-    for option, failure in zip(options, failures):
-        if len(named) == 1 and option is named[0]:
-            raise failure
-        if "type" in option and _is(value, option["type"]) and failure.param != path:
-            raise failure
-    kinds = " or ".join(_article(o["type"]) if "type" in o else f"one of {o.get('enum')}" for o in named)
-    raise bad(f"{path} must be {kinds}, not {_show(value)}", path)
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind == "null":
-        return value is None
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 2**53)
-    types: dict[str, Any] = {"string": str, "number": (int, float), "array": list, "object": dict}
-    return kind in types and isinstance(value, types[kind])
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aio" else f"a {kind}"
+def check(body: dict[str, Any], form: type[F]) -> F:
+    """`body` as a `form`. Raises ApiError naming the first field that does not fit, by its path."""
+    try:
+        return form.model_validate(body)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+    path = ""
+    for part in wrong["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<"):  # the tag of a union
+            path += f".{part}" if path else part
+    if wrong["type"] == "missing":
+        raise bad(f"{path} is missing", path, "missing_required_parameter")
+    words = re.sub(r"^(Input|List|String|Dictionary) should |^Value error, must ", "must ", wrong["msg"])
+    for theirs, ours in WORDS:
+        words = re.sub(theirs, ours, words)
+    if ", not " not in words:
+        given = wrong["input"]
+        words += f", not {len(given) if wrong['type'] == 'string_too_long' else _show(given)}"
+    raise bad(f"{path} {words}", path)
 
 
 def _show(value: Any) -> str:
     """A value as an error may quote it: short, and never long text from a prompt."""
+    kinds = {dict: "an object", list: "an array", str: "a string"}
+    if isinstance(value, dict | list):
+        return kinds[type(value)]
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else _kind(value)
+    return text if len(text) <= 40 else kinds.get(type(value), "a number so long")
