@@ -341,8 +341,7 @@ def check(body: dict[str, Any], form: type[F]) -> F:
 
 def _show(value: Any) -> str:
     """A value as an error may quote it: short, and never long text from a prompt."""
-    kinds = {dict: "an object", list: "an array", str: "a string"}
     if isinstance(value, dict | list):
-        return kinds[type(value)]
+        return "an object" if isinstance(value, dict) else "an array"
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else kinds.get(type(value), "a number so long")
+    return text if len(text) <= 40 else "a string" if isinstance(value, str) else "a number so long"
