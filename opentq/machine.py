@@ -35,6 +35,15 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+def ram() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
 def device() -> tuple[str, str]:
     """The device that MLX uses: `mac` (a GPU with the machine's own memory), `gpu` or `cpu`, and its name."""
     import mlx.core as mx

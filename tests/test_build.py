@@ -223,9 +223,12 @@ GEMM = """
     shim.cblas_sgemm.argtypes = [i] * 6 + [f, p, i, p, i, f, p, i]
     rng = np.random.default_rng(0)
     kinds = (101, 102), (111, 112), (111, 112)
-    for (m, n, k), order, ta, tb in itertools.product([(70, 500, 600), (900, 40, 100)], *kinds):
+    sizes = (70, 500, 600), (900, 40, 100), (1, 1700, 600), (1500, 1, 700), (1, 1, 40)  # rows and columns alone, too
+    for (m, n, k), order, ta, tb, beta in itertools.product(sizes, *kinds, (-0.5, 0.0)):
         a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((m, k), (k, n), (m, n)))
-        want = 1.5 * (a @ b) - 0.5 * c
+        want = 1.5 * (a @ b) + beta * c
+        if beta == 0:
+            c[:] = np.nan  # fresh memory may hold anything
         def stored(x, transposed):  # with 3 spare numbers a line
             x = x.T if transposed != (order == 102) else x
             padded = np.full((x.shape[0], x.shape[1] + 3), np.nan, np.float32)
@@ -233,7 +236,7 @@ GEMM = """
             return padded
         A, B, C = stored(a, ta == 112), stored(b, tb == 112), stored(c, False)
         la, lb, lc = (x.shape[1] for x in (A, B, C))
-        shim.cblas_sgemm(order, ta, tb, m, n, k, 1.5, A.ctypes.data, la, B.ctypes.data, lb, -0.5, C.ctypes.data, lc)
+        shim.cblas_sgemm(order, ta, tb, m, n, k, 1.5, A.ctypes.data, la, B.ctypes.data, lb, beta, C.ctypes.data, lc)
         got = C[:, :-3].T if order == 102 else C[:, :-3]
         assert np.allclose(got, want, atol=1e-3), (m, n, k, order, ta, tb)
         assert np.isnan(C[:, -3:]).all()
@@ -245,7 +248,7 @@ GEMM = """
 @reference_blas
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_products_in_pieces_are_right(threads):
-    if python("import opentq, mlx.core; from opentq.kernels import blas; print(blas.status().kind)") != "openblas":
+    if python("import opentq, mlx.core; from opentq.kernels.cpu import blas; print(blas.status().kind)") != "openblas":
         pytest.skip("no fast product here")
     assert python(GEMM, OPENTQ_THREADS=threads) == "right"
 
@@ -268,7 +271,7 @@ def test_without_it_the_reference_serves_and_is_reported(env, said):
 
 @reference_blas
 def test_mlx_imported_first_is_reported():
-    out = python("import mlx.core\nfrom opentq.kernels import blas\nprint(blas.status())")
+    out = python("import mlx.core\nfrom opentq.kernels.cpu import blas\nprint(blas.status())")
     assert "import opentq first" in out
 
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 import opentq
 from opentq.errors import UserError
+from opentq.hosts.mlx_lm import floats
 from opentq.hosts.mlx_lm.gguf import architectures, header, pretokenizers, tensors, tokenizer
 from opentq.memory import source
 
@@ -129,7 +130,8 @@ def test_types_decode_as_the_gguf_package_decodes_them(kind, tmp_path):
     assert np.abs(np.array(values.astype(mx.float32)) - expected).max() <= (0 if exact else step)
 
 
-def test_quantised_weights_stay_so(tmp_path):
+def test_quantised_weights_stay_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(floats, "SHARE", 0)  # a CPU would decode them
     settings, made = tiny.config("llama") | {"vocab_size": VOCABULARY}, tiny.build("llama", vocab_size=VOCABULARY)
     types = {"ffn_down.weight": "Q8_0", "attn_q.weight": "Q4_1", "attn_v.weight": "Q4_0", "token_embd.weight": "Q8_0"}
     tokens = gguf_files.byte_tokenizer(tmp_path)
@@ -306,3 +308,29 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'opentq\[gguf\]'"):
         header.library()
+
+
+# ---- on a CPU
+
+
+def test_a_cpu_decodes_what_fits(small, monkeypatch):
+    from opentq.hosts.mlx_lm.identity import fingerprint
+    from opentq.memory import device, skeleton
+    from opentq.memory.loaded import weight_bytes
+
+    if device.here().kind != "cpu":
+        pytest.skip("not a CPU")
+    path = small(types={"ffn_down.weight": "Q4_1", "token_embd.weight": "Q8_0"})
+    decoded, _ = opentq.load(str(path))
+    assert not hasattr(decoded.model.layers[0].mlp.down_proj, "bits")
+    origin = source.find(str(path))
+    built = skeleton.build(origin.config, "small", 4)
+    assert source.decoded_bytes(built, device.here()) == weight_bytes(decoded)
+    monkeypatch.setattr(floats, "SHARE", 0)
+    kept, _ = opentq.load(str(path))
+    assert kept.model.layers[0].mlp.down_proj.bits == 4 and kept.model.embed_tokens.bits == 8
+    assert source.decoded_bytes(built, device.here()) == 0
+    assert origin.weight_bytes(4) == weight_bytes(kept)
+    ids = mx.array([IDS])
+    assert np.allclose(decoded(ids), kept(ids), atol=1e-4)
+    assert fingerprint(decoded) == fingerprint(kept)

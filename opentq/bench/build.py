@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from ..errors import UserError
+from ..hosts.mlx_lm.floats import settle
 from ..memory import skeleton, source
 from ..memory.device import here
 from ..memory.loaded import weight_bytes
@@ -85,6 +86,7 @@ def random_model(config: dict[str, Any], weights: str, seed: int = 0) -> Any:
         return new
 
     model.update(tree_map_with_path(draw, model.parameters()))
+    settle(model)
     return model.eval()
 
 

@@ -177,10 +177,10 @@ def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path 
         raise UserError(f"--kv {kv!r} must name at least one spec, and each once")
     reading = corpus.load(text)
     kept = Records(records)
-    from ..hosts.mlx_lm.load import load
+    from ..hosts.mlx_lm.load import load, model_folder
 
     loaded, tokenizer = load(model)
-    return Work((loaded, model_name(model), tokenizer), reading, names, kept)
+    return Work((loaded, model_name(model, model_folder(model)), tokenizer), reading, names, kept)
 
 
 def check_tokenizer(model: str) -> None:

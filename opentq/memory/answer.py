@@ -112,7 +112,7 @@ def answer(
     machine = machines.assumed(machines.parse_memory(memory), device) if memory else machines.here()
     origin = source.find(model)
     skeleton = build(origin.config, origin.name, machine.float_bytes)
-    size, said = _weights(origin, skeleton, weights, machine.float_bytes)
+    size, said = _weights(origin, skeleton, weights, machine)
     contexts = contexts or _doublings(skeleton.context_limit or 1 << 17)
     rows, largest = [], {}
     notes = list(skeleton.notes)
@@ -130,8 +130,11 @@ def answer(
     return Answer(skeleton, said, machine, tuple(rows), largest, _layers(skeleton, specs[-1]), tuple(notes))
 
 
-def _weights(origin: source.Source, skeleton: Skeleton, asked: str, float_bytes: int) -> tuple[int, str]:
+def _weights(origin: source.Source, skeleton: Skeleton, asked: str, machine: Device) -> tuple[int, str]:
     """Bytes of the weights, and how they are known."""
+    float_bytes = machine.float_bytes
+    if decoded := source.decoded_bytes(skeleton, machine):
+        return decoded, f"{decoded / GIB:.2f} GiB, as float32: a CPU decodes quantised weights that fit"
     if asked:
         found = re.fullmatch(r"(\d+)[-_ ]?bit|bf16|fp16|f16", asked.lower())
         if not found or (found[1] and int(found[1]) not in (2, 3, 4, 5, 6, 8, 16)):

@@ -7,11 +7,9 @@ are paged and decode slows down tenfold. `sysctl iogpu.wired_limit_mb` raises th
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -78,7 +76,7 @@ def here() -> Device:
     """The machine this runs on, on the device that MLX uses."""
     kind, name = machine.device()
     if kind == "cpu":
-        memory = _ram()
+        memory = machine.ram()
         return Device("cpu", name, memory, memory - reserve(memory), float_bytes=4)
     info = mx.device_info()
     memory = int(info.get("memory_size") or info.get("total_memory") or 0)
@@ -94,15 +92,6 @@ def raised_limit() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else 0
-
-
-def _ram() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # A container may be allowed less than the machine has.
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total
 
 
 def parse_memory(text: str) -> int:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..hosts.mlx_lm import floats
 from ..hosts.mlx_lm.gguf import architectures, header, tensors
 from ..hosts.mlx_lm.names import is_gguf, resolve
 from . import shapes
+from .device import Device
+from .skeleton import Skeleton
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U64": 8, "U32": 4, "U16": 2}
@@ -47,6 +50,12 @@ class Source:
         if isinstance(said.get("bits"), int):
             return said["bits"], int(said.get("group_size") or 64)
         return (self.promised_bits, 64) if self.promised_bits else None
+
+
+def decoded_bytes(skeleton: Skeleton, machine: Device) -> int:
+    """Bytes of the weights where this machine computes in float32 whatever they were; 0 where it does not."""
+    size = 4 * skeleton.parameters
+    return size if machine.kind == "cpu" and floats.decodes(size, machine.memory) else 0
 
 
 def find(model: str) -> Source:

@@ -124,7 +124,7 @@ def check_memory(options: ServeOptions) -> None:
     asked = None if options.kv is None else recommend(kind).spec if options.kv == AUTO else KVSpec.parse(options.kv)
     skeleton = build(origin.config, origin.name, device.float_bytes)
     plans = skeleton.plans(asked if asked and asked.compresses else None)
-    weights = origin.weight_bytes(device.float_bytes) or 0
+    weights = source.decoded_bytes(skeleton, device) or origin.weight_bytes(device.float_bytes) or 0
     need = predict(skeleton, plans, FIRST_CONTEXT, weights, device, options.prefill_step or 64).total
     if need > limit:
         text = f"this model needs {need / GIB:.2f} GiB and the server has {limit / GIB:.2f}"

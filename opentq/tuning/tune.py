@@ -81,10 +81,10 @@ class Tuner:
         window: str = "native",
         say: Callable[[str], None] = print,
     ):
-        from ..hosts.mlx_lm.load import load
+        from ..hosts.mlx_lm.load import load, model_folder
 
         self.model, self.tokenizer = load(path)
-        self.id = model_name(path)
+        self.id = model_name(path, model_folder(path))
         self.goal, self.protocol, self.say = goal, protocol, say
         self.records = Records(records)
         self.text = corpus.load(None)

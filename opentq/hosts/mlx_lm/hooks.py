@@ -29,7 +29,7 @@ from ...spec.kv import KVSpec
 from ...spec.recipe import Recipe
 from ...spec.recommended import AUTO, recommend
 from ..plan import LayerPlan
-from . import private, seams
+from . import floats, private, seams
 from .identity import fingerprint
 from .policy import decide, shaped
 from .private import HookError
@@ -56,7 +56,7 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
     Everything in mlx-lm that asks the model for caches (generate, stream_generate, speculative decoding, batches)
     then uses them. Calling it again replaces the spec. "auto" is what is recommended for the model's family
     (`spec/recommended.toml`). `self_test` runs one token through the model. On a CPU the model's half-precision
-    weights become float32, because only such products are fast there; `uninstall` leaves them so.
+    weights become float32, quantised ones where they fit, because such products are fast; `uninstall` leaves them so.
 
     Raises:
         SpecError, CalibrationError: the spec can't be read, or was calibrated on another model.
@@ -81,7 +81,7 @@ def prepare(model: Any, spec: KVSpec, self_test: bool = True) -> Installation:
     plans = decide(own(), spec, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
     record = Installation(spec, plans, stats, model.__dict__.get("make_cache"), own, traits.lends)
-    settle(model)
+    floats.settle(model)
     install_shim()
     seams.enter(model)
     if self_test:
@@ -107,13 +107,6 @@ def own_caches(model: Any) -> Callable[[], list[Any]]:
     if record:
         return record.own_caches
     return model.make_cache if hasattr(model, "make_cache") else lambda: [mlx_cache.KVCache() for _ in model.layers]
-
-
-def settle(model: Any) -> None:
-    """On the CPU only float32 matrix products are fast: models run in float32 there."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
 
 
 def uninstall(model: Any = None) -> None:

@@ -15,7 +15,7 @@ from mlx_lm.utils import sharded_load
 from ...errors import UserError
 from ...spec.kv import KVSpec
 from ...spec.recommended import AUTO
-from . import hooks
+from . import floats, hooks
 from .gguf import header as gguf_header
 from .gguf import model as gguf_model
 from .names import is_gguf, resolve
@@ -46,7 +46,7 @@ def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any
         model, tokenizer = _load_gguf(path, options)
     else:
         model, tokenizer = _load_folder(path, options)
-    hooks.settle(model)
+    floats.settle(model)
     if spec is not None:
         hooks.compress(model, spec)
     return model, tokenizer

@@ -83,7 +83,8 @@ def _decide() -> Blas:
     tried = []
     for path, symbol, wide in libraries:
         names = (symbol.replace("cblas_sgemm", f"openblas_{verb}_num_threads").encode() for verb in ("set", "get"))
-        problem = shim.opentq_blas_use(os.fsencode(path), symbol.encode(), wide, *names, _threads())
+        row = symbol.replace("sgemm", "sgemv").encode()
+        problem = shim.opentq_blas_use(os.fsencode(path), symbol.encode(), row, wide, *names, _threads())
         if not problem:
             # Opening it again puts its symbol in the global scope, where MLX will look first.
             ctypes.CDLL(shim._name, ctypes.RTLD_GLOBAL)
