@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ def test_what_is_kept_is_private_and_whole(home):
     folder = build.cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
     files = sorted(folder.iterdir())
-    assert [f.suffix for f in files] == [".lock", ".so"], "nothing half-made is left"
+    assert [f.suffix for f in files] == [".lock", ".so", ".sha256"], "nothing half-made is left"
     assert files[1].stat().st_mode & 0o077 == 0
 
 
@@ -85,10 +87,44 @@ def test_a_folder_open_to_others_is_closed(home):
     assert build.cache_folder() == folder and folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_library_cut_short_is_built_again(home):
-    key = build._key(build.find_compiler(), ["a.cpp -DEXTRA=2"])
-    (build.cache_folder() / f"t-{key}.so").write_bytes(b"\x7fELF cut short")
-    assert answer() == 42 and runs(home) == 2
+def cut(path):
+    """To half its length: a process that maps it dies of SIGBUS."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def folder_in_its_place(path):
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_text("x")
+
+
+@pytest.mark.parametrize("damage", [cut, folder_in_its_place, lambda path: path.write_bytes(b""), pathlib.Path.touch])
+def test_a_damaged_library_is_built_again_and_said(home, damage, caplog):
+    answer()
+    forget()
+    (library,) = build.cache_folder().glob("t-*.so")
+    left = build.cache_folder() / f".build-{library.stem}-x1y2"
+    left.mkdir()
+    damage(library)
+    script = "import sys, pathlib; from opentq.kernels import build; build.HERE = pathlib.Path(sys.argv[1]); "
+    script += "print(build.load('t', ['a.cpp -DEXTRA=2']).answer())"
+    env = {**os.environ, "OPENTQ_BLAS": "off"}
+    command = [sys.executable, "-c", script, str(home / "src")]
+    done = subprocess.run(command, cwd=Path(build.__file__).parents[2], env=env, capture_output=True, text=True)
+    whole = damage is pathlib.Path.touch
+    assert (done.returncode, done.stdout) == (0, "42\n"), done.stderr
+    assert done.stderr.count("is damaged; compiling it again") == (not whole)
+    assert left.exists() == whole, "what a killed compiler left goes when its library is compiled"
+
+
+def test_what_killed_compilers_left_long_ago_is_removed(home):
+    folder = build.cache_folder()
+    for name, age in ((".build-old-1", 9999), (".build-new-2", 0)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    build.cache_folder.cache_clear()
+    build.cache_folder()
+    assert sorted(p.name for p in folder.iterdir()) == [".build-new-2"]
 
 
 def test_a_cache_that_cannot_be_written_gives_a_temporary_one(home, monkeypatch, caplog):
@@ -157,7 +193,7 @@ def python(script: str, **env: str) -> str:
 ATTEND = """
     import mlx.core as mx
     mx.set_default_device(mx.cpu)
-    from opentq.kernels.cpu import attention as fused_cpu
+    from opentq.attention import dispatch
     from opentq.codecs.affine import Affine
     from opentq.kernels.cpu import library as cpu
     from opentq.kernels.cpu.layout import CpuBlocks
@@ -165,7 +201,7 @@ ATTEND = """
     packed = codec.encode(mx.random.normal((1, 1, 64, 64), key=mx.random.key(0)))
     loaded = layout.load(layout.store(packed))
     assert all(mx.array_equal(a, b).item() for a, b in zip(loaded, packed))
-    print(cpu.available(), cpu.status().error[:22], fused_cpu.layouts(codec, codec, (64, 64))[0].name)
+    print(cpu.available(), cpu.status().error[:22], dispatch.layouts(codec, codec, (64, 64))[0].name)
 """
 
 

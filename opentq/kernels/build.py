@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import kept
+
 log = logging.getLogger("opentq")
 
 HERE = Path(__file__).parent / "cpu"
@@ -108,22 +110,17 @@ def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> 
     compiler = find_compiler()
     key = _key(compiler, sources)
     path = cache_folder() / f"{name}-{key}.so"
-    for attempt in range(2):
-        if not path.exists():
-            with _lock(path.with_suffix(".lock")):
-                if not path.exists():
-                    _say(f"opentq: compiling {name} for this machine, once -> {path}")
-                    compile_library(compiler, sources, path)
-        try:
-            return ctypes.CDLL(str(path), mode)
-        except OSError as error:
-            # A file cut short by a full disk or a crash: build it once more.
-            if attempt:
-                raise BuildError(
-                    f"compiled kernels can't be loaded: {error}; delete {path.parent} and try again"
-                ) from error
-            path.unlink(missing_ok=True)
-    raise AssertionError("unreachable")
+    if not kept.whole(path):
+        with _lock(path.with_suffix(".lock")):
+            if not kept.whole(path):
+                for left in path.parent.glob(f"{_work(path)}*"):  # of a compiler that was killed
+                    kept.remove(left)
+                _say(f"opentq: compiling {name} for this machine, once -> {path}")
+                compile_library(compiler, sources, path)
+    try:
+        return ctypes.CDLL(str(path), mode)
+    except OSError as error:
+        raise BuildError(f"compiled kernels can't be loaded: {error}; delete {path.parent} and try again") from error
 
 
 def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = ()) -> None:
@@ -131,7 +128,7 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
 
     A source is a file of `kernels/cpu`, with definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4".
     """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_work(target)) as work:
 
         def one(source: str) -> str:
             file, *defines = source.split()
@@ -151,7 +148,12 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
         if error is not None:
             raise BuildError(f"{shlex.join(compiler.command)} could not link {target.name}: {error}")
         os.chmod(linked, 0o600 | stat.S_IXUSR)
-        os.replace(linked, target)
+        kept.seal(Path(linked), target)
+
+
+def _work(target: Path) -> str:
+    """How the names of folders begin in which `target` is compiled."""
+    return f".build-{target.stem}-"
 
 
 @functools.cache
@@ -170,6 +172,7 @@ def cache_folder() -> Path:
         if found.st_mode & 0o077:
             folder.chmod(0o700)
         with tempfile.TemporaryFile(dir=folder):
+            kept.sweep(folder, 2 * TIMEOUT)
             return folder
     except OSError as error:
         private = Path(tempfile.mkdtemp(prefix="opentq-kernels-"))

@@ -10,10 +10,10 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import tempfile
+from pathlib import Path
 
-from .. import build
+from .. import build, kept
 
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
@@ -26,12 +26,12 @@ def cubin(name: str, source: str, architecture: str) -> bytes:
     """Machine code of `source` for `architecture` ("sm_90"), from the cache where it is known. Raises CompileError."""
     key = hashlib.sha256(f"{architecture}\0{version()}\0{source}".encode()).hexdigest()[:20]
     path = build.cache_folder() / f"{name}-{architecture}-{key}.cubin"
-    with contextlib.suppress(FileNotFoundError):
+    if kept.whole(path):
         return path.read_bytes()
     code = compile_source(name, source, architecture)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".build-", delete=False) as file:
         file.write(code)
-    os.replace(file.name, path)  # in one step: several processes may compile at once
+    kept.seal(Path(file.name), path)  # in one step: several processes may compile at once
     return code
 
 
