@@ -16,6 +16,7 @@ from .doctor import doctor
 from .evaluate import app as evaluate
 from .generate import generate
 from .lab import lab
+from .launch import launch
 from .plan import plan
 from .serve import serve
 from .tune import tune
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, which costs a third of the start-up
 )
 
-for command in (generate, chat, serve, plan, tune, calibrate, demo, doctor):
+for command in (generate, chat, serve, launch, plan, tune, calibrate, demo, doctor):
     app.command()(command)
 for group, name in ((bench, "bench"), (evaluate, "eval"), (cache, "cache"), (lab, "lab")):
     app.add_typer(group, name=name)

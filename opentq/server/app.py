@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .. import __version__
 from ..dialogue.errors import ApiError, bad
 from ..dialogue.request import Done, Generated, GenerationRequest
-from . import anthropic, openai
+from . import anthropic, openai, responses, responses_out
 from .openapi import document
+from .responses_store import Responses
 from .roster import Roster
 from .schema import parse
 from .service import Service, Stream
@@ -31,6 +32,8 @@ from .sse import frame
 from .stream import EventStream, WholeResponse
 
 log = logging.getLogger("opentq.serve")
+
+T = TypeVar("T")
 
 BODY_SECONDS = 60.0
 MAX_HEADERS = 32 << 10
@@ -71,6 +74,8 @@ def build(roster: Roster, access: Access) -> Starlette:
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
             Route("/v1/completions", routes.completions, methods=["POST"]),
+            Route("/v1/responses", routes.responses, methods=["POST"]),
+            Route("/v1/responses/{id}", routes.kept_response, methods=["GET", "DELETE"]),
             Route("/v1/messages", routes.messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
         ],
@@ -125,6 +130,7 @@ class Routes:
         self.roster = roster
         self.access = access
         self.fingerprint = f"opentq-{__version__}"
+        self.kept = Responses()
 
     @property
     def service(self) -> Service:
@@ -178,6 +184,31 @@ class Routes:
             return EventStream(stream, OpenAIFeed(head, ask.logprobs is not None), self.service.config.keep_alive)
         return WholeResponse(stream, OpenAIGather(head, ask.logprobs is not None))
 
+    async def responses(self, request: Request) -> Response:
+        def read(body: dict[str, Any]) -> responses.Asked:
+            before = body.get("previous_response_id")
+            earlier = self.kept.get(before, "previous_response_id").items if isinstance(before, str) else []
+            return responses.read(body, earlier)
+
+        def keep(writer: responses_out.Writer) -> None:
+            if asked.kept:
+                self.kept.keep(writer.response, asked.items)
+
+        asked = await self._read(request, read)
+        service = await self.roster.find(asked.request)
+        stream = await service.open(asked.request)
+        writer = responses_out.Writer(stream.id, asked.request.model or service.config.names[0], asked)
+        if asked.request.stream:
+            return EventStream(stream, responses_out.Feed(writer, keep), self.service.config.keep_alive)
+        return WholeResponse(stream, responses_out.Gathered(writer, keep))
+
+    async def kept_response(self, request: Request) -> Response:
+        id = request.path_params["id"]
+        if request.method == "DELETE":
+            self.kept.forget(id)
+            return JSONResponse({"id": id, "object": "response", "deleted": True})
+        return JSONResponse(self.kept.get(id).response)
+
     async def messages(self, request: Request) -> Response:
         ask = await self._read(request, anthropic.read)
         service = await self.roster.find(ask)
@@ -193,7 +224,7 @@ class Routes:
         count = await asyncio.get_running_loop().run_in_executor(None, (await self.roster.find(ask)).count, ask)
         return JSONResponse({"input_tokens": count})
 
-    async def _read(self, request: Request, read: Callable[[dict[str, Any]], GenerationRequest]) -> GenerationRequest:
+    async def _read(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T:
         body = await self._body(request)
         if len(body) <= INLINE:
             return read(parse(body))
