@@ -346,7 +346,10 @@ def test_kept_responses_are_bounded():
 def test_a_turn_of_items_is_one_message_and_thoughts_come_back():
     _, names = wire.read_tools([{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": "f"}]}])
     items = [
-        {"role": "developer", "content": [{"type": "input_text", "text": "Be"}, {"type": "input_text", "text": "kind"}]},
+        {
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "Be"}, {"type": "input_text", "text": "kind"}],
+        },
         {"type": "reasoning", "summary": [], "encrypted_content": wire.seal("hm")},
         {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"type": "function_call", "call_id": "1", "name": "f", "namespace": "a", "arguments": "{}"},

@@ -52,8 +52,8 @@ class Client:
 
 def _claude(target: Target, folder: Path) -> Setup:
     # https://code.claude.com/docs/en/llm-gateway and .../settings
-    names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL")
-    names += ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "CLAUDE_CODE_SUBAGENT_MODEL")
+    kinds = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL")
+    names = (*kinds, "ANTHROPIC_DEFAULT_HAIKU_MODEL", "CLAUDE_CODE_SUBAGENT_MODEL")
     return Setup(
         {
             "ANTHROPIC_BASE_URL": target.url,

@@ -6,12 +6,14 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from .responses import ResponsesRequest
 from .schema import ChatRequest, CompletionRequest, CountRequest, Form, MessagesRequest
 
 Schema = dict[str, Any]
 POSTS: dict[str, tuple[str, type[Form]]] = {
     "/v1/chat/completions": ("OpenAI chat completion", ChatRequest),
     "/v1/completions": ("OpenAI text completion", CompletionRequest),
+    "/v1/responses": ("OpenAI response", ResponsesRequest),
     "/v1/messages": ("Anthropic message", MessagesRequest),
     "/v1/messages/count_tokens": ("Tokens of an Anthropic message", CountRequest),
 }

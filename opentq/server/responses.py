@@ -17,7 +17,7 @@ from pydantic import Field
 from ..dialogue.errors import bad, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
 from .openai import refuse_unsupported
-from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Form, Int, JsonObject, Name, Share, Tokens, check, parse_json
+from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Form, Int, JsonObject, Share, Tokens, check, parse_json
 
 log = logging.getLogger("opentq.serve")
 
@@ -173,7 +173,9 @@ def read_tools(tools: list[Item]) -> tuple[list[Item], dict[str, ToolName]]:
         if kind == "custom":
             form = tool.get("format") or {}
             if form.get("definition"):
-                description += f"\n\nThe input must follow this {form.get('syntax') or ''} grammar:\n{form['definition']}"
+                description += (
+                    f"\n\nThe input must follow this {form.get('syntax') or ''} grammar:\n{form['definition']}"
+                )
             schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         names[inner] = ToolName(name, namespace, kind == "custom")
         function = {"name": inner, "description": description, "parameters": schema}
@@ -216,7 +218,9 @@ def _choose(choice: str | Item | None, tools: list[Item], names: dict[str, ToolN
         ]
         required = True
     else:
-        raise unsupported("tool_choice.type", f"{choice.get('type')!r}; function, custom and allowed_tools can be chosen")
+        raise unsupported(
+            "tool_choice.type", f"{choice.get('type')!r}; function, custom and allowed_tools can be chosen"
+        )
     if required and not wanted:
         raise bad("tool_choice names no tool that is given in tools", "tool_choice")
     return required, [t for t in tools if t["function"]["name"] in wanted]
