@@ -14,11 +14,12 @@ from opentq.dialogue.errors import ApiError
 from opentq.dialogue.roles import Roles
 from opentq.dialogue.volatile import without
 from opentq.server import anthropic
+from opentq.server import openai as openai_wire
 from opentq.server import responses as wire
 from opentq.server.diverge import Watch
 from opentq.server.responses_store import Responses
 
-from .server_support import HI, PERSON, TOOL, events, serving
+from .server_support import HI, PERSON, TOOL, Slow, Streaming, events, serving, wait_for
 
 RECORDED = Path(__file__).parent / "clients"
 
@@ -414,3 +415,108 @@ def test_responses_hold_a_schema_and_give_logprobs(agent):
     assert 1800 <= json.loads(answer.output_text)["born"] <= 1999
     logprobs = answer.output[0].content[0].logprobs
     assert "".join(t.token for t in logprobs) == answer.output_text
+
+
+# ---- what is harmless is taken
+
+
+def test_several_answers_read_their_prompt_once(agent):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 700}], "max_tokens": 12}
+    body |= {"temperature": 1.0, "seed": 5}
+    with Slow(agent.service.engine):
+        several = agent.openai.chat.completions.create(**body, n=3)
+    assert [c.index for c in several.choices] == [0, 1, 2]
+    assert len({c.message.content for c in several.choices}) == 3
+    for i in range(3):
+        alone = agent.openai.chat.completions.create(**body | {"seed": 5 + i})
+        assert alone.choices[0].message.content == several.choices[i].message.content
+    assert several.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert several.usage.completion_tokens == 36
+    chunks = list(
+        agent.openai.chat.completions.create(**body, n=3, stream=True, stream_options={"include_usage": True})
+    )
+    texts = ["".join(c.choices[0].delta.content or "" for c in chunks if c.choices and c.choices[0].index == i)
+             for i in range(3)]  # fmt: skip
+    assert texts == [c.message.content for c in several.choices]
+    assert sum(bool(c.choices and c.choices[0].finish_reason) for c in chunks) == 3
+    assert chunks[-1].usage.completion_tokens == 36
+    wait_for(agent.quiet)
+
+
+def test_one_of_several_can_go_away_while_the_prompt_is_read(agent):
+    engine = agent.service.engine
+    with Slow(engine, 0.2):
+        stream = Streaming(agent, "y" * 1500, n=3)
+        wait_for(lambda: engine.reading and len(engine.reading[0].followers) == 2)
+        stream.close()
+        wait_for(agent.quiet)
+
+
+def test_several_prompts_and_echo(agent):
+    make = agent.openai.completions.create
+    prompts = ["once", "upon", "a time"]
+    several = make(model="tiny", prompt=prompts, max_tokens=5, temperature=0, echo=True, n=2)
+    assert [c.index for c in several.choices] == list(range(6))
+    for i, prompt in enumerate(prompts):
+        alone = make(model="tiny", prompt=prompt, max_tokens=5, temperature=0).choices[0].text
+        assert several.choices[2 * i].text == several.choices[2 * i + 1].text == prompt + alone
+    assert several.usage.prompt_tokens == 4 + 4 + 6
+    ids = make(model="tiny", prompt=[[70, 71], [72]], max_tokens=2, temperature=0)
+    assert len(ids.choices) == 2 and ids.usage.prompt_tokens == 3
+    refused = agent.post("/v1/completions", prompt="x", echo=True, logprobs=1)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "echo"
+    assert agent.post("/v1/completions", prompt=["x"] * 65).status_code == 400
+
+
+def test_fields_that_change_nothing_are_taken():
+    idle = {"store": True, "service_tier": "flex", "verbosity": "low", "metadata": {"a": "b"}, "user": "u"}
+    empty = {"web_search_options": {"search_context_size": None, "user_location": None}}
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    request = openai_wire.read_chat({"messages": [*HI, refusal, *HI], **idle, **empty})
+    assert request.messages[1]["content"] == "no"
+
+
+def test_tools_in_every_form():
+    flat = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+    custom = {"type": "custom", "custom": {"name": "g", "description": "d", "format": {"type": "grammar", "grammar": {
+        "syntax": "lark", "definition": "start: /x/"}}}}  # fmt: skip
+    body = {"messages": HI, "tools": [flat, TOOL, custom]}
+    request = openai_wire.read_chat(body)
+    assert [t["function"]["name"] for t in request.tools] == ["f", "look_up", "g"] and request.custom == {"g"}
+    assert "start: /x/" in request.tools[2]["function"]["description"]
+    choices = [
+        {"type": "function", "name": "f"},
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "name": "f"}]}},
+    ]
+    for choice in choices:
+        request = openai_wire.read_chat(body | {"tool_choice": choice})
+        assert ([t["function"]["name"] for t in request.tools], request.tool_choice) == (["f"], "required")
+    history = {
+        "role": "assistant",
+        "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "g", "input": "x"}}],
+    }
+    (_, call) = openai_wire.read_chat({"messages": [*HI, history]}).messages
+    assert call["tool_calls"][0]["function"] == {"name": "g", "arguments": {"input": "x"}}
+
+
+def test_custom_tools_are_called_with_text(agent):
+    custom = {"type": "custom", "custom": {"name": "say"}}
+    body = {"model": "tiny", "messages": HI, "tools": [custom], "tool_choice": "required", "max_tokens": 400}
+    choice = agent.openai.chat.completions.create(**body, temperature=1, seed=1).choices[0]
+    if choice.finish_reason == "tool_calls":
+        assert choice.message.tool_calls[0].type == "custom" and choice.message.tool_calls[0].custom.name == "say"
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_nested_models(agent, at):
+    """pydantic models within models, as instructor and langchain ask for them."""
+    request = recorded("nested-models", model="tiny", max_completion_tokens=90)[at]
+    request["body"].pop("max_tokens", None)
+    response = agent.client.post(request["path"], json=request["body"])
+    assert response.status_code == 200, response.text
+    message = response.json()["choices"][0]["message"]
+    text = message["tool_calls"][0]["function"]["arguments"] if message.get("tool_calls") else message["content"]
+    if response.json()["choices"][0]["finish_reason"] != "length":
+        line = json.loads(text)
+        assert 0 <= line["start"]["x"] <= 9 and 0 <= line["end"]["y"] <= 9

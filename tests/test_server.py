@@ -248,13 +248,14 @@ def test_errors_have_openais_shape(server):
         (server.client.get("/v1/models/../../etc/passwd"), 404),
         (server.client.get("/etc/passwd"), 404),
         (server.client.get("/v1/chat/completions"), 405),
-        (server.post(messages=[{"role": "user", "content": "x"}], n=3), 400),
+        (server.post(messages=[{"role": "user", "content": "x"}], n=9), 400),
     ]
     for response, status in cases:
         error = response.json()["error"]
         assert response.status_code == status and set(error) == {"message", "type", "param", "code"}
-    with pytest.raises(openai.BadRequestError, match="n is not supported"):
-        server.openai.chat.completions.create(model="tiny", messages=HI, n=2)
+    with pytest.raises(openai.BadRequestError, match="prediction is not supported"):
+        form = {"type": "content", "content": "x"}
+        server.openai.chat.completions.create(model="tiny", messages=HI, prediction=form)
     with pytest.raises(openai.NotFoundError):
         server.openai.chat.completions.create(model="other", messages=HI)
 

@@ -36,11 +36,15 @@ class GenerationRequest:
     Attributes:
         messages: chat messages in OpenAI's form with text contents, or None for a bare prompt.
         prompt: text or token ids, when `messages` is None.
+        prompts: all of several bare prompts, the first of them `prompt`.
+        n: answers to each prompt.
+        echo: whether an answer to a bare prompt begins with the prompt.
         max_tokens: most tokens to generate; None leaves it to the server.
         stop: texts that end the answer.
         logprobs: None for none, else how many alternatives to report per token (0: the chosen one alone).
         tools: OpenAI tool definitions that the model may call.
         tool_choice: "auto", "required", or the name of the one function it must call.
+        custom: names of tools whose one argument, `input`, is text for the client.
         parallel_calls: False ends the answer after the first tool call.
         schema: JSON Schema that the answer must fit, or None.
         template: extra variables for the chat template.
@@ -50,12 +54,16 @@ class GenerationRequest:
     model: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | tuple[int, ...] = ""
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    n: int = 1
+    echo: bool = False
     max_tokens: int | None = None
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] = "auto"
+    custom: frozenset[str] = frozenset()
     parallel_calls: bool = True
     schema: dict[str, Any] | None = None
     template: dict[str, Any] = field(default_factory=dict)
@@ -117,12 +125,19 @@ class Generated:
 
     deltas: tuple[Delta, ...]
     tokens: tuple[Chosen, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer: `reason` is stop, length or tool_calls; `matched` is the stop text that ended it."""
+    """The end of an answer: `reason` is stop, length or tool_calls; `matched` is the stop text that ended it.
+
+    Where one request gets several answers, `choice` says which ends, and `last` whether it is the last to; `usage` is
+    of all that have ended.
+    """
 
     reason: str
     usage: Usage
     matched: str = ""
+    choice: int = 0
+    last: bool = True

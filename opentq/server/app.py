@@ -23,6 +23,7 @@ from .. import __version__
 from ..dialogue.errors import ApiError, bad
 from ..dialogue.request import Done, Generated, GenerationRequest
 from . import anthropic, openai, responses, responses_out
+from .choices import open_all
 from .openapi import document
 from .responses_store import Responses
 from .roster import Roster
@@ -171,7 +172,9 @@ class Routes:
     ) -> Response:
         ask = await self._read(request, read)
         service = await self.roster.find(ask)
-        stream = await service.open(ask)
+        stream = await open_all(service, ask)
+        tokenizer = service.engine.tokenizer
+        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in ask.prompts] if ask.echo else []
         head = openai.Head(
             id=("chatcmpl-" if chat else "cmpl-") + stream.id,
             created=int(time.time()),
@@ -179,10 +182,14 @@ class Routes:
             fingerprint=self.fingerprint,
             chat=chat,
             include_usage=ask.include_usage,
+            custom=ask.custom,
+            echo=tuple(text for text in texts for _ in range(ask.n)),
         )
+        count = ask.n * max(len(ask.prompts), 1)
         if ask.stream:
-            return EventStream(stream, OpenAIFeed(head, ask.logprobs is not None), self.service.config.keep_alive)
-        return WholeResponse(stream, OpenAIGather(head, ask.logprobs is not None))
+            feed = OpenAIFeed(head, ask.logprobs is not None, count)
+            return EventStream(stream, feed, self.service.config.keep_alive)
+        return WholeResponse(stream, OpenAIGather(head, ask.logprobs is not None, count))
 
     async def responses(self, request: Request) -> Response:
         def read(body: dict[str, Any]) -> responses.Asked:
@@ -269,17 +276,18 @@ class OpenAIFeed:
 
     ping = b": keep-alive\n\n"
 
-    def __init__(self, head: openai.Head, logprobs: bool):
-        self.chunks = openai.Chunks(head, logprobs)
+    def __init__(self, head: openai.Head, logprobs: bool, count: int = 1):
+        self.choices = [openai.Chunks(head, logprobs, i) for i in range(count)]
 
     def opening(self) -> bytes:
-        return b"".join(map(frame, openai.opening(self.chunks.head)))
+        return b"".join(frame(chunk) for choice in self.choices for chunk in choice.opening())
 
     def step(self, step: Generated) -> bytes:
-        return b"".join(map(frame, self.chunks.step(step.deltas, step.tokens)))
+        return b"".join(map(frame, self.choices[step.choice].step(step.deltas, step.tokens)))
 
     def done(self, done: Done) -> bytes:
-        return b"".join(map(frame, self.chunks.end(done))) + frame("[DONE]")
+        chunks = b"".join(map(frame, self.choices[done.choice].end(done)))
+        return chunks + frame("[DONE]") if done.last else chunks
 
     def error(self, error: ApiError) -> bytes:
         return frame(error.body()) + frame("[DONE]")
@@ -288,14 +296,17 @@ class OpenAIFeed:
 class OpenAIGather:
     """OpenAI's whole response."""
 
-    def __init__(self, head: openai.Head, logprobs: bool):
-        self.head, self.logprobs, self.answer = head, logprobs, openai.GatheredAnswer()
+    def __init__(self, head: openai.Head, logprobs: bool, count: int = 1):
+        self.head, self.logprobs = head, logprobs
+        self.answers = [openai.GatheredAnswer() for _ in range(count)]
+        self.choices: dict[int, dict[str, Any]] = {}
 
     def step(self, step: Generated) -> None:
-        self.answer.add(step.deltas, step.tokens)
+        self.answers[step.choice].add(step.deltas, step.tokens)
 
     def done(self, done: Done) -> dict[str, Any]:
-        return openai.response(self.head, self.answer, done, self.logprobs)
+        self.choices[done.choice] = openai.whole_choice(self.head, self.answers[done.choice], done, self.logprobs)
+        return openai.response(self.head, [self.choices[i] for i in sorted(self.choices)], done.usage)
 
 
 def _error_response(path: str, error: ApiError) -> Response:

@@ -49,6 +49,7 @@ class Job:
     post: Callable[[Job, Event], None]
     constraint: Constraint | None = None
     logprobs: int | None = None
+    leader: Job | None = None  # another that reads the same prompt
     created: float = field(default_factory=time.perf_counter)
 
     names: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Job:
     started: float = 0.0
     first: float = 0.0  # when the prompt was read
     generated: int = 0
+    followers: list[Job] = field(default_factory=list)  # jobs that wait for this one's prompt to be read
 
     @property
     def total(self) -> int:
@@ -137,7 +139,11 @@ class Engine:
 
     def recover(self, error: BaseException) -> None:
         """After `run` failed: end the job at work, or all running answers if it was theirs, with an error each."""
-        failed = [self.at_work] if self.at_work else [j for _, jobs in self.batches.values() for j in jobs]
+        failed = (
+            [self.at_work, *self.at_work.followers]
+            if self.at_work
+            else [j for _, jobs in self.batches.values() for j in jobs]
+        )
         if not self.at_work:
             self.batches.clear()
         self.at_work = None
@@ -166,6 +172,10 @@ class Engine:
     def _start(self, job: Job, room: int) -> None:
         self.at_work = job
         job.started = time.perf_counter()
+        if job.leader and job.leader in self.reading:
+            job.leader.followers.append(job)
+            self.at_work = None
+            return
         self.store.give_way(room)
         job.names = self.store.names(job.tokens)
         hit = self.store.fetch(job.names)
@@ -205,6 +215,18 @@ class Engine:
     def _join(self, job: Job) -> None:
         self.reading.remove(job)
         single = job.caches or []
+        self._enter(job, single)
+        while job.followers:
+            follower = job.followers.pop()
+            follower.cached = job.read
+            self._enter(follower, single)
+        if exact_trim(single):
+            for c in single:
+                c.trim(job.read - len(job.names) * self.store.block)
+            self.store.remember(job.names, job.tokens, single)
+
+    def _enter(self, job: Job, single: list[Any]) -> None:
+        """Give a job whose prompt is in the caches `single` its place in a batch."""
         how = job.sampling
         processors: list[Processor] = make_processors(how, len(job.tokens))
         if job.constraint:
@@ -220,10 +242,6 @@ class Engine:
             self.batches[key][1].append(job)
         else:
             self.batches[key] = (batch, [job])
-        if exact_trim(single):
-            for c in single:
-                c.trim(job.read - len(job.names) * self.store.block)
-            self.store.remember(job.names, job.tokens, single)
 
     def _decode(self, key: int) -> None:
         """The next token of every answer in a bucket."""
@@ -269,6 +287,10 @@ class Engine:
             self.reading.remove(job)
             job.caches = None
             mx.clear_cache()
+            for follower in job.followers:
+                self._start(follower, self.store.room)
+        elif leader := next((j for j in self.reading if job in j.followers), None):
+            leader.followers.remove(job)
         else:
             for key, (batch, jobs) in list(self.batches.items()):
                 if job in jobs:

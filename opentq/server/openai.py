@@ -6,6 +6,7 @@ one can't serve are refused with a 400 that names them, unless their value asks 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,33 +14,30 @@ from typing import Any
 from ..dialogue.errors import bad, unsupported
 from ..dialogue.request import Chosen, Delta, Done, GenerationRequest, SamplingParams, ToolCall, Usage
 from .schema import (
+    MAX_PROMPTS,
     ChatRequest,
+    ChosenTool,
     Common,
     CompletionRequest,
+    CustomTool,
     Message,
     MessageCall,
-    NamedTool,
     Part,
     ResponseFormat,
+    Tool,
     check,
     parse_json,
 )
 
 # Known fields that are not served, with the values that ask for nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "store": (False,),
     "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
     "functions": ([],),
     "function_call": (),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "verbosity": (),
     "draft_model": (),
     "num_draft_tokens": (),
     "adapters": (),
@@ -56,7 +54,7 @@ IDLE: dict[str, tuple[Any, ...]] = {
 }
 
 HINTS = {
-    "n": "send the request n times; the prompt is read once",
+    "best_of": "ask for n and choose",
     "functions": "use tools",
     "function_call": "use tool_choice",
     "guided_json": "use response_format with json_schema",
@@ -66,7 +64,9 @@ HINTS = {
 def refuse_unsupported(body: dict[str, Any], idle: dict[str, tuple[Any, ...]] = IDLE) -> None:
     """Raise ApiError for a known field that asks for something this server does not do."""
     for name, harmless in idle.items():
-        if body.get(name) is not None and body[name] not in harmless:
+        value = body.get(name)
+        nothing = value is None or (isinstance(value, dict) and all(v is None for v in value.values()))
+        if not nothing and value not in harmless:
             raise unsupported(name, HINTS.get(name, ""))
 
 
@@ -76,24 +76,15 @@ def read_chat(body: dict[str, Any]) -> GenerationRequest:
     form = check(body, ChatRequest)
     if form.top_logprobs is not None and not form.logprobs:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-    tools: tuple[dict[str, Any], ...] = tuple(body.get("tools") or ())
-    choice = form.tool_choice or "auto"
-    if choice == "none":
-        tools = ()
-    elif choice != "auto" and not tools:
-        raise bad("tool_choice needs tools", "tool_choice")
-    if isinstance(choice, NamedTool):
-        name = choice.function.name
-        if name not in {t["function"]["name"] for t in tools}:
-            raise bad(f"tool_choice names {name!r}, which is not in tools", "tool_choice")
-        tools = tuple(t for t in tools if t["function"]["name"] == name)
-        choice = "required"
+    tools, choice = choose_tools(form.tools or [], form.tool_choice or "auto")
     return GenerationRequest(
         messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(form.messages)),
         max_tokens=form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens,
         logprobs=(form.top_logprobs or 0) if form.logprobs else None,
         tools=tools,
+        custom=frozenset(t.custom.name if t.custom else t.name or "" for t in form.tools or () if t.type == "custom"),
         tool_choice=choice,
+        n=form.n or 1,
         parallel_calls=form.parallel_tool_calls is not False,
         template=_template(form),
         **_common(form),
@@ -103,9 +94,74 @@ def read_chat(body: dict[str, Any]) -> GenerationRequest:
 def read_completion(body: dict[str, Any]) -> GenerationRequest:
     """The request in a /v1/completions body. Raises ApiError."""
     refuse_unsupported(body)
+    if body.get("best_of") not in (None, 1, body.get("n")):
+        raise unsupported("best_of", HINTS["best_of"])
     form = check(body, CompletionRequest)
-    prompt = form.prompt if isinstance(form.prompt, str) else tuple(form.prompt)
-    return GenerationRequest(prompt=prompt, max_tokens=form.max_tokens, logprobs=form.logprobs, **_common(form))
+    given: Any = form.prompt
+    several = isinstance(given, list) and not isinstance(given[0], int)
+    prompts = [p if isinstance(p, str) else tuple(p) for p in (given if several else [given])]
+    if form.echo and form.logprobs is not None:
+        raise unsupported("echo", "log probabilities are of the answer alone; send echo without logprobs")
+    if len(prompts) * (form.n or 1) > MAX_PROMPTS:
+        raise bad(f"prompts and n ask for {len(prompts) * (form.n or 1)} answers; {MAX_PROMPTS} at most", "n")
+    return GenerationRequest(
+        prompt=prompts[0],
+        prompts=tuple(prompts),
+        max_tokens=form.max_tokens,
+        logprobs=form.logprobs,
+        n=form.n or 1,
+        echo=bool(form.echo),
+        **_common(form),
+    )
+
+
+def choose_tools(given: list[Tool], choice: str | ChosenTool) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The tools that may be called, as chat templates take them, and whether one must be. Raises ApiError."""
+    tools = tuple(_read_tool(t, f"tools[{i}]") for i, t in enumerate(given))
+    if choice == "none":
+        return (), "auto"
+    if choice == "auto":
+        return tools, "auto"
+    if not tools:
+        raise bad("tool_choice needs tools", "tool_choice")
+    if isinstance(choice, str):
+        return tools, choice
+    if choice.type == "allowed_tools":
+        if choice.allowed_tools is None:
+            raise bad("tool_choice.allowed_tools is missing", "tool_choice.allowed_tools")
+        allowed = [t.get(str(t.get("type"))) or t for t in choice.allowed_tools.tools]
+        names, mode = [a.get("name") for a in allowed if isinstance(a, dict)], choice.allowed_tools.mode
+    else:
+        inner = choice.function or choice.custom
+        names, mode = [inner.name if inner else choice.name], "required"
+    known = [t["function"]["name"] for t in tools]
+    if unknown := [n for n in names if n not in known]:
+        raise bad(f"tool_choice names {unknown[0]!r}, which is not in tools", "tool_choice")
+    return tuple(t for t in tools if t["function"]["name"] in names), mode
+
+
+def _read_tool(tool: Tool, path: str) -> dict[str, Any]:
+    """OpenAI's function, whichever form it was given in; a custom tool is a function with one text."""
+    if tool.type == "custom":
+        custom = tool.custom or (CustomTool(name=tool.name, description=tool.description) if tool.name else None)
+        if custom is None:
+            raise bad(f"{path}.custom is missing", f"{path}.custom", "missing_required_parameter")
+        return free_text_tool(custom.name, custom.description or "", custom.format)
+    if tool.function is None and tool.name is None:
+        raise bad(f"{path}.function is missing", f"{path}.function", "missing_required_parameter")
+    function: Any = tool.function or tool
+    out: dict[str, Any] = {"name": function.name}
+    out |= {k: v for k in ("description", "parameters") if (v := getattr(function, k)) is not None}
+    return {"type": "function", "function": out}
+
+
+def free_text_tool(name: str, description: str, form: dict[str, Any] | None) -> dict[str, Any]:
+    """A function in the place of a tool whose input is text in some form."""
+    grammar = (form or {}).get("grammar") or form or {}
+    if grammar.get("definition"):
+        description += f"\n\nThe input must follow this {grammar.get('syntax') or ''} grammar:\n{grammar['definition']}"
+    schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
 def read_message(message: Message, path: str) -> dict[str, Any]:
@@ -128,9 +184,10 @@ def read_content(content: str | list[Part] | None, path: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     for i, part in enumerate(content):
-        if part.type not in ("text", "input_text", "output_text") or part.text is None:
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in ("text", "input_text", "output_text", "refusal") or text is None:
             raise unsupported(f"{path}[{i}].type", f"{part.type!r}; only text parts can be read")
-    return "".join(part.text or "" for part in content)
+    return "".join(part.text or part.refusal or "" for part in content)
 
 
 def read_format(wanted: ResponseFormat | None) -> dict[str, Any] | None:
@@ -145,8 +202,13 @@ def read_format(wanted: ResponseFormat | None) -> dict[str, Any] | None:
 
 
 def _read_call(call: MessageCall, path: str) -> dict[str, Any]:
-    arguments = parse_json(call.function.arguments or "{}", f"{path}.function.arguments")
-    function = {"name": call.function.name, "arguments": arguments}
+    if call.custom:
+        function: dict[str, Any] = {"name": call.custom.name, "arguments": {"input": call.custom.input}}
+    elif call.function:
+        arguments = parse_json(call.function.arguments or "{}", f"{path}.function.arguments")
+        function = {"name": call.function.name, "arguments": arguments}
+    else:
+        raise bad(f"{path}.function is missing", f"{path}.function", "missing_required_parameter")
     return {"id": call.id or "", "type": "function", "function": function}
 
 
@@ -240,6 +302,18 @@ class Head:
     fingerprint: str
     chat: bool
     include_usage: bool = False
+    custom: frozenset[str] = frozenset()
+    echo: tuple[str, ...] = ()
+
+    def call(self, call: ToolCall) -> dict[str, Any]:
+        """A tool call in the client's form: of a function, or of a tool whose input is text."""
+        if call.name not in self.custom:
+            return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": free_text(call)}}
+
+    def echoed(self, choice: int) -> str:
+        """What an answer begins with: its prompt, where that was asked for."""
+        return self.echo[choice] if self.echo else ""
 
     def wrap(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
         kind = ("chat.completion" + (".chunk" if chunk else "")) if self.chat else "text_completion"
@@ -256,39 +330,56 @@ class Head:
         return body
 
 
-def response(head: Head, answer: GatheredAnswer, done: Done, logprobs: bool) -> dict[str, Any]:
+def free_text(call: ToolCall) -> str:
+    """The text in a call of a custom tool; the arguments as they are where the model gave it another form."""
+    try:
+        given = json.loads(call.arguments or "{}")
+    except ValueError:
+        return call.arguments
+    text = given.get("input") if isinstance(given, dict) else None
+    return text if isinstance(text, str) else call.arguments
+
+
+def response(head: Head, choices: list[dict[str, Any]], u: Usage) -> dict[str, Any]:
     """The whole response of a request that does not stream."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": done.reason, "logprobs": None}
+    return head.wrap(choices, False) | {"usage": usage(u), "opentq": timings(u)}
+
+
+def whole_choice(head: Head, answer: GatheredAnswer, done: Done, logprobs: bool) -> dict[str, Any]:
+    """One answer, of one or several."""
+    choice: dict[str, Any] = {"index": done.choice, "finish_reason": done.reason, "logprobs": None}
     if head.chat:
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
         if answer.reasoning:
             message |= {"reasoning": answer.reasoning, "reasoning_content": answer.reasoning}
         if answer.calls:
             message["content"] = answer.content or None
-            message["tool_calls"] = [_call(c) for c in answer.calls]
+            message["tool_calls"] = [head.call(c) for c in answer.calls]
         choice["message"] = message
         if logprobs:
             choice["logprobs"] = {"content": [_chosen(t) for t in answer.tokens], "refusal": None}
     else:
-        choice["text"] = answer.content
+        choice["text"] = head.echoed(done.choice) + answer.content
         if logprobs:
             choice["logprobs"] = _legacy(answer.tokens, 0)
-    return head.wrap([choice], False) | {"usage": usage(done.usage), "opentq": timings(done.usage)}
-
-
-def opening(head: Head) -> list[dict[str, Any]]:
-    """The chunks before the first token: chat names the role."""
-    return [_chunk(head, {"role": "assistant", "content": ""})] if head.chat else []
+    return choice
 
 
 class Chunks:
     """Chunks of one streamed answer; numbers its tool calls and its text offsets."""
 
-    def __init__(self, head: Head, logprobs: bool):
+    def __init__(self, head: Head, logprobs: bool, index: int = 0):
         self.head = head
         self.logprobs = logprobs
+        self.index = index
         self.calls = 0
         self.offset = 0
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The chunks before the first token: chat names the role, an echo repeats the prompt."""
+        if self.head.chat:
+            return [self._chunk({"role": "assistant", "content": ""})]
+        return [self._chunk(echo)] if (echo := self.head.echoed(self.index)) else []
 
     def step(self, deltas: tuple[Delta, ...], tokens: tuple[Chosen, ...]) -> list[dict[str, Any]]:
         """One chunk per piece; log probabilities of tokens whose text is still held back come with an empty piece."""
@@ -306,25 +397,24 @@ class Chunks:
 
     def _piece(self, delta: Delta) -> dict[str, Any]:
         if not self.head.chat:
-            return _chunk(self.head, delta.text)
+            return self._chunk(delta.text)
         if delta.call:
             self.calls += 1
-            return _chunk(self.head, {"tool_calls": [{"index": self.calls - 1, **_call(delta.call)}]})
+            return self._chunk({"tool_calls": [{"index": self.calls - 1, **self.head.call(delta.call)}]})
         if delta.kind == "reasoning":
-            return _chunk(self.head, {"reasoning": delta.text, "reasoning_content": delta.text})
-        return _chunk(self.head, {"content": delta.text})
+            return self._chunk({"reasoning": delta.text, "reasoning_content": delta.text})
+        return self._chunk({"content": delta.text})
 
     def end(self, done: Done) -> list[dict[str, Any]]:
         """The chunk with the finish reason, and the one with the usage (its `choices` are empty) when asked for."""
-        last = _chunk(self.head, {} if self.head.chat else "", done.reason) | {"opentq": timings(done.usage)}
-        if not self.head.include_usage:
+        last = self._chunk({} if self.head.chat else "", done.reason) | {"opentq": timings(done.usage)}
+        if not (self.head.include_usage and done.last):
             return [last]
         return [last, self.head.wrap([], True) | {"usage": usage(done.usage)}]
 
-
-def _chunk(head: Head, delta: Any, reason: str | None = None) -> dict[str, Any]:
-    body = {"delta": delta} if head.chat else {"text": delta}
-    return head.wrap([{"index": 0, **body, "finish_reason": reason, "logprobs": None}], True)
+    def _chunk(self, delta: Any, reason: str | None = None) -> dict[str, Any]:
+        body = {"delta": delta} if self.head.chat else {"text": delta}
+        return self.head.wrap([{"index": self.index, **body, "finish_reason": reason, "logprobs": None}], True)
 
 
 def usage(u: Usage) -> dict[str, Any]:
@@ -343,10 +433,6 @@ def timings(u: Usage) -> dict[str, float]:
         "prompt_seconds": round(u.prompt_seconds, 4),
         "generation_seconds": round(u.generation_seconds, 4),
     }
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _chosen(token: Chosen) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ..dialogue.errors import bad, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
-from .openai import refuse_unsupported
+from .openai import free_text_tool, refuse_unsupported
 from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Form, Int, JsonObject, Share, Tokens, check, parse_json
 
 log = logging.getLogger("opentq.serve")
@@ -169,15 +169,11 @@ def read_tools(tools: list[Item]) -> tuple[list[Item], dict[str, ToolName]]:
             raise bad(f"{path}.name is missing", f"{path}.name", "missing_required_parameter")
         inner = f"{namespace}__{name}" if namespace else name
         description = tool.get("description") or ""
-        schema = tool.get("parameters") or {"type": "object", "properties": {}}
-        if kind == "custom":
-            form = tool.get("format") or {}
-            if form.get("definition"):
-                description += (
-                    f"\n\nThe input must follow this {form.get('syntax') or ''} grammar:\n{form['definition']}"
-                )
-            schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         names[inner] = ToolName(name, namespace, kind == "custom")
+        if kind == "custom":
+            functions.append(free_text_tool(inner, description, tool.get("format")))
+            return
+        schema = tool.get("parameters") or {"type": "object", "properties": {}}
         function = {"name": inner, "description": description, "parameters": schema}
         functions.append({"type": "function", "function": function})
 

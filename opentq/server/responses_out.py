@@ -7,7 +7,8 @@ from typing import Any
 
 from ..dialogue.errors import ApiError
 from ..dialogue.request import Chosen, Delta, Done, Generated, Usage
-from .responses import Asked, Item, ToolName, parse_json, seal
+from .openai import free_text
+from .responses import Asked, Item, ToolName, seal
 from .sse import frame
 
 REPEATED = ("instructions", "previous_response_id", "top_logprobs", "user", "prompt_cache_key", "safety_identifier")
@@ -104,9 +105,7 @@ class Writer:
         if outside.namespace:
             item["namespace"] = outside.namespace
         if outside.custom:
-            given = parse_json(call.arguments or "{}")
-            text = given.get("input") if isinstance(given, dict) else None
-            kind, field, text = "custom_tool_call", "input", text if isinstance(text, str) else call.arguments
+            kind, field, text = "custom_tool_call", "input", free_text(call)
         else:
             kind, field, text = "function_call", "arguments", call.arguments
         item |= {"type": kind, field: ""}

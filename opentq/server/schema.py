@@ -26,6 +26,8 @@ from ..dialogue.errors import bad
 
 MAX_MESSAGES = 4096
 MAX_STOPS = 16
+MAX_CHOICES = 8
+MAX_PROMPTS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**53
@@ -60,6 +62,7 @@ def _by_type(words: str) -> Discriminator:
 Int = Annotated[int, BeforeValidator(_whole)]
 Tokens = Annotated[Int, Field(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
+Choices = Annotated[Int, Field(ge=1, le=MAX_CHOICES)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
 StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
@@ -72,6 +75,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Part(Form):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 Content = Annotated[
@@ -89,9 +93,23 @@ class Function(Form):
     parameters: JsonObject | None = None
 
 
+class CustomTool(Form):
+    """A tool whose input is text."""
+
+    name: Name
+    description: str | None = None
+    format: JsonObject | None = None
+
+
 class Tool(Form):
-    type: Literal["function"]
-    function: Function
+    """A function or a custom tool; or a function in the short form, whose fields are the tool's own."""
+
+    type: Literal["function", "custom"]
+    function: Function | None = None
+    custom: CustomTool | None = None
+    name: Name | None = None
+    description: str | None = None
+    parameters: JsonObject | None = None
 
 
 class CalledFunction(Form):
@@ -99,10 +117,16 @@ class CalledFunction(Form):
     arguments: str
 
 
+class CalledCustom(Form):
+    name: Name
+    input: str
+
+
 class MessageCall(Form):
     id: str | None = None
     type: str | None = None
-    function: CalledFunction
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
 
 
 class Message(Form):
@@ -130,9 +154,19 @@ class NamedFunction(Form):
     name: Name
 
 
-class NamedTool(Form):
-    type: Literal["function"]
-    function: NamedFunction
+class AllowedTools(Form):
+    mode: Literal["auto", "required"]
+    tools: list[JsonObject]
+
+
+class ChosenTool(Form):
+    """A tool that must be called, in OpenAI's forms or the short one, or the tools that may be."""
+
+    type: Literal["function", "custom", "allowed_tools"]
+    function: NamedFunction | None = None
+    custom: NamedFunction | None = None
+    name: Name | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class StreamOptions(Form):
@@ -175,23 +209,28 @@ class ChatRequest(Common):
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
     tool_choice: (
         Annotated[
-            Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<object>")],
+            Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[ChosenTool, Tag("<object>")],
             _by_type("none, auto, required, or an object that names a function"),
         ]
         | None
     ) = None
     parallel_tool_calls: bool | None = None
+    n: Choices | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     chat_template_kwargs: JsonObject | None = None
 
 
-def _one_prompt(value: Any) -> Any:
-    """OpenAI takes several prompts at once; a list of one is as good as that one."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise ValueError(f"must be one prompt, not {len(value)}: send a request for each")
-        return value[0]
-    return value
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**22, fail_fast=True)]
+
+
+def _prompt_kind(value: Any) -> str | None:
+    """What a prompt is, by its first item: text, token ids, or several of either."""
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else None
+    return "<texts>" if isinstance(first, str) else "<arrays>" if isinstance(first, list) else "<array>"
 
 
 class CompletionRequest(Common):
@@ -199,10 +238,13 @@ class CompletionRequest(Common):
 
     prompt: Annotated[
         Annotated[str, Tag("<text>")]
-        | Annotated[list[TokenId], Field(min_length=1, max_length=2**22, fail_fast=True), Tag("<array>")],
-        _by_type("a string or an array of token ids"),
-        BeforeValidator(_one_prompt),
+        | Annotated[TokenIds, Tag("<array>")]
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS), Tag("<texts>")]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), Tag("<arrays>")],
+        Discriminator(_prompt_kind, "type", "must be text, token ids, or an array of either"),
     ]
+    n: Choices | None = None
+    echo: bool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 

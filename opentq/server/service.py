@@ -146,15 +146,21 @@ class Service:
 
     # ---- requests
 
-    async def open(self, request: GenerationRequest) -> Stream:
-        """Admit a request. Raises ApiError: 400 for what can't be served, 503 for what can't be served now."""
+    async def open(self, request: GenerationRequest, leader: Job | None = None) -> Stream:
+        """Admit a request; `leader` is another's job that reads the same prompt.
+
+        Raises ApiError: 400 for what can't be served, 503 for what can't be served now.
+        """
         self._check_model(request)
         if self.draining:
             raise overloaded("the server is shutting down", 10, "shutting_down")
         check_choices(request, self.vocab)
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(None, self.prompter.encode, request)
-        if said := await loop.run_in_executor(None, self.watch.see, tokens):
+        if leader:
+            tokens = leader.tokens
+        else:
+            tokens = await loop.run_in_executor(None, self.prompter.encode, request)
+        if not leader and (said := await loop.run_in_executor(None, self.watch.see, tokens)):
             log.info("%s", said)
         max_tokens = self._answer_room(request, len(tokens))
         state = self.prompter.initial_state(request, tokens)
@@ -170,7 +176,7 @@ class Service:
         parser = Parser(
             tokenizer, state, request.stop, request.tools, request.parallel_calls, raw=request.messages is None
         )
-        job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, request.logprobs)
+        job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
         return self._admit(job)
 
     def count(self, request: GenerationRequest) -> int:

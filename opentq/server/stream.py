@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ..dialogue.errors import ApiError
-from ..dialogue.request import Done, Generated
-from .service import Stream
+from ..dialogue.request import Done, Generated, Progress
+from .engine import Event
+from .service import GONE
+
+
+class Source(Protocol):
+    """Events of one answer or several; the last `Done`, or an ApiError, ends them."""
+
+    id: str
+    events: asyncio.Queue[Event]
+
+    def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]: ...
+    def cancel(self, error: ApiError = GONE) -> None: ...
 
 
 class Feed(Protocol):
@@ -47,7 +59,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, feed: Feed, keep_alive: float):
+    def __init__(self, stream: Source, feed: Feed, keep_alive: float):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": stream.id}
         super().__init__(None, 200, headers)
         del self.headers["content-length"]
@@ -88,7 +100,7 @@ class EventStream(Response):
                     if isinstance(event, Generated):
                         text += self.feed.step(event)
                     elif isinstance(event, Done):
-                        text, ended = text + self.feed.done(event), True
+                        text, ended = text + self.feed.done(event), event.last
                     elif isinstance(event, ApiError):
                         text, ended = text + self.feed.error(event), True
             elif time.monotonic() >= due:
@@ -108,7 +120,7 @@ class EventStream(Response):
 class WholeResponse(Response):
     """An answer in one piece: gathered while watching for a client that goes away."""
 
-    def __init__(self, stream: Stream, gather: Gather):
+    def __init__(self, stream: Source, gather: Gather):
         super().__init__(None, 200)
         self.stream = stream
         self.gather = gather
@@ -132,5 +144,7 @@ class WholeResponse(Response):
             if isinstance(event, Generated):
                 self.gather.step(event)
             elif isinstance(event, Done):
-                return self.gather.done(event)
+                answer = self.gather.done(event)
+                if event.last:
+                    return answer
         raise AssertionError("a stream ends with Done or an error")
