@@ -220,10 +220,15 @@ class Engine:
             follower = job.followers.pop()
             follower.cached = job.read
             self._enter(follower, single)
-        if exact_trim(single):
-            for c in single:
-                c.trim(job.read - len(job.names) * self.store.block)
-            self.store.remember(job.names, job.tokens, single)
+        self._remember(job, single)
+
+    def _remember(self, job: Job, caches: list[Any]) -> None:
+        """Keep the whole blocks of a prompt that is in `caches`, whose owner the store becomes."""
+        blocks = job.read // self.store.block
+        if blocks and exact_trim(caches):
+            for c in caches:
+                c.trim(job.read - blocks * self.store.block)
+            self.store.remember(job.names[:blocks], job.tokens, caches)
 
     def _enter(self, job: Job, single: list[Any]) -> None:
         """Give a job whose prompt is in the caches `single` its place in a batch."""
@@ -285,6 +290,7 @@ class Engine:
     def _cancel(self, job: Job, error: ApiError) -> None:
         if job in self.reading:
             self.reading.remove(job)
+            self._remember(job, job.caches or [])  # clients that lose patience try again
             job.caches = None
             mx.clear_cache()
             for follower in job.followers:
