@@ -138,6 +138,9 @@ def test_cancel_in_the_middle_of_a_prompt(server):
         stream.close()
         wait_for(lambda: not engine.reading)
     wait_for(server.quiet)
+    # What was read is remembered: clients that lost patience try again.
+    again = server.chat(LONG[::-1], max_tokens=1).json()["usage"]
+    assert 64 <= again["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens"] - 200
     # A client that does not stream is noticed, too.
     with slow:
         with pytest.raises(httpx.ReadTimeout):
