@@ -35,6 +35,9 @@ def attend(args: AttnArgs) -> tuple[mx.array, str]:
     """`[B, Hq, L, Dv]` in q's dtype by the first candidate that serves, and its name. Raises NoAttention."""
     for name, function in candidates():
         out = function(args)
+        if out is None and args.pages is not None:
+            # A kernel without page lists reads the pages as a cache of their own.
+            out = function(args.picked())
         if out is not None:
             key = (name, args.shape_key())
             if key not in _logged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..contracts.attention import AttnArgs
+from ..contracts.layout import FLUSH
 
 
 def attend(args: AttnArgs) -> mx.array:
@@ -26,6 +27,18 @@ def visible(args: AttnArgs, b: int) -> mx.array:
     return seen
 
 
+def read(args: AttnArgs, b: int) -> mx.array:
+    """bool `[Hkv, S]`: which keys of sequence b, in logical order, are in pages that are read."""
+    packed, sink, tail_start = args.lens[b]
+    held = sink + packed + args.dense_k.shape[2] - tail_start
+    if args.pages is None:
+        return mx.ones((args.kv_heads, held), dtype=mx.bool_)
+    page = (mx.arange(held) - sink) // FLUSH
+    listed = args.pages[b, :, : -(-packed // FLUSH)]
+    is_packed = (mx.arange(held) >= sink) & (mx.arange(held) < sink + packed)
+    return (listed[:, :, None] == page).any(1) | ~is_packed
+
+
 def _one(args: AttnArgs, b: int) -> mx.array:
     packed, sink, tail_start = args.lens[b]
 
@@ -39,7 +52,8 @@ def _one(args: AttnArgs, b: int) -> mx.array:
     scores = (args.q[b : b + 1].astype(mx.float32) @ k.swapaxes(-1, -2)) * args.scale
     if args.softcap:
         scores = mx.tanh(scores / args.softcap) * args.softcap
-    scores = mx.where(visible(args, b), scores, -mx.inf)
+    in_pages = mx.repeat(read(args, b), args.gqa, axis=0)[None, :, None]
+    scores = mx.where(visible(args, b) & in_pages, scores, -mx.inf)
     if args.mask is not None:
         mask = args.mask[b : b + 1] if args.mask.ndim == 4 and args.mask.shape[0] > 1 else args.mask
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask.astype(mx.float32)

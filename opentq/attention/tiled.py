@@ -21,6 +21,7 @@ ROWS = 512
 
 def attend(args: AttnArgs) -> mx.array:
     """Serve any `AttnArgs`: `[B, Hq, L, Dv]` in q's dtype."""
+    args = args.picked()
     length = args.q.shape[2]
     blocks = [_rows(args, r, min(r + ROWS, length)) for r in range(0, length, ROWS)]
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)

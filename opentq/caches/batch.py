@@ -22,6 +22,7 @@ from .buffer import EVERY, Buffer, joined, own
 from .extent import Extent
 from .mask import CausalMask, causal_mask
 from .single import OpenTQCache, mean_key, relay, shifted
+from .sketches import Sketches
 from .step import Handle, LayerStats
 
 Columns = Sequence[Sequence[int]]
@@ -85,6 +86,12 @@ class BatchOpenTQCache(OpenTQCache):
         columns = self.dense_k.shape[2]  # type: ignore[union-attr]
         return tuple((e.packed, e.sink, columns - e.tail) for e in self.extents)
 
+    def _packed(self, batch: int) -> list[int]:
+        return [e.packed for e in self.extents]
+
+    def _real(self, batch: int, length: int) -> list[int]:
+        return [length] * batch if self.todo is None else [min(t, length) for t in self.todo]
+
     # ---- writing
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
@@ -94,7 +101,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def _absorb(self, dense_k: mx.array, dense_v: mx.array, count: int) -> bool:
         old = dense_k.shape[2] - count
-        real = [count] * len(self.extents) if self.todo is None else [min(t, count) for t in self.todo]
+        real = self._real(len(self.extents), count)
         before = self.extents
         grown = [e.append(n, self.limits) for e, n in zip(before, real)]
         self.extents = [after for after, _ in grown]
@@ -160,6 +167,8 @@ class BatchOpenTQCache(OpenTQCache):
             starts = [columns - e.tail for e in before]
             tails = [range(at, at + e.tail) for at, e in zip(starts, self.extents)]
             self._arrange(self.dense_k, self.dense_v, [range(e.sink) for e in self.extents], tails)
+            if self.sketches is not None:
+                self.sketches.trim(self._packed(len(self.extents)))
         return max((b.held - e.held for b, e in zip(before, self.extents)), default=0)
 
     # ---- sequences come and go
@@ -169,7 +178,7 @@ class BatchOpenTQCache(OpenTQCache):
         """One batch of single caches, empty ones included; raises ValueError where they don't fit together."""
         first = caches[0]
         batch = cls(first.spec, 0, first.stats, first.window)
-        batch.lends = first.lends
+        batch.lends, batch.rotary = first.lends, first.rotary
         for c in caches:
             batch._check_same(c)
             if c.dense_k is not None and c.dense_k.shape[0] != 1:
@@ -214,6 +223,8 @@ class BatchOpenTQCache(OpenTQCache):
             self.dense_k, self.dense_v = dense_k, dense_v
             self.center = mx.concatenate(centers) if any(centered) else None
             self.centered = centered
+            if self.spec.pages:
+                self.sketches = Sketches.join([_sketches(c, len(part)) for part, c in parts])
             mx.eval(*self._arrays())  # layer by layer, so that old and new never coexist for the whole model
         self.extents = extents
         if like is None:
@@ -231,6 +242,8 @@ class BatchOpenTQCache(OpenTQCache):
         pick = mx.array(keep, dtype=mx.int32)
         if self.center is not None:
             self.center = mx.take(self.center, pick, axis=0)
+        if self.sketches is not None:
+            self.sketches = self.sketches.pick(keep)
         for buffer in (self.packed_k, self.packed_v):
             rows = buffer.capacity(max((buffer.rows_of(e.packed) for e in self.extents), default=0))
             buffer.arrays = tuple(mx.take(a[:, :, :rows], pick, axis=0) for a in buffer.arrays)
@@ -243,12 +256,13 @@ class BatchOpenTQCache(OpenTQCache):
     def extract(self, idx: int) -> OpenTQCache:
         """Sequence `idx` as a single cache of its own."""
         cache = self.Single(self.spec, self.stats, self.window)
-        cache.lends, cache.latent = self.lends, self.latent
+        cache.lends, cache.latent, cache.rotary = self.lends, self.latent, self.rotary
         if self.dense_k is None or self.dense_v is None:
             return cache
         extent = self.extents[idx]
         lane = slice(idx, idx + 1)
         cache.extent, cache.dims = extent, self.dims
+        cache.sketches = None if self.sketches is None else self.sketches.pick([idx])
         cache.center = own(self.center[lane]) if self.center is not None and self.centered[idx] else None
         cache.k_codec, cache.v_codec = self.k_codec, self.v_codec
         cache.k_layout, cache.v_layout = self.k_layout, self.v_layout
@@ -280,14 +294,17 @@ class BatchOpenTQCache(OpenTQCache):
         layouts = f"{self.k_layout.name} {self.v_layout.name}"
         head = [str(self.spec), layouts, self.window, int(self.lends), self.latent, lengths]
         if self.dense_k is None:
-            return [*head, [], [], None, None, None, []]
+            return [*head, [], [], None, None, None, [], None]
         used = max((e.packed for e in self.extents), default=0)
         packed = [list(b.truncated(b.rows_of(used))) if used else [] for b in (self.packed_k, self.packed_v)]
-        return [*head, *packed, self.dense_k, self.dense_v, self.center, [int(done) for done in self.centered]]
+        sketches = None if self.sketches is None else self.sketches.state
+        centered = [int(done) for done in self.centered]
+        return [*head, *packed, self.dense_k, self.dense_v, self.center, centered, sketches]
 
     @state.setter
     def state(self, value) -> None:
-        spec, layouts, window, lends, latent, lengths, packed_k, packed_v, dense_k, dense_v, center, centered = value
+        spec, layouts, window, lends, latent, lengths, packed_k, packed_v, *held = value
+        dense_k, dense_v, center, centered, sketches = held
         if not hasattr(self, "spec"):
             self.__init__(spec, 0)  # type: ignore[misc]
         self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
@@ -298,6 +315,7 @@ class BatchOpenTQCache(OpenTQCache):
         if dense_k is None:
             return
         self.dense_k, self.dense_v, self.center = dense_k, dense_v, center
+        self.sketches = None if sketches is None else Sketches.from_state(sketches, self.spec.channels)
         self._choose_layouts()
         if packed_k:
             names = layouts.split()
@@ -337,6 +355,11 @@ def _join_dense(
             out[rows, :, width - tail :] = dense[:, :, dense.shape[2] - tail :]
         start += len(part)
     return out
+
+
+def _sketches(cache: OpenTQCache, lanes: int) -> Sketches:
+    """A cache's sketches, or those of sequences that have none yet."""
+    return cache.sketches or Sketches(cache.spec.pages, cache.rotary, cache.spec.channels, lanes)
 
 
 def _lanes_of(center: mx.array | None, lanes: int, like: mx.array) -> mx.array:

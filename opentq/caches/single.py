@@ -18,11 +18,13 @@ from ..codecs import Codec, Packed, Raw
 from ..contracts.attention import Lengths, PackedKV
 from ..contracts.codec import FP16_MAX
 from ..contracts.layout import CANONICAL, FLUSH, Layout
+from ..contracts.rotary import NO_ROTARY
 from ..errors import UserError
 from ..spec.kv import KVSpec
 from .buffer import Buffer, own
 from .extent import Extent, Limits
 from .mask import CausalMask, causal_mask
+from .sketches import Sketches
 from .step import Handle, LayerStats, Step
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class OpenTQCache:
 
     STATE = (
         *("spec", "layouts", "window", "lends", "latent", "base", "sink", "packed"),
-        *("packed_k", "packed_v", "dense_k", "dense_v", "center"),
+        *("packed_k", "packed_v", "dense_k", "dense_v", "center", "sketches"),
     )
     """What the entries of `state` are."""
 
@@ -50,6 +52,7 @@ class OpenTQCache:
         self.window = window
         self.lends = False
         self.latent = 0  # channels of a latent that is key and value at once (latent.py)
+        self.rotary = NO_ROTARY
         self._reset()
 
     def _reset(self) -> None:
@@ -62,6 +65,7 @@ class OpenTQCache:
         self.dense_v: mx.array | None = None
         self.dims = (0, 0)
         self.center: mx.array | None = None  # [B, H, 1, Dk], rotated: what has been taken off all keys
+        self.sketches: Sketches | None = None
         self._lent: tuple[Handle, Handle] | None = None
 
     def _codecs(self) -> tuple[Codec, Codec]:
@@ -88,6 +92,8 @@ class OpenTQCache:
         if self.dense_k is None:
             self._start(keys, values)
         assert self.dense_k is not None and self.dense_v is not None
+        if self.sketches is not None:
+            self.sketches.meet(keys, self._real(*keys.shape[::2]))
         dense_k, dense_v = self._extended(keys, values)
         lens = self._lengths(keys.shape[0])
         self._lent = None
@@ -96,6 +102,9 @@ class OpenTQCache:
         # Tokens are written behind the ones that this step sees, so it can share the new arrays, unless rows moved;
         # holding the old ones would make every write a copy.
         packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
+        if self.sketches is not None:
+            stored = PackedKV(self.k_codec, self.k_layout, self.packed_k.arrays, self.dims[0])
+            self.sketches.follow(stored, self._packed(keys.shape[0]))
         step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
         shape = (*keys.shape[:2], self.size())
         handles = Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
@@ -123,6 +132,7 @@ class OpenTQCache:
             self.window,
             self.stats,
             self.spec.center,
+            self.sketches,
         )
 
     def keys_and_values(self) -> tuple[Handle, Handle]:
@@ -143,6 +153,8 @@ class OpenTQCache:
         self.v_codec.check(v_dim)
         self.dense_k = mx.zeros((batch, heads, 0, k_dim), mx.float16)
         self.dense_v = mx.zeros((batch, heads, 0, v_dim), mx.float16)
+        if self.spec.pages and self.sketches is None:
+            self.sketches = Sketches(self.spec.pages, self.rotary, self.spec.channels, batch)
         self._choose_layouts()
 
     def _choose_layouts(self) -> None:
@@ -154,6 +166,14 @@ class OpenTQCache:
 
     def _lengths(self, batch: int) -> tuple[Lengths, ...]:
         return ((self.extent.packed, self.extent.sink, self.extent.sink),) * batch
+
+    def _packed(self, batch: int) -> list[int]:
+        """Packed tokens of every sequence."""
+        return [self.extent.packed] * batch
+
+    def _real(self, batch: int, length: int) -> list[int]:
+        """How many of `length` new tokens belong to every sequence."""
+        return [length] * batch
 
     def _absorb(self, dense_k: mx.array, dense_v: mx.array, count: int) -> bool:
         """Take `[sink | tail | new]`, flush whole blocks, keep the rest; returns whether packed rows moved."""
@@ -229,6 +249,8 @@ class OpenTQCache:
             self.dense_k, self.dense_v = self.dense_k[:, :, :keep], self.dense_v[:, :, :keep]
             if not keep and not self.extent.packed:
                 self.center = None
+            if self.sketches is not None:
+                self.sketches.trim(self._packed(self.dense_k.shape[0]))
         return before.held - self.extent.held
 
     @classmethod
@@ -257,12 +279,13 @@ class OpenTQCache:
             self.dense_k,
             self.dense_v,
             self.center,
+            None if self.sketches is None else self.sketches.state,
         ]
 
     @state.setter
     def state(self, value) -> None:
         spec, layout_names, window, lends, latent, base, sink, packed, packed_k, packed_v, *held = value
-        dense_k, dense_v, center = held
+        dense_k, dense_v, center, sketches = held
         if not hasattr(self, "spec"):  # from_state makes the object without __init__
             self.__init__(spec)  # type: ignore[misc]
         self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
@@ -270,6 +293,7 @@ class OpenTQCache:
         if dense_k is None:
             return
         self.dense_k, self.dense_v, self.center = dense_k, dense_v, center
+        self.sketches = None if sketches is None else Sketches.from_state(sketches, self.spec.channels)
         self.extent = Extent(base, sink, packed, dense_k.shape[2] - sink)
         self._choose_layouts()
         if packed:
@@ -286,7 +310,7 @@ class OpenTQCache:
     def _arrays(self) -> list[mx.array]:
         """Everything that is held."""
         held = [*self.packed_k.arrays, *self.packed_v.arrays, self.dense_k, self.dense_v, self.center]
-        return [a for a in held if a is not None]
+        return [a for a in held if a is not None] + (self.sketches.arrays if self.sketches else [])
 
     # Pipeline-parallel models tie a layer's cache to the network by `cache.keys = mx.depends(cache.keys, h)`.
 

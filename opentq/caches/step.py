@@ -7,12 +7,16 @@ keys and values from another layer's cache, or attend twice, hold handles and ge
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..attention import dispatch
+from ..attention import dispatch, pages
 from ..contracts.attention import AttnArgs, Lengths, PackedKV
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .sketches import Sketches
 
 
 @dataclass
@@ -21,6 +25,8 @@ class LayerStats:
 
     calls: int = 0
     served_by: str = ""
+    read: int = 0  # packed tokens that decode steps attended to, and
+    held: int = 0  # how many there were, of layers that read in pages
     shape: tuple[int, int, int] | None = None  # (KV heads, key dim, value dim)
 
     def __deepcopy__(self, memo: dict) -> LayerStats:
@@ -71,6 +77,7 @@ class Step:
     window: int
     stats: LayerStats = field(compare=False)
     centered: bool = False
+    sketches: Sketches | None = field(default=None, compare=False)
 
     def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
         """Attention of `q [B, Hq, L, Dk]` (as the model made it, not rotated): `[B, Hq, L, Dv]` in q's dtype."""
@@ -81,6 +88,11 @@ class Step:
                 "centred keys can't serve attention sinks or soft-capped logits: drop center from the KV spec"
             )
         asked = getattr(mask, "window", 0)
+        window = min(asked, self.window) if asked and self.window else asked or self.window
+        listed = None
+        if self.sketches is not None:
+            self.sketches.observe(q)
+            listed = self._pages(q, float(scale), window or (mask is not None and not isinstance(mask, str)))
         args = AttnArgs(
             q=self.k.codec.rotate(q),
             k=self.k,
@@ -90,12 +102,23 @@ class Step:
             lens=self.lens,
             scale=float(scale),
             causal=isinstance(mask, str),
-            window=min(asked, self.window) if asked and self.window else asked or self.window,
+            window=window,
             mask=None if isinstance(mask, str) else mask,
             sinks=sinks,
             softcap=softcap,
+            pages=listed,
         )
         out, name = dispatch.attend(args)
         self.stats.calls += 1
         self.stats.served_by = name
         return self.v.codec.unrotate(out)
+
+    def _pages(self, q: mx.array, scale: float, whole: bool | int) -> mx.array | None:
+        """The pages that this call reads; None for everything, as where `whole` says so."""
+        if q.shape[2] > pages.ROWS or self.sketches is None:
+            return None
+        packed = tuple(n for n, _, _ in self.lens)
+        selector = None if whole else self.sketches.selector(packed)
+        self.stats.held += sum(packed)
+        self.stats.read += sum(min(n, selector.budget) for n in packed) if selector else sum(packed)
+        return selector.choose(q, scale, packed) if selector else None

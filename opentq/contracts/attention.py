@@ -8,12 +8,12 @@ query block, so the packed region never needs a causal mask, only its length (an
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from .codec import Codec, Format, Packed
-from .layout import Layout
+from .layout import FLUSH, Layout
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class PackedKV:
     def decode(self, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
         """Tokens `[start, stop)` as rotated vectors `[B, H, stop - start, D]`."""
         return self.codec.decode(self.canonical(start, stop), dtype, self.head_dim)
+
+    def pick(self, pages: mx.array) -> PackedKV:
+        """The blocks of 64 tokens that `pages [B, H, P]` names, one behind the other, still packed."""
+        rows = FLUSH // self.layout.block
+        index = (pages[..., None] * rows + mx.arange(rows)).reshape(*pages.shape[:2], -1)
+        return replace(self, arrays=tuple(_take_rows(a, index) for a in self.arrays))
 
     def canonical(self, start: int, stop: int) -> Packed:
         """Tokens `[start, stop)` in the canonical format."""
@@ -64,6 +70,9 @@ class AttnArgs:
         mask: None, or bool / additive `[.., L, S]` in logical key order (right-aligned; portable path only).
         sinks: None, or logits `[Hq]` that join the softmax denominator (gpt-oss).
         softcap: 0, or c for `c * tanh(score / c)` (gemma2).
+        pages: None, or the blocks of 64 packed tokens to read, int32 `[B, Hkv, P]`, ascending, the newest among them;
+            a sequence with fewer blocks has all of them first, and what follows counts for nothing. Never with a mask
+            or a window.
     """
 
     q: mx.array
@@ -78,6 +87,21 @@ class AttnArgs:
     mask: mx.array | None = None
     sinks: mx.array | None = None
     softcap: float = 0.0
+    pages: mx.array | None = None
+
+    def picked(self) -> AttnArgs:
+        """The same call with only the packed tokens of `pages`, for who reads contiguous tokens only.
+
+        Their order does not matter to a softmax, and only the newest block can be a part of one.
+        """
+        if self.pages is None:
+            return self
+        count = self.pages.shape[2]
+        lens = []
+        for packed, sink, tail_start in self.lens:
+            missing = -(-packed // FLUSH) - count
+            lens.append((packed - FLUSH * max(missing, 0), sink, tail_start))
+        return replace(self, k=self.k.pick(self.pages), v=self.v.pick(self.pages), lens=tuple(lens), pages=None)
 
     @property
     def projected(self) -> mx.array:
@@ -117,6 +141,7 @@ class AttnArgs:
             self.mask is not None,
             self.sinks is not None,
             bool(self.softcap),
+            self.pages is not None,
         )
 
     def describe(self) -> str:
@@ -126,13 +151,21 @@ class AttnArgs:
             f"values {self.v.codec} D={self.v.head_dim}, layout {self.k.layout.name}, KV heads {self.kv_heads}, "
             f"dense {tuple(self.dense_k.shape)}, lens {self.lens}, scale {self.scale:g}, causal {self.causal}, "
             f"window {self.window}, mask {None if self.mask is None else tuple(self.mask.shape)}, "
-            f"sinks {self.sinks is not None}, softcap {self.softcap:g}"
+            f"sinks {self.sinks is not None}, softcap {self.softcap:g}, "
+            f"pages {None if self.pages is None else self.pages.shape[2]}"
         )
 
 
 @functools.lru_cache(maxsize=256)
 def _format(codec: Codec, head_dim: int) -> Format | None:
     return codec.format(head_dim)
+
+
+def _take_rows(array: mx.array, index: mx.array) -> mx.array:
+    """Rows `index [B, H, n]` of `[B, H, rows, ...]`, each head its own."""
+    batch, heads, rows = array.shape[:3]
+    first = mx.arange(batch * heads, dtype=mx.int32).reshape(batch, heads, 1) * rows
+    return mx.take(array.reshape(batch * heads * rows, *array.shape[3:]), index + first, axis=0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -162,6 +162,10 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
     true_bits = 8 * sum(p.bytes_per_token() for p in plans) / values
     if not simulate:
         return Contender(name, true_bits, lambda: hooks.make_caches(record))
+    if any(p.spec.pages for p in plans if p.spec):
+        raise UserError(
+            f"--kv {name}: pages are chosen among packed tokens and can't be simulated; leave --simulate out"
+        )
     if any(p.part for p in record.plans):
         raise UserError("layers that hold several caches can't be simulated; leave --simulate out for this model")
     places = {p.index: p.spec for p in plans if p.spec is not None}

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..attention import pages
+from ..attention.channels import CHANNELS
+from ..contracts.rotary import NO_ROTARY, Rotary
 from ..errors import UserError
 from ..spec.kv import KVSpec
 
@@ -31,6 +34,8 @@ class LayerPlan:
         constant: bytes that a native layer holds whatever the context (recurrent state).
         window: tokens that a query of a compressed sliding-window layer sees; 0 when it sees all.
         latent: the cache holds latents (MLA): the key is the latent, the value its rotary part.
+        whole: why the layer is read whole where pages were asked for; "" otherwise.
+        rotary: how the layer's keys are turned, once a token has shown it.
     """
 
     index: int
@@ -45,6 +50,8 @@ class LayerPlan:
     constant: int = 0
     window: int = 0
     latent: bool = False
+    whole: str = ""
+    rotary: Rotary = NO_ROTARY
 
     @property
     def compressed(self) -> bool:
@@ -61,7 +68,8 @@ class LayerPlan:
             return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8
         key, value = self.spec.codecs()
         bits = key.bits_per_value(self.key_dim) * self.key_dim + value.bits_per_value(self.value_dim) * self.value_dim
-        return self.kv_heads * bits / 8
+        sketches = pages.bytes_per_token(min(CHANNELS, self.key_dim)) if self.spec.pages else 0
+        return self.kv_heads * (bits / 8 + sketches)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..codecs import GROUPS, REGISTRY, Codec, Options, make
+from ..contracts.layout import FLUSH
 from ..errors import UserError
 
 GRAMMAR = (
     "NAME[:option]*, NAME one of {names}, or kAvB for different keys and values (k8v4), or K/V with two names "
     "(int8/int4); options: " + ", ".join(f"g{g}" for g in GROUPS) + ", rot, norot, haar, nc, ub, center, out=N, "
-    "sketch=orth|gauss, sink=N, recent=N, skip=firstN,lastN, firstN=NAME, lastN=NAME, window=native|compress"
+    "sketch=orth|gauss, sink=N, recent=N, pages=N, skip=firstN,lastN, firstN=NAME, lastN=NAME, window=native|compress"
 )
 
 
@@ -47,6 +48,8 @@ class KVSpec:
         sketch: "orth" or "gauss" random rows in `qjl` and `tqNp`; "" is the method's own.
         out: largest channels of every vector kept in fp16.
         center: take the mean of the first 64 packed keys off all keys. Softmax does not see it, the codec does.
+        pages: 0, or how many packed tokens a decode step reads: the pages of 64 that matter most (`attention.pages`).
+        channels: what a calibrated recipe chose to sketch keys by, per KV head; not a part of the spec's name.
     """
 
     keys: str = "int4"
@@ -64,6 +67,8 @@ class KVSpec:
     sketch: str = ""
     out: int = 0
     center: bool = False
+    pages: int = 0
+    channels: tuple[tuple[int, ...], ...] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str | KVSpec) -> KVSpec:
@@ -105,6 +110,8 @@ class KVSpec:
             ends = [f"{end}{n}" for end, n in zip(("first", "last"), self.skip) if n]
             parts.append("skip=" + ",".join(ends))
         parts += [f"{end}{n}={head}" for end, (n, head) in (("first", self.first), ("last", self.last)) if n]
+        if self.pages:
+            parts.append(f"pages={self.pages}")
         if self.window != "native":
             parts.append(f"window={self.window}")
         return ":".join(parts)
@@ -210,6 +217,12 @@ def _check_options(spec: KVSpec, seen: set[str], text: str) -> None:
         raise SpecError(f"KV spec {text!r}: {' and '.join(sorted(names))} {take} no option {kind!r}; leave it out")
     if spec.haar and not spec.rotate:
         raise SpecError(f"KV spec {text!r}: norot and haar exclude each other")
+    least = -(-(spec.sink + spec.recent + FLUSH) // FLUSH) * FLUSH
+    if spec.pages and spec.pages < least:
+        raise SpecError(
+            f"KV spec {text!r}: pages={spec.pages} is less than what is read anyway (sink, recent, the tail); "
+            f"use at least pages={least}"
+        )
 
 
 def _short(keys: str, values: str) -> str:
@@ -243,6 +256,10 @@ def _apply(spec: KVSpec, option: str, text: str) -> tuple[KVSpec, str]:
         _names(value, text)
         layers = (int(end[2]), value)
         return (replace(spec, first=layers) if end[1] == "first" else replace(spec, last=layers)), end[1]
+    if key == "pages":
+        if not value.isdigit() or not int(value) or int(value) % FLUSH:
+            raise SpecError(f"KV spec {text!r}: pages={value!r} must be a multiple of {FLUSH} tokens, as in pages=1024")
+        return replace(spec, pages=int(value)), key
     if key in ("sink", "recent"):
         if not value.isdigit():
             raise SpecError(f"KV spec {text!r}: {key}={value!r} must be a number of tokens, as in {key}=128")

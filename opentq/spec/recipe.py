@@ -80,7 +80,8 @@ class Recipe(KVSpec):
                 f"this recipe has {len(self.layers)} layers, and the model has {count} that can be compressed: "
                 "it was made for another model; run opentq tune for this one"
             )
-        return self.layers[index]
+        chosen = self.calibration.channels[index] if self.calibration else None
+        return replace(self.layers[index], channels=chosen)
 
     def bits_per_value(self, head_dim: int, value_dim: int | None = None) -> float:
         """Bits per value, averaged over layers of equal size."""

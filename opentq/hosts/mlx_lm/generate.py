@@ -52,6 +52,7 @@ class Result:
     kv_bytes: int
     kv_fp16_bytes: int
     peak_bytes: int
+    pages: tuple[int, int] = (0, 0)  # packed tokens that decode steps read, of those there were
 
     @property
     def prompt_tps(self) -> float:
@@ -72,7 +73,13 @@ class Result:
         return (
             f"{len(self.tokens)} tokens · {self.generation_tps:.1f} tok/s · prompt {self.prompt_tokens} tokens, "
             f"{self.prompt_tps:.0f} tok/s · ctx {self.context} · {kv} · peak {human_bytes(self.peak_bytes)}"
+            f"{self._pages()}"
         )
+
+    def _pages(self) -> str:
+        """What a step read of a cache that is read in pages; "" otherwise."""
+        read, held = self.pages
+        return f" · read {read:,} of {held:,} packed tokens a step" if held else ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -88,6 +95,7 @@ class Result:
             "kv_fp16_bytes": self.kv_fp16_bytes,
             "kv_ratio": round(self.ratio, 3),
             "peak_bytes": self.peak_bytes,
+            "pages": list(self.pages),
         }
 
 
@@ -147,7 +155,15 @@ def run(model: Any, tokenizer: Any, request: Request, on_text: Callable[[str], N
         kv_bytes=cache_bytes(caches),
         kv_fp16_bytes=fp16_bytes(model, context),
         peak_bytes=mx.get_peak_memory(),
+        pages=pages_read(record, max(len(tokens) - 1, 1)),
     )
+
+
+def pages_read(record: hooks.Installation | None, steps: int) -> tuple[int, int]:
+    """(packed tokens read, packed tokens held) per layer and step, over the layers that read in pages."""
+    stats = [s for s in record.stats.values() if s.held] if record else []
+    per = steps * max(len(stats), 1)
+    return sum(s.read for s in stats) // per, sum(s.held for s in stats) // per
 
 
 def check_context(request: Request) -> None:

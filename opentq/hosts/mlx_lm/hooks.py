@@ -25,11 +25,12 @@ from ...caches.composite import members
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle, LayerStats
+from ...contracts.rotary import NO_ROTARY
 from ...spec.kv import KVSpec
 from ...spec.recipe import Recipe
 from ...spec.recommended import AUTO, recommend
 from ..plan import LayerPlan
-from . import floats, private, seams
+from . import floats, private, rotary, seams
 from .identity import fingerprint
 from .policy import decide, shaped
 from .private import HookError
@@ -138,7 +139,7 @@ def make_caches(record: Installation) -> list[Any]:
             continue
         kind = OpenTQLatentCache if plan.latent else OpenTQCache
         ours = kind(plan.spec, record.stats[plan.index, plan.part], plan.window)
-        ours.lends = record.lends
+        ours.lends, ours.rotary = record.lends, plan.rotary
         slot = caches[plan.index]
         if isinstance(slot, mlx_cache.CacheList):
             slot.caches = tuple(ours if n == plan.part else c for n, c in enumerate(members(slot)))
@@ -150,7 +151,11 @@ def make_caches(record: Installation) -> list[Any]:
 def _self_test(model: Any, record: Installation) -> None:
     """One token through the model: every planned layer must be entered; fills in the shapes of the plans."""
     caches = make_caches(record)
-    mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches if not c.empty()])
+    planned = {(p.index, p.part): members(caches[p.index])[p.part] for p in record.plans if p.compressed}
+    with rotary.watch(list(planned.values())) as seen:
+        mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches if not c.empty()])
+    turned = {place: seen.get(id(cache), NO_ROTARY) for place, cache in planned.items()}
+    record.plans[:] = [replace(p, rotary=turned.get((p.index, p.part), NO_ROTARY)) for p in record.plans]
     record.plans[:] = [_used(p, members(caches[p.index])[p.part]) for p in record.plans]
     record.plans[:] = [_with_shape(p, record.stats.get((p.index, p.part)), caches) for p in record.plans]
     missed = [p.index for p in record.plans if p.compressed and not record.stats[p.index, p.part].calls]

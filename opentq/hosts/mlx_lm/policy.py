@@ -39,17 +39,32 @@ def decide(caches: Sequence[Any], spec: KVSpec, traits: Traits = PLAIN) -> list[
         else:
             own = spec.for_layer(order[i, part], len(compressible))
             window = native_bound(cache)
+            whole = _read_whole(own, window, traits)
+            if whole:
+                own = replace(own, pages=0)
             if window:
                 own = replace(own, sink=0)  # a window forgets its first tokens
             elif traits.latent:
                 own = latent_spec(own)
-            plans.append(LayerPlan(i, kind, own, "", part, window=window, latent=traits.latent and not window))
+            latent = traits.latent and not window
+            plans.append(LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole))
     if not compressible:
         kinds = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
         windows = any(native_bound(c) for _, _, c in slots if isinstance(c, mlx_cache.RotatingKVCache))
         remedy = f"use --kv {spec}:window=compress" if windows and spec.window == "native" else "use it without --kv"
         raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); {remedy}")
     return plans
+
+
+def _read_whole(spec: KVSpec, window: int, traits: Traits) -> str:
+    """Why a layer whose spec asks for pages is read whole; "" where it isn't, or doesn't ask."""
+    if not spec.pages:
+        return ""
+    if window:
+        return "a window is short"
+    if traits.latent:
+        return "latents are keys and values at once"
+    return "other layers attend to its tokens, too" if traits.lends else ""
 
 
 def shaped(plan: LayerPlan, cache: Any) -> LayerPlan:

@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from ...caches.step import LayerStats
 from ..plan import LayerPlan
 from . import hooks
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One layer: its plan, how many attention calls it served compressed, and by which function."""
+    """One layer: its plan, how many attention calls it served compressed, by which function, and, of layers that read
+    in pages, how many of how many packed tokens decode steps read.
+    """
 
     plan: LayerPlan
     calls: int
     served_by: str
+    read: int = 0
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Report:
             if first.compressed:
                 calls = sum(r.calls for r in rows)
                 detail = f"{first.bytes_per_token():.0f} bytes/token/layer, attention by {served}, {calls} calls"
+                if first.whole:
+                    detail += f"; read whole: {first.whole}"
+                elif held := sum(r.held for r in rows):
+                    detail += f"; decode read {100 * sum(r.read for r in rows) / held:.0f} % of packed tokens"
             else:
                 detail = f"native: {reason}"
             lines.append(f"  layers {layers:>7}  {kind:<16} {codec:<12} {detail}")
@@ -54,7 +63,8 @@ def report(model: Any) -> Report:
     rows = []
     for plan in record.plans:
         stats = record.stats.get((plan.index, plan.part))
-        rows.append(ReportRow(plan, stats.calls if stats else 0, stats.served_by if stats else ""))
+        stats = stats or LayerStats()
+        rows.append(ReportRow(plan, stats.calls, stats.served_by, stats.read, stats.held))
     return Report(str(record.spec), tuple(rows))
 
 

@@ -103,6 +103,7 @@ def _serves(args: AttnArgs) -> bool:
         _readable(args.k)
         and _readable(args.v)
         and args.mask is None
+        and args.pages is None
         and args.q.dtype in cpu.DTYPES
         and args.dense_k.dtype == args.dense_v.dtype == mx.float16
         and cpu.available()

@@ -33,7 +33,7 @@ def attend(args: AttnArgs) -> mx.array | None:
 
     Tensor cores multiply fp16; two fp16 parts per query are 22 bits, and the error rule asks for more of fp32.
     """
-    if not cuda.available() or args.mask is not None or args.q.dtype not in SERVED:
+    if not cuda.available() or args.mask is not None or args.pages is not None or args.q.dtype not in SERVED:
         return None
     if not (isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)):
         return None

@@ -27,7 +27,7 @@ MAX_DIM = 512
 def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know."""
     k, v = side(args.k), side(args.v)
-    if args.mask is not None or k is None or v is None or v.sketch or args.q.shape[2] == 0:
+    if args.mask is not None or args.pages is not None or k is None or v is None or v.sketch or args.q.shape[2] == 0:
         return None
     if args.gqa * args.q.shape[2] <= metal.lane_rows(k, v) and metal.tuning().variant == "lanes":
         return merge(args, *decode_lanes(args, k, v))

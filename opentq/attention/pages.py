@@ -1,0 +1,122 @@
+"""Pages: which blocks of 64 packed tokens a step reads, chosen by sketches of all of them.
+
+A token's sketch is a few channels of its key, as it is after RoPE and before the codec's rotation (`channels.py` says
+which), in 4 bits with one scale per channel and page. Their products with the same channels of a query are scores; a
+page's weight is the share of the softmax that its scores have, summed over the query heads (and rows) that share the
+page, and the pages with the most weight are read. The newest page always is. So a step reads the sketches of all
+tokens, a few bytes each, and the keys and values of a number of tokens that does not grow.
+
+One page of sketches, uint8 `[B, Hkv, pages, C * 34]`:
+
+    C channels of 32 bytes: byte j holds the codes of tokens j (low bits) and j + 32 | C scales, float16
+
+and a code stands for `(code - 7.5) * scale`. The layout is the same on every machine and on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..contracts.layout import FLUSH
+
+PAGE = FLUSH
+"""Tokens of a page: the block that leaves the fp16 tail."""
+
+ROWS = 8
+"""Calls with more query rows than this read everything: prefill is exact."""
+
+LEVELS = 7.5
+TILE = 4096
+"""Pages whose scores exist at one time."""
+
+
+def row_bytes(channels: int) -> int:
+    """Bytes of one page of sketches of one KV head."""
+    return channels * (PAGE // 2 + 2)
+
+
+def bytes_per_token(channels: int) -> float:
+    """Bytes that sketches add to every packed token of one KV head."""
+    return row_bytes(channels) / PAGE
+
+
+def encode(keys: mx.array) -> mx.array:
+    """Sketches of whole pages: chosen channels `[B, H, n * 64, C]` -> uint8 `[B, H, n, C * 34]`."""
+    batch, heads, tokens, channels = keys.shape
+    x = keys.astype(mx.float32).reshape(batch, heads, tokens // PAGE, PAGE, channels).swapaxes(-1, -2)
+    scale = (mx.abs(x).max(-1, keepdims=True) / LEVELS).astype(mx.float16)
+    step = mx.where(scale == 0, 1.0, scale.astype(mx.float32))
+    codes = mx.clip(mx.floor(x / step + (LEVELS + 0.5)), 0, 15).astype(mx.uint8)
+    half = PAGE // 2
+    packed = (codes[..., :half] | (codes[..., half:] << 4)).reshape(batch, heads, -1, channels * half)
+    return mx.concatenate([packed, scale.squeeze(-1).view(mx.uint8)], axis=-1)
+
+
+def decode(pages: mx.array) -> mx.array:
+    """uint8 `[B, H, n, C * 34]` -> float32 `[B, H, n, C, 64]`."""
+    half = PAGE // 2
+    channels = pages.shape[-1] // (half + 2)
+    codes = pages[..., : channels * half].reshape(*pages.shape[:3], channels, half)
+    scale = mx.contiguous(pages[..., channels * half :]).view(mx.float16).astype(mx.float32)[..., None]
+    both = mx.concatenate([codes & 15, codes >> 4], axis=-1).astype(mx.float32)
+    return (both - LEVELS) * scale
+
+
+@dataclass(frozen=True)
+class Selector:
+    """What a step needs to choose pages.
+
+    Attributes:
+        sketches: uint8 `[B, Hkv, pages (over-allocated), C * 34]`.
+        channels: int32 `[B, Hkv, C]`.
+        budget: packed tokens to read, a multiple of 64.
+    """
+
+    sketches: mx.array
+    channels: mx.array
+    budget: int
+
+    def queries(self, q: mx.array, scale: float) -> mx.array:
+        """The chosen channels of queries `[B, Hq, L, D]`, scaled: float32 `[B, Hkv, G * L, C]`."""
+        batch, heads, count = self.channels.shape
+        rows = q.astype(mx.float32).reshape(batch, heads, -1, q.shape[-1]) * scale
+        return mx.take_along_axis(rows, mx.broadcast_to(self.channels[:, :, None], (*rows.shape[:3], count)), axis=-1)
+
+    def weights(self, q: mx.array, scale: float, pages: int) -> mx.array:
+        """Log of the sum of exponentials of every page's scores, float32 `[B, Hkv, G * L, pages]`."""
+        rows = self.queries(q, scale)
+        parts = []
+        for start in range(0, pages, TILE):
+            keys = decode(self.sketches[:, :, start : min(start + TILE, pages)])
+            scores = rows[:, :, None] @ keys  # [B, H, pages, rows, 64]
+            parts.append(mx.logsumexp(scores, axis=-1).swapaxes(-1, -2))
+            if pages > TILE:
+                mx.eval(parts[-1])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    def choose(self, q: mx.array, scale: float, packed: tuple[int, ...]) -> mx.array:
+        """The pages to read for queries `[B, Hq, L, D]`, not rotated: int32 `[B, Hkv, budget / 64]`, ascending.
+
+        `packed` tokens are held of each sequence. Where a sequence has fewer pages than are asked for, all of them come
+        first and what follows is to be left alone.
+        """
+        pages = max(packed) // PAGE
+        return top(self.weights(q, scale, pages), packed, self.budget // PAGE)
+
+
+def top(weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array:
+    """The `count` pages of most weight from log weights of whole pages `[B, H, rows, pages]`, the newest among them."""
+    pages = -(-max(packed) // PAGE)
+    index = mx.arange(pages).reshape(1, 1, -1)
+    whole = mx.array([n // PAGE for n in packed]).reshape(-1, 1, 1)
+    newest = mx.array([-(-n // PAGE) - 1 for n in packed]).reshape(-1, 1, 1)
+    if weights.shape[-1] < pages:  # the newest page may be a part of one, without a sketch
+        weights = mx.pad(weights, [(0, 0)] * 3 + [(0, pages - weights.shape[-1])])
+    weights = mx.where((index < whole)[:, :, None], weights, -mx.inf)
+    share = mx.softmax(weights, axis=-1, precise=True).sum(axis=2)
+    # Pages that are not there come last, the newest first.
+    share = mx.where(index > newest, -1.0, mx.where(index == newest, mx.inf, share))
+    chosen = mx.argpartition(-share, count - 1, axis=-1)[..., :count]
+    return mx.sort(chosen.astype(mx.int32), axis=-1)
