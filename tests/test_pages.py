@@ -285,7 +285,7 @@ def test_a_model_reads_in_pages_with_and_without_a_recipe(tmp_path):
         caches = make_prompt_cache(model)
         mx.eval(model(text[:, :-1], cache=caches))
         out = model(text[:, -1:], cache=caches)
-        assert mx.isfinite(out).all().item() and caches[0].sketches.sketched == [13]
+        assert mx.isfinite(out).all().item() and caches[0].sketches.sketched == [14]
         chosen.append(np.array(caches[1].sketches.channels))
         assert "decode read" in str(report(model))
     # Pairs from the prompt and pairs from other text are mostly the same ones, even of a random model.

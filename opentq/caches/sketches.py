@@ -38,7 +38,7 @@ class Sketches:
     """
 
     def __init__(
-        self, budget: int, rotary: Rotary, given: Sequence[Sequence[int]] | None = None, count: int = 1
+        self, budget: int, rotary: Rotary, given: tuple[tuple[int, ...], ...] | None = None, count: int = 1
     ) -> None:
         self.budget, self.rotary, self.given = budget, rotary, given
         self.buffer = Buffer(PAGE)
@@ -55,7 +55,7 @@ class Sketches:
         """Keys `[B, H, L, D]` of a step, of which `real` count; its queries follow in `observe`."""
         batch, heads, _, dim = keys.shape
         if self.channels is None:
-            start = self.given or [list(range(min(channels.CHANNELS, dim)))] * heads
+            start = self.given or (tuple(range(min(channels.CHANNELS, dim))),) * heads
             self.channels = mx.broadcast_to(mx.array(start, dtype=mx.int32)[None], (batch, heads, len(start[0])))
         for lane in range(batch):
             if not self.ready[lane] and self.seen[lane] >= WARM:
@@ -176,7 +176,7 @@ class Sketches:
         return [self.budget, self.rotary.dims, int(self.rotary.traditional), held, self.channels, self.sums, lanes]
 
     @classmethod
-    def from_state(cls, state: Sequence[Any], given: Sequence[Sequence[int]] | None = None) -> Sketches:
+    def from_state(cls, state: Sequence[Any], given: tuple[tuple[int, ...], ...] | None = None) -> Sketches:
         budget, dims, traditional, held, chosen, sums, lanes = state
         out = cls(budget, Rotary(dims, bool(traditional)), given, 0)
         out.channels, out.sums = chosen, sums
