@@ -133,8 +133,6 @@ def answer(
 def _weights(origin: source.Source, skeleton: Skeleton, asked: str, machine: Device) -> tuple[int, str]:
     """Bytes of the weights, and how they are known."""
     float_bytes = machine.float_bytes
-    if decoded := source.decoded_bytes(skeleton, machine):
-        return decoded, f"{decoded / GIB:.2f} GiB, as float32: a CPU decodes quantised weights that fit"
     if asked:
         found = re.fullmatch(r"(\d+)[-_ ]?bit|bf16|fp16|f16", asked.lower())
         if not found or (found[1] and int(found[1]) not in (2, 3, 4, 5, 6, 8, 16)):
@@ -142,8 +140,11 @@ def _weights(origin: source.Source, skeleton: Skeleton, asked: str, machine: Dev
         bits, group, how = int(found[1] or 16), 64, "as asked"
     else:
         stored = origin.weight_bytes(float_bytes)
-        if stored is not None:
+        decoded = source.decoded_bytes(skeleton, machine)
+        if stored is not None and decoded <= stored:
             return stored, f"{stored / GIB:.2f} GiB, from the files"
+        if decoded:
+            return decoded, f"{decoded / GIB:.2f} GiB: a CPU decodes quantised weights that fit to float32"
         bits, group = origin.quantization or (4, 64)
         how = "as its name or config says" if origin.quantization else "assumed; say --weights 8bit or bf16"
     size = skeleton.weight_bytes(bits, group, float_bytes)
