@@ -16,7 +16,7 @@ import opentq
 from opentq.caches.single import OpenTQCache
 from opentq.cli import main as cli
 from opentq.errors import UserError
-from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, show
+from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, show, tasks, use
 from opentq.evaluate.plot import heat_map
 from opentq.evaluate.simulate import SimulatedCache, coded
 from opentq.records import Records
@@ -491,3 +491,72 @@ def test_a_spec_below_the_recommendation_is_warned_about():
     assert "does not centre keys" in (recommend.warn("qwen2", KVSpec.parse("int4")) or "")
     assert recommend.warn("qwen2", KVSpec.parse("int8")) is None
     assert recommend.warn("llama", KVSpec.parse("int2|int8")) is None, "a recipe was measured on its model"
+
+
+# ---- use and tasks
+
+
+def test_questions_and_prompts_have_their_length_and_their_answer(loaded):
+    _, tokenizer = loaded
+    task = tasks.Task(questions=12, context=900)
+    asked = tasks.make(tokenizer, task)
+    assert [len(q.page) for q in asked] == [900] * 12
+    for q in asked:
+        page, right = tokenizer.decode(q.page), tokenizer.decode(q.choices[q.right])
+        assert (right.strip() in page) == (q.kind == "read")
+        wrong = [tokenizer.decode(c).strip() for i, c in enumerate(q.choices) if i != q.right]
+        assert not any(w in page for w in wrong)
+    assert {len(p) for p in use.make(tokenizer, use.Task(prompts=9, context=700))} == {700}
+    with pytest.raises(UserError, match="too few entries"):
+        use.make(tokenizer, use.Task(prompts=1, context=60_000))
+
+
+def test_choices_are_scored_as_one_by_one(loaded):
+    model, tokenizer = loaded
+    task = tasks.Task(questions=3, context=300, batch=3)
+    asked = tasks.make(tokenizer, task)
+    native = contenders.enter("native", model).caches
+    together = tasks.answer(model, asked, native, task)
+    alone = []
+    for q in asked:
+        scores = []
+        for tokens, length in zip(q.choices, q.lengths):
+            logs = metrics.log_probs(model(mx.array([q.page + tokens])))[0, len(q.page) - 1 : -1]
+            scores.append(float(mx.take_along_axis(logs, mx.array(tokens)[:, None], -1).sum()) / length)
+        alone.append(int(np.argmax(scores) == q.right))
+    assert together == alone
+    compressed = contenders.enter("int8", model).caches
+    assert len(tasks.answer(model, asked, compressed, tasks.Task(3, 300, 64, 2))) == 3
+
+
+def test_use_and_tasks_are_recorded_once(loaded):
+    model, tokenizer = loaded
+    records = Records()
+    job = use.Task(prompts=3, context=300, tokens=6, batch=2)
+    first = use.run(model, {"name": "m"}, tokenizer, None, ["native", "tq1"], job, records)
+    assert first[0]["equal"][0] == 1 and first[0]["diverged_at_median"] is None
+    assert first == use.run(model, {"name": "m"}, tokenizer, None, ["native", "tq1"], job, records)
+    assert "equal" in show.use(first, "md")
+    task = tasks.Task(questions=4, context=300, batch=4)
+    found = tasks.run(model, {"name": "m"}, tokenizer, None, ["int8"], task, records)
+    assert [r["settings"]["spec"] for r in found] == ["native", "int8"] and "difference" in found[1]
+    assert len(records.all) == 4 and "McNemar" in show.tasks(found, "md")
+
+
+def test_answers_end_where_the_reference_ends():
+    assert use.until([5, 6, 2, 7], {2}) == [5, 6, 2] and use.until([5, 6], {2}) == [5, 6]
+    result = use.compare([[5, 6, 2], [1, 2, 3, 4]], [[5, 6, 2, 9], [1, 2, 9, 4]])
+    assert result["equal"][0] == 0.5 and result["lengths"] == [3, 2] and result["diverged_at_median"] == 2
+    assert result["share_before_divergence"][0] == pytest.approx(0.75)
+
+
+def test_paired_differences():
+    value, low, high = metrics.paired(10, 2, 200)
+    assert value == pytest.approx(-0.04) and low < -0.04 < high < 0.005
+    assert metrics.paired(0, 0, 200)[0] == 0 and metrics.paired(0, 0, 200)[1] < 0
+    assert metrics.mcnemar(0, 0) == 1 and metrics.mcnemar(5, 5) == 1
+    assert metrics.mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
+
+
+def test_prose_comes_with_python():
+    assert corpus.load(Path("prose")).name == "python-reference" and corpus.load(Path("code")).name == "python-stdlib"

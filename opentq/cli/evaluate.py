@@ -1,4 +1,4 @@
-"""`opentq eval`: fidelity, needle, generate and layers on any model folder; tables out, records kept, runs resumed."""
+"""`opentq eval`: what a compressed cache costs a model; tables out, records kept, runs resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ SPECS = "int4,int4:norot,tq4,tq3,tq3p,polar4,qjl,k8v4"
 Specs = Annotated[
     str, typer.Option("--kv", help="Specs, comma-separated; also native, mlx4, mlx8 (mlx-lm's --kv-bits), q4_0.")
 ]
-Text = Annotated[Path | None, typer.Option("--text", help="Text file or folder to read instead of Python's library.")]
+Text = Annotated[
+    Path | None, typer.Option("--text", help="Text to read: code or prose (Python's own), or a file or folder.")
+]
 Output = Annotated[str, typer.Option("--output", "-o", help="text, md or json.")]
 Keep = Annotated[Path | None, typer.Option("--records", help="JSONL file to append to and to resume from.")]
 Simulate = Annotated[
@@ -145,6 +147,49 @@ def layers(
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
     found = work.run(task, view, (len(work.names) + 1) * sequences * context)
     print(show.layers(found, output))
+
+
+@app.command()
+def use(
+    model: Model = "",
+    kv: Specs = SPECS,
+    prompts: Annotated[int, typer.Option(help="Prompts.")] = 200,
+    context: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 384,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    batch: Annotated[int, typer.Option(help="Prompts read together.")] = 8,
+    seed: Seed = 0,
+    output: Output = "text",
+    records: Keep = None,
+) -> None:
+    """Short prompts answered greedily: how many answers equal those with the model's own cache, and for how long."""
+    from ..evaluate import show
+    from ..evaluate import use as task
+
+    job = task.Task(prompts, context, tokens, batch=batch, seed=seed)
+    work = _prepare(model, kv, None, output, records)
+    found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
+    print(show.use(found, output))
+
+
+@app.command()
+def tasks(
+    model: Model = "",
+    kv: Specs = SPECS,
+    questions: Annotated[int, typer.Option(help="Questions.")] = 200,
+    context: Annotated[int, typer.Option(help="Tokens of documentation before each question.")] = 640,
+    batch: Annotated[int, typer.Option(help="Questions read together.")] = 8,
+    seed: Seed = 0,
+    output: Output = "text",
+    records: Keep = None,
+) -> None:
+    """Multiple choice by log likelihood: accuracy, and the paired difference to the model's own cache."""
+    from ..evaluate import show
+    from ..evaluate import tasks as task
+
+    job = task.Task(questions, context, batch=batch, seed=seed)
+    work = _prepare(model, kv, None, output, records)
+    found = work.run(task, job, (len({*work.names, "native"})) * questions * context)
+    print(show.tasks(found, output))
 
 
 class Work(NamedTuple):

@@ -63,10 +63,12 @@ class Corpus:
 def load(path: Path | None) -> Corpus:
     """The text at `path` (a file, or a folder of .txt, .md and .py files), or the standard library's held-out files.
 
-    Raises UserError when there is nothing to read.
+    `code` (also None) and `prose` are texts that come with Python. Raises UserError when there is nothing to read.
     """
-    if path is None:
+    if path is None or (str(path) == "code" and not path.exists()):
         return standard_library()
+    if str(path) == "prose" and not path.exists():
+        return language_reference()
     if not path.exists():
         raise UserError(f"text {str(path)!r} does not exist")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py")) if path.is_dir() else [path]
@@ -91,6 +93,13 @@ def standard_library(part: int = HELD_OUT) -> Corpus:
                 if len(text) > 400:
                     found.append((name, text))
     return Corpus("python-stdlib" + ("" if part == HELD_OUT else f"-{part}"), tuple(sorted(found)))
+
+
+def language_reference() -> Corpus:
+    """Python's language reference, the prose that comes with every Python (`pydoc_data.topics`)."""
+    from pydoc_data.topics import topics
+
+    return Corpus("python-reference", tuple(sorted((name, text) for name, text in topics.items() if len(text) > 400)))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -134,7 +143,7 @@ def needle(
     rng = random.Random(f"{seed} {length} {depth} {kind} {distractors}")
     facts = [_fact(rng, kind) for _ in range(1 + distractors)]
     name, value = facts[0]
-    before, after = _template(tokenizer)
+    before, after = template(tokenizer)
     lines = [tokenizer.encode(f"# {_sentence(kind, n, v)}\n", add_special_tokens=False) for n, v in facts]
     question = tokenizer.encode(f"\n\nWhat is the {kind} of {name}?", add_special_tokens=False) + after
     room = length - len(before) - len(question) - sum(map(len, lines))
@@ -174,7 +183,7 @@ def _sentence(kind: str, name: str, value: str) -> str:
     return f"The {kind} of {name} is " + (f'"{value}".' if kind == "magic word" else f"{value}.")
 
 
-def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
+def template(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids before and after the user's message in the model's chat template."""
     if not getattr(tokenizer, "chat_template", None):
         return opening(tokenizer), tokenizer.encode("\nAnswer:", add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -55,3 +56,22 @@ def wilson(successes: int, trials: int) -> Interval:
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials * trials)) ** 0.5
     return p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def paired(lost: int, won: int, trials: int) -> Interval:
+    """Difference of two proportions of the same trials and its 95 % interval (Bonett and Price 2012, adjusted Wald).
+
+    `lost` trials succeeded only the first time, `won` only the second.
+    """
+    if trials <= 0:
+        raise ValueError("a difference needs at least one trial")
+    p, q = (lost + 1) / (trials + 2), (won + 1) / (trials + 2)
+    half = 1.959964 * ((p + q - (q - p) ** 2) / (trials + 2)) ** 0.5
+    return (won - lost) / trials, max(-1.0, q - p - half), min(1.0, q - p + half)
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided exact McNemar test: how likely so uneven a split of the trials that differ is by chance."""
+    differ = lost + won
+    tail = sum(math.comb(differ, k) for k in range(min(lost, won) + 1)) / 2**differ
+    return min(1.0, 2 * tail)

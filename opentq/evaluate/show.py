@@ -65,6 +65,32 @@ def agreement(records: Sequence[Record], style: str) -> str:
     return table(head, rows, style, records)
 
 
+def use(records: Sequence[Record], style: str) -> str:
+    """One row per spec: answers equal to the end, tokens before the first difference."""
+    head = ["spec", "bits", "answers", "equal, %", "before the first difference, %", "median token of difference"]
+    rows = []
+    for r in records:
+        equal, share = (_interval(r[k], lambda x: f"{100 * x:.1f}") for k in ("equal", "share_before_divergence"))
+        at = "-" if r["diverged_at_median"] is None else f"{r['diverged_at_median']:g}"
+        rows.append([r["settings"]["spec"], f"{r['bits']:.3g}", str(len(r["lengths"])), equal, share, at])
+    return table(head, rows, style, records)
+
+
+def tasks(records: Sequence[Record], style: str) -> str:
+    """One row per spec, the model's own cache first: accuracy, and the paired difference to it."""
+    head = ["spec", "bits", "right, %", "read, %", "known, %", "difference, points", "lost / won", "McNemar p"]
+    rows = []
+    for r in records:
+        right = _interval(r["accuracy"], lambda x: f"{100 * x:.1f}")
+        kinds = [f"{100 * r[k][0]:.1f}" if r[k] else "-" for k in ("read", "known")]
+        paired = ["", "", ""]
+        if "difference" in r:
+            difference = _interval(r["difference"], lambda x: f"{100 * x:+.1f}")
+            paired = [difference, f"{r['lost']} / {r['won']}", f"{r['mcnemar_p']:.2g}"]
+        rows.append([r["settings"]["spec"], f"{r['bits']:.3g}", right, *kinds, *paired])
+    return table(head, rows, style, records)
+
+
 LAYER_COLUMNS = {
     "key cos": "key_cosine",
     "value cos": "value_cosine",

@@ -1,0 +1,163 @@
+"""All measurements of the studies on a real network, appended to results/*.jsonl; what is there is not measured again.
+
+    python docs/studies/real.py --model smollm2
+    python docs/studies/real.py --model smollm2 --only fidelity,tasks --quick
+
+Runs on the device that MLX uses (`--device cpu` for the CPU). Weights are decoded to float32 and caches simulated for
+fidelity, so that what differs between two rows is the codec; `use`, `tasks` and `needles` go through the caches as they
+are. Stopped at any time it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+# isort: off
+import opentq  # before MLX, so that its faster matrix product is found on CPUs
+import mlx.core as mx
+
+# isort: on
+from mlx_lm.utils import dequantize_model
+
+from opentq.attention import tiled
+from opentq.evaluate import corpus, fidelity, layers, needle, tasks, use
+from opentq.hosts.mlx_lm.load import model_folder
+from opentq.records import Records, model_name
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measure
+
+ROOT = Path(__file__).parents[2]
+
+RIVALS = ["native", "mlx4", "mlx8", "q4_0", "q4_0:norot"]
+FRONT = """
+tq5/tq3:nc tq5/tq3:nc:center tq5/tq3:nc:sink=4 tq5/tq3:nc:center:sink=4 tq5/tq3:nc:center:sink=4:recent=128
+int4 int4:sink=4 int4:center:sink=4 int4:g64 int4:g64:center:sink=4 int4:norot k8v4:g64
+tq4:nc tq4:nc:center:sink=4 tq5/tq3 tq6/tq3:nc:center:sink=4 tq5/tq4:nc:center:sink=4 tq4/tq3:nc:center:sink=4
+tq3:nc tq3:nc:center tq3:nc:sink=4 tq3:nc:center:sink=4 tq3 tq2 tq2:nc:center:sink=4 int3:g64 int2 polar4
+qjl qjl2/int4 qjl6/int4 qjl4/int4:sketch=gauss tq3p tq3p:sketch=orth int4:first2=qjl tq3:skip=first1 tq3:skip=last1
+tq3/tq4 tq4/tq3 tq4:haar tq3:out=2 tq2.5 tq3.5 int8
+""".split()  # noqa: SIM905
+"""What the tables of codecs.md and negative_results.md need, the goal's candidates first."""
+SHORT = ["int4", "q4_0", "mlx4", "tq5/tq3:nc", "tq5/tq3:nc:center:sink=4", "tq3:nc", "tq3:nc:center:sink=4", "k8v4:g64"]
+"""What is asked in use, in tasks and for needles."""
+GAINS, SPREADS = (0.25, 4), (0.5, 2)
+
+
+def load(name: str):
+    """The model in float32, decoded, and its tokenizer."""
+    model, tokenizer = opentq.load(name)
+    model.set_dtype(mx.float32)
+    dequantize_model(model)
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+class Study:
+    """One model, where its records go, and how much is measured."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.model, self.tokenizer = load(args.model)
+        self.id = model_name(args.model, model_folder(args.model))
+        self.quick, self.batch, self.results = args.quick, args.batch, args.results
+        self.texts = [corpus.load(Path(name)) for name in ("code", "prose")]
+        self.began = time.perf_counter()
+
+    def records(self, name: str) -> Records:
+        return Records(self.results / f"{name}.jsonl")
+
+    def say(self, *words: object) -> None:
+        print(f"{time.perf_counter() - self.began:6.0f} s ", *words, flush=True)
+
+    def fidelity(self) -> None:
+        """Every spec on code and prose at four depths."""
+        depths, window, sequences = ((256,), 32, 1) if self.quick else ((512, 2048, 4096, 7168), 128, 2)
+        protocol = fidelity.Protocol(depths, window=window, sequences=sequences, simulate=True)
+        names = ["native", "mlx4", "q4_0", "tq5/tq3:nc:center:sink=4"] if self.quick else [*RIVALS, *FRONT]
+        records = self.records("fidelity")
+        for text in self.texts:
+            for some in (names[i : i + 8] for i in range(0, len(names), 8)):
+                for r in fidelity.run(self.model, self.id, self.tokenizer, text, some, protocol, records):
+                    settings = r["settings"]
+                    self.say(text.name, settings["spec"], settings["depth"], f"{r['kl_mean'][0]:.2e}")
+
+    def needles(self) -> None:
+        """Five depths of three lengths."""
+        lengths, trials = ((600,), 1) if self.quick else ((1536, 3584, 6656), 4)
+        grid = needle.Grid(lengths, trials=trials, batch=self.batch)
+        records = self.records("needle")
+        for name in ["native", *SHORT]:
+            found = needle.run(self.model, self.id, self.tokenizer, self.texts[0], [name], grid, records)
+            self.say("needles", name, [r["correct"] for r in found])
+            if self.quick:
+                break
+
+    def use(self) -> None:
+        """Answers to 200 short prompts."""
+        job = use.Task(prompts=4, tokens=8, batch=4) if self.quick else use.Task(batch=self.batch)
+        for name in SHORT[:1] if self.quick else SHORT:
+            (r,) = use.run(self.model, self.id, self.tokenizer, None, [name], job, self.records("use"))
+            self.say("use", name, r["equal"])
+
+    def tasks(self) -> None:
+        """Multiple choice, paired with the model's own cache."""
+        job = tasks.Task(questions=8, batch=4) if self.quick else tasks.Task(batch=self.batch)
+        for name in SHORT[:1] if self.quick else SHORT:
+            first, r = tasks.run(self.model, self.id, self.tokenizer, None, [name], job, self.records("tasks"))
+            self.say("tasks", name, first["accuracy"], r["accuracy"], r["difference"])
+
+    def depth(self) -> None:
+        """Error per layer."""
+        view = layers.View(256, 16, 1) if self.quick else layers.View(context=2048, window=32, sequences=2)
+        for name in ["int4"] if self.quick else ["int4", "tq3", "tq1", "qjl2/int4", "tq5/tq3:nc", "tq2"]:
+            layers.run(self.model, self.id, self.tokenizer, self.texts[0], [name], view, self.records("layers"))
+            self.say("layers", name)
+
+    def scale(self) -> None:
+        """Attention scale against query gain at fixed logits, and logit spread at fixed scale."""
+        protocol = fidelity.Protocol((1024,), window=128, sequences=2, simulate=True)
+        view = layers.View(context=1024, window=32, sequences=2)
+        if self.quick:
+            protocol, view = fidelity.Protocol((128,), window=16, sequences=1, simulate=True), layers.View(128, 16, 1)
+        variants = [(g, 1 / g, f"gain x{g:g}, scale x{1 / g:g}") for g in GAINS]
+        variants = [(1.0, 1.0, "none"), *variants, *((s, 1.0, f"gain x{s:g}") for s in SPREADS)]
+        specs = ["tq3"] if self.quick else ["int4", "tq3", "tq2"]
+        for gain, alpha, title in variants[:2] if self.quick else variants:
+            measure.change(self.model, gain, alpha)
+            changed = {**self.id, "change": title, "gain": gain, "alpha": alpha}
+            where = (self.model, changed, self.tokenizer, self.texts[0], specs)
+            fidelity.run(*where, protocol, self.records("scale"))
+            layers.run(*where, view, self.records("scale"))
+            measure.change(self.model, 1 / gain, 1 / alpha)
+            self.say("scale", title)
+
+
+PARTS = ("fidelity", "needles", "use", "tasks", "depth", "scale")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what MLX uses")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="a few hundred tokens of each: a test of this script")
+    parser.add_argument("--batch", type=int, help="prompts read together; default: 40, on a CPU 4")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    args = parser.parse_args()
+    if args.device:
+        mx.set_default_device(mx.Device(getattr(mx, args.device)))
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    args.batch = args.batch or (40 if on_gpu else 4)
+    if on_gpu:
+        mx.set_cache_limit(4 << 30)
+        tiled.SCRATCH = 512 << 20  # larger tiles, fewer launches; the numbers are the same
+    study = Study(args)
+    for part in args.only.split(","):
+        getattr(study, part)()
+
+
+if __name__ == "__main__":
+    main()
