@@ -73,8 +73,11 @@ class Grammars:
             raise unsupported(
                 "tool_choice", f"this model writes calls in the form of {parser}; only 'auto' and 'none' work"
             )
-        options = [_call_schema(t["function"]) for t in request.tools]
-        schema = {"x-guidance": STYLE, **(options[0] if len(options) == 1 else {"anyOf": options})}
+        one = len(request.tools) == 1
+        options = [
+            _call_schema(t["function"], "#" if one else f"#/anyOf/{i}") for i, t in enumerate(request.tools)
+        ]
+        schema = {"x-guidance": STYLE, **(options[0] if one else {"anyOf": options})}
         start, end = (self._marker(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
         return f"start: {start} gap call gap {end}\ngap: /\\n?/\ncall: %json {json.dumps(schema)}\n"
 
@@ -133,16 +136,31 @@ class Constraint:
             self.matcher.consume_token(int(tokens[-1].item()))  # type: ignore[arg-type]
 
 
-def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
+def _call_schema(function: dict[str, Any], at: str) -> dict[str, Any]:
+    """The schema of a call; it stands at the pointer `at` of the whole one, and references are turned to that."""
+    parameters = function.get("parameters") or {"type": "object"}
     return {
         "type": "object",
         "properties": {
             "name": {"const": function["name"]},
-            "arguments": function.get("parameters") or {"type": "object"},
+            "arguments": _moved(parameters, f"{at}/properties/arguments"),
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema whose references to itself (`#/$defs/Point`) hold when it stands at the pointer `to` of another."""
+    if isinstance(schema, list):
+        return [_moved(item, to) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {k: v if k in ("const", "enum", "default", "examples") else _moved(v, to) for k, v in schema.items()}
+    ref = moved.get("$ref")
+    if isinstance(ref, str) and ref.startswith("#"):
+        moved["$ref"] = to + ref[1:]
+    return moved
 
 
 def _first_line(text: str) -> str:

@@ -63,6 +63,8 @@ HINTS = {
 
 def refuse_unsupported(body: dict[str, Any], idle: dict[str, tuple[Any, ...]] = IDLE) -> None:
     """Raise ApiError for a known field that asks for something this server does not do."""
+    if body.get("best_of") not in (None, 1, body.get("n")):
+        raise unsupported("best_of", HINTS["best_of"])
     for name, harmless in idle.items():
         value = body.get(name)
         nothing = value is None or (isinstance(value, dict) and all(v is None for v in value.values()))
@@ -94,8 +96,6 @@ def read_chat(body: dict[str, Any]) -> GenerationRequest:
 def read_completion(body: dict[str, Any]) -> GenerationRequest:
     """The request in a /v1/completions body. Raises ApiError."""
     refuse_unsupported(body)
-    if body.get("best_of") not in (None, 1, body.get("n")):
-        raise unsupported("best_of", HINTS["best_of"])
     form = check(body, CompletionRequest)
     given: Any = form.prompt
     several = isinstance(given, list) and not isinstance(given[0], int)
