@@ -67,8 +67,8 @@ def refuse_unsupported(body: dict[str, Any], idle: dict[str, tuple[Any, ...]] = 
         raise unsupported("best_of", HINTS["best_of"])
     for name, harmless in idle.items():
         value = body.get(name)
-        nothing = value is None or (isinstance(value, dict) and all(v is None for v in value.values()))
-        if not nothing and value not in harmless:
+        empty = isinstance(value, dict) and value and all(inner is None for inner in value.values())
+        if value is not None and not empty and value not in harmless:
             raise unsupported(name, HINTS.get(name, ""))
 
 
