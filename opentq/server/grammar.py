@@ -74,9 +74,7 @@ class Grammars:
                 "tool_choice", f"this model writes calls in the form of {parser}; only 'auto' and 'none' work"
             )
         one = len(request.tools) == 1
-        options = [
-            _call_schema(t["function"], "#" if one else f"#/anyOf/{i}") for i, t in enumerate(request.tools)
-        ]
+        options = [_call_schema(t["function"], "#" if one else f"#/anyOf/{i}") for i, t in enumerate(request.tools)]
         schema = {"x-guidance": STYLE, **(options[0] if one else {"anyOf": options})}
         start, end = (self._marker(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
         return f"start: {start} gap call gap {end}\ngap: /\\n?/\ncall: %json {json.dumps(schema)}\n"
