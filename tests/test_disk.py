@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from opentq.caches import disk
 from opentq.caches.single import OpenTQCache
+from opentq.caches.states import State
 from opentq.cli.cache import JOIN, app, resume
 from opentq.contracts.layout import CANONICAL
 from opentq.hosts.mlx_lm.generate import Request, encode_prompt, run
@@ -67,7 +68,7 @@ def test_the_file_is_canonical_and_no_larger_than_its_bytes(file):
     arrays, metadata = mx.load(str(file), return_metadata=True)
     keys, values = cached("int4").canonical()
     for name, part in (("packed_k", keys), ("packed_v", values)):
-        place = f"0.{OpenTQCache.STATE.index(name)}"
+        place = f"0.{State._fields.index(name)}"
         assert all(mx.array_equal(arrays[f"{place}.{i}"], a).item() for i, a in enumerate(part))
     assert file.stat().st_size <= sum(a.nbytes for a in arrays.values()) + 20_000
     assert json.loads(metadata["manifest"])["tokens"] == TOKENS

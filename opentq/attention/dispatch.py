@@ -30,6 +30,9 @@ class NoAttention(RuntimeError):
 
 _logged: set[tuple] = set()
 
+STEP = 8
+"""Tokens of a decode step, at most."""
+
 
 def attend(args: AttnArgs) -> tuple[mx.array, str]:
     """`[B, Hq, L, Dv]` in q's dtype by the first candidate that serves, and its name. Raises NoAttention."""
@@ -39,13 +42,36 @@ def attend(args: AttnArgs) -> tuple[mx.array, str]:
             # A kernel without page lists reads the pages as a cache of their own.
             out = function(args.picked())
         if out is not None:
-            key = (name, args.shape_key())
-            if key not in _logged:
-                _logged.add(key)
-                log.info("attention by %s: %s", name, args.describe())
+            if log.isEnabledFor(logging.INFO):
+                _say(name, args)
             return out, name
     mode = os.environ.get("OPENTQ_KERNELS", "")
     raise NoAttention(f"no attention function serves this call (OPENTQ_KERNELS={mode or 'unset'}): {args.describe()}")
+
+
+def _say(name: str, args: AttnArgs) -> None:
+    """Log who serves, once per kind of call."""
+    key = (name, args.shape_key())
+    if key not in _logged:
+        _logged.add(key)
+        log.info("attention by %s: %s", name, args.describe())
+
+
+def steps() -> bool:
+    """Whether decode steps may be left to `step`."""
+    backend = backends.active() if kernel_mode() != "tiled" else None
+    return backend is not None and backend.step is not None
+
+
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array, str] | None:
+    """A whole decode step in one launch (`contracts.backend.Backend.step`), and who made it; None without one."""
+    backend = backends.active()
+    done = backend.step(args, fresh, center) if backend and backend.step and args.mask is None else None
+    if done is None or backend is None:
+        return None
+    if log.isEnabledFor(logging.INFO):
+        _say(f"{backend.name} step", args)
+    return *done, backend.name
 
 
 def candidates() -> list[tuple[str, AttnFn]]:

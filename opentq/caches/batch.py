@@ -19,10 +19,11 @@ from ..contracts.attention import Lengths
 from ..contracts.layout import FLUSH
 from ..spec.kv import KVSpec
 from .buffer import EVERY, Buffer, joined, own
-from .extent import Extent
+from .extent import Extent, grow
 from .mask import CausalMask, causal_mask
-from .single import OpenTQCache, mean_key, relay, shifted
+from .single import OpenTQCache, mean_key, shifted
 from .sketches import Sketches
+from .states import BatchState
 from .step import Handle, LayerStats
 
 Columns = Sequence[Sequence[int]]
@@ -36,7 +37,7 @@ class BatchOpenTQCache(OpenTQCache):
     """What a sequence becomes when it is taken out."""
 
     def __init__(self, spec: KVSpec | str, count: int, stats: LayerStats | None = None, window: int = 0):
-        self.extents = [Extent()] * count
+        self.extents: tuple[Extent, ...] = (Extent(),) * count
         self.centered = [False] * count
         self.todo: list[int] | None = None  # real tokens still to come while prompts are padded on the right
         super().__init__(spec, stats, window)
@@ -56,7 +57,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def size(self) -> int:
         """Tokens that the longest sequence holds."""
-        return max((e.held for e in self.extents), default=0)
+        return _longest(self.extents)
 
     def is_trimmable(self) -> bool:
         return all(e.base == 0 for e in self.extents)
@@ -83,8 +84,8 @@ class BatchOpenTQCache(OpenTQCache):
         self.todo = None
 
     def _lengths(self, batch: int) -> tuple[Lengths, ...]:
-        columns = self.dense_k.shape[2]  # type: ignore[union-attr]
-        return tuple((e.packed, e.sink, columns - e.tail) for e in self.extents)
+        assert self._dense_k is not None
+        return _lens(self.extents, self._dense_k.shape[2])
 
     def _packed(self, batch: int) -> list[int]:
         return [e.packed for e in self.extents]
@@ -99,16 +100,22 @@ class BatchOpenTQCache(OpenTQCache):
             raise ValueError(f"a batch cache of {len(self.extents)} sequences was given {keys.shape[0]}")
         return super().update_and_fetch(keys, values)
 
+    def _grow_quietly(self, count: int) -> bool:
+        if self.todo is not None:
+            return False
+        grown = grow(self.extents, (count,) * len(self.extents), self.limits)
+        if grown.quiet:
+            self.extents = grown.extents
+        return grown.quiet
+
     def _absorb(self, dense_k: mx.array, dense_v: mx.array, count: int) -> bool:
         old = dense_k.shape[2] - count
         real = self._real(len(self.extents), count)
         before = self.extents
-        grown = [e.append(n, self.limits) for e, n in zip(before, real)]
-        self.extents = [after for after, _ in grown]
+        self.extents, moves, quiet = grow(before, tuple(real), self.limits)
         if self.todo is not None:
             self.todo = [t - n for t, n in zip(self.todo, real)]
-        moves = [move for _, move in grown]
-        if all(move.nothing for move in moves) and all(n == count for n in real):
+        if quiet and all(n == count for n in real):
             self.dense_k, self.dense_v = dense_k, dense_v
             return False
         # Columns of every lane's tail, new tokens included: [first, end).
@@ -161,7 +168,7 @@ class BatchOpenTQCache(OpenTQCache):
     def trim(self, n: int) -> int:
         """Drop the newest n tokens of every sequence (all that it has, where it has fewer)."""
         before, self._lent = self.extents, None
-        self.extents = [e.trim(n) for e in before]
+        self.extents = tuple(e.trim(n) for e in before)
         if self.dense_k is not None and self.dense_v is not None:
             columns = self.dense_k.shape[2]
             starts = [columns - e.tail for e in before]
@@ -200,9 +207,9 @@ class BatchOpenTQCache(OpenTQCache):
         if (other.spec, other.window) != (self.spec, self.window):
             raise ValueError(f"caches of different specs can't share a batch: {self.spec} and {other.spec}")
 
-    def _join(self, parts: Sequence[tuple[list[Extent], OpenTQCache]]) -> None:
+    def _join(self, parts: Sequence[tuple[Sequence[Extent], OpenTQCache]]) -> None:
         self._lent = None
-        extents = [e for part, _ in parts for e in part]
+        extents = tuple(e for part, _ in parts for e in part)
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
             self.k_layout, self.v_layout, self.dims = like.k_layout, like.v_layout, like.dims
@@ -233,7 +240,7 @@ class BatchOpenTQCache(OpenTQCache):
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the given sequences, in the given order; none at all is allowed."""
         keep, self._lent = _ints(batch_indices), None
-        self.extents = [self.extents[i] for i in keep]
+        self.extents = tuple(self.extents[i] for i in keep)
         self.centered = [self.centered[i] for i in keep]
         if self.todo is not None:
             self.todo = [self.todo[i] for i in keep]
@@ -290,37 +297,28 @@ class BatchOpenTQCache(OpenTQCache):
     @property
     def state(self):
         """Arrays and scalars that mlx-lm evaluates and saves."""
-        lengths = [[e.base, e.sink, e.packed, e.tail] for e in self.extents]
+        lengths = [list(e) for e in self.extents]
         layouts = f"{self.k_layout.name} {self.v_layout.name}"
-        head = [str(self.spec), layouts, self.window, int(self.lends), self.latent, lengths]
+        head = str(self.spec), layouts, self.window, int(self.lends), self.latent, lengths or None
         if self.dense_k is None:
-            return [*head, [], [], None, None, None, [], None]
+            return BatchState(*head)
         used = max((e.packed for e in self.extents), default=0)
-        packed = [list(b.truncated(b.rows_of(used))) if used else [] for b in (self.packed_k, self.packed_v)]
+        packed_k, packed_v = (
+            list(b.truncated(b.rows_of(used))) if used else None for b in (self.packed_k, self.packed_v)
+        )
         sketches = None if self.sketches is None else self.sketches.state
-        centered = [int(done) for done in self.centered]
-        return [*head, *packed, self.dense_k, self.dense_v, self.center, centered, sketches]
+        centered = [int(done) for done in self.centered] or None
+        return BatchState(*head, packed_k, packed_v, self.dense_k, self.dense_v, self.center, centered, sketches)
 
     @state.setter
     def state(self, value) -> None:
-        spec, layouts, window, lends, latent, lengths, packed_k, packed_v, *held = value
-        dense_k, dense_v, center, centered, sketches = held
+        state = BatchState(*value)
         if not hasattr(self, "spec"):
-            self.__init__(spec, 0)  # type: ignore[misc]
-        self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
+            self.__init__(state.spec, 0)  # type: ignore[misc]
         self.todo = None
-        self._reset()
-        self.extents = [Extent(*numbers) for numbers in lengths]
-        self.centered = [bool(done) for done in centered] or [False] * len(self.extents)
-        if dense_k is None:
-            return
-        self.dense_k, self.dense_v, self.center = dense_k, dense_v, center
-        self.sketches = None if sketches is None else Sketches.from_state(sketches, self.spec.channels)
-        self._choose_layouts()
-        if packed_k:
-            names = layouts.split()
-            self.packed_k.write(0, relay(tuple(packed_k), names[0], self.k_layout))
-            self.packed_v.write(0, relay(tuple(packed_v), names[1], self.v_layout))
+        self.extents = tuple(Extent(*numbers) for numbers in state.lengths or ())
+        self.centered = [bool(done) for done in state.centered or ()] or [False] * len(self.extents)
+        self._restore(state)
 
 
 def _together(work: Sequence[tuple[int, int, int, int]]) -> Iterable[tuple[slice, tuple[int, int, int, int]]]:
@@ -338,7 +336,7 @@ def _width(sinks: Columns, tails: Columns) -> int:
 
 
 def _join_dense(
-    parts: Sequence[tuple[list[Extent], OpenTQCache]], side: str, width: int, like: OpenTQCache
+    parts: Sequence[tuple[Sequence[Extent], OpenTQCache]], side: str, width: int, like: OpenTQCache
 ) -> mx.array:
     """The fp16 columns of several caches side by side."""
     shape = getattr(like, side).shape
@@ -369,6 +367,16 @@ def _lanes_of(center: mx.array | None, lanes: int, like: mx.array) -> mx.array:
 
 def _centered(cache: OpenTQCache, lanes: int) -> list[bool]:
     return cache.centered if isinstance(cache, BatchOpenTQCache) else [cache.center is not None] * lanes
+
+
+@functools.lru_cache(maxsize=64)
+def _lens(extents: tuple[Extent, ...], columns: int) -> tuple[Lengths, ...]:
+    return tuple((e.packed, e.sink, columns - e.tail) for e in extents)
+
+
+@functools.lru_cache(maxsize=64)
+def _longest(extents: tuple[Extent, ...]) -> int:
+    return max((e.held for e in extents), default=0)
 
 
 def _ints(values: Iterable[int] | mx.array) -> list[int]:

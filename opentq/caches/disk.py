@@ -194,12 +194,8 @@ def portable(cache: Any) -> Any:
         return [[portable(c), type(c).__name__] for c in members(cache)]
     if not isinstance(cache, OpenTQCache) or not cache.n_packed:
         return cache.state
-    state = list(cache.state)
     keys, values = cache.canonical()
-    names = OpenTQCache.STATE
-    state[names.index("layouts")] = "canonical canonical"
-    state[names.index("packed_k")], state[names.index("packed_v")] = list(keys), list(values)
-    return state
+    return cache.state._replace(layouts="canonical canonical", packed_k=list(keys), packed_v=list(values))
 
 
 def restore(cache: Any, state: Any) -> None:

@@ -7,7 +7,8 @@ function, so a sequence is cut in the same places whoever it travels with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from typing import NamedTuple
 
 from ..contracts.layout import FLUSH
 
@@ -18,8 +19,7 @@ COMPACT = 256
 """Packed tokens out of the window that are worth moving the others for."""
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What a cache is asked to keep: fp16 sink tokens, fp16 recent tokens, and a window (0: everything)."""
 
     sink: int = 0
@@ -27,8 +27,7 @@ class Limits:
     window: int = 0
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """What an append does to the tail (new tokens included), oldest first, and to the packed tokens.
 
     Attributes:
@@ -48,8 +47,7 @@ class Move:
         return not (self.forget or self.to_sink or self.skip or self.flush)
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """Lengths of one sequence's regions."""
 
     base: int = 0
@@ -67,6 +65,7 @@ class Extent:
         """Tokens that are still there."""
         return self.sink + self.packed + self.tail
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  all layers of a step ask for the same, and tuples keep nothing alive
     def append(self, count: int, limits: Limits) -> tuple[Extent, Move]:
         """The lengths after `count` more tokens, and how to get there."""
         tail = self.tail + count
@@ -93,4 +92,20 @@ class Extent:
         from_tail = min(count, self.tail)
         from_packed = min(count - from_tail, self.packed)
         from_sink = 0 if self.base else min(count - from_tail - from_packed, self.sink)
-        return replace(self, tail=self.tail - from_tail, packed=self.packed - from_packed, sink=self.sink - from_sink)
+        return self._replace(tail=self.tail - from_tail, packed=self.packed - from_packed, sink=self.sink - from_sink)
+
+
+class Growth(NamedTuple):
+    """What an append does to a batch: the new extents, a move for each, and whether nothing moves at all."""
+
+    extents: tuple[Extent, ...]
+    moves: tuple[Move, ...]
+    quiet: bool
+
+
+@functools.lru_cache(maxsize=256)
+def grow(extents: tuple[Extent, ...], real: tuple[int, ...], limits: Limits) -> Growth:
+    """`Extent.append` for every sequence, `real` tokens each; the layers of a step share the answer."""
+    grown = [e.append(n, limits) for e, n in zip(extents, real)]
+    moves = tuple(move for _, move in grown)
+    return Growth(tuple(extent for extent, _ in grown), moves, all(move.nothing for move in moves))

@@ -64,6 +64,8 @@ class LatentCodec(Codec):
 class _Latent(OpenTQCache):
     """What the single and the batch cache of latents have in common: keys only, and values that are a part of them."""
 
+    defers = False
+
     def update_and_fetch(self, latent: mx.array, rotary: mx.array) -> tuple[Handle, Handle]:
         """Append `[B, 1, L, latent]` and `[B, 1, L, rotary]`; attend to the handle with `[q_latent | q_rotary]`."""
         if self.latent != latent.shape[3]:

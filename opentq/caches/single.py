@@ -9,7 +9,7 @@ Nothing here decodes more than the block it is working on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -25,6 +25,7 @@ from .buffer import Buffer, own
 from .extent import Extent, Limits
 from .mask import CausalMask, causal_mask
 from .sketches import Sketches
+from .states import BatchState, State
 from .step import Handle, LayerStats, Step
 
 if TYPE_CHECKING:
@@ -40,11 +41,8 @@ class OpenTQCache:
         window: 0, or how many tokens a query sees, itself included: older ones are forgotten block by block.
     """
 
-    STATE = (
-        *("spec", "layouts", "window", "lends", "latent", "base", "sink", "packed"),
-        *("packed_k", "packed_v", "dense_k", "dense_v", "center", "sketches"),
-    )
-    """What the entries of `state` are."""
+    defers = True
+    """Whether a decode step's new tokens may wait for the launch that attends them (`Step.fresh`)."""
 
     def __init__(self, spec: KVSpec | str = "int4", stats: LayerStats | None = None, window: int = 0):
         self.spec = KVSpec.parse(spec)
@@ -61,8 +59,10 @@ class OpenTQCache:
         self.v_layout: Layout = CANONICAL
         self.packed_k, self.packed_v = Buffer(1), Buffer(1)
         self.extent = Extent()
-        self.dense_k: mx.array | None = None
-        self.dense_v: mx.array | None = None
+        self._dense_k: mx.array | None = None
+        self._dense_v: mx.array | None = None
+        self._waiting: Step | None = None  # whose fresh tokens are still to join the columns
+        self._kept: tuple[Any, Any, PackedKV, PackedKV] | None = None
         self.dims = (0, 0)
         self.center: mx.array | None = None  # [B, H, 1, Dk], rotated: what has been taken off all keys
         self.sketches: Sketches | None = None
@@ -73,6 +73,7 @@ class OpenTQCache:
 
     @property
     def limits(self) -> Limits:
+        """What is asked of `extent`."""
         return Limits(self.spec.sink, self.spec.recent, self.window)
 
     @property
@@ -85,55 +86,103 @@ class OpenTQCache:
         """fp16 tokens at the start."""
         return self.extent.sink
 
+    @property
+    def dense_k(self) -> mx.array | None:
+        """fp16 columns `[sink | tail]` of keys, `[B, H, Td, Dk]`; None before the first token."""
+        self._settle()
+        return self._dense_k
+
+    @dense_k.setter
+    def dense_k(self, columns: mx.array | None) -> None:
+        self._dense_k = columns
+
+    @property
+    def dense_v(self) -> mx.array | None:
+        """The same of values."""
+        self._settle()
+        return self._dense_v
+
+    @dense_v.setter
+    def dense_v(self, columns: mx.array | None) -> None:
+        self._dense_v = columns
+
     # ---- writing
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         """Append `[B, H, L, Dk]` and `[B, H, L, Dv]`; returns the handles that attention takes."""
-        if self.dense_k is None:
+        if self._dense_k is None:
             self._start(keys, values)
-        assert self.dense_k is not None and self.dense_v is not None
+        self._settle()
+        assert self._dense_k is not None and self._dense_v is not None
+        batch, heads, count, key_dim = keys.shape
         if self.sketches is not None:
-            self.sketches.meet(keys, self._real(*keys.shape[::2]))
-        dense_k, dense_v = self._extended(keys, values)
-        lens = self._lengths(keys.shape[0])
+            self.sketches.meet(keys, self._real(batch, count))
         self._lent = None
-        before = self.packed_k.arrays, self.packed_v.arrays
-        moved = self._absorb(dense_k, dense_v, keys.shape[2])
-        # Tokens are written behind the ones that this step sees, so it can share the new arrays, unless rows moved;
-        # holding the old ones would make every write a copy.
-        packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
+        lens = self._lengths(batch)
+        if self.defers and count <= dispatch.STEP and dispatch.steps() and self._grow_quietly(count):
+            step = self._step(self._dense_k, self._dense_v, self.packed_k.arrays, self.packed_v.arrays, lens)
+            step.fresh, step.cache, self._waiting = (keys, values), self, step
+        else:
+            dense_k, dense_v = self.extended(self._dense_k, self._dense_v, keys, values)
+            before = self.packed_k.arrays, self.packed_v.arrays
+            moved = self._absorb(dense_k, dense_v, count)
+            # Tokens are written behind the ones that this step sees, so it can share the new arrays, unless rows moved;
+            # holding the old ones would make every write a copy.
+            packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
+            step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
         if self.sketches is not None:
             stored = PackedKV(self.k_codec, self.k_layout, self.packed_k.arrays, self.dims[0])
-            self.sketches.follow(stored, self._packed(keys.shape[0]))
-        step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
-        shape = (*keys.shape[:2], self.size())
-        handles = Handle(step, (*shape, self.dims[0]), keys.dtype), Handle(step, (*shape, self.dims[1]), values.dtype)
+            self.sketches.follow(stored, self._packed(batch))
+        size = self.size()
+        handles = (
+            Handle(step, (batch, heads, size, key_dim), keys.dtype),
+            Handle(step, (batch, heads, size, self.dims[1]), values.dtype),
+        )
         if self.lends:
             self._lent = handles
         return handles
 
-    def _extended(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """The fp16 columns with the new tokens behind them."""
-        assert self.dense_k is not None and self.dense_v is not None
-        codecs, held = (self.k_codec, self.v_codec), (self.dense_k, self.dense_v)
-        done = dispatch.extend(codecs, held, (keys, values)) if self.center is None else None
+    def extended(
+        self, dense_k: mx.array, dense_v: mx.array, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """fp16 columns with new tokens behind them, rotated and centred."""
+        codecs = self.k_codec, self.v_codec
+        done = dispatch.extend(codecs, (dense_k, dense_v), (keys, values)) if self.center is None else None
         if done is not None:
             return done
         new_k, new_v = shifted(dense(self.k_codec, keys), self.center), dense(self.v_codec, values)
-        return mx.concatenate([self.dense_k, new_k], axis=2), mx.concatenate([self.dense_v, new_v], axis=2)
+        return mx.concatenate([dense_k, new_k], axis=2), mx.concatenate([dense_v, new_v], axis=2)
+
+    def adopt(self, step: Step, dense_k: mx.array, dense_v: mx.array) -> None:
+        """The columns with the tokens of `step` behind them, unless others have come since."""
+        if self._waiting is step:
+            self._dense_k, self._dense_v, self._waiting = dense_k, dense_v, None
+
+    def _settle(self) -> None:
+        if self._waiting is not None:
+            self._waiting.settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self.__dict__, "_kept": None}
+
+    def _grow_quietly(self, count: int) -> bool:
+        """Take `count` tokens into the tail where that is all there is to do; else change nothing."""
+        extent, move = self.extent.append(count, self.limits)
+        if move.forget or move.skip or move.flush:
+            return False
+        self.extent = extent
+        return True
 
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
+        kept = self._kept
+        if kept is None or kept[0] is not packed_k or kept[1] is not packed_v:
+            k = PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0])
+            v = PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1])
+            self._kept = kept = packed_k, packed_v, k, v
         return Step(
-            PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0]),
-            PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1]),
-            dense_k,
-            dense_v,
-            lens,
-            self.window,
-            self.stats,
-            self.spec.center,
-            self.sketches,
-        )
+            kept[2], kept[3], dense_k, dense_v, lens, self.window, self.stats, self.spec.center, self.sketches
+        )  # fmt: skip
 
     def keys_and_values(self) -> tuple[Handle, Handle]:
         """The handles of the last update again, for models whose later layers attend to this layer's tokens.
@@ -265,7 +314,7 @@ class OpenTQCache:
         """Arrays and scalars that mlx-lm evaluates and saves: packed rows in use, dense columns, lengths, the spec."""
         extent = self.extent
         rows = self.packed_k.rows_of(extent.packed), self.packed_v.rows_of(extent.packed)
-        return [
+        return State(
             str(self.spec),
             f"{self.k_layout.name} {self.v_layout.name}",
             self.window,
@@ -274,32 +323,39 @@ class OpenTQCache:
             extent.base,
             extent.sink,
             extent.packed,
-            list(self.packed_k.truncated(rows[0])) if extent.packed else [],
-            list(self.packed_v.truncated(rows[1])) if extent.packed else [],
+            list(self.packed_k.truncated(rows[0])) if extent.packed else None,
+            list(self.packed_v.truncated(rows[1])) if extent.packed else None,
             self.dense_k,
             self.dense_v,
             self.center,
             None if self.sketches is None else self.sketches.state,
-        ]
+        )
 
     @state.setter
     def state(self, value) -> None:
-        spec, layout_names, window, lends, latent, base, sink, packed, packed_k, packed_v, *held = value
-        dense_k, dense_v, center, sketches = held
+        state = State(*value)
         if not hasattr(self, "spec"):  # from_state makes the object without __init__
-            self.__init__(spec)  # type: ignore[misc]
-        self.spec, self.window, self.lends, self.latent = KVSpec.parse(spec), window, bool(lends), latent
+            self.__init__(state.spec)  # type: ignore[misc]
+        self._restore(state)
+        if state.dense_k is not None:
+            self.extent = Extent(state.base, state.sink, state.packed, state.dense_k.shape[2] - state.sink)
+
+    def _restore(self, state: State | BatchState) -> None:
+        """What both kinds of state hold, packed rows in this machine's layouts."""
+        self.spec, self.window = KVSpec.parse(state.spec), state.window
+        self.lends, self.latent = bool(state.lends), state.latent
         self._reset()
-        if dense_k is None:
+        if state.dense_k is None:
             return
-        self.dense_k, self.dense_v, self.center = dense_k, dense_v, center
-        self.sketches = None if sketches is None else Sketches.from_state(sketches, self.spec.channels)
-        self.extent = Extent(base, sink, packed, dense_k.shape[2] - sink)
+        self.dense_k, self.dense_v, self.center = state.dense_k, state.dense_v, state.center
+        if state.sketches is not None:
+            self.sketches = Sketches.from_state(state.sketches, self.spec.channels)
         self._choose_layouts()
-        if packed:
-            names = layout_names.split()
-            self.packed_k.write(0, relay(tuple(packed_k), names[0], self.k_layout))
-            self.packed_v.write(0, relay(tuple(packed_v), names[1], self.v_layout))
+        names = state.layouts.split()
+        if state.packed_k:
+            self.packed_k.write(0, relay(tuple(state.packed_k), names[0], self.k_layout))
+        if state.packed_v:
+            self.packed_v.write(0, relay(tuple(state.packed_v), names[1], self.v_layout))
 
     @classmethod
     def from_state(cls, state) -> OpenTQCache:

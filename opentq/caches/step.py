@@ -6,7 +6,7 @@ keys and values from another layer's cache, or attend twice, hold handles and ge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from ..contracts.attention import AttnArgs, Lengths, PackedKV
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from .single import OpenTQCache
     from .sketches import Sketches
 
 
@@ -65,52 +66,87 @@ class Handle:
         return Handle(self.step, self.shape, dtype)
 
 
-@dataclass(frozen=True)
 class Step:
-    """The cache as one forward step sees it: packed prefix and `[sink | tail | new]` in fp16."""
+    """The cache as one forward step sees it: packed prefix and `[sink | tail | new]` in fp16.
 
-    k: PackedKV
-    v: PackedKV
-    dense_k: mx.array
-    dense_v: mx.array
-    lens: tuple[Lengths, ...]
-    window: int
-    stats: LayerStats = field(compare=False)
-    centered: bool = False
-    sketches: Sketches | None = field(default=None, compare=False)
+    A decode step's new tokens may still be `fresh`: where the back end appends and attends in one launch, they join the
+    fp16 columns when they are attended, or when somebody looks at the columns before.
+    """
+
+    __slots__ = (
+        *("_dense_k", "_dense_v", "cache", "centered", "fresh", "k", "lens"),
+        *("sketches", "stats", "v", "window"),
+    )
+
+    def __init__(
+        self,
+        k: PackedKV,
+        v: PackedKV,
+        dense_k: mx.array,
+        dense_v: mx.array,
+        lens: tuple[Lengths, ...],
+        window: int,
+        stats: LayerStats,
+        centered: bool = False,
+        sketches: Sketches | None = None,
+    ):
+        self.k, self.v, self._dense_k, self._dense_v = k, v, dense_k, dense_v
+        self.lens, self.window, self.stats, self.centered, self.sketches = lens, window, stats, centered, sketches
+        self.fresh: tuple[mx.array, mx.array] | None = None
+        self.cache: OpenTQCache | None = None  # whose columns the fresh tokens are to join
+
+    @property
+    def dense_k(self) -> mx.array:
+        self.settle()
+        return self._dense_k
+
+    @property
+    def dense_v(self) -> mx.array:
+        self.settle()
+        return self._dense_v
+
+    def settle(self) -> None:
+        """Let fresh tokens join the columns, in a launch of their own."""
+        if self.fresh is not None and self.cache is not None:
+            self.join(*self.cache.extended(self._dense_k, self._dense_v, *self.fresh))
+
+    def join(self, dense_k: mx.array, dense_v: mx.array) -> None:
+        """The columns with the fresh tokens behind them: this step's from now on, and its cache's."""
+        assert self.cache is not None
+        self._dense_k, self._dense_v = dense_k, dense_v
+        self.cache.adopt(self, dense_k, dense_v)
+        self.fresh = self.cache = None
 
     def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
         """Attention of `q [B, Hq, L, Dk]` (as the model made it, not rotated): `[B, Hq, L, Dv]` in q's dtype."""
-        if isinstance(mask, str) and mask != "causal":
+        causal = isinstance(mask, str)
+        if causal and mask != "causal":
             raise ValueError(f"attention mask {mask!r} is not known: use None, 'causal' or an array")
         if self.centered and (sinks is not None or softcap):
             raise UserError(
                 "centred keys can't serve attention sinks or soft-capped logits: drop center from the KV spec"
             )
-        asked = getattr(mask, "window", 0)
+        asked = getattr(mask, "window", 0) if causal else 0
         window = min(asked, self.window) if asked and self.window else asked or self.window
         listed = None
         if self.sketches is not None:
             self.sketches.observe(q)
-            listed = self._pages(q, float(scale), window or (mask is not None and not isinstance(mask, str)))
+            listed = self._pages(q, float(scale), window or (mask is not None and not causal))
         args = AttnArgs(
-            q=self.k.codec.rotate(q),
-            k=self.k,
-            v=self.v,
-            dense_k=self.dense_k,
-            dense_v=self.dense_v,
-            lens=self.lens,
-            scale=float(scale),
-            causal=isinstance(mask, str),
-            window=window,
-            mask=None if isinstance(mask, str) else mask,
-            sinks=sinks,
-            softcap=softcap,
-            pages=listed,
-        )
-        out, name = dispatch.attend(args)
-        self.stats.calls += 1
-        self.stats.served_by = name
+            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window,
+            None if causal else mask, sinks, softcap, listed,
+        )  # fmt: skip
+        stats = self.stats
+        stats.calls += 1
+        if self.fresh is not None and self.cache is not None:
+            done = dispatch.step(args, self.fresh, self.cache.center)
+            if done is not None:
+                out, dense_k, dense_v, stats.served_by = done
+                self.join(dense_k, dense_v)
+                return out
+            args.dense_k, args.dense_v = self.dense_k, self.dense_v
+        args.q = self.k.codec.rotate(q)
+        out, stats.served_by = dispatch.attend(args)
         return self.v.codec.unrotate(out)
 
     def _pages(self, q: mx.array, scale: float, whole: bool | int) -> mx.array | None:

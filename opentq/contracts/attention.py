@@ -8,7 +8,7 @@ query block, so the packed region never needs a causal mask, only its length (an
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -16,14 +16,18 @@ from .codec import Codec, Format, Packed
 from .layout import FLUSH, Layout
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PackedKV:
-    """Packed keys or values: storage arrays `[B, H, rows, ...]` (over-allocated), their codec, layout and head dim."""
+    """Packed keys or values: storage arrays `[B, H, rows, ...]` (over-allocated), their codec, layout and head dim.
+
+    A cache hands out the same object until its arrays change; `memo` is what a back end keeps for it meanwhile.
+    """
 
     codec: Codec
     layout: Layout
     arrays: tuple[mx.array, ...]
     head_dim: int
+    memo: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def format(self) -> Format | None:
@@ -38,7 +42,7 @@ class PackedKV:
         """The blocks of 64 tokens that `pages [B, H, P]` names, one behind the other, still packed."""
         rows = FLUSH // self.layout.block
         index = (pages[..., None] * rows + mx.arange(rows)).reshape(*pages.shape[:2], -1)
-        return replace(self, arrays=tuple(_take_rows(a, index) for a in self.arrays))
+        return replace(self, arrays=tuple(_take_rows(a, index) for a in self.arrays), memo={})
 
     def canonical(self, start: int, stop: int) -> Packed:
         """Tokens `[start, stop)` in the canonical format."""
@@ -55,7 +59,7 @@ Lengths = tuple[int, int, int]
 `[0, sink_len)` and `[tail_start, Td)`."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttnArgs:
     """Attention of `q` over `[sink | packed | tail]`, everything in the codecs' bases.
 
@@ -133,9 +137,9 @@ class AttnArgs:
             "decode" if length <= 16 else "prefill",
             self.q.dtype,
             self.kv_heads,
-            (str(self.k.codec), self.k.head_dim),
-            (str(self.v.codec), self.v.head_dim),
-            self.k.layout.name,
+            (self.k.codec, self.k.head_dim),
+            (self.v.codec, self.v.head_dim),
+            self.k.layout,
             self.causal,
             bool(self.window),
             self.mask is not None,

@@ -38,6 +38,10 @@ class Backend:
         layout_named: the layout of that name, on any machine, or None when it is another back end's.
         extend: `(codecs, dense, fresh)`: new keys and values behind the fp16 columns in one launch, rotated; None for
             codecs that it does not serve.
+        step: `(args, fresh, center)`, a decode step in one launch, or None for what it does not serve. Everything is as
+            the model made it: `args.q` and the `fresh` keys and values are not rotated, `args.dense_k` and `dense_v`
+            are without these. Returns the output, rotated back, and the columns with the new tokens behind them,
+            `center` taken off keys. None in place of the function where there is no such launch.
         rotate: `codecs.rotation.rotate` in one launch, or None for vectors that it does not serve.
         findings: what `opentq doctor` should say.
     """
@@ -48,5 +52,6 @@ class Backend:
     layouts: Callable[[Codec, Codec, tuple[int, int]], tuple[Layout, Layout]]
     layout_named: Callable[[str], Layout | None] = lambda name: None
     extend: Callable[[Pair, Pair, Pair], Pair | None] = lambda codecs, dense, fresh: None
+    step: Callable[[AttnArgs, Pair, mx.array | None], tuple[mx.array, mx.array, mx.array] | None] | None = None
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
     findings: Callable[[], list[Finding]] = list

@@ -28,6 +28,8 @@ class SimulatedCache(OpenTQCache):
         eager: new tokens are coded before their own step sees them, as mlx-lm's quantised cache does it.
     """
 
+    defers = False
+
     def __init__(self, spec: KVSpec | str = "int4", window: int = 0, eager: bool = False):
         super().__init__(spec, window=window)
         self.eager = eager

@@ -208,4 +208,4 @@ def findings() -> list[Finding]:
     return [Finding("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use")]
 
 
-BACKEND = Backend("cuda", cuda.available, attend, layouts, layout_named, extend, cuda.rotate, findings)
+BACKEND = Backend("cuda", cuda.available, attend, layouts, layout_named, extend, rotate=cuda.rotate, findings=findings)
