@@ -84,7 +84,8 @@ def test_sketches_keep_four_bits_of_every_channel():
 
 
 def lists(cache: OpenTQCache, q: mx.array, lens: list[int]) -> mx.array:
-    return cache.sketches.selector(lens).choose(q, 0.125, tuple(lens))
+    selector = cache.sketches.selector(lens)
+    return selector.choose(selector.queries(q, 0.125), tuple(lens))
 
 
 def test_sketches_are_of_the_packed_keys():
@@ -124,6 +125,31 @@ def test_the_newest_page_and_missing_pages():
     assert pages.top(weights[..., :4], (319, 130), 3).tolist() == [[[0, 1, 4]], [[0, 1, 2]]]
     short = pages.top(weights, (320, 64), 3).tolist()[1][0]
     assert short[0] == 0  # what follows is left alone
+
+
+def test_kernels_choose_what_the_reference_chooses(kernels):
+    """Lists are sets, and a page may only differ where its weight ties with that of the last one chosen."""
+    rng = np.random.default_rng(0)
+    for packed, channels, rows, count in (((1300, 700), 8, 8, 4), ((2050, 2050), 16, 3, 9), ((64 * 40, 100), 4, 1, 1)):
+        keys = mx.array(rng.standard_normal((2, 3, 64 * 40, channels), dtype=np.float32))
+        selector = pages.Selector(pages.encode(keys), mx.zeros((2, 3, channels), mx.int32), 64 * count)
+        queries = mx.array(2 * rng.standard_normal((2, 3, rows, channels), dtype=np.float32))
+        backend = dispatch.backends.active() if kernels == "native" else None
+        found = backend.choose(selector.sketches, queries, packed, count) if backend else None
+        found = selector.choose(queries, packed) if found is None else found
+        scores = queries[:, :, None].astype(mx.float32) @ pages.decode(selector.sketches)
+        for b in range(2):
+            whole, held = packed[b] // 64, -(-packed[b] // 64)
+            mass = mx.softmax(mx.logsumexp(scores[b, :, :whole], axis=-1), axis=1).sum(2)  # [H, pages]
+            for h in range(3):
+                chosen = found[b, h].tolist()
+                if held <= count:
+                    assert chosen[:held] == list(range(held))
+                    continue
+                best = sorted(range(held - 1), key=lambda p: -mass[h, p].item())[: count - 1]
+                assert chosen == sorted(set(chosen)) and chosen[-1] == held - 1
+                got, most = (sum(mass[h, p].item() for p in pick) for pick in (chosen[:-1], best))
+                assert got == pytest.approx(most, rel=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["int4:pages=128", "tq5/tq3:nc:center:sink=4:pages=128"])

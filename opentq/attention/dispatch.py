@@ -17,7 +17,7 @@ from ..contracts.attention import AttnArgs
 from ..contracts.backend import Pair
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
-from . import backends, tiled
+from . import backends, pages, tiled
 
 log = logging.getLogger("opentq")
 
@@ -101,6 +101,14 @@ def extend(codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:
     """fp16 columns of keys and values with new vectors behind them, rotated, in one launch; None without a kernel."""
     backend = backends.active() if kernel_mode() != "tiled" else None
     return backend.extend(codecs, dense, fresh) if backend else None
+
+
+def choose(selector: pages.Selector, q: mx.array, scale: float, packed: tuple[int, ...]) -> mx.array:
+    """The pages that queries `[B, Hq, L, D]` read, by a kernel where there is one: see `pages.Selector.choose`."""
+    backend = backends.active() if kernel_mode() != "tiled" else None
+    rows = selector.queries(q, scale)
+    found = backend.choose(selector.sketches, rows, packed, selector.budget // pages.PAGE) if backend else None
+    return selector.choose(rows, packed) if found is None else found
 
 
 def kernel_mode() -> str:

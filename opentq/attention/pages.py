@@ -84,9 +84,8 @@ class Selector:
         rows = q.astype(mx.float32).reshape(batch, heads, -1, q.shape[-1]) * scale
         return mx.take_along_axis(rows, mx.broadcast_to(self.channels[:, :, None], (*rows.shape[:3], count)), axis=-1)
 
-    def weights(self, q: mx.array, scale: float, pages: int) -> mx.array:
+    def weights(self, rows: mx.array, pages: int) -> mx.array:
         """Log of the sum of exponentials of every page's scores, float32 `[B, Hkv, G * L, pages]`."""
-        rows = self.queries(q, scale)
         parts = []
         for start in range(0, pages, TILE):
             keys = decode(self.sketches[:, :, start : min(start + TILE, pages)])
@@ -96,14 +95,14 @@ class Selector:
                 mx.eval(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
-    def choose(self, q: mx.array, scale: float, packed: tuple[int, ...]) -> mx.array:
-        """The pages to read for queries `[B, Hq, L, D]`, not rotated: int32 `[B, Hkv, budget / 64]`, ascending.
+    def choose(self, rows: mx.array, packed: tuple[int, ...]) -> mx.array:
+        """The pages to read for scaled `queries`: int32 `[B, Hkv, budget / 64]`, ascending.
 
         `packed` tokens are held of each sequence. Where a sequence has fewer pages than are asked for, all of them come
         first and what follows is to be left alone.
         """
         pages = max(packed) // PAGE
-        return top(self.weights(q, scale, pages), packed, self.budget // PAGE)
+        return top(self.weights(rows, pages), packed, self.budget // PAGE)
 
 
 def top(weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array:

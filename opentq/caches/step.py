@@ -157,4 +157,4 @@ class Step:
         selector = None if whole else self.sketches.selector(packed)
         self.stats.held += sum(packed)
         self.stats.read += sum(min(n, selector.budget) for n in packed) if selector else sum(packed)
-        return selector.choose(q, scale, packed) if selector else None
+        return dispatch.choose(selector, q, scale, packed) if selector else None

@@ -43,6 +43,7 @@ class Backend:
             are without these. Returns the output, rotated back, and the columns with the new tokens behind them,
             `center` taken off keys. None in place of the function where there is no such launch.
         rotate: `codecs.rotation.rotate` in one launch, or None for vectors that it does not serve.
+        choose: `(sketches, rows, packed, count)`: the pages of most weight (`attention.pages`), or None.
         findings: what `opentq doctor` should say.
     """
 
@@ -54,4 +55,5 @@ class Backend:
     extend: Callable[[Pair, Pair, Pair], Pair | None] = lambda codecs, dense, fresh: None
     step: Callable[[AttnArgs, Pair, mx.array | None], tuple[mx.array, mx.array, mx.array] | None] | None = None
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
+    choose: Callable[[mx.array, mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
     findings: Callable[[], list[Finding]] = list

@@ -76,8 +76,21 @@ struct Call {
   void* out;            // [B, Hq, L, dim_out], contiguous, dtype of the queries
   float scale, softcap; // softcap 0: none
   int64_t window;       // 0: none
+  const int32_t* pages; // [B][Hkv][page_count]: the blocks to read, ascending, or null: all
+  int64_t page_count;   // a sequence with fewer blocks has all of them first
   int32_t threads, pad;
   int dim_out() const { return v_outliers.count ? 2 * dim_v : dim_v; }  // outliers behind the rest
+};
+
+// Which pages of sketches a decode step reads (pages.cpp). Strides in bytes.
+struct PageCall {
+  const uint8_t* sketches;  // [B, Hkv, pages, channels * 34]
+  int64_t batch_stride, head_stride, page_stride;
+  const float* queries;   // [B, Hkv, rows, channels], scaled, contiguous
+  const int32_t* packed;  // [B]: tokens
+  int32_t* out;           // [B, Hkv, count]
+  int64_t batch, kv_heads, rows, channels, count;
+  int32_t threads, pad;
 };
 
 // What one packed token is made of.
@@ -118,5 +131,7 @@ EXPORT int opentq_pack(const otq::Format* f, const otq::Grid* n, const void* x, 
 EXPORT int opentq_store(const otq::Format* f, const otq::Grid* n, const uint8_t* codes, const uint16_t* scales, uint8_t* blocks);
 // blocks, strides in bytes -> codes and scales, contiguous.
 EXPORT int opentq_load(const otq::Format* f, const otq::Grid* n, const uint8_t* blocks, uint8_t* codes, uint16_t* scales);
+EXPORT int opentq_pages(const otq::PageCall* call);
+EXPORT int64_t opentq_page_call_bytes();
 EXPORT const char* opentq_isa();
 EXPORT int64_t opentq_call_bytes();

@@ -6,6 +6,8 @@
 // range, and whoever finishes the last one merges them in order. The cut depends on shapes, lengths and the thread
 // setting only, so results are the same bit by bit from run to run.
 //
+// With a list of pages, which never comes with a window, a task's range is one of the list.
+//
 // blocks.h has the packed layout, products.h the products on codes, dense.h those on fp16, packed.h what joins them.
 // A key whose score is NaN gets no weight; infinite scores give zeros or NaN in their row, never a crash.
 #include <memory>
@@ -21,7 +23,7 @@ constexpr int TASKS_PER_THREAD = 6;
 constexpr int64_t MIN_BLOCKS = 4;  // per task: below this a cut costs more than it gains
 
 struct Task {
-  int64_t batch, head, row, rows, first, last;  // packed blocks [first, last)
+  int64_t batch, head, row, rows, first, last;  // packed blocks [first, last), of those that are read
   int group, part;                              // which row block, which of its ranges
 };
 
@@ -86,6 +88,11 @@ class Attention {
     int64_t packed, sink, tail;
   };
   Lengths lengths(int64_t b) const { return {c_.lens[3 * b], c_.lens[3 * b + 1], c_.lens[3 * b + 2]}; }
+  // Packed blocks that are read.
+  int64_t blocks(int64_t b) const {
+    const int64_t all = (lengths(b).packed + BLOCK - 1) / BLOCK;
+    return c_.pages ? std::min(all, c_.page_count) : all;
+  }
   // Logical position of query row i.
   int64_t position(int64_t b, int64_t i) const {
     const Lengths n = lengths(b);
@@ -107,8 +114,8 @@ class Attention {
     int64_t all = 0;
     for (int64_t b = 0; b < c_.batch; b++) {
       const int64_t chunks = (total_rows_ + CHUNK - 1) / CHUNK;
-      work_ += c_.kv_heads * chunks * ((lengths(b).packed + BLOCK - 1) / BLOCK + (c_.columns + BLOCK - 1) / BLOCK);
-      all += c_.kv_heads * row_blocks * ((lengths(b).packed + BLOCK - 1) / BLOCK);
+      work_ += c_.kv_heads * chunks * (blocks(b) + (c_.columns + BLOCK - 1) / BLOCK);
+      all += c_.kv_heads * row_blocks * blocks(b);
     }
     const int64_t per_task = std::max<int64_t>(MIN_BLOCKS, all / (std::max(c_.threads, 1) * TASKS_PER_THREAD) + 1);
     groups_ = std::make_unique<Group[]>(size_t(c_.batch * c_.kv_heads * row_blocks));
@@ -119,7 +126,7 @@ class Attention {
           const int64_t rows = std::min<int64_t>(ROW_BLOCK, total_rows_ - row);
           // Later rows see less of the past through a window: the first row's bound covers all.
           const Range r = packed_range(b, row / c_.gqa);
-          const int64_t first = std::min(r.low, r.high) / BLOCK, last = (r.high + BLOCK - 1) / BLOCK;
+          const int64_t first = std::min(r.low, r.high) / BLOCK, last = blocks(b);
           const int64_t parts = std::max<int64_t>(1, (last - first + per_task - 1) / per_task);
           Group& g = groups_[size_t(group)];
           g.parts = int(parts), g.left = int(parts);

@@ -24,6 +24,7 @@ from . import library as cpu
 from .blocks import TOKENS
 from .layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for, layout_named
 from .outliers import CpuOutliers
+from .pages import choose
 from .polar import CpuPolar
 
 
@@ -31,7 +32,6 @@ def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None when this call isn't for the CPU kernels."""
     if not _serves(args):
         return None
-    _check(args)
     packed = args.max_packed > 0
     k_outlying, v_outlying = (packed and isinstance(side.layout, CpuOutliers) for side in (args.k, args.v))
     # Outliers of values come back apart and still to be rotated, so they may not be rounded yet.
@@ -39,14 +39,15 @@ def attend(args: AttnArgs) -> mx.array | None:
     projected = args.k.codec.project(q) if packed else q
     plain = args.k.codec.unrotate(q) if k_outlying else q
     arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
-    if args.sinks is not None:
-        arrays.append(args.sinks)
+    arrays += [a for a in (args.sinks, args.pages) if a is not None]
     mx.eval(arrays)
+    _check(args)
     batch, heads, length, _ = q.shape
     queries = [cpu.rows_view(a) for a in (q, projected, plain)]
     dense_k, dense_v = cpu.rows_view(args.dense_k), cpu.rows_view(args.dense_v)
     lens = np.array(args.lens, np.int32)
     sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
+    pages = None if args.pages is None else np.array(args.pages.astype(mx.int32))
     dim = args.v.head_dim
     out = np.empty((batch, heads, length, 2 * dim if v_outlying else dim), queries[0].dtype)
     k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
@@ -73,6 +74,8 @@ def attend(args: AttnArgs) -> mx.array | None:
         args.scale,
         args.softcap,
         args.window,
+        None if pages is None else pages.ctypes.data,
+        0 if pages is None else pages.shape[2],
         cpu.threads(),
     )
     cpu.call("opentq_attend", call)
@@ -103,7 +106,6 @@ def _serves(args: AttnArgs) -> bool:
         _readable(args.k)
         and _readable(args.v)
         and args.mask is None
-        and args.pages is None
         and args.q.dtype in cpu.DTYPES
         and args.dense_k.dtype == args.dense_v.dtype == mx.float16
         and cpu.available()
@@ -120,6 +122,12 @@ def _check(args: AttnArgs) -> None:
             rows = min((a.shape[2] for a in side.arrays), default=0)
             if packed > rows * side.layout.block:
                 raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
+    if args.pages is not None:
+        if args.window or args.pages.shape[:2] != (args.q.shape[0], args.kv_heads):
+            raise ValueError(f"a list of pages {args.pages.shape} doesn't fit this call: {args.describe()}")
+        listed = cpu.view(args.pages)
+        if listed.size and not 0 <= listed.min() <= listed.max() < -(-args.max_packed // TOKENS):
+            raise ValueError(f"a list of pages names one that is not among {args.max_packed} packed tokens")
 
 
 def _outliers(side: PackedKV, views: list[np.ndarray]) -> cpu.Outliers:
@@ -163,4 +171,4 @@ def findings() -> list[Finding]:
     return [found, Finding("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
 
 
-BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, findings=findings)
+BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, choose=choose, findings=findings)

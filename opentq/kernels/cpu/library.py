@@ -1,4 +1,4 @@
-"""The CPU kernels behind ctypes: one shared library, four calls, and how many threads they may use.
+"""The CPU kernels behind ctypes: one shared library, five calls, and how many threads they may use.
 
 Pointers are taken from evaluated arrays and only live as long as one call. Strides go with them, so sliced and
 over-allocated buffers are read where they lie.
@@ -25,6 +25,7 @@ __all__ = [
     "Grid",
     "Outliers",
     "Packed",
+    "PageCall",
     "Queries",
     "Strided",
     "available",
@@ -41,6 +42,7 @@ KINDS = (*((bits, 0) for bits in (2, 3, 4, 8)), *((bits, 1) for bits in range(1,
 SOURCES = (
     "attend.cpp",
     "pack.cpp",
+    "pages.cpp",
     *(f"products.cpp -DOPENTQ_BITS={bits} -DOPENTQ_LOOKUP={lookup}" for bits, lookup in KINDS),
 )
 AFFINE, BOOK, RAW, POLAR = range(4)
@@ -123,6 +125,29 @@ class Call(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("window", c_int64),
+        ("pages", c_void_p),
+        ("page_count", c_int64),
+        ("threads", c_int32),
+        ("pad", c_int32),
+    ]
+
+
+class PageCall(ctypes.Structure):
+    """`struct PageCall` of abi.h."""
+
+    _fields_ = [
+        ("sketches", c_void_p),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("page_stride", c_int64),
+        ("queries", c_void_p),
+        ("packed", c_void_p),
+        ("out", c_void_p),
+        ("batch", c_int64),
+        ("kv_heads", c_int64),
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("count", c_int64),
         ("threads", c_int32),
         ("pad", c_int32),
     ]
@@ -200,7 +225,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     lib.opentq_isa.restype = c_char_p
     lib.opentq_call_bytes.restype = c_int64
     assert lib.opentq_call_bytes() == ctypes.sizeof(Call)
-    for name, arguments in (("attend", 1), ("pack", 5), ("store", 5), ("load", 5)):
+    lib.opentq_page_call_bytes.restype = c_int64
+    assert lib.opentq_page_call_bytes() == ctypes.sizeof(PageCall)
+    for name, arguments in (("attend", 1), ("pack", 5), ("pages", 1), ("store", 5), ("load", 5)):
         function = getattr(lib, f"opentq_{name}")
         function.argtypes, function.restype = [c_void_p] * arguments, c_int
     return lib, ""

@@ -154,7 +154,7 @@ struct Run {
     if (p.form == POLAR) widen_polar_values(rows, p, at, any);
     else otq::widen_values(rows, reinterpret_cast<const uint16_t*>(at), p.token_bytes() / 2, any);
   }
-  const uint8_t* next() const { return at + p.block_stride; }
+  const uint8_t* block(int64_t i) const { return data + i * p.block_stride; }
 
   const Packed& p;
   const uint8_t *data, *at = nullptr, *codes = nullptr;
@@ -164,7 +164,7 @@ struct Run {
   Products products;
 };
 
-// Rows of one task against stored blocks [first, last) of one KV head. Keys and values may be codes or floats, each for itself.
+// Rows of one task against stored blocks [first, last) of one KV head, or of its list of pages. Keys and values may be codes or floats, each for itself.
 inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t batch, int64_t head, int64_t first, int64_t last) {
   const bool often = rows.count > 2 * CHUNK, float_k = !c.k[0].coded(), float_v = !c.v[0].coded(), two_k = c.k[1].dim, two_v = c.v[1].dim;
   const bool matrix = rows.count >= MATRIX_ROWS && !(float_k && float_v) && matrix_unit();
@@ -178,14 +178,16 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
     low = std::max(low, seen[r].low), high = std::min(high, seen[r].high);
     any_low = std::min(any_low, seen[r].low), any_high = std::max(any_high, seen[r].high);
   }
-  for (int64_t b = first; b < last; b++) {
+  const int32_t* pages = c.pages ? c.pages + (batch * c.kv_heads + head) * c.page_count : nullptr;
+  for (int64_t i = first; i < last; i++) {
+    const int64_t b = pages ? pages[i] : i, next = i + 1 == last ? -1 : pages ? pages[i + 1] : i + 1;
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
     const uint64_t any = whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK);
     k.open(b), unit.stay_awake(), v.open(b);
-    if (b + 1 < last) rows.ahead.start(k.p, k.next(), v.p, v.next(), rows.count);
+    if (next >= 0) rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count);
     if (two_k) k2.open(b);
     if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
-    if (b + 1 < last && (two_k || two_v)) more.ahead.start(k2.p, k2.next(), v2.p, v2.next(), rows.count);
+    if (next >= 0 && (two_k || two_v)) more.ahead.start(k2.p, k2.block(next), v2.p, v2.block(next), rows.count);
     if (float_k) k.widen_keys(rows, any);
     if (float_v) v.widen_values(rows, any);
     else load_params(rows, v.p, v.params, any);

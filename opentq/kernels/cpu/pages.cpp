@@ -1,0 +1,123 @@
+// Which pages a decode step reads: scores of all tokens from their sketches, the softmax's share per page, the largest.
+//
+// A page of sketches is C channels of 32 bytes (byte j: the 4-bit codes of tokens j and j + 32) and C fp16 scales; a code
+// stands for (code - 7.5) * scale (attention/pages.py). First every page leaves, for every query row of its KV head, the
+// largest score and the sum of 2^(score - largest); then every KV head adds up the rows' shares and picks. Bytes moved:
+// all sketches once, from memory. The arithmetic, an exponential per token and row, is what it costs.
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "abi.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace otq {
+
+constexpr int PAGE = 64;
+constexpr int64_t PAGES_PER_TASK = 64;
+constexpr int MAX_CHANNELS = 64;
+constexpr float LOG2_OF_E = 1.44269504088896f;
+
+class Choice {
+ public:
+  explicit Choice(const PageCall& call) : c_(call) {
+    for (int64_t b = 0; b < c_.batch; b++) longest_ = std::max<int64_t>(longest_, c_.packed[b] / PAGE);
+    stride_ = (longest_ + 15) / 16 * 16;
+    const size_t all = size_t(c_.batch * c_.kv_heads * c_.rows * stride_);
+    largest_.reset(new float[all]), sum_.reset(new float[all]);
+  }
+
+  void run() {
+    const int64_t chunks = (longest_ + PAGES_PER_TASK - 1) / PAGES_PER_TASK, heads = c_.batch * c_.kv_heads;
+    Pool::get().run(int(heads * chunks), c_.threads, [&](int i) { weigh(i / chunks, i % chunks * PAGES_PER_TASK); });
+    Pool::get().run(int(heads), c_.threads, [&](int i) { pick(i); });
+  }
+
+ private:
+  const PageCall& c_;
+  int64_t longest_ = 0, stride_ = 0;
+  std::unique_ptr<float[]> largest_, sum_;  // [B * Hkv][rows][stride_], in units of log2
+
+  void weigh(int64_t head, int64_t first) const {
+    const int64_t b = head / c_.kv_heads, last = std::min<int64_t>(first + PAGES_PER_TASK, c_.packed[b] / PAGE);
+    alignas(64) float x[MAX_CHANNELS * PAGE];
+    const uint8_t* page = c_.sketches + b * c_.batch_stride + head % c_.kv_heads * c_.head_stride + first * c_.page_stride;
+    for (int64_t p = first; p < last; p++, page += c_.page_stride) {
+      open(page, x);
+      for (int64_t r = 0; r < c_.rows; r++) {
+        const float* q = c_.queries + (head * c_.rows + r) * c_.channels;
+        F s[PAGE / W];
+        UNROLL for (int j = 0; j < PAGE / W; j++) s[j] = set1(0.f);
+        for (int64_t c = 0; c < c_.channels; c++) {
+          const F factor = set1(q[c] * LOG2_OF_E);
+          UNROLL for (int j = 0; j < PAGE / W; j++) s[j] = fma(factor, load(x + c * PAGE + W * j), s[j]);
+        }
+        F most = s[0];
+        UNROLL for (int j = 1; j < PAGE / W; j++) most = max(most, s[j]);
+        const float largest = hmax(most);
+        const F top = set1(largest);
+        F sum = set1(0.f);
+        UNROLL for (int j = 0; j < PAGE / W; j++) sum = add(sum, exp2(sub(s[j], top)));
+        const int64_t at = (head * c_.rows + r) * stride_ + p;
+        largest_[at] = largest, sum_[at] = hsum(sum);
+      }
+    }
+  }
+
+  void open(const uint8_t* page, float* x) const {
+    for (int64_t c = 0; c < c_.channels; c++, page += PAGE / 2, x += PAGE) {
+      uint16_t half;
+      std::memcpy(&half, page + (c_.channels - c) * (PAGE / 2) + 2 * c, 2);
+      const float scale = half_to_float(half);
+      for (int t = 0; t < PAGE / 2; t++) {
+        x[t] = (float(page[t] & 15) - 7.5f) * scale;
+        x[t + PAGE / 2] = (float(page[t] >> 4) - 7.5f) * scale;
+      }
+    }
+  }
+
+  void pick(int64_t head) const {
+    const int64_t packed = c_.packed[head / c_.kv_heads], whole = packed / PAGE, pages = (packed + PAGE - 1) / PAGE;
+    int32_t* out = c_.out + head * c_.count;
+    if (pages <= c_.count) {  // all of them; what follows is left alone, but must be a page
+      for (int64_t i = 0; i < c_.count; i++) out[i] = int32_t(i < pages ? i : 0);
+      return;
+    }
+    const size_t room = size_t(stride_);
+    std::vector<float> share(room, 0.f), part(room, 0.f);
+    for (int64_t r = 0; r < c_.rows; r++) {
+      const float *largest = largest_.get() + (head * c_.rows + r) * stride_, *sum = sum_.get() + (head * c_.rows + r) * stride_;
+      const float top = *std::max_element(largest, largest + whole);
+      if (!(std::fabs(top) < 1e30f)) continue;  // a row that is not finite has no say
+      float total = 0;
+      for (int64_t p = 0; p < whole; p += W) {  // numbers beyond `whole` are never used
+        const F x = mul(load(sum + p), exp2(min(sub(load(largest + p), set1(top)), set1(0.f))));
+        store(part.data() + p, x);
+      }
+      for (int64_t p = 0; p < whole; p++) total += part[size_t(p)];
+      const float factor = 1 / total;
+      for (int64_t p = 0; p < whole; p++) share[size_t(p)] += part[size_t(p)] * factor;
+    }
+    std::vector<int32_t> order(size_t(pages - 1));
+    std::iota(order.begin(), order.end(), 0);
+    const auto more = [&](int32_t a, int32_t b) { return share[size_t(a)] != share[size_t(b)] ? share[size_t(a)] > share[size_t(b)] : a < b; };
+    if (c_.count > 1) std::nth_element(order.begin(), order.begin() + (c_.count - 2), order.end(), more);
+    std::copy_n(order.begin(), c_.count - 1, out);
+    out[c_.count - 1] = int32_t(pages - 1);
+    std::sort(out, out + c_.count);
+  }
+};
+
+}  // namespace otq
+
+EXPORT int opentq_pages(const otq::PageCall* call) {
+  try {
+    if (call->channels > otq::MAX_CHANNELS) return 1;
+    otq::Choice(*call).run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+EXPORT int64_t opentq_page_call_bytes() { return sizeof(otq::PageCall); }
