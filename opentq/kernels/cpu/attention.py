@@ -47,7 +47,7 @@ def attend(args: AttnArgs) -> mx.array | None:
     dense_k, dense_v = cpu.rows_view(args.dense_k), cpu.rows_view(args.dense_v)
     lens = np.array(args.lens, np.int32)
     sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
-    pages = None if args.pages is None else np.array(args.pages.astype(mx.int32))
+    pages = None if args.pages is None else np.ascontiguousarray(cpu.view(args.pages))
     dim = args.v.head_dim
     out = np.empty((batch, heads, length, 2 * dim if v_outlying else dim), queries[0].dtype)
     k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
@@ -123,7 +123,7 @@ def _check(args: AttnArgs) -> None:
             if packed > rows * side.layout.block:
                 raise ValueError(f"{packed} packed tokens don't fit {rows} blocks of {side.layout.block}")
     if args.pages is not None:
-        if args.window or args.pages.shape[:2] != (args.q.shape[0], args.kv_heads):
+        if args.window or args.pages.dtype != mx.int32 or args.pages.shape[:2] != (args.q.shape[0], args.kv_heads):
             raise ValueError(f"a list of pages {args.pages.shape} doesn't fit this call: {args.describe()}")
         listed = cpu.view(args.pages)
         if listed.size and not 0 <= listed.min() <= listed.max() < -(-args.max_packed // TOKENS):
