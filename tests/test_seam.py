@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -176,3 +177,60 @@ def test_peak_memory_of_a_long_prefill_is_below_mlx_lm(kernels):
     """Packed cache and bounded scratch against fp32 cache and whole score matrices."""
     tokens = 8192 if kernels == "native" else 4096  # the portable path is slow
     assert _prefill_peak("int4", tokens) < _prefill_peak(None, tokens)
+
+
+def test_what_mlx_lm_would_bound_or_compress_itself_is_refused_by_name(tiny_llama):
+    """Options of mlx-lm that a compressed cache can't honour are never dropped without a word."""
+    from mlx_lm.models import qwen2
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64, "rms_norm_eps": 1e-5}
+    model = qwen2.Model(qwen2.ModelArgs("qwen2", num_attention_heads=1, num_key_value_heads=1, **sizes))
+    opentq.compress(model, "int4")
+    with pytest.raises(ValueError, match="max_kv_size=256 can't be used"):
+        make_prompt_cache(model, max_kv_size=256)
+    with pytest.raises(ValueError, match="max_kv_size=64"):
+        list(generate_step(mx.array([1, 2]), model, max_tokens=2, max_kv_size=64))
+    with pytest.raises(ValueError, match="kv_bits is mlx-lm's own"):
+        list(generate_step(mx.array([1, 2]), model, max_tokens=2, kv_bits=4))
+    opentq.compress(tiny_llama, "int4")
+    assert make_prompt_cache(tiny_llama, max_kv_size=256), "a model that makes its own caches: mlx-lm drops it, too"
+    opentq.uninstall(model)
+    assert type(make_prompt_cache(model, max_kv_size=256)[0]).__name__ == "RotatingKVCache"
+
+
+def test_caches_that_outlive_the_seam_say_so(tiny_llama):
+    opentq.compress(tiny_llama, "int4")
+    caches = make_prompt_cache(tiny_llama)
+    tiny_llama(mx.array([[1, 2, 3]]), cache=caches)
+    opentq.uninstall()
+    for old in (caches, copy.deepcopy(caches)):
+        with pytest.raises(ValueError, match="taken out"):
+            tiny_llama(mx.array([[4]]), cache=old)
+    opentq.compress(tiny_llama, "int4")
+    tiny_llama(mx.array([[4]]), cache=caches)
+
+
+FORKED = """
+import os, sys
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+import opentq
+from tests.conftest import random_llama
+model = random_llama()
+opentq.compress(model, "int4")
+caches = model.make_cache()
+model(mx.array([[1, 2, 3]]), cache=caches)
+if os.fork() == 0:
+    for use in (lambda: model(mx.array([[4]]), cache=caches), lambda: opentq.compress(model, "int8")):
+        try:
+            use()
+        except ValueError as error:
+            print("spawn" in str(error), flush=True)
+    os._exit(0)
+print(os.wait()[1])
+"""
+
+
+def test_a_forked_child_is_told_to_spawn_and_never_hangs():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "True", "0"], done.stderr

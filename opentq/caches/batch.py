@@ -185,7 +185,7 @@ class BatchOpenTQCache(OpenTQCache):
         """One batch of single caches, empty ones included; raises ValueError where they don't fit together."""
         first = caches[0]
         batch = cls(first.spec, 0, first.stats, first.window)
-        batch.lends, batch.rotary = first.lends, first.rotary
+        batch.lends, batch.rotary, batch.seam = first.lends, first.rotary, first.seam
         for c in caches:
             batch._check_same(c)
             if c.dense_k is not None and c.dense_k.shape[0] != 1:
@@ -263,7 +263,7 @@ class BatchOpenTQCache(OpenTQCache):
     def extract(self, idx: int) -> OpenTQCache:
         """Sequence `idx` as a single cache of its own."""
         cache = self.Single(self.spec, self.stats, self.window)
-        cache.lends, cache.latent, cache.rotary = self.lends, self.latent, self.rotary
+        cache.lends, cache.latent, cache.rotary, cache.seam = self.lends, self.latent, self.rotary, self.seam
         if self.dense_k is None or self.dense_v is None:
             return cache
         extent = self.extents[idx]

@@ -21,6 +21,7 @@ from ..contracts.layout import CANONICAL, FLUSH, Layout
 from ..contracts.rotary import NO_ROTARY
 from ..errors import UserError
 from ..spec.kv import KVSpec
+from . import alive
 from .buffer import Buffer, own
 from .extent import Extent, Limits
 from .mask import CausalMask, causal_mask
@@ -43,6 +44,9 @@ class OpenTQCache:
 
     defers = True
     """Whether a decode step's new tokens may wait for the launch that attends them (`Step.fresh`)."""
+
+    seam: alive.Seam | None = None
+    """What the host that made this cache attends with."""
 
     def __init__(self, spec: KVSpec | str = "int4", stats: LayerStats | None = None, window: int = 0):
         self.spec = KVSpec.parse(spec)
@@ -110,6 +114,7 @@ class OpenTQCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         """Append `[B, H, L, Dk]` and `[B, H, L, Dv]`; returns the handles that attention takes."""
+        alive.check(self.seam)
         if self._dense_k is None:
             self._start(keys, values)
         self._settle()
@@ -263,6 +268,14 @@ class OpenTQCache:
     def offset(self):
         """Tokens seen: the position of the next one."""
         return self.extent.offset
+
+    @property
+    def to_quantized(self) -> None:
+        """mlx-lm looks for this only where its own `kv_bits` is given. Raises UserError, before any token is read."""
+        raise UserError(
+            "kv_bits is mlx-lm's own compression and can't be used on top of opentq's: leave it out, or give "
+            f"opentq.compress the bits in place of {str(self.spec)!r}"
+        )
 
     def size(self) -> int:
         """Tokens held."""

@@ -19,13 +19,14 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
-from ...caches import disk
+from ...caches import alive, disk
 from ...caches.batch import BatchOpenTQCache
 from ...caches.composite import members
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle, LayerStats
 from ...contracts.rotary import NO_ROTARY
+from ...errors import UserError
 from ...spec.kv import KVSpec
 from ...spec.recipe import Recipe
 from ...spec.recommended import AUTO, recommend
@@ -78,6 +79,7 @@ def prepare(model: Any, spec: KVSpec, self_test: bool = True) -> Installation:
     """
     if isinstance(spec, Recipe) and spec.calibration is not None:
         spec.calibration.check(fingerprint(model))
+    alive.computing()
     traits, own = seams.traits(model), own_caches(model)
     plans = decide(own(), spec, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
@@ -139,7 +141,7 @@ def make_caches(record: Installation) -> list[Any]:
             continue
         kind = OpenTQLatentCache if plan.latent else OpenTQCache
         ours = kind(plan.spec, record.stats[plan.index, plan.part], plan.window)
-        ours.lends, ours.rotary = record.lends, plan.rotary
+        ours.lends, ours.rotary, ours.seam = record.lends, plan.rotary, _seam
         slot = caches[plan.index]
         if isinstance(slot, mlx_cache.CacheList):
             slot.caches = tuple(ours if n == plan.part else c for n, c in enumerate(members(slot)))
@@ -198,30 +200,60 @@ def _attend(queries, keys, values, scale, mask, sinks):
     return keys.step.attend(queries, scale=scale, mask=mask, sinks=sinks)
 
 
+def _make_shim(model, max_kv_size=None):
+    if max_kv_size is not None:
+        _opentq_bounded(model, max_kv_size)  # type: ignore[name-defined]  # noqa: F821
+    return _opentq_make(model, max_kv_size)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _bounded(model, size):
+    """mlx-lm bounds the caches of models that leave their making to it; ours keep every token."""
+    record = installed(model)
+    if record is not None and record.original is None and not hasattr(type(model), "make_cache"):
+        raise UserError(
+            f"max_kv_size={size} can't be used with a compressed cache, which keeps every token: leave it out (--kv "
+            f"{record.spec} takes fewer bytes per token), or call opentq.uninstall(model) first"
+        )
+
+
+_seam = alive.Seam()
+
+
 def install_shim() -> None:
-    """Swap the code of mlx-lm's attention function, once. Raises HookError on an unexpected signature."""
+    """Swap the code of mlx-lm's attention function and of the one that makes caches, once.
+
+    Raises HookError on an unexpected signature.
+    """
     if shim_installed():
         return
-    function = private.scaled_dot_product_attention
-    if function.__closure__ is not None:
+    attention, make = private.scaled_dot_product_attention, private.make_prompt_cache
+    if attention.__closure__ is not None or make.__closure__ is not None:
         raise HookError("mlx-lm's attention function has a closure; is another tool installed in its place?")
-    original = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
-    base.__dict__.update(_opentq_handle=Handle, _opentq_attend=_attend, _opentq_original=original)
-    function.__code__ = _shim.__code__
+    base.__dict__.update(_opentq_handle=Handle, _opentq_attend=_attend, _opentq_original=_twin(attention))
+    mlx_cache.__dict__.update(_opentq_bounded=_bounded, _opentq_make=_twin(make))
+    attention.__code__, make.__code__ = _shim.__code__, _make_shim.__code__
     # load_prompt_cache looks classes up by name in mlx-lm's own module.
     for cls in CLASSES:
         setattr(mlx_cache, cls.__name__, cls)
+    _seam.live = True
 
 
 def remove_shim() -> None:
-    """Restore mlx-lm's attention function."""
+    """Restore mlx-lm's functions; caches that were made with them refuse further tokens."""
     if shim_installed():
         base.scaled_dot_product_attention.__code__ = base.__dict__.pop("_opentq_original").__code__
-        for name in ("_opentq_handle", "_opentq_attend"):
-            base.__dict__.pop(name)
+        mlx_cache.make_prompt_cache.__code__ = mlx_cache.__dict__.pop("_opentq_make").__code__
+        for module, name in ((base, "_opentq_handle"), (base, "_opentq_attend"), (mlx_cache, "_opentq_bounded")):
+            module.__dict__.pop(name)
         for cls in CLASSES:
             delattr(mlx_cache, cls.__name__)
+        _seam.live = False
 
 
 def shim_installed() -> bool:
     return base.scaled_dot_product_attention.__code__ is _shim.__code__
+
+
+def _twin(function: types.FunctionType) -> types.FunctionType:
+    """The function as it is now, to be called when its code has been swapped."""
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)

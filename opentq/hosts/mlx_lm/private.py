@@ -27,6 +27,7 @@ _EXPECTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "make_text_state_machine": ("generate", ("tokenizer", "stop_words")),
     "apply_top_p": ("sample_utils", ("logprobs", "top_p")),
     "greedy_sampler": ("sample_utils", ("logprobs",)),
+    "make_prompt_cache": ("models.cache", ("model", "max_kv_size")),
     "_download": ("utils", ("path_or_hf_repo", "revision", "allow_patterns")),
     "_get_classes": ("utils", ("config",)),
     "quantized_scaled_dot_product_attention": (
