@@ -10,6 +10,7 @@ import pytest
 from opentq.attention import reference
 from opentq.caches.latent import LatentCodec, OpenTQLatentCache
 from opentq.caches.single import OpenTQCache
+from opentq.hosts.plan import LayerPlan
 from opentq.spec.kv import KVSpec
 from opentq.spec.latent import latent_spec
 
@@ -91,3 +92,20 @@ def test_latents_and_plain_caches_do_not_mix():
 @pytest.mark.parametrize(("spec", "one"), [("k8v4", "int8"), ("k4v8", "int8"), ("int4", "int4"), ("tq3p/int4", "int4")])
 def test_one_codec_serves_both(spec, one):
     assert str(latent_spec(KVSpec.parse(spec))) == one
+
+
+@pytest.mark.parametrize("spec", ["int4", "tq5:nc", "int8", "f16"])
+def test_a_small_rotary_part_stays_in_fp16(spec):
+    """Eight rotary channels can't be cut into groups; the latent is packed all the same, and the plan says so."""
+    small = Shape(kv_heads=1, q_heads=4, key_dim=LATENT, value_dim=8)
+    cache = OpenTQLatentCache(spec)
+    handles = fill(cache, *vectors(small, 200), [199, 1])
+    q = queries(Shape(kv_heads=1, q_heads=4, key_dim=LATENT + 8), 1, dtype=mx.float16)
+    judge(args_of(handles, q))
+    packed, _ = cache.canonical()
+    codec = KVSpec.parse(spec).codecs()[0]
+    assert packed[-1].dtype == mx.float16 and packed[-1].shape[-1] == 8
+    plan = LayerPlan(0, "KVCache", KVSpec.parse(spec), kv_heads=1, key_dim=LATENT, value_dim=8, latent=True)
+    assert plan.bytes_per_token() == (codec.bits_per_value(LATENT) * LATENT + 8 * 16) / 8
+    assert ("rotary part f16" in plan.codec) == (spec != "f16")
+    assert sum(a.nbytes for a in packed) == cache.n_packed * plan.bytes_per_token()

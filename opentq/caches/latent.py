@@ -22,7 +22,10 @@ from .step import Handle, Step
 
 @dataclass(frozen=True)
 class LatentCodec(Codec):
-    """`[latent | rotary]`, each part by `inner`: the packed arrays of the first are those of the second's left."""
+    """`[latent | rotary]`, each part by `inner`: the packed arrays of the first are those of the second's left.
+
+    A rotary part of few channels, which `inner` can't cut into groups, stays in fp16: it is the small part of a token.
+    """
 
     inner: Codec
     latent: int
@@ -30,32 +33,48 @@ class LatentCodec(Codec):
     def __str__(self) -> str:
         return f"latent{self.latent}/{self.inner}"
 
+    def rotary(self, channels: int) -> Codec:
+        """What serves a rotary part of so many channels."""
+        try:
+            self.inner.check(channels)
+        except ValueError:
+            return Raw()
+        return self.inner
+
     def check(self, head_dim: int) -> None:
-        """Raise ValueError when a part can't be served."""
+        """Raise ValueError when the latent can't be served."""
         self.inner.check(self.latent)
-        self.inner.check(head_dim - self.latent)
 
     def bits_per_value(self, head_dim: int) -> float:
-        rotary = head_dim - self.latent
-        bits = self.inner.bits_per_value(self.latent) * self.latent + self.inner.bits_per_value(rotary) * rotary
-        return bits / head_dim
+        parts = ((self.inner, self.latent), (self.rotary(head_dim - self.latent), head_dim - self.latent))
+        return sum(codec.bits_per_value(dim) * dim for codec, dim in parts) / head_dim
 
     def rotate(self, x: mx.array) -> mx.array:
-        return mx.concatenate([self.inner.rotate(part) for part in self._split(x)], axis=-1)
+        latent, rotary = self._split(x)
+        turned = self.rotary(rotary.shape[-1]).rotate(rotary)
+        return mx.concatenate([self.inner.rotate(latent), turned], axis=-1)
 
     def unrotate(self, y: mx.array) -> mx.array:
-        return mx.concatenate([self.inner.unrotate(part) for part in self._split(y)], axis=-1)
+        latent, rotary = self._split(y)
+        turned = self.rotary(rotary.shape[-1]).unrotate(rotary)
+        return mx.concatenate([self.inner.unrotate(latent), turned], axis=-1)
 
     def encode(self, y: mx.array) -> Packed:
         """Rotated `[B, 1, T, latent + rotary]` -> the arrays of the latent, then those of the rotary part."""
         latent, rotary = self._split(y)
-        return self.inner.encode(latent) + self.inner.encode(rotary)
+        return self.inner.encode(latent) + self.rotary(rotary.shape[-1]).encode(rotary)
 
     def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
         """The inverse of `encode`."""
-        half = len(packed) // 2
-        latent = self.inner.decode(packed[:half], dtype, self.latent)
-        return mx.concatenate([latent, self.inner.decode(packed[half:], dtype, head_dim - self.latent)], axis=-1)
+        channels = head_dim - self.latent
+        codec = self.rotary(channels)
+        count = self.count(len(packed), channels)
+        latent = self.inner.decode(packed[:count], dtype, self.latent)
+        return mx.concatenate([latent, codec.decode(packed[count:], dtype, channels)], axis=-1)
+
+    def count(self, arrays: int, channels: int) -> int:
+        """How many of a token's packed arrays are the latent's; `channels` of the rotary part."""
+        return arrays // 2 if self.rotary(channels) == self.inner else arrays - 1
 
     def _split(self, x: mx.array) -> tuple[mx.array, mx.array]:
         return x[..., : self.latent], x[..., self.latent :]
@@ -82,9 +101,10 @@ class _Latent(OpenTQCache):
 
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens: tuple[Lengths, ...]) -> Step:
         assert isinstance(self.k_codec, LatentCodec)
+        count = self.k_codec.count(len(packed_k), self.dims[0] - self.latent)
         return Step(
             PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0]),
-            PackedKV(self.k_codec.inner, self.k_layout, packed_k[: len(packed_k) // 2], self.latent),
+            PackedKV(self.k_codec.inner, self.k_layout, packed_k[:count], self.latent),
             dense_k,
             dense_k[..., : self.latent],
             lens,

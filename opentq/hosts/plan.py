@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from ..attention import pages
 from ..attention.channels import CHANNELS
+from ..caches.latent import LatentCodec
+from ..codecs import Codec
 from ..contracts.rotary import NO_ROTARY, Rotary
 from ..errors import UserError
 from ..spec.kv import KVSpec
@@ -60,13 +62,23 @@ class LayerPlan:
     @property
     def codec(self) -> str:
         """Short name for tables."""
-        return str(self.spec) if self.spec else "native"
+        if self.spec is None:
+            return "native"
+        apart = self.latent and self.value_dim and self.codecs[0] != self.codecs[1]
+        return f"{self.spec}, rotary part f16" if apart else str(self.spec)
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of keys and of values; of a latent and of its rotary part, which is not always large enough to be packed."""
+        assert self.spec is not None
+        key, value = self.spec.codecs()
+        return (key, LatentCodec(key, self.key_dim).rotary(self.value_dim)) if self.latent else (key, value)
 
     def bytes_per_token(self) -> float:
         """Bytes that one packed token takes in this layer, metadata included."""
         if self.spec is None:
             return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8
-        key, value = self.spec.codecs()
+        key, value = self.codecs
         bits = key.bits_per_value(self.key_dim) * self.key_dim + value.bits_per_value(self.value_dim) * self.value_dim
         sketches = pages.bytes_per_token(min(CHANNELS, self.key_dim)) if self.spec.pages else 0
         return self.kv_heads * (bits / 8 + sketches)
