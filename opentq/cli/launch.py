@@ -49,6 +49,7 @@ def launch(
     if program is None and not show:
         raise UserError(f"{client} is not installed: {chosen.install}")
     url = f"http://{host}:{port}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # client and server must not be left behind
     key = os.environ.get("OPENTQ_API_KEY", "none")
     command = _serve_command(model, host, port, serve, max_context, kv)
     with tempfile.TemporaryDirectory(prefix="opentq-launch-") as folder:
@@ -132,16 +133,14 @@ def run(setup: Setup, program: str, args: list[str], folder: Path) -> int:
     taken = {name for name, value in setup.variables.items() if value is None}
     environment = {k: v for k, v in os.environ.items() if k not in taken}
     environment |= {k: v for k, v in setup.variables.items() if v is not None}
+    process = subprocess.Popen([program, *setup.arguments, *args], env=environment)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's; it decides whether to end
     try:
-        process = subprocess.Popen(
-            [program, *setup.arguments, *args],
-            env=environment,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
         return process.wait()
     finally:
         signal.signal(signal.SIGINT, before)
+        if process.poll() is None:
+            process.terminate()
 
 
 def describe(setup: Setup, client: str, args: list[str], command: list[str] | None) -> str:

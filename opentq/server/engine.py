@@ -14,6 +14,7 @@ import copy
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,11 @@ from .pace import Pace
 from .prefix import PrefixStore, exact_trim
 
 log = logging.getLogger("opentq.serve")
+
+CHECKPOINTS = (1, 4, 16, 64)
+"""Blocks before a prompt's end at which caches that can't be cut are kept; reading on costs four times what differs."""
+CHECKPOINT_SHARE = 8
+"""Checkpoints before the end are kept where this many fit into what running requests leave."""
 
 Event = Progress | Generated | Done | ApiError
 
@@ -60,6 +66,9 @@ class Job:
     started: float = 0.0
     first: float = 0.0  # when the prompt was read
     generated: int = 0
+    answer: list[int] = field(default_factory=list)
+    known: int = 0  # blocks of prompt and answer in the prefix store
+    trims: bool = True  # whether its caches serve all shorter prefixes
     followers: list[Job] = field(default_factory=list)  # jobs that wait for this one's prompt to be read
 
     @property
@@ -91,6 +100,8 @@ class Engine:
         self.reading: list[Job] = []
         self.batches: dict[int, tuple[Decoding, list[Job]]] = {}
         self.at_work: Job | None = None
+        self.unread: deque[Job] = deque()  # whose answers have whole blocks that were not read as prompts are
+        self.tokens_read = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
         self._chunks = 0
@@ -114,7 +125,7 @@ class Engine:
     def run(self) -> None:
         """Work until closed. An error of the model's ends this call; `recover` says what to do then."""
         while not self._closed:
-            idle = not (self.reading or self.batches)
+            idle = not (self.reading or self.batches or self.unread)
             if idle and self.store.files and self.store.files.waiting and self._inbox.empty():
                 self.store.files.write_one()
                 continue
@@ -124,8 +135,12 @@ class Engine:
                 for key in sorted(self.batches):
                     self._decode(key)
                 self.pace.decoded(time.perf_counter() - tic)
-            if self.reading and not (self.batches and self.pace.debt):
+            if self.batches and self.pace.debt:
+                continue
+            if self.reading:
                 self._read_chunk(self._next_reader())
+            elif self.unread:
+                self._read_answer(self.unread.popleft())
 
     def finish(self) -> None:
         """After `close`: write what waits for the disk."""
@@ -150,6 +165,7 @@ class Engine:
         self.reading = [j for j in self.reading if j not in failed]
         mx.clear_cache()
         for job in failed:
+            self._leave(job)
             job.post(
                 job, ApiError(500, f"the engine failed on this request: {type(error).__name__}", code="engine_error")
             )
@@ -178,12 +194,16 @@ class Engine:
             return
         self.store.give_way(room)
         job.names = self.store.names(job.tokens)
+        job.known = len(job.names)
         hit = self.store.fetch(job.names)
         job.caches = hit.caches or make_prompt_cache(self.model)
         job.read = job.cached = hit.tokens
-        if not exact_trim(job.caches):
-            # Such caches are remembered only at points chosen beforehand: the end, and where known prompts part.
-            job.snapshots = {len(job.names) * self.store.block, hit.shared} - {0}
+        job.trims = exact_trim(job.caches)
+        if not job.trims:
+            # Such caches are remembered only at points chosen beforehand: the end, where known prompts part, and before
+            # the end at growing distances, where another session of the same agent or a changed last message may part.
+            ends = {len(job.names) - d for d in (0, *CHECKPOINTS)}
+            job.snapshots = {n * self.store.block for n in ends if n > 0} | {hit.shared} - {0}
         self.reading.append(job)
         self.at_work = None
 
@@ -199,17 +219,50 @@ class Engine:
         tic, running = time.perf_counter(), bool(self.batches)
         end = min(job.read + self.chunk, len(job.tokens) - 1)
         if end > job.read:
-            self.model(mx.array([job.tokens[job.read : end]]), cache=job.caches)
-            mx.eval([c.state for c in job.caches or ()])
+            self._read(job.tokens[job.read : end], job.caches or [])
             job.read = end
             if end in job.snapshots:
-                names = job.names[: end // self.store.block]
-                self.store.remember(names, job.tokens, copy.deepcopy(job.caches or []))
+                names, last = job.names[: end // self.store.block], end == len(job.names) * self.store.block
+                if last or CHECKPOINT_SHARE * sum(c.nbytes for c in job.caches or ()) <= self.store.room:
+                    self.store.remember(names, job.tokens, copy.deepcopy(job.caches or []))
             self.pace.read(time.perf_counter() - tic, running)
             job.post(job, Progress(end, len(job.tokens)))
         else:
             self._join(job)
             self.pace.owe(time.perf_counter() - tic, running)
+        self.at_work = None
+
+    def _read(self, tokens: list[int], caches: list[Any]) -> None:
+        self.model(mx.array([tokens]), cache=caches)
+        mx.eval([c.state for c in caches])
+        self.tokens_read += len(tokens)
+
+    def _read_answer(self, job: Job) -> None:
+        """One block of an answer, in chunks as a prompt's, so that the next turn finds it.
+
+        What was computed while it was written won't do: a token at a time, in a batch, rounds otherwise than in a
+        chunk, and a remembered prefix has to be what a fresh reading gives. A block costs two steps or so, once in a
+        block's worth of steps.
+        """
+        self.at_work = job
+        tic, block, tokens = time.perf_counter(), self.store.block, [*job.tokens, *job.answer]
+        names = self.store.names([*tokens, 0])
+        own = job.trims or job.known > len(job.names)  # else the point where the prompt ended is to stay
+        while job.known < len(names) and self.store.knows(names[: job.known + 1]):
+            job.known, own = job.known + 1, job.trims
+        if job.known < len(names):
+            start = job.known * block
+            caches = self.store.take(names[: job.known], own) if start else make_prompt_cache(self.model)
+            if caches is None:
+                job.known = len(tokens) + job.max_tokens  # it had to make room: no more of this one
+            else:
+                for at in range(start, start + block, self.chunk):
+                    self._read(tokens[at : min(at + self.chunk, start + block)], caches)
+                job.known += 1
+                self.store.remember(names[: job.known], tokens, caches)
+        if job.known < len(names):
+            self.unread.append(job)
+        self.pace.owe(time.perf_counter() - tic, bool(self.batches))
         self.at_work = None
 
     def _join(self, job: Job) -> None:
@@ -255,6 +308,7 @@ class Engine:
         over = []
         for job, r in zip(list(jobs), responses):
             job.generated += 1
+            job.answer.append(r.token)
             reason = r.finish_reason or ""
             deltas = [] if reason == "stop" else job.parser.token(r.token)
             chosen = (
@@ -272,6 +326,9 @@ class Engine:
             if reason:
                 done = "tool_calls" if job.parser.calls and reason == "stop" else reason
                 job.post(job, Done(done, job.usage(), job.parser.stop.matched))
+            whole = len(job.tokens) + len(job.answer) >= (job.known + 1) * self.store.block
+            if whole and job.leader is None and job not in self.unread:
+                self.unread.append(job)
         if over:
             gone = {id(j) for j in over}
             batch.filter([i for i, uid in enumerate(batch.uids) if uid not in gone])
@@ -297,15 +354,18 @@ class Engine:
                 self._start(follower, self.store.room)
         elif leader := next((j for j in self.reading if job in j.followers), None):
             leader.followers.remove(job)
-        else:
-            for key, (batch, jobs) in list(self.batches.items()):
-                if job in jobs:
-                    jobs.remove(job)
-                    batch.filter([i for i, uid in enumerate(batch.uids) if uid != id(job)])
-                    if not jobs:
-                        del self.batches[key]
-                        mx.clear_cache()
-                    break
-            else:
-                return  # it ended by itself meanwhile, and said so
+        elif not self._leave(job):
+            return  # it ended by itself meanwhile, and said so
         job.post(job, error)
+
+    def _leave(self, job: Job) -> bool:
+        """Take a running answer out of its batch, if it is in one."""
+        for key, (batch, jobs) in list(self.batches.items()):
+            if job in jobs:
+                jobs.remove(job)
+                batch.filter([i for i, uid in enumerate(batch.uids) if uid != id(job)])
+                if not jobs:
+                    del self.batches[key]
+                    mx.clear_cache()
+                return True
+        return False

@@ -15,6 +15,9 @@ class Metrics:
         self.requests = Counter("opentq_requests", "Requests for tokens, by how they ended", ["outcome"], registry=r)
         self.prompt = Counter("opentq_prompt_tokens", "Prompt tokens received", registry=r)
         self.cached = Counter("opentq_cached_tokens", "Prompt tokens that were remembered", registry=r)
+        self.read = Gauge(
+            "opentq_read_tokens", "Tokens that the model read, answers included, since the start", registry=r
+        )
         self.generated = Counter("opentq_generated_tokens", "Tokens generated", registry=r)
         self.running = Gauge("opentq_running", "Requests being read or answered", registry=r)
         self.waiting = Gauge("opentq_waiting", "Requests waiting for memory", registry=r)

@@ -112,6 +112,22 @@ class PrefixStore:
             c.trim((len(best.names) - length) * self.block)
         return Hit(caches, length * self.block, shared * self.block)
 
+    def take(self, names: Sequence[str], own: bool) -> list[Any] | None:
+        """Caches of exactly this prefix, to be gone on with and given back longer; None when they are not here.
+
+        What is taken as one's own is no longer here, and so needs no copy; a prefix of something longer stays.
+        """
+        for entry in self._by_name.get(names[-1], ()):
+            if own and len(entry.names) == len(names):
+                self._drop(entry)
+                return copy.deepcopy(entry.caches) if self.files else entry.caches  # files may yet have to write it
+        hit = self.fetch(names)
+        return hit.caches if hit.tokens == len(names) * self.block else None
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether a prefix is here whole."""
+        return any(e.trimmable or len(e.names) == len(names) for e in self._by_name.get(names[-1], ()))
+
     def insert(self, names: Sequence[str], caches: list[Any]) -> None:
         """Remember caches that hold exactly the tokens of `names`. The store owns them from now on."""
         if not names or self._covered(names):

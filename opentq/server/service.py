@@ -294,6 +294,7 @@ class Service:
         m.budget.set(a.budget)
         m.prefixes.set(self.engine.store.nbytes)
         m.active.set(mx.get_active_memory())
+        m.read.set(self.engine.tokens_read)
         m.step.set(self.engine.pace.step)
         m.chunk.set(self.engine.pace.chunk)
         return m
