@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -180,8 +181,12 @@ def bench(
     step: int = 2048,
     limit: int = 0,
     parallel: int = 1,
+    rival: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One record per test, depth and KV format; `parallel` sequences of the same depth are generated as one batch."""
+    """One record per test, depth and KV format; `parallel` sequences of the same depth are generated as one batch.
+
+    `rival` is a GGUF file that llama.cpp runs in turn with ours.
+    """
     specs = [str(KVSpec.parse(s)) for s in kv]
     if fill not in FILLS:
         raise UserError(f"--fill {fill!r} is not known: use {' or '.join(FILLS)}")
@@ -190,7 +195,11 @@ def bench(
     tests = [("pp", n) for n in prompts if parallel == 1] + [("tg", n) for n in generates]
     side = f"x{parallel}" if parallel > 1 else ""
     for depth in depths:
-        arms = [Arm(built, spec, step, limit, parallel) for spec in specs]
+        arms: list[Any] = [Arm(built, spec, step, limit, parallel) for spec in specs]
+        if rival:
+            from .rivals import llama_cpp_model
+
+            arms += llama_cpp_model.arms(rival, depth + max([*prompts, *generates]) + 8)
         for arm in arms:
             _try(arm, arm.fill, depth, fill)
         for kind, count in tests:
@@ -224,14 +233,14 @@ def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> float:
 
 
 def _record(
-    built: Built, arm: Arm, test: str, depth: int, fill: str, samples: list[float], base: list[float]
+    built: Built, arm: Any, test: str, depth: int, fill: str, samples: list[float], base: list[float]
 ) -> dict[str, Any]:
     taken = timing.Timing(tuple(samples)) if samples else None
-    served = {c.stats.served_by for c in arm.caches if hasattr(c, "stats")}
+    served = {c.stats.served_by for c in getattr(arm, "caches", []) if hasattr(c, "stats")}
     return record(
         "model",
         model=built.name,
-        weight_bytes=built.weight_bytes,
+        weight_bytes=getattr(arm, "weight_bytes", built.weight_bytes),
         kv=arm.kv,
         test=test,
         depth=depth,
@@ -239,9 +248,9 @@ def _record(
         tokens_per_s=taken.mean if taken else None,
         tokens_per_s_sd=taken.sd if taken else None,
         samples=samples,
-        peak_bytes=arm.peak if taken else None,
+        peak_bytes=arm.peak or None if taken else None,
         kv_bytes=arm.nbytes if taken else None,
         vs_f16=taken.mean / timing.Timing(tuple(base)).mean if taken and base else None,
-        served_by=", ".join(sorted(served - {""})) or "mlx-lm",
+        served_by=", ".join(sorted(served - {""})) or getattr(arm, "served_by", "mlx-lm"),
         note=arm.note,
     )

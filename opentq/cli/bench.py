@@ -50,7 +50,7 @@ def kernel(
 
 @bench.command()
 def model(
-    model: Annotated[str, typer.Argument(help="Model folder, or a shape such as llama-3.1-8b.")],
+    model: Annotated[str, typer.Argument(help="Model folder or .gguf file, or a shape such as llama-3.1-8b.")],
     prompts: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt lengths; 0 skips.")] = "512",
     generates: Annotated[str, typer.Option("-n", "--n-gen", help="Generation lengths; 0 skips.")] = "128",
     depths: Annotated[str, typer.Option("-d", "--n-depth", help="Depths, such as 0,8k,32k.")] = "0",
@@ -62,6 +62,7 @@ def model(
     parallel: Annotated[int, typer.Option(min=1, help="Sequences generated as one batch; skips prompts.")] = 1,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per prefill chunk.")] = 2048,
     memory_limit: Annotated[str, typer.Option(help="Stop an arm that needs more, such as 64GB.")] = "",
+    against: Annotated[str, typer.Option(help="llama.cpp: the same .gguf file there, f16, q8_0 and q4_0.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     output: Output = "md",
     results: Results = None,
@@ -69,8 +70,14 @@ def model(
     """A whole model: tokens per second of prompt and generation at depth, memory, ratio to f16."""
     from ..bench import model as models
     from ..bench.build import build
+    from ..bench.rivals import llama_cpp_model
     from ..memory.device import parse_memory
 
+    if against not in ("", "llama.cpp"):
+        raise UserError(f"--against {against!r} is not known for whole models: llama.cpp is")
+    if against and (parallel > 1 or weights):
+        raise UserError("--against llama.cpp runs one sequence of a file: leave --parallel and --weights out")
+    rival = llama_cpp_model.check(model) if against else None
     built = build(model, weights, layers, seed)
     limit = parse_memory(memory_limit) if memory_limit else 0
     records = models.bench(
@@ -84,6 +91,7 @@ def model(
         prefill_step_size,
         limit,
         parallel,
+        rival,
     )
     _emit(records, output, results)
 
