@@ -334,3 +334,12 @@ def test_a_cpu_decodes_what_fits(small, monkeypatch):
     ids = mx.array([IDS])
     assert np.allclose(decoded(ids), kept(ids), atol=1e-4)
     assert fingerprint(decoded) == fingerprint(kept)
+
+
+def test_a_tokenizer_without_a_template_needs_the_bare_text(small):
+    from opentq.hosts.mlx_lm.generate import encode_prompt
+
+    _, tokens = opentq.load(str(small()))
+    with pytest.raises(UserError, match="no chat template; add --ignore-chat-template"):
+        encode_prompt(tokens, "Hello")
+    assert tokens.decode(encode_prompt(tokens, "Hello", raw=True)) == "<|bos|>Hello"

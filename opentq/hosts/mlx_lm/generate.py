@@ -100,8 +100,13 @@ class Result:
 
 
 def encode_prompt(tokenizer: Any, text: str, system: str | None = None, raw: bool = False) -> list[int]:
-    """Token ids of a user message through the chat template, or of the bare text. Raises UserError when empty."""
-    if not raw and getattr(tokenizer, "chat_template", None):
+    """Token ids of a user message through the chat template, or of the bare text where it is `raw`.
+
+    Raises UserError for an empty prompt, and for a model without a template that is asked for one.
+    """
+    if not raw and not getattr(tokenizer, "has_chat_template", True):
+        raise UserError("this model has no chat template; add --ignore-chat-template to let it continue the bare text")
+    if not raw:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         tokens = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
