@@ -17,7 +17,7 @@ EXTRA ?=
 # Test processes side by side: a BLAS that spins on every core in each of them would only be in the way.
 QUIET_BLAS := OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo install test lint format size clean docs-models test-msl-full help
+.PHONY: demo install test lint format size clean docs-models test-msl-full test-real help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -43,6 +43,10 @@ lint: $(STAMPS)/dev  ## formatting, lint, types, workflows and files that people
 format: $(STAMPS)/dev  ## rewrite the sources in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+test-real: $(STAMPS)/dev  ## the real network in full: llama.cpp as the judge, the goal on code and prose (long)
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,dev bench)]'
+	@$(BIN)/python -m pytest tests/test_real.py tests/test_gguf.py -m "slow or not slow"
 
 test-msl-full: $(STAMPS)/dev  ## every Metal case in the emulator (long)
 	@$(QUIET_BLAS) $(BIN)/python -m pytest tests/test_metal.py tests/msl -m "slow or not slow" -n $(WORKERS)

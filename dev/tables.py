@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import community
+import study_tables as study
 
 from opentq.records import read
 
@@ -257,9 +258,54 @@ def long() -> str:
     return f"{markdown(head, body)}\n\n{machine(rows)}, {rows[-1]['threads']} threads; `{rows[-1]['command']}`."
 
 
+@table
+def real_codecs() -> str:
+    return study.divergences(records("fidelity"), study.CODECS, markdown)
+
+
+@table
+def real_negative() -> str:
+    return study.divergences(records("fidelity"), study.NEGATIVE, markdown)
+
+
+@table
+def real_goal() -> str:
+    return study.goal(records("fidelity"), markdown)
+
+
+@table
+def real_needles() -> str:
+    return study.needles(records("needle"), markdown)
+
+
+@table
+def real_use() -> str:
+    return study.use(records("use"), markdown)
+
+
+@table
+def real_tasks() -> str:
+    return study.tasks(records("tasks"), markdown)
+
+
+@table
+def real_depth() -> str:
+    return study.depth(records("layers"), markdown)
+
+
+@table
+def real_scale() -> str:
+    return study.scale(records("scale"), markdown)
+
+
+@table
+def real_cpu() -> str:
+    return study.cpu(records("real-cpu"), markdown)
+
+
 def main() -> int:
     stale = []
-    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = file.read_text()
         new = re.sub(
             r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)",

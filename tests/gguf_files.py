@@ -148,3 +148,31 @@ def add_tokenizer(writer: Any, file: Path, pre: str | None) -> None:
     writer.add_add_bos_token(bool(bos))
     if template := settings.get("chat_template"):
         writer.add_chat_template(template)
+
+
+def decode(source: Path, path: Path) -> Path:
+    """Write the file `source` to `path` with all tensors in float32: the same model without quantised arithmetic."""
+    import gguf
+
+    from opentq.hosts.mlx_lm.gguf import header, tensors
+
+    head = header.read(source)
+    writer = gguf.GGUFWriter(path, head.architecture)
+    for key, value in head.metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+            add[type(value)](key, value)
+    for name, tensor in head.tensors.items():
+        raw = np.memmap(tensor.file, np.uint8, "r", tensor.start, (tensor.size,))
+        kind = gguf.GGMLQuantizationType[tensors.type_name(tensor)]
+        array = raw.view(np.float32) if kind.name == "F32" else gguf.quants.dequantize(raw, kind)
+        writer.add_tensor(name, np.ascontiguousarray(array.reshape(tensor.shape), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -20,6 +20,7 @@ import mlx.core as mx
 # isort: on
 from opentq.attention import tiled
 from opentq.evaluate import contenders, corpus, fidelity, layers, needle, show
+from opentq.hosts.mlx_lm.load import model_folder
 from opentq.records import Records, model_name
 from opentq.spec.kv import KVSpec
 
@@ -44,6 +45,10 @@ GAINS = (0.25, 1, 4)
 SPREADS = (0.5, 0.71, 1.41, 2)
 
 
+def identity(folder: str):
+    return model_name(folder, model_folder(folder))
+
+
 def load(folder: str):
     """A model in float32 with its tokenizer."""
     model, tokenizer = opentq.load(folder)
@@ -60,7 +65,7 @@ def codecs(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder)
         start = time.perf_counter()
         names = args.specs or CODECS
-        found = fidelity.run(model, model_name(folder), tokenizer, corpus.load(args.text), names, protocol, records)
+        found = fidelity.run(model, identity(folder), tokenizer, corpus.load(args.text), names, protocol, records)
         for name, group in show.grouped(found).items():
             numbers = " ".join(f"{r['kl_mean'][0]:.2e}/{100 * r['top1'][0]:.1f}" for r in group)
             print(f"{folder} {name:<28} {group[0]['bits']:.3f} bits {numbers}")
@@ -75,7 +80,7 @@ def needles(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder)
         start = time.perf_counter()
         names = args.specs or NEEDLES
-        found = needle.run(model, model_name(folder), tokenizer, corpus.load(args.text), names, grid, records)
+        found = needle.run(model, identity(folder), tokenizer, corpus.load(args.text), names, grid, records)
         for name, group in show.grouped(found).items():
             print(f"{folder} {name:<28} {sum(r['correct'] for r in group) / (len(group) * args.trials):.4f}")
         print(f"needles {folder} {time.perf_counter() - start:.0f} s", flush=True)
@@ -87,7 +92,7 @@ def depth(args: argparse.Namespace) -> None:
     view = layers.View(context=2048, window=32, sequences=2)
     for folder in args.models:
         model, tokenizer = load(folder)
-        layers.run(model, model_name(folder), tokenizer, corpus.load(args.text), args.specs or PROBED, view, records)
+        layers.run(model, identity(folder), tokenizer, corpus.load(args.text), args.specs or PROBED, view, records)
         print("layers", folder, flush=True)
     view = layers.View(context=256, window=32, sequences=1)
     for count in (32, 60, 80):
@@ -136,10 +141,10 @@ def scale(args: argparse.Namespace) -> None:
         variants += [(s, 1.0, f"gain x{s:g}") for s in SPREADS]
         for gain, alpha, title in variants:
             change(model, gain, alpha)
-            identity = {**model_name(folder), "change": title, "gain": gain, "alpha": alpha}
+            changed = {**identity(folder), "change": title, "gain": gain, "alpha": alpha}
             for spec in ("int4", "tq3", "tq2"):
-                fidelity.run(model, identity, tokenizer, corpus.load(args.text), [spec], protocol, records)
-            layers.run(model, identity, tokenizer, corpus.load(args.text), ["int4", "tq3", "tq2"], view, records)
+                fidelity.run(model, changed, tokenizer, corpus.load(args.text), [spec], protocol, records)
+            layers.run(model, changed, tokenizer, corpus.load(args.text), ["int4", "tq3", "tq2"], view, records)
             change(model, 1 / gain, 1 / alpha)
             print("scale", folder, title, flush=True)
 
@@ -192,7 +197,7 @@ def main() -> None:
     parser.add_argument("task", choices=tasks)
     parser.add_argument("--models", default="models/tiny-llama,models/tiny-gemma")
     parser.add_argument("--specs", default="")
-    parser.add_argument("--text", type=Path, help="a folder to read instead of Python's standard library")
+    parser.add_argument("--text", type=Path, help="what to read: code, prose, or a folder")
     parser.add_argument("--depths", default="1024,4096")
     parser.add_argument("--lengths", default="2048")
     parser.add_argument("--sequences", type=int, default=2)

@@ -87,7 +87,7 @@ class Study:
     def needles(self) -> None:
         """Five depths of three lengths."""
         lengths, trials = ((600,), 1) if self.quick else ((1536, 3584, 6656), 4)
-        grid = needle.Grid(lengths, trials=trials, batch=self.batch)
+        grid = needle.Grid(lengths, trials=trials, batch=self.batch, answer=24)
         records = self.records("needle")
         for name in ["native", *SHORT]:
             found = needle.run(self.model, self.id, self.tokenizer, self.texts[0], [name], grid, records)

@@ -135,7 +135,8 @@ def _read(model: Any, contender: Contender, tokens: mx.array, protocol: Protocol
 def compare(reference: mx.array, other: mx.array, targets: mx.array, block: int) -> Record:
     """Statistics of two predictions `[B, T, V]` (log probabilities) of `targets` `[B, T]`, each with its interval.
 
-    KL in nats; `kl_blocks` are its means over blocks of neighbours, by which two specs can be compared in pairs; `ppl_ratio` is the contender's perplexity over the reference's; `top1` the share of equal argmaxes.
+    KL in nats; `kl_blocks` are its means over blocks of neighbours, by which two specs can be compared in pairs;
+    `ppl_ratio` is the contender's perplexity over the reference's; `top1` the share of equal argmaxes.
     """
     distance = np.array(metrics.kl(reference, other), dtype=np.float64)
     agree = np.array(mx.argmax(reference, -1) == mx.argmax(other, -1), dtype=np.float64)

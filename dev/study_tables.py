@@ -1,0 +1,214 @@
+"""Tables of the studies on the real network, SmolLM2-135M-Instruct, from what `docs/studies/real.py` has recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Rows = list[dict[str, Any]]
+
+GOAL = "tq5/tq3:nc:center:sink=4"
+"""The spec that is held against its rivals."""
+CODECS = """
+mlx8 int8 k8v4:g64 tq6/tq3:nc:center:sink=4 int4 int4:sink=4 int4:center:sink=4 int4:norot mlx4 q4_0 q4_0:norot int4:g64
+int4:g64:center:sink=4 tq5/tq3 tq5/tq3:nc tq5/tq3:nc:center tq5/tq3:nc:sink=4 tq5/tq3:nc:center:sink=4
+tq5/tq3:nc:center:sink=4:recent=128 tq4:nc tq4:nc:center:sink=4 polar4 tq4/tq3:nc:center:sink=4 int3:g64 tq3 tq3:nc
+tq3:nc:center tq3:nc:sink=4 tq3:nc:center:sink=4 int2 tq2 tq2:nc:center:sink=4
+""".split()  # noqa: SIM905
+NEGATIVE = """
+qjl qjl2/int4 qjl4/int4:sketch=gauss qjl6/int4 int4:first2=qjl tq3p tq3p:sketch=orth tq3 tq3:nc polar4 int2 tq2 int4
+mlx4
+""".split()  # noqa: SIM905
+TEXTS = {"python-stdlib": "code", "python-reference": "prose"}
+NONE = "No record yet: `python docs/studies/real.py --model smollm2` makes them."
+
+
+def real(rows: Rows, kind: str) -> Rows:
+    """The rows of one kind that were measured on SmolLM2, as it is, and in full."""
+    found = [r for r in rows if r["settings"]["kind"] == kind and "smollm2" in r["settings"]["model"]["name"].lower()]
+    return [r for r in found if "change" not in r["settings"]["model"]]
+
+
+def key(r: dict[str, Any]) -> tuple[str, int, str]:
+    s = r["settings"]
+    return TEXTS.get(s["text"]["name"], s["text"]["name"]), s["depth"], s["spec"]
+
+
+def fidelity(rows: Rows) -> tuple[dict[tuple[str, int, str], dict[str, Any]], list[int]]:
+    """Rows by (text, depth, spec), and the depths."""
+    kept = [r for r in real(rows, "fidelity") if len(r["settings"]["protocol"]["depths"]) > 1]
+    return {key(r): r for r in kept}, sorted({r["settings"]["depth"] for r in kept})
+
+
+def footer(rows: Rows) -> str:
+    """Where and when, for the line under a table."""
+    last = rows[-1]
+    return f"\n\n{last['device']}, mlx {last['versions']['mlx']}, {last['date'][:10]}."
+
+
+def short(x: float) -> str:
+    return f"{x:.1e}" if x < 0.001 else f"{x:.4f}" if x < 0.1 else f"{x:.2f}"
+
+
+def divergences(rows: Rows, specs: Sequence[str], markdown: Callable[..., str]) -> str:
+    """KL of each spec on code and prose at every depth."""
+    found, depths = fidelity(rows)
+    if not found:
+        return NONE
+    body = []
+    for spec in specs:
+        cells = [found.get((text, depth, spec)) for text in TEXTS.values() for depth in depths]
+        if any(cells):
+            bits = next(c for c in cells if c)["bits"]
+            body.append([f"`{spec}`", f"{bits:.3g}", *(short(c["kl_mean"][0]) if c else "" for c in cells)])
+    heads = [f"{text} @{depth}" for text in TEXTS.values() for depth in depths]
+    return markdown(["spec", "bits", *heads], body) + footer(list(found.values()))
+
+
+def ratio(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float]:
+    """KL of `a` over that of `b` on the same tokens, with the interval of a bootstrap over pairs of blocks."""
+    x, y = np.array(a["kl_blocks"]), np.array(b["kl_blocks"])
+    picks = np.random.RandomState(0).randint(0, len(x), (2000, len(x)))
+    low, high = np.percentile(x[picks].mean(1) / y[picks].mean(1), [2.5, 97.5])
+    return x.mean() / y.mean(), low, high
+
+
+def goal(rows: Rows, markdown: Callable[..., str]) -> str:
+    """The spec of the goal against its rivals, in pairs."""
+    found, depths = fidelity(rows)
+    body = []
+    for text in TEXTS.values():
+        for depth in depths:
+            cells = [found.get((text, depth, spec)) for spec in (GOAL, "q4_0", "mlx4")]
+            if not all(cells):
+                continue
+            own, q4, mlx = cells
+            ratios = ["{:.3f} [{:.3f}, {:.3f}]".format(*ratio(own, other)) for other in (q4, mlx)]
+            kls = ["{} [{}, {}]".format(*map(short, c["kl_mean"])) for c in (own, q4, mlx)]
+            body.append([f"{text}, {depth:,} tokens", *kls, *ratios])
+    if not body:
+        return NONE
+    bits = found[next(k for k in found if k[2] == GOAL)]["bits"]
+    head = [
+        "",
+        f"`{GOAL}`, {bits:.3g} bits",
+        "`q4_0` rotated, 4.5",
+        "mlx-lm `--kv-bits 4`, 4.5",
+        "to q4_0",
+        "to mlx-lm",
+    ]
+    return markdown(head, body) + footer(list(found.values()))
+
+
+def needles(rows: Rows, markdown: Callable[..., str]) -> str:
+    kept = [r for r in real(rows, "needle") if r["settings"]["trials"] > 1]
+    lengths = sorted({r["settings"]["length"] for r in kept})
+    body = []
+    for spec in dict.fromkeys(r["settings"]["spec"] for r in kept):
+        own = [r for r in kept if r["settings"]["spec"] == spec]
+        cells = []
+        for length in lengths:
+            at = [r for r in own if r["settings"]["length"] == length]
+            cells.append(f"{sum(r['correct'] for r in at)} of {sum(r['settings']['trials'] for r in at)}")
+        body.append([f"`{spec}`", f"{own[0]['bits']:.3g}", *cells])
+    return markdown(["spec", "bits", *(f"{n:,} tokens" for n in lengths)], body) + footer(kept) if body else NONE
+
+
+def use(rows: Rows, markdown: Callable[..., str]) -> str:
+    kept = [r for r in real(rows, "use") if r["settings"]["task"]["prompts"] >= 100]
+    body = [
+        [
+            f"`{r['settings']['spec']}`",
+            f"{r['bits']:.3g}",
+            percent(r["equal"]),
+            percent(r["share_before_divergence"]),
+            "-" if r["diverged_at_median"] is None else f"{r['diverged_at_median']:g}",
+        ]
+        for r in sorted(kept, key=lambda r: -r["equal"][0])
+    ]
+    head = ["spec", "bits", "equal answers, %", "of an answer before the first difference, %", "median token of it"]
+    return markdown(head, body) + footer(kept) if body else NONE
+
+
+def tasks(rows: Rows, markdown: Callable[..., str]) -> str:
+    kept = [r for r in real(rows, "tasks") if r["settings"]["task"]["questions"] >= 100]
+    body = []
+    for r in kept:
+        kinds = [f"{100 * r[k][0]:.1f}" for k in ("read", "known")]
+        pair = ["", "", ""]
+        if "difference" in r:
+            value, low, high = (100 * x for x in r["difference"])
+            pair = [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", f"{r['lost']} / {r['won']}", f"{r['mcnemar_p']:.2g}"]
+        body.append([f"`{r['settings']['spec']}`", f"{r['bits']:.3g}", percent(r["accuracy"]), *kinds, *pair])
+    head = ["spec", "bits", "right, %", "read, %", "known, %", "points to fp16", "lost / won", "McNemar p"]
+    return markdown(head, body) + footer(kept) if body else NONE
+
+
+def percent(triple: Sequence[float]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in triple))
+
+
+def depth(rows: Rows, markdown: Callable[..., str]) -> str:
+    """How far outputs agree in one layer, and what has piled up at the last."""
+    kept = [r for r in real(rows, "layers") if r["settings"]["view"]["context"] > 1000]
+    body = []
+    for spec in dict.fromkeys(r["settings"]["spec"] for r in kept):
+        by = {r["settings"]["layer"]: r for r in kept if r["settings"]["spec"] == spec}
+        local = sum(r["output_cosine"] for r in by.values()) / len(by)
+        worst = max(by.values(), key=lambda r: r["query_error"])
+        body.append(
+            [
+                f"`{spec}`",
+                str(len(by)),
+                f"{local:.4f}",
+                f"{local ** len(by):.2g}",
+                f"{by[max(by)]['query_cosine']:.4f}",
+                f"{worst['query_error']:.3f} (layer {worst['settings']['layer']})",
+            ]
+        )
+    head = [
+        "spec",
+        "layers",
+        "output cosine of one layer",
+        "to the power of the layers",
+        "query cosine at the last layer",
+    ]
+    return markdown([*head, "largest query error"], body) if body else NONE
+
+
+def scale(rows: Rows, markdown: Callable[..., str]) -> str:
+    """Attention scale and query gain, as in the table of the small network."""
+    changed = [r for r in rows if "smollm2" in r["settings"]["model"]["name"].lower()]
+    changed = [r for r in changed if (r["settings"].get("view") or {"context": 1024})["context"] == 1024]
+    probes = [r for r in changed if r["settings"]["kind"] == "layers"]
+    body = []
+    for r in changed:
+        s = r["settings"]
+        own = [p for p in probes if p["settings"]["model"] == s["model"] and p["settings"]["spec"] == s["spec"]]
+        if s["kind"] != "fidelity" or s["depth"] != 1024 or not own:
+            continue
+        variance, attention = (sum(p[k] for p in own) / len(own) for k in ("logit_error_var", "attention_kl"))
+        kl = "{:.2e} [{:.1e}, {:.1e}]".format(*r["kl_mean"])
+        cells = [f"{s['model']['alpha']:g}", s["spec"], f"{variance:.2e}", f"{attention:.2e}", kl]
+        body.append([s["model"]["change"], *cells])
+    body.sort(key=lambda row: row[2])
+    head = ["change", "scale x", "spec", "variance of logit error", "KL of attention", "KL of predictions, 95 %"]
+    return markdown(head, body) if body else NONE
+
+
+def cpu(rows: Rows, markdown: Callable[..., str]) -> str:
+    """`opentq bench model --against llama.cpp`: tokens per second at depth."""
+    if not rows:
+        return "No record yet: `opentq bench model smollm2 --against llama.cpp` makes them."
+    found = {(r["kv"], r["test"], r["depth"]): r for r in rows if r["tokens_per_s"]}
+    columns = sorted({(test, at) for _, test, at in found})
+    body = []
+    for kv in dict.fromkeys(name for name, *_ in found):
+        cells = [found.get((kv, *column)) for column in columns]
+        label = "mlx-lm, float32" if kv == "f16" else kv if kv.startswith("llama.cpp") else f"opentq `{kv}`"
+        body.append([label, *(f"{c['tokens_per_s']:.1f}" if c else "" for c in cells)])
+    last = rows[-1]
+    text = markdown(["tokens/s, SmolLM2-135M Q4_1", *(f"{test} @{at:,}" for test, at in columns)], body)
+    return f"{text}\n\n{last['device']}, {last['threads']} threads, {last['date'][:10]}; `{last['command']}`."
