@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -206,3 +207,17 @@ def test_the_demo_needs_a_model(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, _, err = run("demo")
     assert code == 2 and "models/tiny-llama was not found" in err
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    """MLX compiles into the temporary folder and says what the compiler said, in pages of C++."""
+    words = "[Compile::eval_cpu] Failed to compile function Cf4: error closing /t/c.s: No space left on device"
+    for error in (RuntimeError(words), OSError(errno.ENOSPC, "No space left on device")):
+        monkeypatch.setattr(cli, "app", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1 and "the disk is full" in said
+    monkeypatch.setattr(cli, "app", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main()

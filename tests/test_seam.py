@@ -234,3 +234,17 @@ print(os.wait()[1])
 def test_a_forked_child_is_told_to_spawn_and_never_hangs():
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["True", "True", "0"], done.stderr
+
+
+def test_half_precision_after_compressing_a_mixture_says_what_happened():
+    from mlx_lm.models import mixtral
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = mixtral.Model(mixtral.ModelArgs("mixtral", **sizes, **heads))
+    opentq.compress(model, "int4")
+    model.set_dtype(mx.float16)
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("only CPUs multiply in float32 alone")
+    with pytest.raises(ValueError, match=r"call model.set_dtype\(mx.float32\)"):
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=make_prompt_cache(model)))

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, explained
 from .bench import bench
 from .cache import app as cache
 from .calibrate import calibrate
@@ -50,6 +50,11 @@ def main() -> None:
         sys.exit(_say(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, OSError) as error:
+        known = explained(error)
+        if known is None:
+            raise
+        sys.exit(_say(known))
 
 
 def _say(error: UserError) -> int:

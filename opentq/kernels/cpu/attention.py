@@ -19,6 +19,7 @@ from ...contracts.attention import AttnArgs, PackedKV
 from ...contracts.backend import Backend, Finding
 from ...contracts.codec import Book, Codebooks, Codec, Halves, WithOutliers
 from ...contracts.layout import CANONICAL, Layout
+from ...errors import explained
 from . import blas
 from . import library as cpu
 from .blocks import TOKENS
@@ -40,7 +41,10 @@ def attend(args: AttnArgs) -> mx.array | None:
     plain = args.k.codec.unrotate(q) if k_outlying else q
     arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
     arrays += [a for a in (args.sinks, args.pages) if a is not None]
-    mx.eval(arrays)
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:  # of the model's own arithmetic before this call
+        raise explained(error) or error from error
     _check(args)
     batch, heads, length, _ = q.shape
     queries = [cpu.rows_view(a) for a in (q, projected, plain)]
