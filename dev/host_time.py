@@ -153,12 +153,13 @@ def table(steps: int = STEPS) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="append the rows to results/host-time.jsonl")
-    parser.add_argument("--profile", metavar="SPEC", help="profile one spec on the CUDA path and print its functions")
+    parser.add_argument("--profile", metavar="SPEC", help="profile one spec and print its functions")
+    parser.add_argument("--path", default="cuda", choices=["cuda", "metal"], help="call path, with --profile")
     parser.add_argument("--batch", type=int, default=1, help="sequences, with --profile")
     args = parser.parse_args()
     if args.profile:
         hooks.install_shim()
-        with stubbed("cuda"), cProfile.Profile() as profile:
+        with stubbed(args.path), cProfile.Profile() as profile:
             measure(args.profile, args.batch, 60)
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)
         return

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..contracts.attention import AttnArgs
-from ..contracts.backend import Pair
+from ..contracts.backend import Backend
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
 from . import backends, pages, tiled
@@ -57,21 +57,12 @@ def _say(name: str, args: AttnArgs) -> None:
         log.info("attention by %s: %s", name, args.describe())
 
 
-def steps() -> bool:
-    """Whether decode steps may be left to `step`."""
-    backend = backends.active() if kernel_mode() != "tiled" else None
-    return backend is not None and backend.step is not None
+def serving() -> Backend | None:
+    """The back end whose kernels a new cache is made for; None where only the portable path runs.
 
-
-def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array, str] | None:
-    """A whole decode step in one launch (`contracts.backend.Backend.step`), and who made it; None without one."""
-    backend = backends.active()
-    done = backend.step(args, fresh, center) if backend and backend.step and args.mask is None else None
-    if done is None or backend is None:
-        return None
-    if log.isEnabledFor(logging.INFO):
-        _say(f"{backend.name} step", args)
-    return *done, backend.name
+    A cache asks once and keeps the answer: a step of a model asks for nothing that is the same in every step.
+    """
+    return backends.active() if kernel_mode() != "tiled" else None
 
 
 def candidates() -> list[tuple[str, AttnFn]]:
@@ -93,14 +84,8 @@ def native_candidates() -> list[tuple[str, AttnFn]]:
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
     """The storage layouts that this machine's kernels want for keys and values of `dims = (Dk, Dv)`."""
-    backend = backends.active() if kernel_mode() != "tiled" else None
+    backend = serving()
     return backend.layouts(k_codec, v_codec, dims) if backend else (CANONICAL, CANONICAL)
-
-
-def extend(codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:
-    """fp16 columns of keys and values with new vectors behind them, rotated, in one launch; None without a kernel."""
-    backend = backends.active() if kernel_mode() != "tiled" else None
-    return backend.extend(codecs, dense, fresh) if backend else None
 
 
 def choose(selector: pages.Selector, q: mx.array, scale: float, packed: tuple[int, ...]) -> mx.array:

@@ -213,6 +213,7 @@ class BatchOpenTQCache(OpenTQCache):
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
             self.k_layout, self.v_layout, self.dims = like.k_layout, like.v_layout, like.dims
+            self.backend = like.backend
             self.latent, self.k_codec, self.v_codec = like.latent, like.k_codec, like.v_codec
             pairs = []
             for side in ("packed_k", "packed_v"):
@@ -272,7 +273,7 @@ class BatchOpenTQCache(OpenTQCache):
         cache.sketches = None if self.sketches is None else self.sketches.pick([idx])
         cache.center = own(self.center[lane]) if self.center is not None and self.centered[idx] else None
         cache.k_codec, cache.v_codec = self.k_codec, self.v_codec
-        cache.k_layout, cache.v_layout = self.k_layout, self.v_layout
+        cache.k_layout, cache.v_layout, cache.backend = self.k_layout, self.v_layout, self.backend
         cache.packed_k, cache.packed_v = (
             Buffer(
                 b.block, tuple(own(a[lane, :, : b.rows_of(extent.packed)]) for a in b.arrays) if extent.packed else ()

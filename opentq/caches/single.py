@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..attention import backends, dispatch
 from ..codecs import Codec, Packed, Raw
 from ..contracts.attention import Lengths, PackedKV
+from ..contracts.backend import Backend
 from ..contracts.codec import FP16_MAX
 from ..contracts.layout import CANONICAL, FLUSH, Layout
 from ..contracts.rotary import NO_ROTARY
@@ -65,6 +66,7 @@ class OpenTQCache:
         self.extent = Extent()
         self._dense_k: mx.array | None = None
         self._dense_v: mx.array | None = None
+        self.backend: Backend | None = None
         self._waiting: Step | None = None  # whose fresh tokens are still to join the columns
         self._kept: tuple[Any, Any, PackedKV, PackedKV] | None = None
         self.dims = (0, 0)
@@ -124,7 +126,9 @@ class OpenTQCache:
             self.sketches.meet(keys, self._real(batch, count))
         self._lent = None
         lens = self._lengths(batch)
-        if self.defers and count <= dispatch.STEP and dispatch.steps() and self._grow_quietly(count):
+        backend = self.backend
+        deferring = backend is not None and backend.step is not None and self.defers
+        if deferring and count <= dispatch.STEP and self._grow_quietly(count):
             step = self._step(self._dense_k, self._dense_v, self.packed_k.arrays, self.packed_v.arrays, lens)
             step.fresh, step.cache, self._waiting = (keys, values), self, step
         else:
@@ -151,10 +155,11 @@ class OpenTQCache:
         self, dense_k: mx.array, dense_v: mx.array, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """fp16 columns with new tokens behind them, rotated and centred."""
-        codecs = self.k_codec, self.v_codec
-        done = dispatch.extend(codecs, (dense_k, dense_v), (keys, values)) if self.center is None else None
-        if done is not None:
-            return done
+        if self.backend is not None and self.center is None:
+            codecs = self.k_codec, self.v_codec
+            done = self.backend.extend(codecs, (dense_k, dense_v), (keys, values))
+            if done is not None:
+                return done
         new_k, new_v = shifted(dense(self.k_codec, keys), self.center), dense(self.v_codec, values)
         return mx.concatenate([dense_k, new_k], axis=2), mx.concatenate([dense_v, new_v], axis=2)
 
@@ -215,6 +220,7 @@ class OpenTQCache:
         assert self.dense_k is not None and self.dense_v is not None
         self.dims = (self.dense_k.shape[3], self.dense_v.shape[3])
         self.stats.shape = (self.dense_k.shape[1], *self.dims)
+        self.backend = dispatch.serving()
         self.k_layout, self.v_layout = dispatch.layouts(self.k_codec, self.v_codec, self.dims)
         self.packed_k, self.packed_v = Buffer(self.k_layout.block), Buffer(self.v_layout.block)
 

@@ -138,10 +138,13 @@ class Step:
         )  # fmt: skip
         stats = self.stats
         stats.calls += 1
-        if self.fresh is not None and self.cache is not None:
-            done = dispatch.step(args, self.fresh, self.cache.center)
+        cache = self.cache
+        if cache is not None:
+            assert self.fresh is not None and cache.backend is not None and cache.backend.step is not None
+            done = cache.backend.step(args, self.fresh, cache.center) if args.mask is None else None
             if done is not None:
-                out, dense_k, dense_v, stats.served_by = done
+                out, dense_k, dense_v = done
+                stats.served_by = cache.backend.name
                 self.join(dense_k, dense_v)
                 return out
             args.dense_k, args.dense_v = self.dense_k, self.dense_v
