@@ -38,6 +38,10 @@ def serve(
         bool,
         typer.Option("--keep-volatile", help="Keep agents' billing headers and token counts, which cost the prefix."),
     ] = False,
+    lookup: Annotated[
+        bool,
+        typer.Option(help="Guess a single answer's next tokens from its prompt, several a step; the text is the same."),
+    ] = True,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.", min=1)
     ] = None,
@@ -138,6 +142,7 @@ def serve(
         trust_remote_code=trust_remote_code,
         loadable=tuple(allow_model_loading or ()),
         any_model=any_model,
+        lookup=lookup,
         keep_volatile=keep_volatile,
     )
     options.aliases = aliases(alias or [], options)

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..caches.batch import BatchOpenTQCache
+from ..contracts.layout import FLUSH
 from ..dialogue.sampling import Processor, Sampler
 from ..hosts.mlx_lm.private import GenerationBatch, StopSequences, greedy_sampler
 
@@ -84,6 +86,74 @@ class Decoding(GenerationBatch):
         for seen, token in zip(self.tokens, tokens):
             seen.append(token)
         return tokens, current
+
+    # ---- several tokens a step, for one sequence
+
+    def room(self) -> int:
+        """Tokens that one step may guess, at most; 0 where tokens can't be taken back, or are not a matter of logits.
+
+        A step never packs tokens that it might have to take back: a cache is the same as after single steps.
+        """
+        if len(self.uids) != 1 or self.logits_processors[0] or self.samplers[0].logprobs:
+            return 0
+        if not all(cache.is_trimmable() and not hasattr(cache, "caches") for cache in self.prompt_cache):
+            return 0
+        left = self.max_tokens[0] - self._num_tokens[0] - 1
+        for cache in self.prompt_cache:
+            if isinstance(cache, BatchOpenTQCache):
+                left = min(left, FLUSH - 1 - (cache.extents[0].offset - cache.limits.recent) % FLUSH)
+        return max(left - 1, 0)
+
+    @property
+    def newest(self) -> int:
+        """The token that was chosen last and that no step has returned yet."""
+        return int(self._next_tokens.item())
+
+    def verify(self, guesses: list[int]) -> tuple[list[Any], int]:
+        """One step over the newest token and guesses at those after it; returns what `next` returns, for each token
+        that it settles, and how many guesses were right.
+
+        Every position's token is chosen as a step of its own would: the most likely one, or a draw with the key of
+        that step. A guess is right when it is that token, so greedy text is plain text and draws are plain draws.
+        """
+        (sampling,), last = self.samplers, self.newest
+        logits = self.model(mx.array([[last, *guesses]]), cache=self.prompt_cache)[0]
+        if (bias := self._bias(logits[:1])) is not None:
+            logits = logits + bias
+        chosen, keys = self._choose_each(logits)
+        right = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
+        if sampling.sampler:
+            sampling.sampler.key = keys[right]
+        if wrong := len(guesses) - right:
+            for cache in self.prompt_cache:
+                cache.trim(wrong)
+        self._next_tokens, self._next_logprobs = mx.array([chosen[right]]), [None]
+        responses = []
+        for token in [last, *guesses[:right]]:
+            responses.append(self._settle(token))
+            if responses[-1].finish_reason:
+                self.filter([])
+                break
+        return responses, right
+
+    def _choose_each(self, logits: mx.array) -> tuple[list[int], list[mx.array]]:
+        """The token of every row `[T, V]`, and the random key after each."""
+        sampler = self.samplers[0].sampler
+        if sampler is None:
+            return mx.argmax(logits, axis=-1).tolist(), []  # type: ignore[return-value]
+        logprobs, tokens, keys = logits - mx.logsumexp(logits, axis=-1, keepdims=True), [], []
+        for i in range(logits.shape[0]):
+            tokens.append(sampler(logprobs[i : i + 1]))
+            keys.append(sampler.key)
+        return mx.concatenate(tokens).tolist(), keys  # type: ignore[return-value]
+
+    def _settle(self, token: int) -> Any:
+        """What `next` says of one token."""
+        self._num_tokens[0] += 1
+        self.tokens[0].append(token)
+        reason = "length" if self._num_tokens[0] >= self.max_tokens[0] else None
+        reason = "stop" if self._matchers[0].advance(token) else reason
+        return self.Response(self.uids[0], token, None, reason, None, None)
 
     def _bias(self, logits: mx.array) -> mx.array | None:
         """What is added to `logits [B, V]`; made anew when sequences came or went."""

@@ -15,7 +15,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..hosts.mlx_lm.public import make_prompt_cache
 from .admission import bucket
 from .decoding import Decoding, RowSampling
 from .grammar import Constraint
+from .lookup import LONGEST, Lookup
 from .pace import Pace
 from .prefix import PrefixStore, exact_trim
 
@@ -67,6 +68,7 @@ class Job:
     first: float = 0.0  # when the prompt was read
     generated: int = 0
     answer: list[int] = field(default_factory=list)
+    lookup: Lookup | None = None
     known: int = 0  # blocks of prompt and answer in the prefix store
     trims: bool = True  # whether its caches serve all shorter prefixes
     followers: list[Job] = field(default_factory=list)  # jobs that wait for this one's prompt to be read
@@ -102,6 +104,8 @@ class Engine:
         self.at_work: Job | None = None
         self.unread: deque[Job] = deque()  # whose answers have whole blocks that were not read as prompts are
         self.tokens_read = 0
+        self.lookup = True  # whether a single answer's next tokens are guessed
+        self.guessed = self.guessed_right = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
         self._chunks = 0
@@ -304,9 +308,10 @@ class Engine:
     def _decode(self, key: int) -> None:
         """The next token of every answer in a bucket."""
         batch, jobs = self.batches[key]
-        responses = batch.next()
-        over = []
-        for job, r in zip(list(jobs), responses):
+        over: list[Job] = []
+        for job, r in self._next(batch, list(jobs)):
+            if job in over:
+                break  # a stop text or a call ended it among the tokens of one step
             job.generated += 1
             job.answer.append(r.token)
             reason = r.finish_reason or ""
@@ -335,6 +340,22 @@ class Engine:
         if not jobs:
             del self.batches[key]
             mx.clear_cache()
+
+    def _next(self, batch: Decoding, jobs: list[Job]) -> Iterable[tuple[Job, Any]]:
+        """The next token of every answer; of a single one the next few, where they can be guessed."""
+        if self.lookup and len(jobs) == len(self.batches) == 1 and not self.reading and (room := batch.room()):
+            job = jobs[0]
+            if job.lookup is None:
+                job.lookup = Lookup([*job.tokens, *job.answer])
+            for token in job.answer[len(job.lookup.tokens) - len(job.tokens) :]:
+                job.lookup.add(token)
+            if job.lookup.wanted and (guesses := job.lookup.guess(batch.newest, min(room, LONGEST))):
+                responses, right = batch.verify(guesses)
+                job.lookup.outcome(len(guesses), right)
+                self.guessed += len(guesses)
+                self.guessed_right += right
+                return [(job, r) for r in responses]
+        return zip(jobs, batch.next())
 
     def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
         """A token with its log probability; JSON has no infinity, so an impossible token has OpenAI's -9999."""

@@ -72,6 +72,7 @@ class ServeOptions:
     loadable: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     any_model: bool = False
+    lookup: bool = True
     keep_volatile: bool = False
 
     @property
@@ -175,6 +176,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         disk_bytes = options.prompt_cache_dir_bytes
         store.files = PrefixFiles(pieces, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
     engine = Engine(model, tokenizer, store, step)
+    engine.lookup = options.lookup
     vocab = int(model(mx.array([[0]])).shape[-1])
     config = ServiceConfig(
         names=options.served_names,

@@ -295,6 +295,8 @@ class Service:
         m.prefixes.set(self.engine.store.nbytes)
         m.active.set(mx.get_active_memory())
         m.read.set(self.engine.tokens_read)
+        m.guessed.set(self.engine.guessed)
+        m.guessed_right.set(self.engine.guessed_right)
         m.step.set(self.engine.pace.step)
         m.chunk.set(self.engine.pace.chunk)
         return m
