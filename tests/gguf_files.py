@@ -106,12 +106,12 @@ def tensors(arch: str, model: Any, config: dict[str, Any]) -> dict[str, np.ndarr
 
 
 def byte_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of single bytes, `<|bos|>` and `<|end|>` to `folder`; returns its tokenizer.json."""
+    """Write a tokenizer of single bytes, `th`, `<|bos|>` and `<|end|>` to `folder`; returns its tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "th"])}, [("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|bos|>", "<|end|>"])

@@ -67,7 +67,7 @@ FAMILIES = {
     "phi3": "phi3",
     "olmo2": "olmo2",
 }
-VOCABULARY = 258
+VOCABULARY = 259
 IDS = [5, 9, 77, 200, 3, 42, 42, 17] * 4
 
 
@@ -343,3 +343,39 @@ def test_a_tokenizer_without_a_template_needs_the_bare_text(small):
     with pytest.raises(UserError, match="no chat template; add --ignore-chat-template"):
         encode_prompt(tokens, "Hello")
     assert tokens.decode(encode_prompt(tokens, "Hello", raw=True)) == "<|bos|>Hello"
+
+
+# ---- llama.cpp
+
+
+@pytest.mark.parametrize("arch, kind", [*FAMILIES.items(), ("llama", "mixtral")])
+def test_llama_cpp_computes_the_same(arch, kind, tmp_path):
+    """The tiny models in llama.cpp itself: names, conventions and hyperparameters are those that it means."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install 'opentq[bench]'")
+    path, _ = write_family(arch, kind, tmp_path)
+    whole = llama_cpp.GGML_TYPE_F32
+    options = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "type_k": whole, "type_v": whole}
+    llama = llama_cpp.Llama(str(path), **options, verbose=False)
+    llama.eval(IDS)
+    theirs = np.array(llama.scores[: len(IDS)])
+    ours, _ = opentq.load(str(path))
+    assert np.allclose(ours(mx.array([IDS]))[0], theirs, atol=2e-3 * np.abs(theirs).max())
+
+
+def test_both_engines_are_timed_on_one_file(small, capsys):
+    pytest.importorskip("llama_cpp", reason="pip install 'opentq[bench]'")
+    from opentq.bench import model as models
+    from opentq.bench.build import build
+    from opentq.bench.rivals import llama_cpp_model
+
+    path = small()
+    rows = list(
+        models.bench(build(str(path)), ["f16", "int4"], (0, 80), (9,), (3,), 1, rival=llama_cpp_model.check(str(path)))
+    )
+    assert len(rows) == 2 * 2 * 5
+    assert {r["kv"] for r in rows} == {"f16", "int4", "llama.cpp f16", "llama.cpp q8_0", "llama.cpp q4_0"}
+    assert all(r["tokens_per_s"] > 0 for r in rows)
+    held = {(r["kv"], r["depth"]): r["kv_bytes"] for r in rows}
+    assert held["llama.cpp f16", 80] == 80 * 4 * 2 * 64 * 2 and held["llama.cpp q4_0", 0] == 0
+    with pytest.raises(UserError, match="needs a .gguf file"):
+        llama_cpp_model.check(str(TINY_LLAMA))
