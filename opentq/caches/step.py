@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..attention import dispatch, pages
+from ..attention import dispatch, pages, selected
 from ..contracts.attention import AttnArgs, Lengths, PackedKV
 from ..errors import UserError
 
@@ -151,6 +151,16 @@ class Step:
         args.q = self.k.codec.rotate(q)
         out, stats.served_by = dispatch.attend(args)
         return self.v.codec.unrotate(out)
+
+    def attend_rows(self, q, positions, *, scale: float, sinks=None) -> mx.array:
+        """Attention of `q [B, Hq, 1, Dk]` to tokens `positions` int32 `[B, K]` (negative: none), and no others."""
+        if self.centered and sinks is not None:
+            raise UserError("centred keys can't serve attention sinks: drop center from the KV spec")
+        q, dense_k, dense_v = self.k.codec.rotate(q), self.dense_k, self.dense_v
+        args = AttnArgs(q, self.k, self.v, dense_k, dense_v, self.lens, float(scale), sinks=sinks)
+        self.stats.calls += 1
+        self.stats.served_by = "selected"
+        return self.v.codec.unrotate(selected.attend(args, positions))
 
     def _pages(self, q: mx.array, scale: float, whole: bool | int) -> mx.array | None:
         """The pages that this call reads; None for everything, as where `whole` says so."""

@@ -1,0 +1,217 @@
+"""The compressed caches under mlx-vlm's cache protocol, which differs from mlx-lm's in three ways.
+
+It pads ragged prompts on the left, where mlx-lm pads them on the right; it copies and restores caches as `state` and
+`meta_state`; and it asks a single cache for its batch (`to_batch`). The bytes, and everything done with them, are those
+of `opentq.caches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ...caches.batch import BatchOpenTQCache, _int_array
+from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
+from ...caches.single import OpenTQCache
+from ...caches.step import Handle, Step
+
+
+class _Protocol:
+    """What mlx-vlm asks of every cache beyond mlx-lm's protocol."""
+
+    meta_state = ""
+    bits = 0
+    """mlx-vlm knows quantised caches by this name: their keys and values are no arrays to cut up."""
+
+    @classmethod
+    def from_state(cls, state, meta_state: str = ""):
+        """A cache that holds `state`; there is nothing beside it."""
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    def memory_profile(self, token_count: int) -> None:
+        """None: mlx-vlm then counts `nbytes`."""
+
+
+class VLMCache(_Protocol, OpenTQCache):
+    """One sequence in one layer."""
+
+    def to_batch(self, left_padding: Iterable[int]) -> BatchVLMCache:
+        """An empty batch of this layer whose prompts are padded on the left."""
+        return BatchVLMCache.empty_like(self, left_padding)
+
+    @classmethod
+    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
+        return BatchVLMCache.merge(caches)
+
+    def prefix_cache_merge(self, rows: Sequence[OpenTQCache], prefix_lens: Sequence[int]) -> BatchOpenTQCache:
+        """One batch of rows that came out of mlx-vlm's prefix cache."""
+        return self.merge(rows)
+
+
+class VLMLatentCache(_Protocol, OpenTQLatentCache):
+    """One sequence of latents (MLA) in one layer."""
+
+    def to_batch(self, left_padding: Iterable[int]) -> BatchVLMLatentCache:
+        return BatchVLMLatentCache.empty_like(self, left_padding)
+
+    @classmethod
+    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
+        return BatchVLMLatentCache.merge(caches)
+
+    def prefix_cache_merge(self, rows: Sequence[OpenTQCache], prefix_lens: Sequence[int]) -> BatchOpenTQCache:
+        return self.merge(rows)
+
+
+class _LeftPadded(_Protocol):
+    """Prompts padded on the left.
+
+    The padded columns of a step are rotated behind the real ones, keys, values, queries and mask alike, and the output
+    is rotated back: so they are padding on the right, which is never stored (`caches/batch.py`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.pads = [0] * len(self.extents)
+
+    @classmethod
+    def empty_like(cls, single: OpenTQCache, left_padding: Iterable[int]):
+        pads = [int(p) for p in left_padding]
+        batch = cls(single.spec, len(pads), single.stats, single.window)
+        batch.lends, batch.pads = single.lends, pads
+        return batch
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Say how the next tokens are padded: on the left, or on the right until `finalize`."""
+        if left_padding is not None:
+            self.pads = [p + int(more) for p, more in zip(self.pads, left_padding)]
+        super().prepare(lengths=lengths, right_padding=right_padding)
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of every sequence's next column, int32 `[B]`: negative while its padding is still to come."""
+        return _int_array(tuple(e.offset - p for e, p in zip(self.extents, self.pads)))
+
+    @offset.setter
+    def offset(self, value: mx.array) -> None:
+        # Models that run a batch row by row say in this way how much padding is still to come.
+        self.pads = [max(0, e.offset - int(v)) for e, v in zip(self.extents, value.tolist())]
+
+    @property
+    def left_padding(self) -> mx.array:
+        """Columns of the batch's timeline before every sequence's first token, int32 `[B]`."""
+        longest = self.size()
+        return _int_array(tuple(longest - e.held + p for e, p in zip(self.extents, self.pads)))
+
+    @left_padding.setter
+    def left_padding(self, value: mx.array) -> None:
+        """Nothing: it follows from the lengths and the padding to come."""
+
+    def empty(self) -> bool:
+        """Whether there are no sequences; a batch whose sequences have no tokens yet is one all the same."""
+        return not self.extents
+
+    @property
+    def _idx(self) -> int:
+        """Columns of the timeline that all sequences share."""
+        return max((e.offset for e in self.extents), default=0)
+
+    def is_single_row(self) -> bool:
+        return len(self.extents) == 1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.extents)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
+        if not any(self.pads):
+            return super().update_and_fetch(keys, values)
+        count = keys.shape[2]
+        pads = [min(p, count) for p in self.pads]
+        self.todo = [count - p for p in pads]
+        handles = super().update_and_fetch(_rolled(keys, pads, 2), _rolled(values, pads, 2))
+        self.todo = None
+        self.pads = [p - now for p, now in zip(self.pads, pads)]
+        step = PaddedStep(**{name: getattr(handles[0].step, name) for name in Step.__dataclass_fields__}, pads=pads)
+        for handle in handles:
+            handle.step = step
+        return handles
+
+    def filter(self, batch_indices) -> None:
+        keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+        self.pads = [self.pads[i] for i in keep]
+        super().filter(keep)
+
+    def extend(self, other) -> None:
+        self.pads = self.pads + getattr(other, "pads", [0] * len(other.extents))
+        super().extend(other)
+
+    @classmethod
+    def merge(cls, caches: Sequence[OpenTQCache]):
+        batch = super().merge(caches)
+        batch.pads = [0] * len(caches)
+        return batch
+
+    @property
+    def state(self):
+        """The batch's own state, and the padding that is still to come."""
+        return [*super().state, self.pads]  # type: ignore[misc]
+
+    @state.setter
+    def state(self, value) -> None:
+        *rest, pads = value
+        super(_LeftPadded, type(self)).state.fset(self, rest)  # type: ignore[misc]
+        self.pads = pads
+
+
+class BatchVLMCache(_LeftPadded, BatchOpenTQCache):
+    """Many sequences in one layer."""
+
+    Single = VLMCache
+
+
+class BatchVLMLatentCache(_LeftPadded, BatchOpenTQLatentCache):
+    """Many sequences of latents in one layer."""
+
+    Single = VLMLatentCache
+
+
+@dataclass(frozen=True)
+class PaddedStep(Step):
+    """A step whose new columns were rotated: `pads` columns of every sequence are padding, the real ones come first."""
+
+    pads: Sequence[int] = ()
+
+    def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
+        back = [q.shape[2] - p for p in self.pads]
+        if isinstance(mask, mx.array):
+            mask = self._mask(mask, q.shape[2])
+        out = super().attend(_rolled(q, self.pads, 2), scale=scale, mask=mask, sinks=sinks, softcap=softcap)
+        return _rolled(out, back, 2)
+
+    def _mask(self, mask: mx.array, count: int) -> mx.array:
+        """`mask [B or 1, H or 1, L, S]` for the rotated columns; rows of padding may see anything."""
+        while mask.ndim < 4:
+            mask = mask[None]
+        mask = mx.broadcast_to(mask, (len(self.pads), mask.shape[1], count, mask.shape[3]))
+        old = mask.shape[3] - count
+        mask = _rolled(mx.concatenate([mask[..., :old], _rolled(mask[..., old:], self.pads, 3)], axis=3), self.pads, 2)
+        real = mx.arange(count) < (count - mx.array(self.pads))[:, None]
+        anything = mx.array(True) if mask.dtype == mx.bool_ else mx.zeros((), mask.dtype)
+        return mx.where(real[:, None, :, None], mask, anything)
+
+
+def _rolled(x: mx.array, shifts: Sequence[int], axis: int) -> mx.array:
+    """Every sequence of `x` rotated to the left along `axis` by its own shift."""
+    count = x.shape[axis]
+    index = (mx.arange(count) + mx.array(list(shifts))[:, None]) % count
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = len(shifts), count
+    return mx.take_along_axis(x, index.reshape(shape), axis=axis)
+
+
+CLASSES = (VLMCache, BatchVLMCache, VLMLatentCache, BatchVLMLatentCache)

@@ -1,0 +1,28 @@
+"""What opentq takes from inside mlx-vlm, checked against the version that it was written for."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+from mlx_vlm.models import base
+from mlx_vlm.models import cache as caches
+
+from ..host import HookError
+
+TESTED = "0.7.10"
+WANTED = "mlx-vlm>=0.7.10,<0.8"
+ATTENTION = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
+
+
+def check() -> None:
+    """Raise HookError, with both versions, when mlx-vlm is not as this package expects it."""
+    function = base.scaled_dot_product_attention
+    found = tuple(inspect.signature(function).parameters)
+    lacks = [name for name in ("KVCache", "RotatingKVCache", "ArraysCache", "CacheList") if not hasattr(caches, name)]
+    if found == ATTENTION and function.__closure__ is None and not lacks:
+        return
+    what = f"its cache module lacks {', '.join(lacks)}" if lacks else f"its attention function takes {found}"
+    raise HookError(
+        f"mlx-vlm {version('mlx-vlm')} is not supported ({what}); opentq was made for {TESTED}: install '{WANTED}'"
+    )

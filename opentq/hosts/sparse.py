@@ -1,0 +1,81 @@
+"""DeepSeek's sparse attention (DSA), in both hosts: an indexer names the tokens that a query may see.
+
+The latents are packed, and a decode step gathers and decodes the chosen rows only (`attention/selected.py`). While a
+prompt is read the choice is a mask. The indexer's own keys stay as the host made them: it scores all of them at every
+step, so there is no row to spare. Selection counts positions in the host's timeline, padding included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+INDEX = "keys of the indexer: all of them are scored at every step"
+"""Why the second cache of a sparse layer stays native."""
+
+
+def attend(
+    layer: Any, x: mx.array, mask: Any, latents: Any, index: Any, chosen: mx.array | None, sinks: mx.array | None = None
+) -> tuple[mx.array, mx.array | None]:
+    """One layer up to its output projection, and the tokens that were chosen.
+
+    Args:
+        layer: an attention module with DeepSeek-V3.2's projections; its `indexer` may be None or absent.
+        x: `[B, L, E]`.
+        mask: None, or bool `[B or 1, 1, L, S]`.
+        latents: the compressed cache.
+        index: the indexer's cache, the host's own.
+        chosen: positions int `[B, 1, L, K]` of another layer, used where the layer has no indexer; None: all tokens.
+
+    Returns:
+        `[B, H, L, Dv]` and the positions.
+    """
+    batch, length, _ = x.shape
+    low = layer.q_a_layernorm(layer.q_a_proj(x))
+    heads = getattr(layer, "num_heads", 0) or layer.num_attention_heads
+    q = layer.q_b_proj(low).reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
+    latent, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
+    latent, rotary = layer.kv_a_layernorm(latent)[:, None], rotary[:, None]
+    if getattr(layer, "mla_scale_q_lora", None) is not None:
+        q = q * layer.mla_scale_q_lora
+    if getattr(layer, "mla_scale_kv_lora", None) is not None:
+        latent = latent * layer.mla_scale_kv_lora
+    plain, rotated = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
+    offset = latents.offset
+    rotated, rotary = layer.rope(rotated, offset), layer.rope(rotary, offset)
+    keys, _ = latents.update_and_fetch(latent, rotary)
+    if getattr(layer, "indexer", None) is not None:
+        if mask is None and hasattr(index, "left_padding"):
+            mask = index.make_mask(length)  # compressed batches need none, the indexer's does
+        chosen = layer.indexer(x, low, mask, cache=index)
+        # The indexer's cache is evaluated even when it chose nothing, so that its graph does not grow.
+        latents.keys = mx.depends(latents.keys, (index.keys, index.values))
+    q = mx.concatenate([layer.embed_q(plain), rotated], axis=-1)
+    if chosen is None:
+        out = keys.step.attend(q, scale=layer.scale, mask="causal" if length > 1 else None, sinks=sinks)
+    elif length == 1:
+        seen = chosen[:, 0, 0].astype(mx.int32)
+        valid = mx.array(True) if mask is None else mx.take_along_axis(_rows(mask, batch), chosen, axis=-1)[:, 0, 0]
+        padding = latents.left_padding[:, None] if hasattr(latents, "left_padding") else 0
+        positions = mx.where(valid, seen - padding, -1)
+        out = keys.step.attend_rows(q, positions, scale=layer.scale, sinks=sinks)
+    else:
+        allowed = mx.zeros((*chosen.shape[:3], mask.shape[-1]), mx.bool_)
+        allowed = mx.put_along_axis(allowed, chosen, mx.array(True), axis=-1) & mask
+        out = keys.step.attend(q, scale=layer.scale, mask=allowed, sinks=sinks)
+    return layer.unembed_out(out), chosen
+
+
+def project(layer: Any, out: mx.array) -> mx.array:
+    """`[B, H, L, Dv]` through the layer's output projection."""
+    return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
+
+
+def deepseek(layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array:
+    """An indexer chooses tokens; their packed rows are gathered, and nothing else is read."""
+    return project(layer, attend(layer, x, mask, cache[0], cache[1], None)[0])
+
+
+def _rows(mask: mx.array, batch: int) -> mx.array:
+    return mx.broadcast_to(mask, (batch, *mask.shape[-3:])) if mask.ndim == 4 else mask[None, None]
