@@ -31,7 +31,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache  # noqa: E402
 from opentq import records  # noqa: E402
 from opentq.attention import backends  # noqa: E402
 from opentq.caches.single import OpenTQCache  # noqa: E402
-from opentq.hosts.mlx_lm import hooks  # noqa: E402
+from opentq.hosts import hooks  # noqa: E402
 from opentq.kernels.cuda import attention as cuda_attention  # noqa: E402
 from opentq.kernels.cuda import launch as cuda  # noqa: E402
 from opentq.kernels.metal import attention as metal_attention  # noqa: E402

@@ -23,20 +23,20 @@ __version__ = "0.1.0"
 
 _HOME = {
     "KVSpec": "spec",
-    "compress": "hosts.mlx_lm.hooks",
-    "uninstall": "hosts.mlx_lm.hooks",
+    "compress": "hosts.hooks",
+    "uninstall": "hosts.hooks",
     "generate": "hosts.mlx_lm.load",
     "load": "hosts.mlx_lm.load",
     "make_cache": "hosts.mlx_lm.load",
-    "report": "hosts.mlx_lm.report",
+    "report": "hosts.report",
 }
 
 __all__ = ["KVSpec", "__version__", "compress", "generate", "load", "make_cache", "report", "uninstall"]
 
 if TYPE_CHECKING:
-    from .hosts.mlx_lm.hooks import compress, uninstall
+    from .hosts.hooks import compress, uninstall
     from .hosts.mlx_lm.load import generate, load, make_cache
-    from .hosts.mlx_lm.report import report
+    from .hosts.report import report
     from .spec.kv import KVSpec
 
 

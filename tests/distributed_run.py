@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from opentq.hosts.mlx_lm.hooks import compress, installed
+from opentq.hosts.hooks import compress, installed
 from tests.architectures import build
 
 ARCHITECTURE = {"tensor": "llama", "pipeline": "qwen2"}

@@ -29,9 +29,10 @@ from mlx_lm.models.cache import (
 )
 
 from opentq.caches.composite import members
-from opentq.hosts.mlx_lm import hooks, seams
-from opentq.hosts.mlx_lm.policy import NothingCompressed, native_reason
-from opentq.spec.kv import KVSpec
+from opentq.hosts import hooks
+from opentq.hosts.host import host_of
+from opentq.hosts.mlx_lm import seams
+from opentq.hosts.policy import NothingCompressed, native_reason
 
 from .architectures import LEFT_OUT, NAMES, build
 
@@ -65,11 +66,11 @@ def forward(model: Any, cache: list[Any], steps=STEPS) -> list[mx.array]:
 
 
 def rounded(model: Any, window: bool) -> list[Any]:
-    """The model's own caches, with the growing ones (and the windows) rounded to float16."""
-    caches = make_prompt_cache(model)
+    """The model's own caches, with those that are compressed (and the windows) rounded to float16."""
+    caches, host = make_prompt_cache(model), host_of(model)
     for cache in caches:
-        for c in members(cache):
-            if type(c) is KVCache:
+        for part, c in enumerate(members(cache)):
+            if type(c) is KVCache and not native_reason(cache, part, None, host.caches, seams.traits(model)):
                 c.__class__ = Rounded
             elif window and type(c) is RotatingKVCache:
                 c.__class__ = RoundedWindow
@@ -138,7 +139,7 @@ def verdict(name: str) -> Verdict:
     caches = make_prompt_cache(model)
     features = _features(model, caches)
     want, own = forward(model, fp16 := rounded(model, False)), [c for cache in fp16 for c in members(cache)]
-    unbounded = sum(type(c) is Rounded and not c.empty() for c in own)
+    unbounded = sum(type(c) in (KVCache, Rounded) and not c.empty() for c in own)
     window = None
     if any(isinstance(c, RotatingKVCache) for c in own):
         want_window = forward(model, rounded(model, True))
@@ -166,8 +167,10 @@ def verdict(name: str) -> Verdict:
 
 def decide_all(model: Any, caches: list[Any]) -> list[tuple[str, str]]:
     """(cache class, why it is native) for a model of which nothing is compressed."""
-    spec = KVSpec.parse("int4")
-    return [(type(c).__name__, native_reason(c, spec, seams.traits(model))) for m in caches for c in members(m)]
+    host = host_of(model)
+    traits = host.traits(host.decoder(model))
+    slots = [(m, part, c) for m in caches for part, c in enumerate(members(m))]
+    return [(type(c).__name__, native_reason(m, part, None, host.caches, traits)) for m, part, c in slots]
 
 
 def _counted(reasons: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -296,8 +299,7 @@ def row(v: Verdict) -> str:
 def _seams() -> list[str]:
     """What is done for models that don't go through mlx-lm's attention function."""
     lines = ["## Models with a seam of their own", ""]
-    lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(seams.OWN.items())]
-    lines += [f"* `{name}`: {inspect.getdoc(seams._latent)}" for name in seams.LATENT]
+    lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(seams.served().items())]
     lines += [f"* `{name}`: its cache lends the keys and values of the step to it" for name in seams.LENDERS]
     return lines
 

@@ -15,7 +15,7 @@ from opentq.attention import dispatch
 from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.extent import Extent, Limits
 from opentq.caches.single import OpenTQCache
-from opentq.hosts.mlx_lm.hooks import compress
+from opentq.hosts.hooks import compress
 
 from .architectures import build
 from .conftest import random_llama

@@ -14,8 +14,9 @@ from opentq.attention.channels import choose, energies
 from opentq.cli.main import app
 from opentq.contracts.rotary import Rotary
 from opentq.errors import UserError
-from opentq.hosts.mlx_lm import hooks, rotary
-from opentq.hosts.mlx_lm.identity import fingerprint
+from opentq.hosts import hooks
+from opentq.hosts.identity import fingerprint
+from opentq.hosts import rotary
 from opentq.spec.calibration import CalibrationError
 from opentq.spec.kv import KVSpec
 from opentq.spec.recipe import Recipe

@@ -11,6 +11,8 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from opentq.attention import dispatch, reference
 from opentq.caches.single import OpenTQCache
 from opentq.contracts.layout import CANONICAL
+from opentq.hosts import shim
+from opentq.hosts.mlx_lm.host import HOST
 from opentq.kernels.cpu import attention as cpu
 from opentq.kernels.cuda import layout as cuda_layout
 from opentq.kernels.metal import attention as metal
@@ -62,9 +64,7 @@ def test_attention_after_a_trim_inside_a_block(spec, kernels):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_save_load_continue_is_continue(spec, tmp_path):
-    from opentq.hosts.mlx_lm.hooks import install_shim
-
-    install_shim()
+    shim.install(HOST)
     k, v = vectors(SMALL, 400)
     cache, _ = filled(spec, 210, [210])
     save_prompt_cache(str(tmp_path / "c.safetensors"), [cache], {"note": "x"})
@@ -77,9 +77,7 @@ def test_save_load_continue_is_continue(spec, tmp_path):
 
 
 def test_an_empty_cache_saves_loads_and_measures(tmp_path):
-    from opentq.hosts.mlx_lm.hooks import install_shim
-
-    install_shim()
+    shim.install(HOST)
     cache = OpenTQCache("k8v4:sink=2")
     assert (cache.empty(), cache.nbytes, cache.size(), cache.offset) == (True, 0, 0, 0)
     assert bool(cache), "a falsy cache loses its mask in mlx-lm"

@@ -18,8 +18,10 @@ from opentq.caches.single import OpenTQCache
 from opentq.caches.states import State
 from opentq.cli.cache import JOIN, app, resume
 from opentq.contracts.layout import CANONICAL
+from opentq.hosts import shim
+from opentq.hosts.hooks import compress
 from opentq.hosts.mlx_lm.generate import Request, encode_prompt, run
-from opentq.hosts.mlx_lm.hooks import compress, install_shim
+from opentq.hosts.mlx_lm.host import HOST
 from opentq.hosts.mlx_lm.load import load
 
 from .architectures import build
@@ -76,7 +78,7 @@ def test_the_file_is_canonical_and_no_larger_than_its_bytes(file):
 
 def test_every_layout_reads_it(file, monkeypatch):
     """A file written with fused kernels opens where there are none, and the other way round."""
-    install_shim()
+    shim.install(HOST)
     native = disk.load(file).caches
     monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
     portable = disk.load(file).caches

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 import opentq
 from opentq.errors import UserError
-from opentq.hosts.mlx_lm import floats
+from opentq.hosts import floats
 from opentq.hosts.mlx_lm.gguf import architectures, header, pretokenizers, tensors, tokenizer
 from opentq.memory import source
 
@@ -314,7 +314,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
 
 
 def test_a_cpu_decodes_what_fits(small, monkeypatch):
-    from opentq.hosts.mlx_lm.identity import fingerprint
+    from opentq.hosts.identity import fingerprint
     from opentq.memory import device, skeleton
     from opentq.memory.loaded import weight_bytes
 

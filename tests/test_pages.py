@@ -15,8 +15,8 @@ from opentq.caches.single import OpenTQCache
 from opentq.contracts.rotary import Rotary
 from opentq.errors import UserError
 from opentq.evaluate.contenders import enter
-from opentq.hosts.mlx_lm import hooks
-from opentq.hosts.mlx_lm.report import report
+from opentq.hosts import hooks
+from opentq.hosts.report import report
 from opentq.spec.kv import KVSpec, SpecError
 
 from .conftest import random_llama

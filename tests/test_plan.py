@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from opentq.cli.plan import parse_count, split_list
 from opentq.errors import UserError
-from opentq.hosts.mlx_lm import hooks
+from opentq.hosts import hooks
 from opentq.memory import device as machines
 from opentq.memory import shapes, skeleton, source
 from opentq.memory.answer import answer

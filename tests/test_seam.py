@@ -13,8 +13,9 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import make_prompt_cache
 
 import opentq
-from opentq.hosts.mlx_lm import hooks
-from opentq.hosts.mlx_lm.policy import NothingCompressed
+from opentq.hosts import hooks, shim
+from opentq.hosts.mlx_lm.host import HOST
+from opentq.hosts.policy import NothingCompressed
 
 from .conftest import random_llama
 
@@ -72,10 +73,10 @@ def test_uninstall_restores_everything(tiny_llama):
     opentq.uninstall(tiny_llama)
     assert "make_cache" not in vars(tiny_llama) and hooks.installed(tiny_llama) is None
     opentq.uninstall()
-    assert not hooks.shim_installed()
+    assert not shim.installed(HOST)
     assert greedy(tiny_llama) == expected
     opentq.compress(tiny_llama, "int4")
-    assert hooks.shim_installed()
+    assert shim.installed(HOST)
 
 
 def test_compress_twice_replaces_the_spec(tiny_llama):

@@ -8,7 +8,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from opentq.caches.single import OpenTQCache
-from opentq.hosts.mlx_lm.hooks import compress, installed, uninstall
+from opentq.hosts.hooks import compress, installed, uninstall
 
 from .conftest import random_llama
 

@@ -13,7 +13,8 @@ from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from opentq.caches.single import OpenTQCache
 from opentq.caches.states import BatchState, State
-from opentq.hosts.mlx_lm.hooks import install_shim
+from opentq.hosts import shim
+from opentq.hosts.mlx_lm.host import HOST
 
 from .matrix import Shape
 from .oracle import fill, same_state, vectors
@@ -66,7 +67,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_batches_with_empty_lanes_come_back(spec, way, tmp_path, monkeypatch):
-    install_shim()
+    shim.install(HOST)
     for first, then in (("", "tiled"), ("tiled", "")):
         for lengths in LENGTHS:
             monkeypatch.setenv("OPENTQ_KERNELS", first)
@@ -84,7 +85,7 @@ def test_batches_with_empty_lanes_come_back(spec, way, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tokens", [0, 1, 200])
 @pytest.mark.parametrize("spec", SPECS)
 def test_singles_with_absent_parts_come_back(spec, tokens, way, tmp_path, monkeypatch):
-    install_shim()
+    shim.install(HOST)
     cache = OpenTQCache(spec)
     if tokens:
         fill(cache, *vectors(SHAPE, tokens), [tokens])
@@ -101,7 +102,7 @@ def test_latent_caches_come_back(spec, way, tmp_path):
     from opentq.spec.kv import KVSpec
     from opentq.spec.latent import latent_spec
 
-    install_shim()
+    shim.install(HOST)
     made = latent_spec(KVSpec.parse(spec))
     latent, rotary = mx.random.normal((1, 1, 150, 128)), mx.random.normal((1, 1, 150, 32))
     single = OpenTQLatentCache(made)

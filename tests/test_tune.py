@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from opentq.errors import UserError
-from opentq.hosts.mlx_lm import hooks
+from opentq.hosts import hooks
 from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.recipe import Recipe, text
 from opentq.tuning.sensitivity import CHOICES, Choice, Sensitivity, frontier, probes

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from opentq.cli import doctor
 from opentq.cli.main import app
 from opentq.errors import UserError
+from opentq.hosts.hooks import HookError
 from opentq.hosts.mlx_lm import wired as host_wired
-from opentq.hosts.mlx_lm.hooks import HookError
 from opentq.hosts.mlx_lm.wired import host
 from opentq.memory import device, wiring
 from opentq.memory.device import GIB, Device

@@ -18,10 +18,14 @@ import mlx.nn as nn
 from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from opentq.hosts.mlx_vlm import hooks, seams
-from opentq.hosts.mlx_vlm.policy import NothingCompressed, members, slot_reason
+from opentq.caches.composite import members
+from opentq.hosts import hooks
+from opentq.hosts.mlx_vlm import seams
+from opentq.hosts.mlx_vlm.host import HOST
+from opentq.hosts.plan import NothingCompressed
+from opentq.hosts.policy import native_reason
 
-from .models_page import BUDGET, PAGE, PROMPT, RAGGED, STEPS, Verdict, _counted, distance
+from .models_page import BUDGET, PAGE, PROMPT, RAGGED, STEPS, Verdict, _counted, decide_all, distance
 from .vlm_architectures import LEFT_OUT, NAMES, build
 
 TITLE = "# Models of mlx-vlm"
@@ -67,7 +71,7 @@ def rounded(model: Any, window: bool) -> list[Any]:
     caches, traits = make_prompt_cache(model), seams.traits(model)
     for cache in caches:
         for part, c in enumerate(members(cache)):
-            if type(c) is KVCache and not slot_reason(cache, part, None, traits):
+            if type(c) is KVCache and not native_reason(cache, part, None, HOST.caches, traits):
                 c.__class__ = Rounded
             elif window and type(c) is RotatingKVCache:
                 c.__class__ = RoundedWindow
@@ -130,9 +134,7 @@ def verdict(name: str) -> Verdict:
         hooks.compress(model, "f16")
     except NothingCompressed:
         hooks.uninstall(model)
-        traits = seams.traits(model)
-        slots = [(m, part, c) for m in caches for part, c in enumerate(members(m))]
-        reasons = _counted((type(c).__name__, slot_reason(m, part, None, traits)) for m, part, c in slots)
+        reasons = _counted(decide_all(model, caches))
         return Verdict(name, 0, unbounded, reasons, 0.0, window, (), "-", True, None, features)
     fidelity = distance(forward(model, model.make_cache()), want)
     plans = hooks.compress(model, "int4")

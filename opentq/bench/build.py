@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from ..errors import UserError
-from ..hosts.mlx_lm.floats import settle
+from ..hosts.floats import settle
 from ..memory import skeleton, source
 from ..memory.device import here
 from ..memory.loaded import weight_bytes

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..caches.composite import members
 from ..errors import UserError
-from ..hosts.mlx_lm import hooks
+from ..hosts import hooks
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..memory.device import GIB
 from ..records import record

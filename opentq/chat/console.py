@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import mlx.core as mx
 
 from ..errors import UserError
-from ..hosts.mlx_lm import hooks
+from ..hosts import hooks
 from .conversation import Conversation, Settings
 from .style import Styler
 
@@ -132,7 +132,7 @@ class Console:
             self.say(f"{name}: {'none' if value is None else value}")
         self.say(f"system: {self.talk.system or 'none'}")
         if hooks.installed(self.talk.model):
-            from ..hosts.mlx_lm.report import report
+            from ..hosts.report import report
 
             self.say(str(report(self.talk.model)))
 

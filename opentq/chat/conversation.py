@@ -18,7 +18,7 @@ from ..dialogue.prompt import Prompter
 from ..dialogue.request import Delta, Draw, GenerationRequest
 from ..dialogue.sampling import make_sampler
 from ..errors import UserError
-from ..hosts.mlx_lm import hooks
+from ..hosts import hooks
 from ..hosts.mlx_lm.load import cache_bytes, fp16_bytes, make_cache
 from ..hosts.mlx_lm.public import can_trim_prompt_cache, stream_generate, trim_prompt_cache
 

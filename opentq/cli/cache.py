@@ -41,7 +41,7 @@ def build(
     import time
 
     from ..caches import disk
-    from ..hosts.mlx_lm.hooks import installed
+    from ..hosts.hooks import installed
     from ..hosts.mlx_lm.load import load, make_cache
     from ..spec.kv import spec_from_flags
     from ..spec.recommended import AUTO, advice
@@ -143,8 +143,8 @@ def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> 
     Raises CacheFileError when the file is not for this model, spec and template.
     """
     from ..caches import disk
+    from ..hosts.hooks import installed
     from ..hosts.mlx_lm.generate import encode_prompt
-    from ..hosts.mlx_lm.hooks import installed
     from ..hosts.mlx_lm.load import make_cache
 
     record = installed(model)

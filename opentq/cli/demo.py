@@ -76,7 +76,7 @@ def find_model() -> Path:
 
 def compare(path: str, spec: Any) -> dict[str, Any]:
     """Both runs and their agreement, as one record."""
-    from ..hosts.mlx_lm import hooks
+    from ..hosts import hooks
     from ..hosts.mlx_lm.load import load
 
     model, tokenizer = load(path)

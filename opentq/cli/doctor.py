@@ -147,7 +147,7 @@ def _kernels() -> list[Check]:
 
 def _seam() -> Check:
     """A random two-layer model, compressed: `compress` runs one token and counts the calls."""
-    from ..hosts.mlx_lm import hooks
+    from ..hosts import hooks
 
     model = _probe_model()
     try:

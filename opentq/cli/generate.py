@@ -51,7 +51,7 @@ def generate(
     """Generate text from a prompt."""
     from ..hosts.mlx_lm.generate import Request, check_context, check_trims, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
-    from ..hosts.mlx_lm.report import report
+    from ..hosts.report import report
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.kv import KVSpec, spec_from_flags
     from ..spec.recommended import AUTO, advice

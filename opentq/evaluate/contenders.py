@@ -18,9 +18,10 @@ import mlx.core as mx
 from ..codecs import Affine, Codec, packing
 from ..contracts.codec import FP16_MAX, Packed
 from ..errors import UserError
-from ..hosts.mlx_lm import hooks
-from ..hosts.mlx_lm.policy import native_reason
+from ..hosts import hooks
+from ..hosts.mlx_lm.host import HOST
 from ..hosts.mlx_lm.public import QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from ..hosts.policy import native_reason
 from ..spec.kv import KVSpec
 from .simulate import SimulatedCache
 
@@ -198,4 +199,4 @@ def _mlx(name: str) -> int:
 
 def _quantised(cache: Any, bits: int) -> Any:
     """mlx-lm's quantised cache where it has one, as `mlx_lm.generate --kv-bits` would use."""
-    return QuantizedKVCache(group_size=64, bits=bits) if not native_reason(cache) else cache
+    return QuantizedKVCache(group_size=64, bits=bits) if not native_reason(cache, 0, None, HOST.caches) else cache

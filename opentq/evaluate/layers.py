@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..caches.step import Handle, Step
 from ..errors import UserError
-from ..hosts.mlx_lm import hooks
+from ..hosts import hooks
 from ..records import Record, Records
 from ..spec.kv import KVSpec
 from .corpus import Corpus, about

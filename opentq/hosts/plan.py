@@ -28,7 +28,7 @@ class LayerPlan:
 
     Attributes:
         index: position in the model's cache list; for a `CacheList`, `part` says which member.
-        kind: name of the cache class that mlx-lm would use.
+        kind: name of the cache class that the host would use.
         spec: the layer's spec, or None when it stays native.
         reason: why it is native ("" when compressed).
         kv_heads, key_dim, value_dim: 0 while unknown (before the first forward step).
@@ -93,12 +93,14 @@ class Traits:
         windows: why its sliding windows can't be compressed; "" when they can.
         latent: its growing caches hold a latent and a rotary part (MLA), not keys and values.
         lends: layers attend to keys and values that another layer's cache has taken.
+        indexed: why the second of a layer's caches stays native, which holds the keys of an indexer; "" without one.
     """
 
     arrays: str = ""
     windows: str = ""
     latent: bool = False
     lends: bool = False
+    indexed: str = ""
 
 
 PLAIN = Traits()

@@ -89,7 +89,7 @@ def speed(s: Settings) -> Result:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from ..hosts.mlx_lm import hooks
+    from ..hosts import hooks
     from ..hosts.mlx_lm.load import load
     from ..hosts.mlx_lm.public import make_prompt_cache
 

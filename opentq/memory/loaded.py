@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..caches.composite import members
-from ..hosts.mlx_lm import hooks
-from ..hosts.mlx_lm.policy import shaped
+from ..hosts import hooks
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..hosts.plan import LayerPlan
+from ..hosts.policy import shaped
 from .skeleton import flat
 
 

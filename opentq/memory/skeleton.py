@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..caches.composite import members
 from ..errors import UserError
-from ..hosts.mlx_lm import seams
-from ..hosts.mlx_lm.policy import decide, shaped
+from ..hosts.host import host_of
 from ..hosts.plan import LayerPlan
+from ..hosts.policy import decide, shaped
 from ..spec.kv import KVSpec
 
 
@@ -122,7 +122,8 @@ class Skeleton:
             slots = [(i, n, c) for i, cache in enumerate(self.caches) for n, c in enumerate(members(cache))]
             plans = [LayerPlan(i, type(c).__name__, None, "not compressed", n) for i, n, c in slots]
         else:
-            plans = decide(self.caches, spec, seams.traits(self.model))
+            host = host_of(self.model)
+            plans = decide(self.caches, spec, host.caches, host.traits(self.model))
         return [shaped(p, members(self.caches[p.index])[p.part]) for p in plans]
 
 

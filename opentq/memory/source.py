@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..hosts.mlx_lm import floats
+from ..hosts import floats
 from ..hosts.mlx_lm.gguf import architectures, header, tensors
 from ..hosts.mlx_lm.names import is_gguf, resolve
 from . import shapes

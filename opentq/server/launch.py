@@ -15,7 +15,7 @@ import uvicorn
 
 from ..contracts.layout import FLUSH
 from ..errors import UserError
-from ..hosts.mlx_lm import hooks
+from ..hosts import hooks
 from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
 from ..memory.device import GIB
 from ..memory.loaded import model_context
@@ -261,7 +261,7 @@ class Server(uvicorn.Server):
 
 def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
     """What is in use, for the terminal."""
-    from ..hosts.mlx_lm.report import report
+    from ..hosts.report import report
 
     config, engine = service.config, service.engine
     lines = []

@@ -26,8 +26,9 @@ from ..errors import UserError
 from ..evaluate.corpus import Corpus
 from ..evaluate.forward import Tick, nothing, prefill
 from ..evaluate.simulate import SimulatedCache
-from ..hosts.mlx_lm import hooks, rotary
-from ..hosts.mlx_lm.identity import fingerprint
+from ..hosts import hooks
+from ..hosts.identity import fingerprint
+from ..hosts import rotary
 from ..spec import calibration
 from ..spec.kv import KVSpec
 from ..spec.recipe import text as recipe_text

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluate import corpus, fidelity, needle
-from ..hosts.mlx_lm import hooks
+from ..hosts import hooks
 from ..hosts.plan import LayerPlan
 from ..lab.store import need_optuna
 from ..memory import plan

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 from mlx_lm.sample_utils import make_sampler
 
 from ...errors import UserError
-from . import hooks
+from .. import hooks
 from .load import cache_bytes, fp16_bytes, make_cache
 
 

@@ -15,7 +15,7 @@ from mlx_lm.utils import sharded_load
 from ...errors import UserError
 from ...spec.kv import KVSpec
 from ...spec.recommended import AUTO
-from . import floats, hooks
+from .. import floats, hooks
 from .gguf import header as gguf_header
 from .gguf import model as gguf_model
 from .names import is_gguf, resolve

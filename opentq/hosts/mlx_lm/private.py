@@ -11,6 +11,8 @@ import importlib.metadata
 import inspect
 from typing import Any
 
+from ..host import HookError
+
 SUPPORTED = ">=0.32.2,<0.33"
 
 _EXPECTED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -40,10 +42,6 @@ _EXPECTED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Module and parameters of every name."""
-
-
-class HookError(RuntimeError):
-    """mlx-lm is not as expected, or the compressed path was not entered; the message says in what."""
 
 
 def __getattr__(name: str) -> Any:

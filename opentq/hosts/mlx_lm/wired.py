@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from importlib import import_module, metadata
 
-from .hooks import HookError
+from ..host import HookError
 
 host = import_module("mlx_lm.generate")  # the package hides it behind its function of the same name
 

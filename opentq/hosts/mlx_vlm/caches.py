@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...caches.batch import BatchOpenTQCache, _int_array
+from ...caches.batch import BatchOpenTQCache, _int_array, _ints
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle, Step
@@ -30,7 +30,7 @@ class _Protocol:
     def from_state(cls, state, meta_state: str = ""):
         """A cache that holds `state`; there is nothing beside it."""
         cache = cls.__new__(cls)
-        cache.state = state
+        cache.state = state  # type: ignore[attr-defined]
         return cache
 
     def memory_profile(self, token_count: int) -> None:
@@ -67,12 +67,14 @@ class VLMLatentCache(_Protocol, OpenTQLatentCache):
         return self.merge(rows)
 
 
-class _LeftPadded(_Protocol):
-    """Prompts padded on the left.
+class BatchVLMCache(_Protocol, BatchOpenTQCache):
+    """Many sequences in one layer, with prompts that are padded on the left.
 
     The padded columns of a step are rotated behind the real ones, keys, values, queries and mask alike, and the output
     is rotated back: so they are padding on the right, which is never stored (`caches/batch.py`).
     """
+
+    Single: type[OpenTQCache] = VLMCache
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -99,7 +101,7 @@ class _LeftPadded(_Protocol):
     @offset.setter
     def offset(self, value: mx.array) -> None:
         # Models that run a batch row by row say in this way how much padding is still to come.
-        self.pads = [max(0, e.offset - int(v)) for e, v in zip(self.extents, value.tolist())]
+        self.pads = [max(0, e.offset - v) for e, v in zip(self.extents, _ints(value))]
 
     @property
     def left_padding(self) -> mx.array:
@@ -142,7 +144,7 @@ class _LeftPadded(_Protocol):
         return handles
 
     def filter(self, batch_indices) -> None:
-        keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+        keep = _ints(batch_indices)
         self.pads = [self.pads[i] for i in keep]
         super().filter(keep)
 
@@ -153,28 +155,22 @@ class _LeftPadded(_Protocol):
     @classmethod
     def merge(cls, caches: Sequence[OpenTQCache]):
         batch = super().merge(caches)
-        batch.pads = [0] * len(caches)
+        batch.pads = [0] * len(caches)  # type: ignore[attr-defined]
         return batch
 
     @property
     def state(self):
         """The batch's own state, and the padding that is still to come."""
-        return [*super().state, self.pads]  # type: ignore[misc]
+        return [*super().state, self.pads]
 
     @state.setter
     def state(self, value) -> None:
         *rest, pads = value
-        super(_LeftPadded, type(self)).state.fset(self, rest)  # type: ignore[misc]
+        BatchOpenTQCache.state.fset(self, rest)  # type: ignore[attr-defined]
         self.pads = pads
 
 
-class BatchVLMCache(_LeftPadded, BatchOpenTQCache):
-    """Many sequences in one layer."""
-
-    Single = VLMCache
-
-
-class BatchVLMLatentCache(_LeftPadded, BatchOpenTQLatentCache):
+class BatchVLMLatentCache(BatchVLMCache, BatchOpenTQLatentCache):
     """Many sequences of latents in one layer."""
 
     Single = VLMLatentCache
@@ -200,7 +196,7 @@ class PaddedStep(Step):
         mask = mx.broadcast_to(mask, (len(self.pads), mask.shape[1], count, mask.shape[3]))
         old = mask.shape[3] - count
         mask = _rolled(mx.concatenate([mask[..., :old], _rolled(mask[..., old:], self.pads, 3)], axis=3), self.pads, 2)
-        real = mx.arange(count) < (count - mx.array(self.pads))[:, None]
+        real = mx.arange(count) < (count - _int_array(tuple(self.pads)))[:, None]
         anything = mx.array(True) if mask.dtype == mx.bool_ else mx.zeros((), mask.dtype)
         return mx.where(real[:, None, :, None], mask, anything)
 
@@ -208,7 +204,7 @@ class PaddedStep(Step):
 def _rolled(x: mx.array, shifts: Sequence[int], axis: int) -> mx.array:
     """Every sequence of `x` rotated to the left along `axis` by its own shift."""
     count = x.shape[axis]
-    index = (mx.arange(count) + mx.array(list(shifts))[:, None]) % count
+    index = (mx.arange(count) + _int_array(tuple(shifts))[:, None]) % count
     shape = [1] * x.ndim
     shape[0], shape[axis] = len(shifts), count
     return mx.take_along_axis(x, index.reshape(shape), axis=axis)

@@ -19,10 +19,11 @@ def check() -> None:
     """Raise HookError, with both versions, when mlx-vlm is not as this package expects it."""
     function = base.scaled_dot_product_attention
     found = tuple(inspect.signature(function).parameters)
+    made = tuple(inspect.signature(caches.make_prompt_cache).parameters)
     lacks = [name for name in ("KVCache", "RotatingKVCache", "ArraysCache", "CacheList") if not hasattr(caches, name)]
-    if found == ATTENTION and function.__closure__ is None and not lacks:
+    if found == ATTENTION and made == ("model", "max_kv_size") and not lacks:
         return
-    what = f"its cache module lacks {', '.join(lacks)}" if lacks else f"its attention function takes {found}"
+    what = f"its cache module lacks {', '.join(lacks)}" if lacks else f"its functions take {found} and {made}"
     raise HookError(
         f"mlx-vlm {version('mlx-vlm')} is not supported ({what}); opentq was made for {TESTED}: install '{WANTED}'"
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -12,10 +11,9 @@ import mlx.core as mx
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle
 from .. import sparse
-from ..mlx_lm.hooks import _attend as attend
-from ..mlx_lm.seams import _gemma2, _latent
-from . import private
-from .policy import Traits
+from ..plan import Traits
+from ..seams import Patches, gemma2, latent, modules_of
+from ..shim import attend
 
 PACKAGE = "mlx_vlm.models."
 
@@ -82,10 +80,10 @@ def _longcat_sparse(layer: Any, x: mx.array, mask: Any, latents: Any, index: Any
     return sparse.project(layer, out), chosen
 
 
-OWN: dict[str, Callable[..., mx.array]] = {
+OWN: dict[str, Callable[..., Any]] = {
     "afm7.language.AFMModel": _afm7,
     "deepseek_v32.language.DeepseekV32Attention": sparse.deepseek,
-    "gemma2.language.Attention": _gemma2,
+    "gemma2.language.Attention": gemma2,
     "glm_moe_dsa.language.GlmMoeDsaAttention": _glm_dsa,
     "longcat_flash_sparse.language.LongcatFlashMLA": _longcat_sparse,
     "gemma3n.language.Gemma3nAttention": _gemma3n,
@@ -122,7 +120,7 @@ _core = _Core()
 
 def traits(model: Any) -> Traits:
     """What is special about this model's attention."""
-    classes = dict(_attention_classes(model))
+    classes = dict(modules_of(model, PACKAGE))
     arrays = [
         reason for name, reason in NATIVE.items() if getattr(classes.get(name), "is_sparse_attn", name in classes)
     ]
@@ -130,16 +128,17 @@ def traits(model: Any) -> Traits:
         arrays=next(iter(arrays), ""),
         windows=next((reason for name, reason in WIDE_MASKS.items() if name in classes), ""),
         latent=any(name in classes for name in (*LATENT, *SPARSE)),
-        indexed=any(name in classes for name in SPARSE),
+        indexed=sparse.INDEX if any(name in classes for name in SPARSE) else "",
         lends=any(name in classes for name in LENDERS),
     )
 
 
 def enter(model: Any) -> None:
-    for name, module in _attention_classes(model):
-        serve = _latent if name in LATENT else OWN.get(name)
+    """Give the attention classes of this model that need it a `__call__` (or an `mx`) that knows compressed caches."""
+    for name, module in modules_of(model, PACKAGE):
+        serve = latent if name in LATENT else OWN.get(name)
         if serve:
-            _patch(type(module), serve)
+            patches.put(type(module), serve)
         if name.split(".")[0] in DIRECT:
             sys.modules[type(module).__module__].mx = _core  # type: ignore[attr-defined]
 
@@ -150,47 +149,12 @@ def leave() -> None:
         module = sys.modules.get(f"{PACKAGE}{package}.language")
         if module is not None:
             module.mx = mx  # type: ignore[attr-defined]
-    while _patched:
-        cls, original = _patched.popitem()
-        cls.__call__ = original  # type: ignore[method-assign]
+    patches.take_back()
 
 
-def _attention_classes(model: Any) -> Iterator[tuple[str, Any]]:
-    for module in model.modules():
-        cls = type(module)
-        if cls.__module__.startswith(PACKAGE):
-            yield f"{cls.__module__.removeprefix(PACKAGE)}.{cls.__name__}", module
+patches = Patches()
 
 
-def _compressed(cache: Any) -> bool:
-    """Whether a layer's cache, or the first or last of several, is ours."""
-    if isinstance(cache, private.caches.CacheList):
-        cache = cache.caches
-    return any(isinstance(c, OpenTQCache) for c in (cache if isinstance(cache, (list, tuple)) else (cache,)))
-
-
-_patched: dict[type, Callable] = {}
-
-
-def _patch(cls: type, serve: Callable[..., mx.array]) -> None:
-    if cls in _patched:
-        return
-    original = cls.__call__
-    signature = inspect.signature(original)
-
-    def call(*args: Any, **kwargs: Any) -> mx.array:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        if _compressed(next(bound.arguments[n] for n in ("cache", "latent_cache") if n in bound.arguments)):
-            served = serve(*bound.arguments.values())
-            if served is not NotImplemented:
-                return served
-        return original(*args, **kwargs)
-
-    _patched[cls] = original
-    cls.__call__ = call  # type: ignore[method-assign]
-
-
-def served() -> dict[str, Callable[..., mx.array]]:
+def served() -> dict[str, Callable[..., Any]]:
     """Attention classes that are served at their own seam, and by what."""
-    return OWN | dict.fromkeys(LATENT, _latent)
+    return OWN | dict.fromkeys(LATENT, latent)

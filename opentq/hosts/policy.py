@@ -1,4 +1,4 @@
-"""What each layer does: compress with which codecs, or stay as mlx-lm made it, and why.
+"""What each layer does: compress with which codecs, or stay as the host made it, and why.
 
 `decide` looks at the caches that the model itself asks for and returns one `LayerPlan` per cache. The start-up report,
 the memory planner and the server's admission check read the same plans, so they can't disagree. A request to compress
@@ -9,31 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
 
-from ...caches.composite import members
-from ...spec.kv import KVSpec
-from ...spec.latent import latent_spec
-from ..plan import PLAIN, LayerPlan, NothingCompressed, Traits
+from ..caches.composite import members
+from ..spec.kv import KVSpec
+from ..spec.latent import latent_spec
+from .plan import PLAIN, LayerPlan, NothingCompressed, Traits
 
 
-def decide(caches: Sequence[Any], spec: KVSpec, traits: Traits = PLAIN) -> list[LayerPlan]:
+def decide(caches: Sequence[Any], spec: KVSpec, kinds: ModuleType, traits: Traits = PLAIN) -> list[LayerPlan]:
     """One plan per cache (and per member of a CacheList). Raises NothingCompressed.
 
     Args:
         caches: what the model's own factory makes.
+        kinds: the module of the host's cache classes.
         traits: what is special about the model (`seams.traits`).
     """
     slots = [(i, part, c) for i, cache in enumerate(caches) for part, c in enumerate(members(cache))]
-    compressible = [slot for slot in slots if not native_reason(slot[2], spec, traits)]
+    reasons = {(i, part): native_reason(caches[i], part, spec, kinds, traits) for i, part, _ in slots}
+    compressible = [slot for slot in slots if not reasons[slot[:2]]]
     order = {(i, part): n for n, (i, part, _) in enumerate(compressible)}
     plans = []
     for i, part, cache in slots:
         kind = type(cache).__name__
-        reason = native_reason(cache, spec, traits)
+        reason = reasons[i, part]
         if reason:
             plans.append(LayerPlan(i, kind, None, reason, part, bound=native_bound(cache)))
         else:
@@ -49,10 +51,10 @@ def decide(caches: Sequence[Any], spec: KVSpec, traits: Traits = PLAIN) -> list[
             latent = traits.latent and not window
             plans.append(LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole))
     if not compressible:
-        kinds = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
-        windows = any(native_bound(c) for _, _, c in slots if isinstance(c, mlx_cache.RotatingKVCache))
+        found = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
+        windows = any(native_bound(c) for _, _, c in slots if isinstance(c, kinds.RotatingKVCache))
         remedy = f"use --kv {spec}:window=compress" if windows and spec.window == "native" else "use it without --kv"
-        raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({kinds}); {remedy}")
+        raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({found}); {remedy}")
     return plans
 
 
@@ -90,18 +92,21 @@ def native_bound(cache: Any) -> int:
     return getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
 
 
-def native_reason(cache: Any, spec: KVSpec | None = None, traits: Traits = PLAIN) -> str:
-    """Why a cache stays as it is; "" when it can be compressed."""
-    if type(cache) is mlx_cache.KVCache:
+def native_reason(slot: Any, part: int, spec: KVSpec | None, kinds: ModuleType, traits: Traits = PLAIN) -> str:
+    """Why member `part` of a layer's cache stays as it is; "" when it can be compressed."""
+    cache = members(slot)[part]
+    if traits.indexed and part == 1:
+        return traits.indexed
+    if type(cache) is kinds.KVCache:
         return traits.arrays
-    if isinstance(cache, mlx_cache.RotatingKVCache):
+    if isinstance(cache, kinds.RotatingKVCache):
         if cache.keep:
             return f"sliding window that keeps its first {cache.keep} tokens, bounded at {cache.max_size}"
         if spec is None or spec.window != "compress":
             return f"sliding window, bounded at {cache.max_size} tokens"
         return traits.windows and f"sliding window, bounded at {cache.max_size} tokens; {traits.windows}"
-    if isinstance(cache, mlx_cache.ArraysCache):
+    if isinstance(cache, kinds.ArraysCache):
         return "recurrent state, constant size"
-    if isinstance(cache, mlx_cache.ChunkedKVCache):
+    if isinstance(cache, kinds.ChunkedKVCache):
         return f"chunked attention, bounded at {cache.chunk_size} tokens"
     return f"cache class {type(cache).__name__} is not known to opentq"

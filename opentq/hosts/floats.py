@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ... import machine
+from .. import machine
 
 SHARE = 0.5
 """Share of the machine's memory that float32 weights may take."""

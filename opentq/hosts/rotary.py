@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...contracts.rotary import NO_ROTARY, Rotary
+from ..contracts.rotary import NO_ROTARY, Rotary
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from ...caches.step import LayerStats
-from ..plan import LayerPlan
+from ..caches.step import LayerStats
+from .plan import LayerPlan
 from . import hooks
 
 

@@ -1,0 +1,42 @@
+"""mlx-lm, as a host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lm.models import base
+from mlx_lm.models import cache as caches
+
+from ...caches import disk
+from ...caches.batch import BatchOpenTQCache
+from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
+from ...caches.single import OpenTQCache
+from ..host import Host
+from . import private, seams
+
+disk.CLASSES.update({name: c for name, c in vars(caches).items() if isinstance(c, type)})
+
+
+def _check() -> None:
+    # Their signatures are compared when they are asked for.
+    for name in ("scaled_dot_product_attention", "make_prompt_cache"):
+        getattr(private, name)
+
+
+def _decoder(model: Any) -> Any:
+    return model
+
+
+HOST = Host(
+    name="mlx-lm",
+    base=base,
+    caches=caches,
+    check=_check,
+    decoder=_decoder,
+    traits=seams.traits,
+    enter=seams.enter,
+    leave=seams.leave,
+    single=OpenTQCache,
+    latent=OpenTQLatentCache,
+    classes=(OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache),
+)

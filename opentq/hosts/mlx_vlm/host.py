@@ -1,0 +1,36 @@
+"""mlx-vlm, as a host: its models are several, and the language model among them has the caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import UserError
+from ..host import Host
+from . import private, seams
+from .caches import CLASSES, VLMCache, VLMLatentCache
+
+
+def decoder(model: Any) -> Any:
+    """The language model of `model`, or itself where layers and encoder lie side by side; UserError without layers."""
+    language = getattr(model, "language_model", model)
+    if not hasattr(language, "layers"):
+        raise UserError(
+            f"{type(model).__module__} has no language model with layers: there is no KV cache to compress; use it "
+            "without --kv"
+        )
+    return language
+
+
+HOST = Host(
+    name="mlx-vlm",
+    base=private.base,
+    caches=private.caches,
+    check=private.check,
+    decoder=decoder,
+    traits=seams.traits,
+    enter=seams.enter,
+    leave=seams.leave,
+    single=VLMCache,
+    latent=VLMLatentCache,
+    classes=CLASSES,
+)

@@ -1,0 +1,117 @@
+"""Seams of single models: attention classes that compute attention in their own words get a `__call__` that serves
+compressed caches the same way and passes everything else to the original. What both hosts' models need is here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from ..caches.composite import members
+from ..caches.single import OpenTQCache
+
+
+def modules_of(model: Any, package: str) -> Iterator[tuple[str, Any]]:
+    """The modules of `model` whose class lies in `package`, with the class's name below it: "llama.Attention"."""
+    for module in model.modules():
+        cls = type(module)
+        if cls.__module__.startswith(package):
+            yield f"{cls.__module__.removeprefix(package)}.{cls.__name__}", module
+
+
+class Patches:
+    """The `__call__`s of one host that were replaced."""
+
+    def __init__(self) -> None:
+        self.originals: dict[type, Callable] = {}
+
+    def put(self, cls: type, serve: Callable[..., Any]) -> None:
+        """Let `serve` handle calls of `cls` with a compressed cache, and the original where it says NotImplemented."""
+        if cls in self.originals:
+            return
+        original = cls.__call__
+        signature = inspect.signature(original)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            if _compressed(given["cache"] if "cache" in given else given["latent_cache"]):
+                served = serve(*given.values())
+                if served is not NotImplemented:
+                    return served
+            return original(*args, **kwargs)
+
+        self.originals[cls] = original
+        cls.__call__ = call  # type: ignore[method-assign]
+
+    def take_back(self) -> None:
+        """Restore them all."""
+        while self.originals:
+            cls, original = self.originals.popitem()
+            cls.__call__ = original  # type: ignore[method-assign]
+
+
+def _compressed(cache: Any) -> bool:
+    """Whether a layer's cache, or one of several, is ours."""
+    caches = cache if isinstance(cache, (list, tuple)) else (cache,)
+    return any(isinstance(c, OpenTQCache) for layer in caches for c in members(layer))
+
+
+def heads(x: mx.array, count: int) -> mx.array:
+    """`[B, L, H * D]` -> `[B, H, L, D]`."""
+    return x.reshape(*x.shape[:2], count, -1).transpose(0, 2, 1, 3)
+
+
+def flat(x: mx.array) -> mx.array:
+    """`[B, H, L, D]` -> `[B, L, H * D]`."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
+def causal(length: int) -> str | None:
+    """These models attend causally and nothing else; the array that they ask for says no more."""
+    return "causal" if length > 1 else None
+
+
+def gemma2(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
+    """Scores are capped by a tanh, which the fused function of MLX does not know and ours does."""
+    offset = cache.offset
+    q = layer.rope(heads(layer.q_proj(x), layer.n_heads), offset=offset)
+    k = layer.rope(heads(layer.k_proj(x), layer.n_kv_heads), offset=offset)
+    keys, _ = cache.update_and_fetch(k, heads(layer.v_proj(x), layer.n_kv_heads))
+    cap = layer.attn_logit_softcapping
+    out = keys.step.attend(q, scale=layer.scale, mask=causal(x.shape[1]), softcap=cap)
+    return layer.o_proj(flat(out))
+
+
+def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
+    """Queries are taken into the latent's space, the output back; keys are `[latent | rotary]`, values the latent."""
+    *scales, _mask, cache = rest
+    if getattr(layer, "q_lora_rank", None) is None:
+        q = layer.q_proj(x)
+    else:
+        q = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x)))
+    q = heads(q, getattr(layer, "num_heads", 0) or layer.num_attention_heads)
+    latent, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
+    latent, rotary = layer.kv_a_layernorm(latent)[:, None], rotary[:, None]
+    if getattr(layer, "mla_scale_q_lora", None) is not None:
+        q = q * layer.mla_scale_q_lora
+    if getattr(layer, "mla_scale_kv_lora", None) is not None:
+        latent = latent * layer.mla_scale_kv_lora
+    q_plain, q_rotary = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
+    if hasattr(layer, "rope"):
+        offset = cache.offset
+        q_rotary, rotary = layer.rope(q_rotary, offset), layer.rope(rotary, offset)
+    for scale in scales:
+        q_plain, q_rotary = q_plain * scale, q_rotary * scale
+    keys, _ = cache.update_and_fetch(latent, rotary)
+    q = mx.concatenate([layer.embed_q(q_plain), q_rotary], axis=-1)
+    out = layer.unembed_out(keys.step.attend(q, scale=layer.scale, mask=causal(x.shape[1])))
+    if hasattr(layer, "g_proj"):
+        gate = mx.sigmoid(layer.g_proj(x).astype(mx.float32)).astype(out.dtype)
+        # One gate per head, or one per channel.
+        out = out * gate.reshape(*x.shape[:2], out.shape[1], -1).swapaxes(1, 2)
+    return (layer.dense if hasattr(layer, "dense") else layer.o_proj)(flat(out))
