@@ -14,9 +14,8 @@ from opentq.attention.channels import choose, energies
 from opentq.cli.main import app
 from opentq.contracts.rotary import Rotary
 from opentq.errors import UserError
-from opentq.hosts import hooks
+from opentq.hosts import hooks, rotary
 from opentq.hosts.identity import fingerprint
-from opentq.hosts import rotary
 from opentq.spec.calibration import CalibrationError
 from opentq.spec.kv import KVSpec
 from opentq.spec.recipe import Recipe

@@ -67,19 +67,6 @@ _M3 = {**lm.SPECIAL["minimax_m3_vl"]["text_config"], "shared_intermediate_size":
 SPECIAL: dict[str, dict[str, Any]] = {
     "clef": _QWEN35,
     "d1": _LFM2,
-    "deepseek_v4": {
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "o_groups": 2,
-        "o_lora_rank": 32,
-        "index_n_heads": 2,
-        "index_head_dim": 64,
-        "index_topk": 8,
-        "num_hash_layers": 0,
-        "compress_ratios": [0, 4, 128, 4],
-        "scoring_func": "sqrtsoftplus",
-    },
     "ernie4_5_moe_vl": {"rope_scaling": {**MROPE, "mrope_section": [6, 6, 4]}},
     "gemma3": {"sliding_window_pattern": 2},
     "gemma4_unified": lm.SPECIAL["gemma4_text"],
@@ -211,7 +198,7 @@ LEFT_OUT = {
     """,
     "generates blocks by diffusion, not token by token": "diffusion_gemma llada2_moe nemotron_labs_diffusion",
     "an encoder with a decoder that attends to it": "florence2 nemotron_parse",
-    "its cache is a class of its own: pooled latents, candidates and a window in one": "deepseek_v41",
+    "its cache is a class of its own: pooled latents, candidates and a window in one": "deepseek_v4 deepseek_v41",
     "no KV cache": "mamba mamba2 rwkv7 z1t",
     "parts of it exist for Metal only": "bitnet muse_spark",
     "block-sparse attention, which crashes on MLX's CPU back end": "phi3small",
@@ -220,7 +207,7 @@ LEFT_OUT = {
 
 PLAIN = """
 afm7 afmoe apertus aya_vision baichuan_m1 bailing_moe bailing_moe_linear cohere cohere2 cohere2_moe cohere_compass
-dbrx deepseek deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 deepseek_vl_v2 deepseekocr
+dbrx deepseek deepseek_v2 deepseek_v3 deepseek_v32 deepseek_vl_v2 deepseekocr
 deepseekocr_2 dots1 dots_ocr ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 falcon_ocr falcon_perception
 fastvlm flint gemma gemma2 gemma3n gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite glm5_next glm_moe_dsa gpt2
 gpt_bigcode gpt_neox gpt_oss granite granite4_vision granite_vision granitemoe granitemoehybrid helium hrm_text

@@ -226,7 +226,7 @@ def page() -> str:
     verdicts = [verdict(name) for name in NAMES]
     lines = header(Counter(v.word for v in verdicts)) + [row(v) for v in verdicts]
     lines += ["", "## Modules of mlx-vlm that are not in the table", ""]
-    lines += [f"* {', '.join(f'`{n}`' for n in names)}: {reason}" for reason, names in sorted(LEFT_OUT.items())]
+    lines += [f"* {', '.join(f'`{n}`' for n in names.split())}: {reason}" for reason, names in sorted(LEFT_OUT.items())]
     lines += ["", "## Attention of mlx-vlm with a seam of its own", ""]
     lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(seams.served().items())]
     return "\n".join(lines) + "\n"

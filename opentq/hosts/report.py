@@ -7,8 +7,8 @@ from itertools import groupby
 from typing import Any
 
 from ..caches.step import LayerStats
-from .plan import LayerPlan
 from . import hooks
+from .plan import LayerPlan
 
 
 @dataclass(frozen=True)

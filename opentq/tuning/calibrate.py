@@ -26,9 +26,8 @@ from ..errors import UserError
 from ..evaluate.corpus import Corpus
 from ..evaluate.forward import Tick, nothing, prefill
 from ..evaluate.simulate import SimulatedCache
-from ..hosts import hooks
+from ..hosts import hooks, rotary
 from ..hosts.identity import fingerprint
-from ..hosts import rotary
 from ..spec import calibration
 from ..spec.kv import KVSpec
 from ..spec.recipe import text as recipe_text
