@@ -180,7 +180,8 @@ def test_it_is_not_imported_for_a_model_of_mlx_lm():
     code = (
         "import sys, opentq; from mlx_lm.models import llama; "
         "a = dict(model_type='llama', hidden_size=64, num_hidden_layers=1, intermediate_size=32, "
-        "num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=50); opentq.compress(llama.Model(llama.ModelArgs(**a)), 'int4'); "
+        "num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=50); "
+        "opentq.compress(llama.Model(llama.ModelArgs(**a)), 'int4'); "
         "sys.exit('mlx_vlm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

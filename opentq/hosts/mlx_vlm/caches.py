@@ -8,7 +8,6 @@ of `opentq.caches`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -138,9 +137,9 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
         handles = super().update_and_fetch(_rolled(keys, pads, 2), _rolled(values, pads, 2))
         self.todo = None
         self.pads = [p - now for p, now in zip(self.pads, pads)]
-        step = PaddedStep(**{name: getattr(handles[0].step, name) for name in Step.__dataclass_fields__}, pads=pads)
+        step = PaddedStep(handles[0].step, pads)
         for handle in handles:
-            handle.step = step
+            handle.step = step  # type: ignore[assignment]
         return handles
 
     def filter(self, batch_indices) -> None:
@@ -176,18 +175,19 @@ class BatchVLMLatentCache(BatchVLMCache, BatchOpenTQLatentCache):
     Single = VLMLatentCache
 
 
-@dataclass(frozen=True)
-class PaddedStep(Step):
+class PaddedStep:
     """A step whose new columns were rotated: `pads` columns of every sequence are padding, the real ones come first."""
 
-    pads: Sequence[int] = ()
+    def __init__(self, step: Step, pads: list[int]):
+        self.step, self.pads = step, pads
 
     def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
+        """`Step.attend`, for queries in the order that the model knows."""
         back = [q.shape[2] - p for p in self.pads]
         if isinstance(mask, mx.array):
             mask = self._mask(mask, q.shape[2])
-        out = super().attend(_rolled(q, self.pads, 2), scale=scale, mask=mask, sinks=sinks, softcap=softcap)
-        return _rolled(out, back, 2)
+        q = _rolled(q, self.pads, 2)
+        return _rolled(self.step.attend(q, scale=scale, mask=mask, sinks=sinks, softcap=softcap), back, 2)
 
     def _mask(self, mask: mx.array, count: int) -> mx.array:
         """`mask [B or 1, H or 1, L, S]` for the rotated columns; rows of padding may see anything."""
