@@ -31,7 +31,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache  # noqa: E402
 from opentq import records  # noqa: E402
 from opentq.attention import backends  # noqa: E402
 from opentq.caches.single import OpenTQCache  # noqa: E402
-from opentq.hosts import hooks  # noqa: E402
+from opentq.hosts import shim  # noqa: E402
+from opentq.hosts.mlx_lm.host import HOST  # noqa: E402
 from opentq.kernels.cuda import attention as cuda_attention  # noqa: E402
 from opentq.kernels.cuda import launch as cuda  # noqa: E402
 from opentq.kernels.metal import attention as metal_attention  # noqa: E402
@@ -130,7 +131,7 @@ def measure(spec: str, batch: int, steps: int = STEPS) -> float:
 
 def table(steps: int = STEPS) -> list[dict[str, Any]]:
     """Every arm, and its ratio to mlx-lm's own cache in the same batch."""
-    hooks.install_shim()
+    shim.install(HOST)
     rows = []
     for batch in (1, 8):
         own = measure("", batch, steps)
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences, with --profile")
     args = parser.parse_args()
     if args.profile:
-        hooks.install_shim()
+        shim.install(HOST)
         with stubbed(args.path), cProfile.Profile() as profile:
             measure(args.profile, args.batch, 60)
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)

@@ -7,7 +7,6 @@ import copy
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
-from opentq.hosts.mlx_lm.hooks import install_shim
 
 from opentq.caches import disk
 from opentq.caches.batch import BatchOpenTQCache

@@ -28,8 +28,8 @@ class Host:
     Attributes:
         name: as people write it.
         base: the module of its attention function, `scaled_dot_product_attention`.
-        caches: the module of its cache classes, which has `make_prompt_cache`, KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache and
-            CacheList.
+        caches: the module of its cache classes, which has `make_prompt_cache`, KVCache, RotatingKVCache,
+            ChunkedKVCache, ArraysCache and CacheList.
         check: raises HookError, with versions, when the host is not as expected.
         decoder: the part of a model that has layers and caches.
         traits: what is special about a decoder's attention.

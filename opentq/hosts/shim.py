@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..caches.step import Handle
 from ..errors import UserError
-from .host import Host, HookError
+from .host import HookError, Host
 
 
 def _shim(queries, keys, values, cache, scale, mask, sinks=None):
@@ -72,7 +72,11 @@ def remove(host: Host) -> None:
         return
     host.base.scaled_dot_product_attention.__code__ = host.base.__dict__.pop("_opentq_original").__code__
     host.caches.make_prompt_cache.__code__ = host.caches.__dict__.pop("_opentq_make").__code__
-    for module, name in ((host.base, "_opentq_handle"), (host.base, "_opentq_attend"), (host.caches, "_opentq_bounded")):
+    for module, name in (
+        (host.base, "_opentq_handle"),
+        (host.base, "_opentq_attend"),
+        (host.caches, "_opentq_bounded"),
+    ):
         module.__dict__.pop(name)
     for cls in host.classes:
         delattr(host.caches, cls.__name__)
