@@ -6,8 +6,10 @@ import errno
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -221,3 +223,15 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         cli.main()
+
+
+def test_sigterm_ends_long_work_even_where_a_parent_ignores_it():
+    work = (
+        "import sys; from opentq.cli import main; main.app = lambda *_, **__: print(sum(range(10**12)), flush=True); "
+    )
+    script = f"trap '' TERM; exec {sys.executable} -c '{work} print(1, flush=True); main.main()'"
+    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(5) == -signal.SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -44,6 +45,7 @@ def _root() -> None:
 
 def main() -> None:
     """Entry point: errors meant for people are one line on stderr and a non-zero exit code, never a traceback."""
+    heed_signals()
     try:
         app()
     except UserError as error:
@@ -55,6 +57,16 @@ def main() -> None:
         if known is None:
             raise
         sys.exit(_say(known))
+
+
+def heed_signals() -> None:
+    """Let SIGTERM end this process at once, also where whoever started it ignores or blocks signals: children inherit
+    that, and a benchmark would run on for minutes.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say(error: UserError) -> int:
