@@ -127,16 +127,42 @@ def test_the_newest_page_and_missing_pages():
     assert short[0] == 0  # what follows is left alone
 
 
-def test_kernels_choose_what_the_reference_chooses(kernels):
+def emulated_choose(sketches, rows, packed, count):
+    """The CUDA kernels' choice, by the emulator."""
+    from opentq.kernels.cuda import pages as cuda_pages
+
+    from .cuda import emulator
+
+    (batch, heads, length, channels), whole = rows.shape, max(packed) // 64
+    (weights,), _ = emulator.run(
+        cuda_pages.weigh_source(channels),
+        (-(-whole // 4), batch * heads, 1),
+        [sketches, rows],
+        [((batch * heads, length, whole), mx.float32)],
+        (whole, sketches.shape[2], length),
+    )
+    outputs = [((batch * heads, whole), mx.float32), ((batch, heads, count), mx.int32)]
+    given = [weights, mx.array(packed, dtype=mx.int32)]
+    (_, found), _ = emulator.run(
+        cuda_pages.pick_source(), (batch * heads, 1, 1), given, outputs, (whole, length, heads, count)
+    )
+    return found
+
+
+@pytest.mark.parametrize("by", ["portable", "native", "cuda"])
+def test_kernels_choose_what_the_reference_chooses(by):
     """Lists are sets, and a page may only differ where its weight ties with that of the last one chosen."""
+    backend = dispatch.backends.active()
+    choosers = {"native": backend.choose if backend else None, "cuda": emulated_choose}
+    if by == "native" and not backend:
+        pytest.skip("no fused kernels on this machine")
     rng = np.random.default_rng(0)
     for packed, channels, rows, count in (((1300, 700), 8, 8, 4), ((2050, 2050), 16, 3, 9), ((64 * 40, 100), 4, 1, 1)):
         keys = mx.array(rng.standard_normal((2, 3, 64 * 40, channels), dtype=np.float32))
         selector = pages.Selector(pages.encode(keys), mx.zeros((2, 3, channels), mx.int32), 64 * count)
         queries = mx.array(2 * rng.standard_normal((2, 3, rows, channels), dtype=np.float32))
-        backend = dispatch.backends.active() if kernels == "native" else None
-        found = backend.choose(selector.sketches, queries, packed, count) if backend else None
-        found = selector.choose(queries, packed) if found is None else found
+        choose = choosers.get(by)
+        found = choose(selector.sketches, queries, packed, count) if choose else selector.choose(queries, packed)
         scores = queries[:, :, None].astype(mx.float32) @ pages.decode(selector.sketches)
         for b in range(2):
             whole, held = packed[b] // 64, -(-packed[b] // 64)

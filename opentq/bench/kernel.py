@@ -3,7 +3,8 @@
 All arms attend to the same random keys and values. Ours go through `OpenTQCache`, so that what is timed is what serves
 a model. Two errors are given, both relative to float64: `error` against attention over the very bytes an arm stores
 (its arithmetic), `error_with_codec` against attention over the vectors before they were encoded. Of long contexts only
-some KV heads are checked, as each row says. An arm that would take too long is timed once or left out: its row says so.
+some KV heads are checked, as each row says. Where a step reads pages, `error` also holds what it did not read, which is
+much of random keys. An arm that would take too long is timed once or left out: its row says so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from ..attention import pages
+from ..attention.channels import CHANNELS
 from ..caches.single import OpenTQCache
 from ..errors import UserError
 from ..kernels.cpu import library as cpu
@@ -96,9 +99,13 @@ class Ours:
     engine = "opentq"
 
     def __init__(self, spec: str, problem: Problem, variant: Variant = contextlib.nullcontext):
-        self.kv = str(KVSpec.parse(spec))
+        parsed = KVSpec.parse(spec)
+        self.kv = str(parsed)
         self.problem, self.variant = problem, variant
-        self.cache = OpenTQCache(spec)
+        if parsed.pages:  # random keys: one channel tells as much as another
+            some = tuple(range(min(CHANNELS, problem.dim)))
+            parsed = replace(parsed, channels=(some,) * problem.kv_heads)
+        self.cache = OpenTQCache(parsed)
         for start in range(0, problem.context, FILL):
             # The last token enters alone, as in a decode step.
             for a, b in _steps(start, min(start + FILL, problem.context), problem.context):
@@ -115,7 +122,11 @@ class Ours:
         packed, dense = self.step.lens[0][0], self.step.dense_k.shape[2]
         spec, p = self.cache.spec, self.problem
         per_token = spec.bits_per_value(p.dim) * 2 * p.dim / 8
-        return round(p.kv_heads * (packed * per_token + dense * 4 * p.dim))
+        sketches = 0.0
+        if spec.pages and packed > spec.pages:  # all sketches, and the tokens of some pages
+            sketches = packed * pages.bytes_per_token(min(CHANNELS, p.dim))
+            packed = spec.pages
+        return round(p.kv_heads * (packed * per_token + sketches + dense * 4 * p.dim))
 
     def call(self) -> mx.array:
         with self.variant():

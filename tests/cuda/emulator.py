@@ -15,7 +15,13 @@ from opentq.kernels import build
 from opentq.kernels.cuda.launch import KernelSource, Scalars
 
 HERE = Path(__file__).parent
-NUMPY = {mx.float16: np.float16, mx.float32: np.float32, mx.bfloat16: np.uint16, mx.uint32: np.uint32}
+NUMPY = {
+    mx.float16: np.float16,
+    mx.float32: np.float32,
+    mx.bfloat16: np.uint16,
+    mx.uint32: np.uint32,
+    mx.int32: np.int32,
+}
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from ...contracts.attention import AttnArgs
 from ...contracts.backend import Backend, Finding
 from ...contracts.codec import Codec
 from . import launch as cuda
+from . import pages
 from .geometry import Geometry
 from .layout import RECORD, MmaLayout, layout_named, layouts
 
@@ -208,4 +209,6 @@ def findings() -> list[Finding]:
     return [Finding("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use")]
 
 
-BACKEND = Backend("cuda", cuda.available, attend, layouts, layout_named, extend, rotate=cuda.rotate, findings=findings)
+BACKEND = Backend(
+    "cuda", cuda.available, attend, layouts, layout_named, extend, cuda.rotate, pages.choose, findings=findings
+)

@@ -29,7 +29,7 @@ from .layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 HERE = Path(__file__).parent
 FILES = (
     *("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
-    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu"),
+    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu", "pages.cu"),
 )
 
 

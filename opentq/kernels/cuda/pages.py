@@ -1,0 +1,70 @@
+"""Choosing pages by two launches of pages.cu."""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from . import launch as cuda
+from .launch import KernelSource
+
+THREADS = 512
+MAX_CHANNELS = 32
+"""Channels of two tokens that a lane keeps in registers."""
+
+
+@functools.cache
+def weigh_source(channels: int) -> KernelSource:
+    """Weights of pages; four pages per block."""
+    return KernelSource(
+        name=f"opentq_weigh_pages_{channels}",
+        file="pages.cu",
+        inputs=(("sketches", "unsigned char"), ("queries", "float")),
+        outputs=(("weights", "float"),),
+        scalars=(("pages", "int"), ("held", "int"), ("rows", "int")),
+        body=f"  opentq::weigh_pages<{channels}>(sketches, queries, weights, pages, held, rows);",
+        threads=128,
+        shared=0,
+    )
+
+
+@functools.cache
+def pick_source() -> KernelSource:
+    """The list of every KV head; one block each."""
+    return KernelSource(
+        name="opentq_pick_pages",
+        file="pages.cu",
+        inputs=(("weights", "float"), ("packed", "int")),
+        outputs=(("shares", "float"), ("list", "int")),
+        scalars=(("pages", "int"), ("rows", "int"), ("kv_heads", "int"), ("count", "int")),
+        body=f"  opentq::pick_pages<{THREADS}>(weights, packed, shares, list, pages, rows, kv_heads, count);",
+        threads=THREADS,
+        shared=THREADS // 32 * 4,
+    )
+
+
+def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: int) -> mx.array | None:
+    """The `count` pages of most weight, int32 `[B, Hkv, count]`: see `attention.pages.Selector.choose`.
+
+    Args:
+        sketches: uint8 `[B, Hkv, pages, C * 34]`.
+        rows: scaled queries, float32 `[B, Hkv, R, C]`.
+        packed: packed tokens of every sequence.
+    """
+    batch, heads, length, channels = rows.shape
+    if not cuda.available() or channels > MAX_CHANNELS:
+        return None
+    pages, both = max(packed) // 64, batch * heads
+    weigh, pick = cuda.compiled(weigh_source(channels)), cuda.compiled(pick_source())
+    shape = (both, length, pages)
+    (weights,) = weigh(
+        [sketches, rows], [(shape, mx.float32)], (pages, sketches.shape[2], length), (-(-pages // 4), both, 1)
+    )
+    outputs = [((both, pages), mx.float32), ((batch, heads, count), mx.int32)]
+    return pick([weights, _lengths(packed)], outputs, (pages, length, heads, count), (both, 1, 1))[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(packed: tuple[int, ...]) -> mx.array:
+    return mx.array(packed, dtype=mx.int32)
