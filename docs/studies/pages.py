@@ -62,18 +62,31 @@ def mean_key(q: mx.array, k: mx.array) -> mx.array:
     return q @ k.mean(3).swapaxes(-1, -2)
 
 
-def some(chosen: np.ndarray, bits: int = 0) -> Weigh:
-    """Scores from the channels `chosen [H, C]`; with 4 bits as caches keep them."""
+def two_bits(k: mx.array) -> mx.array:
+    """Channels in 2 bits, steps of one standard deviation of the page."""
+    step = mx.sqrt(mx.square(k).mean(3, keepdims=True)) + 1e-9
+    return (mx.clip(mx.floor(k / step), -2, 1) + 0.5) * step
+
+
+def some(chosen: np.ndarray, bits: int = 0, mean: bool = False) -> Weigh:
+    """Scores from the channels `chosen [H, C]`; with 4 bits as caches keep them; `mean`: the others by the page's mean."""
 
     def weigh(q: mx.array, k: mx.array) -> mx.array:
+        rest = 0
+        if mean:
+            left = np.ones((k.shape[1], k.shape[-1]), np.float32)
+            np.put_along_axis(left, chosen, 0, axis=1)
+            rest = mean_key(q * mx.array(left)[None, :, None], k)
         index = mx.array(chosen, dtype=mx.int32)[None, :, None]
         few_q = mx.take_along_axis(q, mx.broadcast_to(index, (*q.shape[:3], index.shape[-1])), axis=-1)
         index = index[:, :, None]
         few_k = mx.take_along_axis(k, mx.broadcast_to(index, (*k.shape[:4], index.shape[-1])), axis=-1)
-        if bits:
+        if bits == 2:
+            few_k = two_bits(few_k)
+        elif bits:
             flat = few_k.reshape(*few_k.shape[:2], -1, few_k.shape[-1])
             few_k = pages.decode(pages.encode(flat)).swapaxes(-1, -2).reshape(few_k.shape)
-        return exact(few_q, few_k)
+        return exact(few_q, few_k) + rest
 
     return weigh
 
@@ -149,7 +162,7 @@ class Study:
         for kind, text in self.judged.items():
             rows = text.tokens(self.tokenizer, 1, context, 0)
             settings = about("pages-rules", self.id, text, context=context, window=window)
-            if any(r["settings"] == {**settings, "done": True} for r in self.records.all):
+            if self.records.find({**settings, "done": True}) is not None:
                 continue
             probes = layers._watch(
                 self.model, mx.array(rows), KVSpec.parse("f16"), layers.View(context, window, 1), lambda _: None
@@ -160,9 +173,9 @@ class Study:
             self.records.add({**settings, "done": True}, {})
             self.say("rules", kind)
 
-    def chosen(self, layer: int) -> dict[str, tuple[np.ndarray, int]]:
-        """Channels of every calibration, and the bits of their sketches."""
-        found: dict[str, tuple[np.ndarray, int]] = {}
+    def chosen(self, layer: int) -> dict[str, tuple[np.ndarray, int, bool]]:
+        """Channels of every calibration, the bits of their sketches, and whether the page's mean key helps."""
+        found: dict[str, tuple[np.ndarray, int, bool]] = {}
         sources = {"code": ("code", 0, 1024), "prose": ("prose", 0, 1024)}
         if not self.args.quick:
             sources |= {"code, 512 tokens": ("code", 512, 512), "code, 2048 tokens": ("code", 2048, 1024)}
@@ -173,9 +186,11 @@ class Study:
                 continue
             rotary = Rotary(int(tensors[f"{layer}.rotary"][0]), bool(tensors[f"{layer}.rotary"][1]))
             energy, dim = tensors[f"{layer}.energy"], tensors[f"{layer}.k_mean"].shape[-1]
-            for pairs, bits in ((4, 0), (4, 4), *(((2, 4), (8, 0), (8, 4)) if title in ("code", "prose") else ())):
+            more = ((2, 4, 0), (8, 0, 0), (8, 4, 0), (16, 0, 0), (8, 2, 0), (2, 4, 1), (3, 4, 1), (4, 4, 1))
+            for pairs, bits, mean in ((4, 0, 0), (4, 4, 0), *(more if title in ("code", "prose") else ())):
                 picked = np.array([channels.choose(e, rotary, dim, 2 * pairs) for e in energy])
-                found[f"{pairs} pairs{', 4 bits' if bits else ''}, {title}"] = picked, bits
+                name = f"{pairs} pairs{f', {bits} bits' if bits else ''}{', mean' if mean else ''}, {title}"
+                found[name] = picked, bits, bool(mean)
         return found
 
     def one_layer(self, settings: dict, layer: int, probe: layers._Probe, window: int) -> None:
@@ -183,7 +198,7 @@ class Study:
         batch, heads, held, dim = keys.shape
         assert probe.queries is not None
         rules: dict[str, Weigh] = {"oracle": exact, "quest": quest, "mean key": mean_key}
-        rules |= {name: some(picked, bits) for name, (picked, bits) in self.chosen(layer).items()}
+        rules |= {name: some(*how) for name, how in self.chosen(layer).items()}
         missed: dict[tuple[str, int, int], list[np.ndarray]] = {}
         for i in range(0, window, 4):  # every fourth row, each with a list of its own
             last = held - window + i
@@ -195,7 +210,7 @@ class Study:
                 cut = keys[:, :, :whole].reshape(batch, heads, -1, size, dim)
                 mass = share[..., :whole].reshape(batch, heads, -1, whole // size, size).sum(-1)
                 for name, weigh in rules.items():
-                    if name.split(" pairs")[-1].startswith(", 4 bits") and size != 64:
+                    if " bits" in name and size != 64:
                         continue
                     weights = mx.softmax(weigh(q, cut), axis=-1).sum(2)
                     weights[..., -1] = mx.inf

@@ -210,5 +210,13 @@ def findings() -> list[Finding]:
 
 
 BACKEND = Backend(
-    "cuda", cuda.available, attend, layouts, layout_named, extend, cuda.rotate, pages.choose, findings=findings
+    "cuda",
+    cuda.available,
+    attend,
+    layouts,
+    layout_named,
+    extend,
+    rotate=cuda.rotate,
+    choose=pages.choose,
+    findings=findings,
 )
