@@ -69,7 +69,7 @@ def two_bits(k: mx.array) -> mx.array:
 
 
 def some(chosen: np.ndarray, bits: int = 0, mean: bool = False) -> Weigh:
-    """Scores from the channels `chosen [H, C]`; with 4 bits as caches keep them; `mean`: the others by the page's mean."""
+    """Scores from the channels `chosen [H, C]`, in 4 or 2 bits; `mean`: from the others by the mean key of the page."""
 
     def weigh(q: mx.array, k: mx.array) -> mx.array:
         rest = 0
