@@ -6,6 +6,7 @@ bounds the time from below: bytes over its memory bandwidth, operations over wha
 Nothing here knows about latency, occupancy, spills, caches or threadgroup-memory bandwidth.
 
     python -m tests.msl.cost --shape 64,8,128 --ctx 128k --kv int4
+    python -m tests.msl.cost --record results/metal-counts.jsonl     every spec and GQA ratio; goes on where it stopped
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from opentq.attention import backends, dispatch
 from opentq.caches.single import OpenTQCache
 from opentq.kernels.metal import attention as fused_metal
 from opentq.kernels.metal import launch as metal
+from opentq.records import append, read, record
 
 from .. import oracle
 from ..matrix import Shape
 from . import launch, native
 
-TOKENS = (2048, 4096)
+TOKENS = (1024, 2048)
 SPECIAL = 4
 """Lane cycles of exp2 and its like: a quarter of the rate."""
 REDUCTION = 10
@@ -53,11 +55,22 @@ class Device:
         return self.cores * 128 * self.clock * 1e9
 
 
-DEVICES = [
+DEVICES = [  # bandwidth and cores as Apple gives them; clocks as people read them off, for the M5 assumed
+    Device("M1", 68, 8, 1.278),
     Device("M1 Max", 400, 32, 1.296),
+    Device("M2 Max", 400, 38, 1.398),
+    Device("M3 Max", 400, 40, 1.38),
+    Device("M4", 120, 10, 1.47),
     Device("M4 Max", 546, 40, 1.58),
-    Device("M5 Max", 614, 40, 1.62),  # clock assumed
+    Device("M5", 153, 10, 1.62),
+    Device("M5 Max", 614, 40, 1.62),
 ]
+
+SPECS = (
+    *("f16", "int8", "int4", "int3", "int2", "k8v4", "tq5/tq3:nc"),
+    *("tq6", "tq5", "tq4", "tq3", "tq2", "tq1", "tq2.5", "tq3.5", "tq3p/int4", "qjl2/int4", "polar4"),
+)
+RATIOS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,23 @@ def mlx_fp16(gqa: int, dim: int) -> Cost:
     return difference(name, *found, (1, 2), TOKENS[1] - TOKENS[0])
 
 
+def count(path: Path, seconds: float) -> None:
+    """Append a row for every spec, GQA ratio and variant that `path` lacks, and for MLX's own kernel; D 128."""
+    done = {(r["kv"], r["gqa"], r["variant"]) for r in (read([path]) if path.exists() else [])}
+    wanted = [("mlx f16", gqa, "") for gqa in RATIOS]
+    wanted += [(spec, gqa, variant) for gqa in RATIOS for spec in SPECS for variant in metal.CHOICES["variant"]]
+    start = time.monotonic()
+    for spec, gqa, variant in wanted:
+        if (spec, gqa, variant) in done:
+            continue
+        if time.monotonic() - start > seconds:
+            print("not all: call it again")
+            return
+        cost = ours(spec, gqa, 128, variant) if variant else mlx_fp16(gqa, 128)
+        row = {k: v for k, v in asdict(cost).items() if k != "name"}
+        append(path, [record("metal-count", kv=spec, gqa=gqa, dim=128, variant=variant, per_token=row)])
+
+
 def table(costs: list[Cost], tokens: int, heads: int, dim: int) -> str:
     head = f"{'':34}{'unique MB':>11}{'fetched MB':>12}{'ops/elt':>9}{'mem/elt':>9}{'tg B/elt':>10}"
     lines = [head + "".join(f"{d.name + ' ms':>20}" for d in DEVICES)]
@@ -169,6 +199,8 @@ def main() -> None:
     parser.add_argument("--shape", default="64,8,128", help="query heads, KV heads, head dim")
     parser.add_argument("--ctx", default="128k", help="tokens, e.g. 32k")
     parser.add_argument("--kv", default="int4", help="spec of the cache")
+    parser.add_argument("--record", type=Path, help="append the counts of every spec and GQA ratio to this file")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="with --record: stop after so long")
     options = parser.parse_args()
     q_heads, kv_heads, dim = (int(x) for x in options.shape.split(","))
     tokens = int(options.ctx.lower().rstrip("k")) * (1024 if options.ctx.lower().endswith("k") else 1)
@@ -176,6 +208,9 @@ def main() -> None:
     reason = launch.available()
     if reason:
         raise SystemExit(reason)
+    if options.record:
+        count(options.record, options.seconds)
+        return
     costs = [mlx_fp16(gqa, dim), *(ours(options.kv, gqa, dim, v) for v in ("lanes", "matrix"))]
     what = f"{q_heads} query heads, {kv_heads} KV heads, D {dim}, {tokens} tokens"
     print(f"MODEL, not a measurement: one decode step of one layer, {what}.")
