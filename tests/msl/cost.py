@@ -12,8 +12,10 @@ Nothing here knows about latency, occupancy, spills, caches or threadgroup-memor
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
