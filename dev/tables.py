@@ -16,7 +16,9 @@ from typing import Any
 import community
 import study_tables as study
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from opentq.records import read
+from tests.msl.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +85,45 @@ def words(test: str) -> str:
 def metal() -> str:
     """Macs, from the files in results/community."""
     return community.table([read([file]) for file in sorted(community.FOLDER.glob("*.jsonl"))])
+
+
+def counted() -> dict[tuple, dict[str, Any]]:
+    return latest(records("metal-counts"), "kv", "gqa", "variant")
+
+
+@table
+def metal_counts() -> str:
+    """Operations per KV element of both Metal decode kernels, every spec and GQA ratio."""
+    found = counted()
+    ratios = sorted({gqa for _, gqa, _ in found})
+    body = []
+    for kv in dict.fromkeys(kv for kv, _, _ in found):
+        cells = []
+        for gqa in ratios:
+            rows = [found.get((kv, gqa, v)) for v in (("",) if kv == "mlx f16" else ("lanes", "matrix"))]
+            cells.append(" / ".join(f"{r['per_token']['operations'] / r['dim']:.1f}" for r in rows if r))
+        any_ = next(r for (name, _, _), r in found.items() if name == kv)
+        ratio = any_["per_token"]["fetched"] / any_["per_token"]["unique"]
+        name = "MLX fp16 (`sdpa_vector`)" if kv == "mlx f16" else f"`{kv}`"
+        body.append([name, f"{any_['per_token']['unique']:.0f}", f"{ratio:.2f}", *cells])
+    head = ["D 128, lanes / matrix", "bytes a token", "fetched / unique", *(f"GQA {g}" for g in ratios)]
+    return markdown(head, body)
+
+
+@table
+def metal_times() -> str:
+    """What the counts bound: one layer of 64 query and 8 KV heads at 128K tokens, on every chip."""
+    found = counted()
+    arms = [("mlx f16", ""), ("int4", "lanes"), ("int4", "matrix"), ("tq5/tq3:nc", "lanes"), ("tq5/tq3:nc", "matrix")]
+    body = []
+    for chip in CHIPS:
+        cells = []
+        for kv, variant in arms:
+            memory, lanes = chip.bounds(found[kv, 8, variant]["per_token"], 131072, 8)
+            cells.append(f"{max(memory, lanes):.2f} ({'lanes' if lanes > memory else 'memory'})")
+        body.append([chip.name, f"{chip.bandwidth}", f"{chip.lane_operations / 1e12:.1f}", *cells])
+    names = ["MLX fp16" if kv == "mlx f16" else f"`{kv}` {variant}" for kv, variant in arms]
+    return markdown(["lower bounds, ms", "GB/s", "T lane ops/s", *names], body)
 
 
 @table

@@ -5,9 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from opentq.attention import dispatch
+from opentq.attention import dispatch, guard
 
 from .msl.tally import pytest_terminal_summary  # noqa: F401
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unguarded():
+    """Tests judge kernels themselves; `test_guard.py` judges the judge."""
+    guard.judging = False
 
 
 @pytest.fixture(params=["tiled", "native"])

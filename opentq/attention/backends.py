@@ -9,6 +9,7 @@ from ..codecs import rotation
 from ..contracts.backend import Backend, Finding
 from ..contracts.layout import CANONICAL, Layout
 from ..kernels import build
+from . import guard
 
 DIALECTS = ("cpu", "cuda", "metal")
 
@@ -24,7 +25,8 @@ def active() -> Backend | None:
 def backend(dialect: str) -> Backend:
     """The back end of one dialect; its rotation serves from now on."""
     found: Backend = importlib.import_module(f"..kernels.{dialect}.attention", __package__).BACKEND
-    rotation.register(found.rotate)
+    if found.rotate is not Backend.rotate:
+        rotation.register(guard.rotation(found))
     return found
 
 
@@ -42,4 +44,6 @@ def layout_named(name: str) -> Layout:
 def findings() -> list[Finding]:
     """What `opentq doctor` says about kernels and matrix products."""
     dialect = build.active_dialect()
-    return backend(dialect).findings() if dialect else [Finding("kernels", "slow", "none for this device")]
+    if dialect is None:
+        return [Finding("kernels", "slow", "none for this device")]
+    return [*backend(dialect).findings(), *guard.findings(dialect)]

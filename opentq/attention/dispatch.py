@@ -1,13 +1,12 @@
 """Who computes an attention call: an ordered list of candidates, each of which may say "not me" by returning None.
 
-The first candidate that serves wins, and is logged once per kind of call. `OPENTQ_KERNELS=tiled` leaves only the
-portable path, `=native` only the kernels, so that tests and users can force either; unset, kernels come first. When
+The first candidate that serves wins, once it was judged on this machine (`guard`). `OPENTQ_KERNELS=tiled` leaves only
+the portable path, `=native` only the kernels, so that tests and users can force either; unset, kernels come first. When
 nobody serves, the error prints the whole record.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 
@@ -17,9 +16,7 @@ from ..contracts.attention import AttnArgs
 from ..contracts.backend import Backend
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
-from . import backends, pages, tiled
-
-log = logging.getLogger("opentq")
+from . import backends, guard, pages, tiled
 
 AttnFn = Callable[[AttnArgs], "mx.array | None"]
 
@@ -28,33 +25,24 @@ class NoAttention(RuntimeError):
     """No candidate serves these arguments."""
 
 
-_logged: set[tuple] = set()
-
 STEP = 8
 """Tokens of a decode step, at most."""
 
 
 def attend(args: AttnArgs) -> tuple[mx.array, str]:
-    """`[B, Hq, L, Dv]` in q's dtype by the first candidate that serves, and its name. Raises NoAttention."""
+    """`[B, Hq, L, Dv]` in q's dtype by the first candidate that serves, and its name.
+
+    Raises NoAttention, and under `OPENTQ_KERNELS=native` `guard.SetAside`.
+    """
     for name, function in candidates():
-        out = function(args)
+        out = guard.attend(name, function, args)
         if out is None and args.pages is not None:
             # A kernel without page lists reads the pages as a cache of their own.
-            out = function(args.picked())
+            out = guard.attend(name, function, args.picked())
         if out is not None:
-            if log.isEnabledFor(logging.INFO):
-                _say(name, args)
             return out, name
     mode = os.environ.get("OPENTQ_KERNELS", "")
     raise NoAttention(f"no attention function serves this call (OPENTQ_KERNELS={mode or 'unset'}): {args.describe()}")
-
-
-def _say(name: str, args: AttnArgs) -> None:
-    """Log who serves, once per kind of call."""
-    key = (name, args.shape_key())
-    if key not in _logged:
-        _logged.add(key)
-        log.info("attention by %s: %s", name, args.describe())
 
 
 def serving() -> Backend | None:
@@ -62,7 +50,8 @@ def serving() -> Backend | None:
 
     A cache asks once and keeps the answer: a step of a model asks for nothing that is the same in every step.
     """
-    return backends.active() if kernel_mode() != "tiled" else None
+    backend = backends.active() if kernel_mode() != "tiled" else None
+    return None if backend is None else guard.guarded(backend)
 
 
 def candidates() -> list[tuple[str, AttnFn]]:
@@ -72,7 +61,7 @@ def candidates() -> list[tuple[str, AttnFn]]:
     if mode != "tiled":
         found += native_candidates()
     if mode != "native":
-        found.append(("tiled", tiled.attend))
+        found.append((tiled.NAME, tiled.attend))
     return found
 
 

@@ -15,6 +15,8 @@ from .merge import Partial, merge, softmax_partial
 SCRATCH = 64 << 20
 """Bytes that one decoded KV tile and its score tile may take together."""
 
+NAME = "tiled"
+
 ROWS = 512
 """Query rows per block."""
 

@@ -23,10 +23,13 @@ ROTATIONS = ("hadamard", "haar", "none")
 
 def rotate(x: mx.array) -> mx.array:
     """`[..., D]` -> `R x`, in x's dtype (float32 inside)."""
-    dim = x.shape[-1]
     launched = _launched(x)
-    if launched is not None:
-        return launched
+    return plain(x) if launched is None else launched
+
+
+def plain(x: mx.array) -> mx.array:
+    """`rotate` in MLX's own operations."""
+    dim = x.shape[-1]
     y = x.astype(mx.float32)
     y = mx.hadamard_transform(y) if is_power_of_two(dim) else y @ matrix(dim).T
     return y.astype(x.dtype)

@@ -59,6 +59,10 @@ Lengths = tuple[int, int, int]
 `[0, sink_len)` and `[tail_start, Td)`."""
 
 
+EXACT = 16
+"""Query tokens up to which calls of different length are different kinds."""
+
+
 @dataclass(slots=True)
 class AttnArgs:
     """Attention of `q` over `[sink | packed | tail]`, everything in the codecs' bases.
@@ -129,23 +133,30 @@ class AttnArgs:
         """`lens` as int32 `[B, 3]` for kernels."""
         return _lens_array(self.lens)
 
-    def shape_key(self) -> tuple:
-        """What distinguishes one kind of call from another: no batch size, no lengths, no values."""
-        length = self.q.shape[2]
+    def kind(self) -> tuple:
+        """What distinguishes one kind of call from another, hashable, no values; lengths to a power of two."""
         return (
-            self.q.shape[1],
-            "decode" if length <= 16 else "prefill",
-            self.q.dtype,
-            self.kv_heads,
-            (self.k.codec, self.k.head_dim),
-            (self.v.codec, self.v.head_dim),
-            self.k.layout,
-            self.causal,
-            bool(self.window),
-            self.mask is not None,
-            self.sinks is not None,
-            bool(self.softcap),
-            self.pages is not None,
+            *(self.q.shape[1], min(self.q.shape[2], EXACT + 1), self.q.dtype, self.kv_heads),
+            *(self.k.codec, self.k.head_dim, self.k.layout, self.v.codec, self.v.head_dim, self.v.layout),
+            *(self.causal, self.window > 0, self.mask is not None, self.sinks is not None, self.softcap > 0),
+            *(self.pages is not None, len(self.lens) > 1),
+            (self.max_packed + self.dense_k.shape[2]).bit_length(),
+        )
+
+    def kind_words(self) -> str:
+        """The kind of call in words, whatever its lengths."""
+        length = self.q.shape[2]
+        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        options |= {"sinks": self.sinks is not None, "mask": self.mask is not None, "pages": self.pages is not None}
+        return " ".join(
+            [
+                f"{self.k.codec}/{self.v.codec} D={self.k.head_dim}/{self.v.head_dim}",
+                f"{self.q.shape[1]}/{self.kv_heads} heads",
+                f"{length} tokens" if length <= EXACT else "prompts",
+                str(self.q.dtype).removeprefix("mlx.core."),
+                self.k.layout.name,
+                *(name for name, on in options.items() if on),
+            ]
         )
 
     def describe(self) -> str:

@@ -46,7 +46,7 @@ FLAGS = [
 ]
 
 
-class CompileError(Exception):
+class CompileError(RuntimeError):
     """Clang refused the kernel; the text is its diagnosis."""
 
 

@@ -1,9 +1,7 @@
-"""A cost model of decode on Apple GPUs, from counts. A model, never a measurement.
+"""What decode costs on an Apple GPU, counted in the emulator; `chips.py` makes lower bounds on time of it.
 
-Each kernel runs in the emulator at two lengths for one KV head; the difference gives what one more token costs (bytes
-fetched, operations, threadgroup traffic), and that is scaled to the context and the KV heads asked for. A device then
-bounds the time from below: bytes over its memory bandwidth, operations over what its lanes can issue, the larger one.
-Nothing here knows about latency, occupancy, spills, caches or threadgroup-memory bandwidth.
+Each kernel runs at two lengths for one KV head; the difference gives what one more token costs (bytes fetched,
+operations, threadgroup traffic).
 
     python -m tests.msl.cost --shape 64,8,128 --ctx 128k --kv int4
     python -m tests.msl.cost --record results/metal-counts.jsonl     every spec and GQA ratio; goes on where it stopped
@@ -29,6 +27,7 @@ from opentq.records import append, read, record
 from .. import oracle
 from ..matrix import Shape
 from . import launch, native
+from .chips import CHIPS
 
 TOKENS = (1024, 2048)
 SPECIAL = 4
@@ -42,31 +41,6 @@ PACKED = tuple(1 + metal._CACHE.index(name) for name in metal._PACKED)
 PUBLISHED_MS = 9.9
 """Open-TQ-Metal's int4 attention at 128K on an M1 Max, as its authors published it; they do not say what it spans."""
 
-
-@dataclass(frozen=True)
-class Device:
-    """Nominal numbers: GB/s, GPU cores of 128 lanes, clock in GHz."""
-
-    name: str
-    bandwidth: float
-    cores: int
-    clock: float
-
-    @property
-    def lane_operations(self) -> float:
-        return self.cores * 128 * self.clock * 1e9
-
-
-DEVICES = [  # bandwidth and cores as Apple gives them; clocks as people read them off, for the M5 assumed
-    Device("M1", 68, 8, 1.278),
-    Device("M1 Max", 400, 32, 1.296),
-    Device("M2 Max", 400, 38, 1.398),
-    Device("M3 Max", 400, 40, 1.38),
-    Device("M4", 120, 10, 1.47),
-    Device("M4 Max", 546, 40, 1.58),
-    Device("M5", 153, 10, 1.62),
-    Device("M5 Max", 614, 40, 1.62),
-]
 
 SPECS = (
     *("f16", "int8", "int4", "int3", "int2", "k8v4", "tq5/tq3:nc"),
@@ -87,10 +61,9 @@ class Cost:
     memory_instructions: float
     threadgroup_bytes: float
 
-    def scaled(self, tokens: int, heads: int) -> tuple[float, float, float]:
-        """(unique bytes, fetched bytes, lane issue slots) of a call."""
-        n = tokens * heads
-        return self.unique * n, self.fetched * n, self.issue * n
+    def megabytes(self, tokens: int, heads: int) -> tuple[float, float]:
+        """Unique and fetched megabytes of a call."""
+        return self.unique * tokens * heads / 1e6, self.fetched * tokens * heads / 1e6
 
 
 def difference(name: str, short: launch.Report, long: launch.Report, buffers: tuple[int, ...], tokens: int) -> Cost:
@@ -184,13 +157,13 @@ def count(path: Path, seconds: float) -> None:
 
 def table(costs: list[Cost], tokens: int, heads: int, dim: int) -> str:
     head = f"{'':34}{'unique MB':>11}{'fetched MB':>12}{'ops/elt':>9}{'mem/elt':>9}{'tg B/elt':>10}"
-    lines = [head + "".join(f"{d.name + ' ms':>20}" for d in DEVICES)]
+    lines = [head + "".join(f"{chip.name + ' ms':>20}" for chip in CHIPS)]
     for cost in costs:
-        unique, fetched, issue = cost.scaled(tokens, heads)
-        line = f"{cost.name:34}{unique / 1e6:11.1f}{fetched / 1e6:12.1f}{cost.operations / dim:9.1f}"
+        unique, fetched = cost.megabytes(tokens, heads)
+        line = f"{cost.name:34}{unique:11.1f}{fetched:12.1f}{cost.operations / dim:9.1f}"
         line += f"{cost.memory_instructions / dim:9.2f}{cost.threadgroup_bytes / dim:10.1f}"
-        for d in DEVICES:
-            memory, lanes = unique / d.bandwidth / 1e6, issue / d.lane_operations * 1e3
+        for chip in CHIPS:
+            memory, lanes = chip.bounds(asdict(cost), tokens, heads)
             line += f"{max(memory, lanes):9.2f} ({memory:.2f}|{lanes:.2f})"
         lines.append(line)
     return "\n".join(lines)

@@ -24,7 +24,7 @@ import numpy as np
 from . import compiler, instrument, mlx_sources, rewrite
 
 
-class KernelError(Exception):
+class KernelError(RuntimeError):
     """The kernel did something a GPU would punish: out of bounds, a race, divergence, too much memory."""
 
 

@@ -1,0 +1,291 @@
+"""A kernel is believed after it was judged: planted wrong ones, on every back end, cost speed and never a token."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from opentq.attention import backends, dispatch, guard, tiled
+from opentq.caches.single import OpenTQCache
+from opentq.contracts.layout import CANONICAL
+from opentq.errors import UserError
+from opentq.hosts.mlx_lm import hooks
+from opentq.kernels import build
+from opentq.kernels.metal import launch as metal
+
+from . import oracle
+from .conftest import random_llama
+from .matrix import Shape
+from .msl import launch
+from .msl.harness import needs_emulator
+
+PROMPT = list(range(1, 150))
+TINY = str(Path(__file__).parents[1] / "models" / "tiny-llama")
+
+
+def wrong(function):
+    """A kernel that is off by a few percent, which nobody sees in a text."""
+    return lambda args: None if (out := function(args)) is None else out * 1.03
+
+
+def refused(function):
+    def attend(args):
+        raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: no such thing")
+
+    return attend
+
+
+def late(function):
+    """A kernel whose pipeline can't be made once there are more than 128 packed tokens."""
+
+    def attend(args):
+        if args.max_packed > 128:
+            raise RuntimeError("[metal::Device] Unable to load kernel: too many registers")
+        return function(args)
+
+    return attend
+
+
+@pytest.fixture(params=["cpu", "cuda", "metal"])
+def plant(request, monkeypatch, tmp_path):
+    """Judge on a machine of its own, whose back end (of that name) a test can break. The kernels behind it are this
+    machine's CPU kernels under `cpu`; under the others the portable path takes their place, which a test then breaks.
+    """
+    real = backends.backend(request.param)
+    if request.param == "cpu":
+        if not real.available():
+            pytest.skip("no C++ compiler")
+    else:
+        real = replace(real, attend=lambda args: None if args.mask is not None else tiled.attend(args))
+        real = replace(real, layouts=lambda k, v, dims: (CANONICAL, CANONICAL), available=lambda: True)
+        real = replace(real, extend=lambda codecs, dense, fresh: None)
+    monkeypatch.setattr(guard, "judging", True)
+    monkeypatch.setattr(guard, "settled", {})
+    monkeypatch.setattr(guard, "_verdicts", {})
+    monkeypatch.setattr(guard, "_said", set())
+    monkeypatch.setattr(guard, "file", lambda name: tmp_path / f"{name}.jsonl")
+    monkeypatch.delenv("OPENTQ_KERNELS", raising=False)
+
+    def planted(**changes):
+        broken = replace(real, **{name: change(getattr(real, name)) for name, change in changes.items()})
+        monkeypatch.setattr(backends, "active", lambda: broken)
+        return broken
+
+    return planted
+
+
+def text(model) -> list[int]:
+    """A prompt and 90 tokens, greedily, with who served."""
+    from mlx_lm.generate import generate_step
+
+    cache = model.make_cache()
+    return [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=90, prompt_cache=cache)]
+
+
+def portable(monkeypatch) -> list[int]:
+    monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
+    model = random_llama()
+    hooks.compress(model, "int4")
+    expected = text(model)
+    monkeypatch.delenv("OPENTQ_KERNELS")
+    return expected
+
+
+def lines(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("kernel", [wrong, refused, late], ids=lambda f: f.__name__)
+def test_generation_goes_on_with_the_portable_path(plant, monkeypatch, caplog, kernel):
+    expected = portable(monkeypatch)
+    backend = plant(attend=kernel)
+    model = random_llama()
+    hooks.compress(model, "int4")
+    assert text(model) == expected
+    assert {s.served_by for s in hooks.installed(model).stats.values()} == {"tiled"}
+    said = lines(caplog)
+    words = {wrong: "differs", refused: "Unable to build metal library", late: "too many registers"}[kernel]
+    assert len(said) == 1 and f"the {backend.name} kernel for attention int4:g32/int4:g32 D=64/64" in said[0]
+    assert words in said[0] and "opentq doctor --bench" in said[0]
+
+
+@pytest.mark.parametrize("kernel", [wrong, refused, late], ids=lambda f: f.__name__)
+def test_native_makes_it_an_error(plant, monkeypatch, kernel):
+    plant(attend=kernel)
+    monkeypatch.setenv("OPENTQ_KERNELS", "native")
+    model = random_llama()
+    with pytest.raises(guard.SetAside, match="unset OPENTQ_KERNELS=native"):
+        hooks.compress(model, "int4")
+        text(model)
+    assert issubclass(guard.SetAside, UserError)
+
+
+def test_a_right_kernel_serves_and_is_judged_once(plant, monkeypatch, caplog):
+    backend = plant()
+    model = random_llama()
+    hooks.compress(model, "int4")
+    text(model)
+    assert {s.served_by for s in hooks.installed(model).stats.values()} == {backend.name} and not lines(caplog)
+    kept = guard.file(backend.name).read_text()
+    assert all(json.loads(line)["why"] == "" for line in kept.splitlines())
+    # Another process on this machine reads the verdicts.
+    monkeypatch.setattr(guard, "settled", {})
+    monkeypatch.setattr(guard, "_verdicts", {})
+    monkeypatch.setattr(guard, "_judge_attention", lambda function, args: pytest.fail("judged again"))
+    text(model)
+    assert guard.file(backend.name).read_text() == kept
+
+
+def test_doctor_shows_the_verdict(plant, monkeypatch):
+    backend = plant(attend=wrong)
+    step = args()
+    assert dispatch.attend(step)[1] == "tiled"
+    found = guard.findings(backend.name)
+    assert [f.state for f in found] == ["ok", "slow"]
+    assert "differs from the portable path by 3.0e-02" in found[1].detail and "delete" in found[1].remedy
+
+
+def args(tokens: int = 200, length: int = 1, **options):
+    cache = OpenTQCache("int4")
+    handles = oracle.fill(cache, *oracle.vectors(Shape(), tokens), [tokens - length, length])
+    return oracle.args_of(handles, oracle.queries(Shape(), length), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 20.0}, {"sinks": mx.zeros((4,))}], ids=str)
+@pytest.mark.parametrize("length", [1, 3, 30])
+def test_every_kind_is_judged_apart(plant, length, options):
+    """Wrong for this kind of call only; other kinds are served."""
+    options = {"causal": length > 1, **options}
+
+    def wrong_here(function):
+        return lambda a: out * 1.03 if (out := function(a)) is not None and hit(a) else out
+
+    def hit(a):
+        same = (a.window > 0, a.softcap > 0, a.sinks is not None)
+        return (a.q.shape[2] == 1) == (length == 1) and same == (
+            "window" in options,
+            "softcap" in options,
+            "sinks" in options,
+        )
+
+    backend = plant(attend=wrong_here)
+    assert dispatch.attend(args(length=length, **options))[1] == "tiled"
+    other = 1 if length > 1 else 5
+    assert dispatch.attend(args(length=other, causal=other > 1))[1] == backend.name or not options
+
+
+def test_what_is_packed_wrong_is_not_written(plant, monkeypatch, caplog):
+    """A wrong pack kernel is found before the first block is written."""
+
+    class Wrong(type(CANONICAL)):
+        name = "wrong"
+
+        def encode(self, codec, y):
+            codes, scales = codec.encode(y)
+            return codes ^ 1, scales
+
+    plant(layouts=lambda real: lambda k, v, dims: (Wrong(), Wrong()))
+    cache = OpenTQCache("int4")
+    oracle.fill(cache, *oracle.vectors(Shape(), 200), [200])
+    assert cache.k_layout is CANONICAL and cache.v_layout is CANONICAL
+    assert len(lines(caplog)) == 1 and "packing of keys int4:g32" in lines(caplog)[0]
+    monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
+    right = OpenTQCache("int4")
+    oracle.fill(right, *oracle.vectors(Shape(), 200), [200])
+    assert oracle.same_state(cache, right)
+
+
+def test_a_wrong_append_is_not_used(plant, caplog):
+    plant(extend=lambda real: lambda codecs, dense, fresh: tuple(mx.concatenate(p, axis=2) for p in zip(dense, fresh)))
+    cache = OpenTQCache("int4")
+    oracle.fill(cache, *oracle.vectors(Shape(), 30, dtype=mx.float16), [30])
+    assert "appending int4:g32/int4:g32" in lines(caplog)[0]
+    plain = OpenTQCache("int4")
+    plant()
+    oracle.fill(plain, *oracle.vectors(Shape(), 30, dtype=mx.float16), [30])
+    assert oracle.same_state(cache, plain)
+
+
+def test_a_wrong_rotation_is_not_used(plant, caplog):
+    backend = plant(rotate=lambda real: lambda x: x)
+    rotate = guard.rotation(backend)
+    assert rotate(mx.ones((2, 64))) is None and rotate(mx.ones((2, 64))) is None
+    assert len(lines(caplog)) == 1 and "rotation D=64" in lines(caplog)[0]
+
+
+def test_memory_that_ran_out_is_no_verdict(plant):
+    def full(function):
+        def attend(args):
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+        return attend
+
+    backend = plant(attend=full)
+    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+        dispatch.attend(args())
+    assert all(finding.state == "ok" for finding in guard.findings(backend.name))
+
+
+def test_what_a_verdict_depends_on(monkeypatch):
+    names = [guard.identity(name) for name in ("cpu", "cuda", "metal")]
+    assert len(set(names)) == 3
+    guard.identity.cache_clear()
+    monkeypatch.setattr(guard.machine, "device", lambda: ("mac", "Apple M9"))
+    assert guard.identity("metal") != names[2]
+    guard.identity.cache_clear()
+
+
+@needs_emulator
+@pytest.mark.parametrize("plant", ["metal"], indirect=True)
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda text: text.replace("fma(part[k][r], sz.x, base)", "fma(part[k][r], sz.y, base)"), "differs"),
+        (lambda text: text.replace("simd_max(fresh[r])", "simd_maximum(fresh[r])"), "fails"),
+    ],
+    ids=["wrong", "does not compile"],
+)
+def test_a_broken_metal_kernel(plant, monkeypatch, caplog, change, words):
+    """Its text is broken, as Apple's compiler would get it; this is the real back end in the emulator."""
+    backend = backends.backend("metal")
+    monkeypatch.setattr(metal, "make", lambda **creation: launch.MetalKernel(change=change, **creation))
+    monkeypatch.setattr(metal, "cores", lambda: 1)
+    metal.kernel.cache_clear()
+    monkeypatch.setattr(backends, "active", lambda: backend)
+    step = args(length=1)
+    out, name = dispatch.attend(step)
+    metal.kernel.cache_clear()
+    assert name == "tiled" and words in lines(caplog)[0] and "the metal kernel" in lines(caplog)[0]
+    oracle.judge(step, out)
+
+
+def test_on_standard_error(tmp_path):
+    """The command line: one line on stderr, the portable path's text; under native it stops with an error."""
+    code = (
+        "import dataclasses, sys, pathlib; from opentq.attention import backends, guard; b = backends.active();\n"
+        "broken = dataclasses.replace(b, attend=lambda args: None if (out := b.attend(args)) is None else -out)\n"
+        "backends.active = lambda: broken\n"
+        f"guard.file = lambda name: pathlib.Path({str(tmp_path)!r}) / name\n"
+        f"sys.argv = ['opentq', 'generate', '--model', {TINY!r}, '--kv', 'int4', '-m', '12', 'The secret code']\n"
+        "from opentq.cli.main import main; main()"
+    )
+    if build.active_dialect() is None or backends.active() is None:
+        pytest.skip("no kernels here")
+
+    def run(mode: str) -> subprocess.CompletedProcess:
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "OPENTQ_KERNELS": mode, "PYTHONPATH": "."}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+    done, right, native = run(""), run("tiled"), run("native")
+    assert done.returncode == right.returncode == 0, done.stderr
+    assert done.stdout == right.stdout and done.stdout.strip()
+    said = [line for line in done.stderr.splitlines() if "set aside" in line]
+    assert len(said) == 1 and said[0].startswith("opentq: the ")
+    assert native.returncode == 2 and "Traceback" not in native.stderr and "unset OPENTQ_KERNELS" in native.stderr
