@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from opentq.attention import backends, dispatch, guard, tiled
+from opentq.attention import backends, dispatch, guard, judge, tiled, verdicts
 from opentq.caches.single import OpenTQCache
 from opentq.contracts.layout import CANONICAL
 from opentq.errors import UserError
@@ -68,9 +68,9 @@ def plant(request, monkeypatch, tmp_path):
         real = replace(real, extend=lambda codecs, dense, fresh: None)
     monkeypatch.setattr(guard, "judging", True)
     monkeypatch.setattr(guard, "settled", {})
-    monkeypatch.setattr(guard, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "_known", {})
     monkeypatch.setattr(guard, "_said", set())
-    monkeypatch.setattr(guard, "file", lambda name: tmp_path / f"{name}.jsonl")
+    monkeypatch.setattr(verdicts, "file", lambda name: tmp_path / f"{name}.jsonl")
     monkeypatch.delenv("OPENTQ_KERNELS", raising=False)
 
     def planted(**changes):
@@ -133,21 +133,21 @@ def test_a_right_kernel_serves_and_is_judged_once(plant, monkeypatch, caplog):
     hooks.compress(model, "int4")
     text(model)
     assert {s.served_by for s in hooks.installed(model).stats.values()} == {backend.name} and not lines(caplog)
-    kept = guard.file(backend.name).read_text()
+    kept = verdicts.file(backend.name).read_text()
     assert all(json.loads(line)["why"] == "" for line in kept.splitlines())
     # Another process on this machine reads the verdicts.
     monkeypatch.setattr(guard, "settled", {})
-    monkeypatch.setattr(guard, "_verdicts", {})
-    monkeypatch.setattr(guard, "_judge_attention", lambda function, args: pytest.fail("judged again"))
+    monkeypatch.setattr(verdicts, "_known", {})
+    monkeypatch.setattr(judge, "attention", lambda function, args: pytest.fail("judged again"))
     text(model)
-    assert guard.file(backend.name).read_text() == kept
+    assert verdicts.file(backend.name).read_text() == kept
 
 
 def test_doctor_shows_the_verdict(plant, monkeypatch):
     backend = plant(attend=wrong)
     step = args()
     assert dispatch.attend(step)[1] == "tiled"
-    found = guard.findings(backend.name)
+    found = verdicts.findings(backend.name)
     assert [f.state for f in found] == ["ok", "slow"]
     assert "differs from the portable path by 3.0e-02" in found[1].detail and "delete" in found[1].remedy
 
@@ -213,6 +213,29 @@ def test_a_wrong_append_is_not_used(plant, caplog):
     assert oracle.same_state(cache, plain)
 
 
+@pytest.mark.parametrize("wrong_part", [0, 1, 2, None])
+@pytest.mark.parametrize("center", [None, mx.ones((1, 2, 1, 64), mx.float16)], ids=["", "centred"])
+def test_a_wrong_step_is_not_used(plant, caplog, wrong_part, center):
+    """A decode step in one launch: its output, and either of the columns, may be wrong."""
+
+    def launch(a, fresh, center):
+        new = [c.rotate(x.astype(mx.float32)) for c, x in zip((a.k.codec, a.v.codec), fresh)]
+        new[0] = new[0] if center is None else new[0] - center
+        dense = [mx.concatenate([d, n.astype(mx.float16)], axis=2) for d, n in zip((a.dense_k, a.dense_v), new)]
+        whole = replace(a, q=a.k.codec.rotate(a.q), dense_k=dense[0], dense_v=dense[1])
+        done = [a.v.codec.unrotate(tiled.attend(whole)), *dense]
+        return tuple(x * 1.03 if i == wrong_part else x for i, x in enumerate(done))
+
+    backend = plant(step=lambda real: launch)
+    a = args()
+    fresh = tuple(mx.random.normal((1, 2, 1, 64)) for _ in range(2))
+    a = replace(a, dense_k=a.dense_k[:, :, :-1], dense_v=a.dense_v[:, :, :-1])
+    for _ in range(2):
+        done = guard.step(backend, a, fresh, center)
+        assert (done is None) == (wrong_part is not None)
+    assert len(lines(caplog)) == (wrong_part is not None)
+
+
 def test_a_wrong_rotation_is_not_used(plant, caplog):
     backend = plant(rotate=lambda real: lambda x: x)
     rotate = guard.rotation(backend)
@@ -230,16 +253,16 @@ def test_memory_that_ran_out_is_no_verdict(plant):
     backend = plant(attend=full)
     with pytest.raises(RuntimeError, match="Insufficient Memory"):
         dispatch.attend(args())
-    assert all(finding.state == "ok" for finding in guard.findings(backend.name))
+    assert all(finding.state == "ok" for finding in verdicts.findings(backend.name))
 
 
 def test_what_a_verdict_depends_on(monkeypatch):
-    names = [guard.identity(name) for name in ("cpu", "cuda", "metal")]
+    names = [verdicts.identity(name) for name in ("cpu", "cuda", "metal")]
     assert len(set(names)) == 3
-    guard.identity.cache_clear()
-    monkeypatch.setattr(guard.machine, "device", lambda: ("mac", "Apple M9"))
-    assert guard.identity("metal") != names[2]
-    guard.identity.cache_clear()
+    verdicts.identity.cache_clear()
+    monkeypatch.setattr(verdicts.machine, "device", lambda: ("mac", "Apple M9"))
+    assert verdicts.identity("metal") != names[2]
+    verdicts.identity.cache_clear()
 
 
 @needs_emulator
@@ -269,10 +292,10 @@ def test_a_broken_metal_kernel(plant, monkeypatch, caplog, change, words):
 def test_on_standard_error(tmp_path):
     """The command line: one line on stderr, the portable path's text; under native it stops with an error."""
     code = (
-        "import dataclasses, sys, pathlib; from opentq.attention import backends, guard; b = backends.active();\n"
+        "import dataclasses, sys, pathlib; from opentq.attention import backends, verdicts; b = backends.active();\n"
         "broken = dataclasses.replace(b, attend=lambda args: None if (out := b.attend(args)) is None else -out)\n"
         "backends.active = lambda: broken\n"
-        f"guard.file = lambda name: pathlib.Path({str(tmp_path)!r}) / name\n"
+        f"verdicts.file = lambda name: pathlib.Path({str(tmp_path)!r}) / name\n"
         f"sys.argv = ['opentq', 'generate', '--model', {TINY!r}, '--kv', 'int4', '-m', '12', 'The secret code']\n"
         "from opentq.cli.main import main; main()"
     )

@@ -9,7 +9,7 @@ from ..codecs import rotation
 from ..contracts.backend import Backend, Finding
 from ..contracts.layout import CANONICAL, Layout
 from ..kernels import build
-from . import guard
+from . import guard, verdicts
 
 DIALECTS = ("cpu", "cuda", "metal")
 
@@ -46,4 +46,4 @@ def findings() -> list[Finding]:
     dialect = build.active_dialect()
     if dialect is None:
         return [Finding("kernels", "slow", "none for this device")]
-    return [*backend(dialect).findings(), *guard.findings(dialect)]
+    return [*backend(dialect).findings(), *verdicts.findings(dialect)]

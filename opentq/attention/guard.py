@@ -14,39 +14,22 @@ packs. Later calls cost one look-up.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.metadata
 import logging
 import os
-import platform
 from collections.abc import Callable, Hashable
-from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from .. import kernels, machine, records
-from ..codecs.rotation import plain as plain_rotation
-from ..contracts.attention import EXACT, AttnArgs, Lengths, PackedKV
-from ..contracts.backend import Backend, Finding, Pair
+from ..contracts.attention import AttnArgs
+from ..contracts.backend import Backend, Pair
 from ..contracts.codec import Codec
-from ..contracts.layout import CANONICAL, FLUSH, Layout
+from ..contracts.layout import CANONICAL, Layout
 from ..errors import UserError
-from ..kernels import build
-from . import tiled
+from . import judge, tiled, verdicts
 
 log = logging.getLogger("opentq")
 
 AttnFn = Callable[[AttnArgs], "mx.array | None"]
-
-BOUND = {mx.bfloat16: 1e-2}
-"""Relative error to the portable path from which a kernel is wrong, by the query's dtype; `BOUND_HALF` for others."""
-BOUND_HALF = 5e-3
-PACKED_BOUND = 1.01
-"""How much further from the vector than the codec's own bits a back end's may be."""
-PREFILL = 24
-"""Query tokens of the cases that stand for a prompt; shorter calls are judged as long as they are."""
 
 settled: dict[Hashable, bool] = {}
 """What this process knows: whether a function may serve calls of a kind."""
@@ -96,7 +79,7 @@ def _asked(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
         return None
     if name != tiled.NAME and judging:
         what = f"attention {args.kind_words()}"
-        if not _passes(name, function, what, lambda: _judge_attention(function, args)):
+        if not _passes(name, what, lambda: judge.attention(function, args)):
             settled[kind] = False
             return None
         if out is not None:
@@ -127,7 +110,7 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
             if done is None:
                 return None
             what = f"step {args.kind_words()}" + ("" if center is None else " centred")
-            settled[kind] = _passes(backend.name, launch, what, lambda: _judge_step(launch, args, center is not None))
+            settled[kind] = _passes(backend.name, what, lambda: judge.step(launch, args, center is not None))
             if not settled[kind]:
                 return None
             mx.eval(done)
@@ -146,8 +129,8 @@ def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tupl
         key = (backend.layouts, side, codec, dim)
         if key not in settled:
             what = f"packing of {side} {codec} D={dim}"
-            judge = functools.partial(_judge_packing, layout, codec, dim)
-            settled[key] = layout is CANONICAL or _passes(backend.name, backend.layouts, what, judge)
+            verdict = functools.partial(judge.packing, layout, codec, dim)
+            settled[key] = layout is CANONICAL or _passes(backend.name, what, verdict)
         if not settled[key]:
             return CANONICAL, CANONICAL
     return wanted
@@ -162,8 +145,8 @@ def extend(backend: Backend, codecs: Pair, dense: Pair, fresh: Pair) -> Pair | N
     key = (backend.extend, codecs, dims, fresh[0].dtype)
     if key not in settled:
         what = f"appending {codecs[0]}/{codecs[1]} D={dims[0]}/{dims[1]} {fresh[0].dtype}"
-        judge = functools.partial(_judge_extend, backend, codecs, dims, fresh[0].dtype)
-        settled[key] = _passes(backend.name, backend.extend, what, judge)
+        verdict = functools.partial(judge.extend, backend, codecs, dims, fresh[0].dtype)
+        settled[key] = _passes(backend.name, what, verdict)
     return done if settled[key] else None
 
 
@@ -174,140 +157,28 @@ def rotation(backend: Backend) -> Callable[[mx.array], mx.array | None]:
         key = (backend.rotate, x.shape[-1], x.dtype)
         known = settled.get(key)
         if known is None and judging and backend.rotate(x) is not None:
-            judge = functools.partial(_judge_rotation, backend, x.shape[-1], x.dtype)
+            verdict = functools.partial(judge.rotation, backend, x.shape[-1], x.dtype)
             what = f"rotation D={x.shape[-1]} {x.dtype}"
-            known = settled[key] = _passes(backend.name, backend.rotate, what, judge)
+            known = settled[key] = _passes(backend.name, what, verdict)
         return None if known is False else backend.rotate(x)
 
     return rotate
 
 
-# ---- judging: each returns "" or what is wrong
-
-
-CASES: tuple[tuple[tuple[Lengths, ...], bool, int], ...] = (
-    (((2 * FLUSH, 2, 5), (FLUSH, 0, 3)), False, 9),
-    (((2 * FLUSH, 0, 0),), True, 17),
-)
-"""Lengths; whether with the model's own number of KV heads, or one; fp16 columns besides the call's own."""
-
-
-def _judge_attention(function: AttnFn, args: AttnArgs) -> str:
-    length = args.q.shape[2] if args.q.shape[2] <= EXACT else PREFILL
-    for lens, own, columns in CASES:
-        ours, theirs = _case(args, lens, args.kv_heads if own else 1, columns + length, length)
-        out = function(ours)
-        if out is None:  # kinds of calls that it serves at other lengths only
-            continue
-        error = _relative(out, tiled.attend(theirs))
-        if not error <= BOUND.get(args.q.dtype, BOUND_HALF):  # not so for NaN
-            return f"differs from the portable path by {error:.1e}"
-    return ""
-
-
-def _judge_step(launch: Callable, args: AttnArgs, centred: bool) -> str:
-    length, (k_codec, v_codec) = args.q.shape[2], (args.k.codec, args.v.codec)
-    for lens, own, columns in CASES:
-        ours, theirs = _case(args, lens, args.kv_heads if own else 1, columns, length)
-        shape = (len(lens), ours.kv_heads, length)
-        k, v = (_draw(*shape, side.head_dim, seed=i).astype(args.q.dtype) for i, side in enumerate((args.k, args.v), 1))
-        center = _draw(*shape[:2], 1, args.k.head_dim, seed=3).astype(mx.float16) if centred else None
-        done = launch(ours, (k, v), center)
-        if done is None:
-            continue
-        new = [c.rotate(x.astype(mx.float32)) for c, x in ((k_codec, k), (v_codec, v))]
-        new[0] = new[0] if center is None else new[0] - center
-        dense = [mx.concatenate([d, n.astype(mx.float16)], axis=2) for d, n in zip((ours.dense_k, ours.dense_v), new)]
-        theirs = replace(theirs, q=k_codec.rotate(theirs.q), dense_k=dense[0], dense_v=dense[1])
-        for got, expected in zip(done, (v_codec.unrotate(tiled.attend(theirs)), *dense)):
-            error = _relative(got, expected)
-            if not error <= BOUND.get(args.q.dtype, BOUND_HALF):
-                return f"differs from the portable path by {error:.1e}"
-    return ""
-
-
-def _draw(*shape: int, seed: int = 0) -> mx.array:
-    """Standard normal numbers, not from MLX's generator, which is the user's."""
-    return mx.array(np.random.default_rng(seed).standard_normal(shape, np.float32))
-
-
-def _case(
-    args: AttnArgs, lens: tuple[Lengths, ...], kv_heads: int, columns: int, length: int
-) -> tuple[AttnArgs, AttnArgs]:
-    """Random vectors in the place of `args`' own: as the kernel reads them, and for the portable path in fp32."""
-    batch, heads = len(lens), kv_heads * args.gqa
-    q = _draw(batch, heads, length, args.q.shape[3]).astype(args.q.dtype)
-    tokens = max(packed for packed, _, _ in lens)
-    sides, plain, dense = [], [], []
-    for seed, kv in enumerate((args.k, args.v), 4):
-        canonical = kv.codec.encode(_draw(batch, kv_heads, tokens, kv.head_dim, seed=seed).astype(mx.float16))
-        sides.append(PackedKV(kv.codec, kv.layout, kv.layout.store(canonical), kv.head_dim))
-        plain.append(PackedKV(kv.codec, CANONICAL, canonical, kv.head_dim))
-        dense.append(_draw(batch, kv_heads, columns, kv.head_dim, seed=seed + 2).astype(mx.float16))
-    newest = [[[packed // FLUSH - 1]] * kv_heads for packed, _, _ in lens]
-    case = replace(
-        args,
-        q=q,
-        k=sides[0],
-        v=sides[1],
-        dense_k=dense[0],
-        dense_v=dense[1],
-        lens=lens,
-        window=min(args.window, FLUSH + 7),
-        sinks=None if args.sinks is None else _draw(heads, seed=8).astype(args.sinks.dtype),
-        pages=None if args.pages is None else mx.array(newest, mx.int32),
-    )
-    return case, replace(case, q=q.astype(mx.float32), k=plain[0], v=plain[1]).picked()
-
-
-def _judge_packing(layout: Layout, codec: Codec, dim: int) -> str:
-    y = _draw(1, 2, 2 * FLUSH, dim).astype(mx.float16)
-    packed, expected = layout.load(layout.encode(codec, y)), codec.encode(y)
-    mine, theirs = (_relative(codec.decode(p, mx.float32, dim), y) for p in (packed, expected))
-    if not mine <= PACKED_BOUND * theirs + 1e-6:
-        return f"is {mine:.1e} from the vector, the codec {theirs:.1e}"
-    return ""
-
-
-def _judge_extend(backend: Backend, codecs: Pair, dims: tuple[int, int], dtype: mx.Dtype) -> str:
-    dense = _draw(1, 2, 5, dims[0]).astype(mx.float16), _draw(1, 2, 5, dims[1], seed=1).astype(mx.float16)
-    fresh = _draw(1, 2, 3, dims[0], seed=2).astype(dtype), _draw(1, 2, 3, dims[1], seed=3).astype(dtype)
-    got = backend.extend(codecs, dense, fresh)
-    for codec, old, new, out in zip(codecs, dense, fresh, got or dense):
-        plain = mx.concatenate([old, codec.rotate(new.astype(mx.float32)).astype(mx.float16)], axis=2)
-        if not (error := _relative(out, plain)) <= BOUND.get(dtype, BOUND_HALF):
-            return f"differs from the portable path by {error:.1e}"
-    return ""
-
-
-def _judge_rotation(backend: Backend, dim: int, dtype: mx.Dtype) -> str:
-    x = _draw(3, 7, dim).astype(dtype)
-    y = backend.rotate(x)
-    error = float("inf") if y is None else _relative(y, plain_rotation(x))
-    return "" if error <= BOUND.get(dtype, BOUND_HALF) else f"differs from the portable path by {error:.1e}"
-
-
-def _relative(out: mx.array, expected: mx.array) -> float:
-    a, b = out.astype(mx.float32), expected.astype(mx.float32)
-    if a.shape != b.shape:
-        return float("inf")
-    return (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item()  # type: ignore[return-value]
-
-
 # ---- verdicts
 
 
-def _passes(name: str, function: Callable, what: str, judge: Callable[[], str]) -> bool:
+def _passes(name: str, what: str, verdict: Callable[[], str]) -> bool:
     """The verdict that is kept, or a new one. Raises SetAside under `OPENTQ_KERNELS=native`."""
-    kept = _kept(name, function)
+    kept = verdicts.kept(name)
     if what not in kept:
         try:
-            why = judge()
+            why = verdict()
         except RuntimeError as error:  # what MLX raises for a kernel that a compiler or a driver refuses
             if out_of_memory(error):
                 raise
             why = f"fails: {_short(error)}"
-        _keep(name, function, what, why)
+        verdicts.keep(name, what, why)
     if kept[what]:
         _say(name, what, kept[what])
     return not kept[what]
@@ -334,50 +205,3 @@ def out_of_memory(error: RuntimeError) -> bool:
 def _short(error: Exception) -> str:
     """The first line that says something, at most 200 characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-_verdicts: dict[tuple[str, Callable], dict[str, str]] = {}
-
-
-def _kept(name: str, function: Callable) -> dict[str, str]:
-    """Verdicts of this machine for a function of a back end: what it does -> "" or what is wrong."""
-    if (name, function) not in _verdicts:
-        path = file(name)
-        rows = records.read([path]) if path.exists() else []
-        _verdicts[name, function] = {r["what"]: r["why"] for r in rows}
-    return _verdicts[name, function]
-
-
-def _keep(name: str, function: Callable, what: str, why: str) -> None:
-    _kept(name, function)[what] = why
-    try:
-        records.append(file(name), [{"what": what, "why": why}])
-    except UserError as error:  # then the next process judges again
-        log.info("verdicts on kernels can't be kept: %s", error)
-
-
-def file(name: str) -> Path:
-    """Where verdicts on a back end's kernels are kept."""
-    return build.cache_folder() / f"verdicts-{name}-{identity(name)}.jsonl"
-
-
-@functools.cache
-def identity(name: str) -> str:
-    """What a verdict depends on: kernels' text and launch code, MLX, device and system."""
-    digest = hashlib.sha256()
-    folder = Path(kernels.__file__).parent / name
-    for source in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    for part in (importlib.metadata.version("mlx"), *machine.device(), platform.platform()):
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def findings(name: str) -> list[Finding]:
-    """What `opentq doctor` says of verdicts: how many variants were right here, and each that was set aside."""
-    path = file(name)
-    kept = {r["what"]: r["why"] for r in (records.read([path]) if path.exists() else [])}
-    found = [Finding("judged kernels", "ok", f"{sum(not why for why in kept.values())} variants right on this machine")]
-    remedy = f"report it with opentq doctor --bench; delete {path} to have it judged again"
-    wrong = [(what, why) for what, why in kept.items() if why]
-    return found + [Finding("set aside", "slow", f"{what} {why}", remedy) for what, why in wrong]
