@@ -17,6 +17,8 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -39,6 +41,21 @@ judging = True
 
 class SetAside(UserError):
     """`OPENTQ_KERNELS=native`, and a kernel of this machine is wrong."""
+
+
+@functools.lru_cache(maxsize=8)
+def _guarded(backend: Backend) -> Backend:
+    changes: dict[str, Any] = {"layouts": functools.partial(layouts, backend)}
+    if backend.extend is not Backend.extend:
+        changes["extend"] = functools.partial(extend, backend)
+    if backend.step is not None:
+        changes["step"] = functools.partial(step, backend)
+    return replace(backend, **changes)
+
+
+def guarded(backend: Backend) -> Backend:
+    """The back end with its storage, appends and steps believed once they were right here; `attend` is dispatch's."""
+    return _guarded(backend) if judging else backend
 
 
 # ---- the calls
@@ -101,7 +118,7 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
     if launch is None:
         return None
     memo, key = args.k.memo, (launch, args.q.shape[2], args.causal, args.window > 0, center is None)
-    if key not in memo and judging:
+    if key not in memo:
         kind = (launch, center is None, args.kind())
         if settled.get(kind) is False:
             return None
@@ -123,8 +140,6 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
 def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
     """What the back end wants, or canonical where what it packs is wrong on this machine."""
     wanted = backend.layouts(k, v, dims)
-    if not judging:
-        return wanted
     for side, codec, dim, layout in zip(("keys", "values"), (k, v), dims, wanted):
         key = (backend.layouts, side, codec, dim)
         if key not in settled:
@@ -139,8 +154,8 @@ def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tupl
 def extend(backend: Backend, codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:
     """What the back end's `extend` gives, once it was right on this machine."""
     done = backend.extend(codecs, dense, fresh)
-    if done is None or not judging:
-        return done
+    if done is None:
+        return None
     dims = dense[0].shape[3], dense[1].shape[3]
     key = (backend.extend, codecs, dims, fresh[0].dtype)
     if key not in settled:
