@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 RIVALS = ["native", "mlx4", "mlx8", "q4_0", "q4_0:norot"]
 FRONT = """
 tq5/tq3:nc tq5/tq3:nc:center tq5/tq3:nc:sink=4 tq5/tq3:nc:center:sink=4 tq5/tq3:nc:center:sink=4:recent=128
+tq5/tq3:nc:center:sink=16 tq5/tq3:nc:center:sink=4:last1=int8 tq5/tq3:nc:center:sink=4:first1=int8
 int4 int4:sink=4 int4:center:sink=4 int4:g64 int4:g64:center:sink=4 int4:norot k8v4:g64
 tq4:nc tq4:nc:center:sink=4 tq5/tq3 tq6/tq3:nc:center:sink=4 tq5/tq4:nc:center:sink=4 tq4/tq3:nc:center:sink=4
 tq3:nc tq3:nc:center tq3:nc:sink=4 tq3:nc:center:sink=4 tq3 tq2 tq2:nc:center:sink=4 int3:g64 int2 polar4
