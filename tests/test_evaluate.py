@@ -477,7 +477,7 @@ def test_recommendations_rest_on_records():
 
 
 def test_a_model_type_gets_its_family_or_the_default():
-    assert str(recommend.recommend("qwen2").spec) == "tq5/tq3:nc:center"
+    assert str(recommend.recommend("qwen2").spec) == "tq5/tq3:nc:center:sink=4"
     assert recommend.recommend("llama").family == "llama" and "tq5/tq3" in str(recommend.recommend("llama"))
     assert recommend.recommend("a model of tomorrow").family == "default"
 
