@@ -128,7 +128,7 @@ def test_a_calibrated_recipe_goes_wherever_a_spec_does(made):
     model, calibrator, path = made
     recipe = KVSpec.parse(str(path))
     assert isinstance(recipe, Recipe) and str(recipe) == str(path) and KVSpec.parse(str(recipe)) == recipe
-    assert recipe.calibration.channels[1][0] == tuple(choose(calibrator.moments[1].energy()[0], Rotary(64), 64))
+    assert recipe.calibration.channels[1][0] == tuple(choose(calibrator.moments[1].energy()[0], Rotary(64), 64, 6))
     assert [str(s) for s in recipe.layers] == ["int4:sink=4"] * 2
     more = KVSpec.parse(f"{path}:recent=70")
     assert str(more) == f"{path}:recent=70" and str(more.layers[0]) == "int4:sink=4:recent=70"

@@ -69,18 +69,19 @@ def test_the_dial():
 # ---- sketches
 
 
-def test_sketches_keep_four_bits_of_every_channel():
-    x = mx.random.normal((2, 3, 192, 8), key=mx.random.key(0)) * mx.array([1.0, 9, 0.1, 1, 1, 0, 3, 2])
-    made = pages.encode(x)
-    assert made.shape == (2, 3, 3, 8 * 34) and made.dtype == mx.uint8
-    back = pages.decode(made).swapaxes(-1, -2).reshape(x.shape)
-    most = mx.abs(x.reshape(2, 3, 3, 64, 8)).max(3, keepdims=True)
-    error = mx.abs(back - x).reshape(2, 3, 3, 64, 8)
-    assert (error <= most / 15 * 1.01 + 1e-6).all().item()
-    assert pages.row_bytes(8) / 64 == pages.bytes_per_token(8) == 4.25
-    for dim, limit in ((64, 0.06), (128, 0.035)):
+def test_sketches_keep_four_bits_of_some_channels_and_the_mean_of_the_others():
+    x = mx.random.normal((2, 3, 192, 8), key=mx.random.key(0)) * mx.array([1.0, 9, 0.1, 1, 1, 0, 3, 2]) + 0.5
+    chosen = mx.broadcast_to(mx.array([1, 2, 5], dtype=mx.int32), (2, 3, 3))
+    made = pages.encode(x, chosen)
+    assert made.shape == (2, 3, 3, 3 * 34 + 10) and made.dtype == mx.uint8 and pages.row_bytes(3, 8) == 112
+    few, mean = pages.decode(made, 3)
+    back, want = few.swapaxes(-1, -2), x[..., 1:6][..., mx.array([0, 1, 4])].reshape(2, 3, 3, 64, 3)
+    assert (mx.abs(back - want) <= mx.abs(want).max(3, keepdims=True) / 15 * 1.01 + 1e-6).all().item()
+    exact = x.reshape(2, 3, 3, 64, 8).mean(3) * mx.array([1, 0, 0, 1, 1, 0, 1, 1])
+    assert (mx.abs(mean - exact) <= mx.abs(exact).max(-1, keepdims=True) / 254 * 1.01).all().item()
+    for dim, limit in ((64, 0.06), (96, 0.036), (128, 0.035), (256, 0.035)):
         held = KVSpec.parse("tq5/tq3:nc").bits_per_value(dim) * 2 * dim / 8
-        assert 4.25 / (held + 4.25) <= limit
+        assert pages.bytes_per_token(dim) / (held + pages.bytes_per_token(dim)) <= limit
 
 
 def lists(cache: OpenTQCache, q: mx.array, lens: list[int]) -> mx.array:
@@ -94,11 +95,10 @@ def test_sketches_are_of_the_packed_keys():
     step(cache)
     assert cache.sketches.ready == [True] and cache.sketches.sketched == [10]
     keys = cache.k_codec.unrotate(cache.k_codec.decode(cache.canonical()[0], mx.float32, 64))
-    index = mx.broadcast_to(cache.sketches.channels[:, :, None], (1, 2, 640, 8))
-    assert mx.array_equal(cache.sketches.buffer.arrays[0][:, :, :10], pages.encode(mx.take_along_axis(keys, index, 3)))
+    assert mx.array_equal(cache.sketches.buffer.arrays[0][:, :, :10], pages.encode(keys, cache.sketches.channels))
     # Channel 3 is six times the others: its pair is chosen in every head.
     chosen = np.array(cache.sketches.channels)[0]
-    assert chosen.shape == (2, 8) and all({3, 35} <= set(head) for head in chosen.tolist())
+    assert chosen.shape == (2, 6) and all({3, 35} <= set(head) for head in chosen.tolist())
     assert cache.nbytes == sum(a.nbytes for a in cache._arrays())
 
 
@@ -133,9 +133,10 @@ def emulated_choose(sketches, rows, packed, count):
 
     from .cuda import emulator
 
-    (batch, heads, length, channels), whole = rows.shape, max(packed) // 64
+    (batch, heads, length, width), whole = rows.shape, max(packed) // 64
+    channels = (sketches.shape[3] - width - 2) // 33
     (weights,), _ = emulator.run(
-        cuda_pages.weigh_source(channels),
+        cuda_pages.weigh_source(channels, width - channels),
         (-(-whole // 4), batch * heads, 1),
         [sketches, rows],
         [((batch * heads, length, whole), mx.float32)],
@@ -157,13 +158,21 @@ def test_kernels_choose_what_the_reference_chooses(by):
     if by == "native" and not backend:
         pytest.skip("no fused kernels on this machine")
     rng = np.random.default_rng(0)
-    for packed, channels, rows, count in (((1300, 700), 8, 8, 4), ((2050, 2050), 16, 3, 9), ((64 * 40, 100), 4, 1, 1)):
-        keys = mx.array(rng.standard_normal((2, 3, 64 * 40, channels), dtype=np.float32))
-        selector = pages.Selector(pages.encode(keys), mx.zeros((2, 3, channels), mx.int32), 64 * count)
-        queries = mx.array(2 * rng.standard_normal((2, 3, rows, channels), dtype=np.float32))
+    for packed, channels, dim, rows, count in (
+        ((1300, 700), 6, 64, 8, 4),
+        ((2050, 2050), 16, 40, 3, 9),
+        ((64 * 40, 100), 4, 128, 1, 1),
+    ):
+        keys = mx.array(rng.standard_normal((2, 3, 64 * 40, dim), dtype=np.float32))
+        chosen = mx.broadcast_to(mx.arange(1, channels + 1, dtype=mx.int32), (2, 3, channels))
+        selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count)
+        queries = selector.queries(mx.array(rng.standard_normal((2, 3 * rows, 1, dim), dtype=np.float32)), 1.0)
         choose = choosers.get(by)
         found = choose(selector.sketches, queries, packed, count) if choose else selector.choose(queries, packed)
-        scores = queries[:, :, None].astype(mx.float32) @ pages.decode(selector.sketches)
+        few, mean = pages.decode(selector.sketches, channels)
+        scores = (queries[:, :, None, :, :channels] @ few) + (queries[..., channels:] @ mean.swapaxes(-1, -2)).swapaxes(
+            -1, -2
+        )[..., None]
         for b in range(2):
             whole, held = packed[b] // 64, -(-packed[b] // 64)
             mass = mx.softmax(mx.logsumexp(scores[b, :, :whole], axis=-1), axis=1).sum(2)  # [H, pages]
@@ -333,7 +342,7 @@ def test_a_model_reads_in_pages_with_and_without_a_recipe(tmp_path):
     for spec in ("int4:sink=4:pages=128", f"{path}:pages=128"):
         plans = hooks.compress(model, spec)
         assert [p.rotary for p in plans] == [Rotary(64)] * 2
-        assert plans[0].bytes_per_token() == 2 * (5 * 128 / 8 + 4.25)
+        assert plans[0].bytes_per_token() == 2 * (5 * 128 / 8 + pages.bytes_per_token(64))
         caches = make_prompt_cache(model)
         mx.eval(model(text[:, :-1], cache=caches))
         out = model(text[:, -1:], cache=caches)
@@ -341,7 +350,7 @@ def test_a_model_reads_in_pages_with_and_without_a_recipe(tmp_path):
         chosen.append(np.array(caches[1].sketches.channels))
         assert "decode read" in str(report(model))
     # Pairs from the prompt and pairs from other text are mostly the same ones, even of a random model.
-    assert all(len(set(a) & set(b)) >= 4 for a, b in zip(*(c[0].tolist() for c in chosen)))
+    assert all(len(set(a) & set(b)) >= 2 for a, b in zip(*(c[0].tolist() for c in chosen)))
     with pytest.raises(UserError, match="can't be simulated"):
         enter("int4:pages=128", model, simulate=True)
 

@@ -68,6 +68,12 @@ def two_bits(k: mx.array) -> mx.array:
     return (mx.clip(mx.floor(k / step), -2, 1) + 0.5) * step
 
 
+def four_bits(k: mx.array) -> mx.array:
+    """Channels as sketches have them: 16 levels to the largest of the page."""
+    step = mx.abs(k).max(3, keepdims=True) / pages.LEVELS + 1e-9
+    return (mx.clip(mx.floor(k / step), -8, 7) + 0.5) * step
+
+
 def some(chosen: np.ndarray, bits: int = 0, mean: bool = False) -> Weigh:
     """Scores from the channels `chosen [H, C]`, in 4 or 2 bits; `mean`: from the others by the mean key of the page."""
 
@@ -81,11 +87,8 @@ def some(chosen: np.ndarray, bits: int = 0, mean: bool = False) -> Weigh:
         few_q = mx.take_along_axis(q, mx.broadcast_to(index, (*q.shape[:3], index.shape[-1])), axis=-1)
         index = index[:, :, None]
         few_k = mx.take_along_axis(k, mx.broadcast_to(index, (*k.shape[:4], index.shape[-1])), axis=-1)
-        if bits == 2:
-            few_k = two_bits(few_k)
-        elif bits:
-            flat = few_k.reshape(*few_k.shape[:2], -1, few_k.shape[-1])
-            few_k = pages.decode(pages.encode(flat)).swapaxes(-1, -2).reshape(few_k.shape)
+        if bits:
+            few_k = two_bits(few_k) if bits == 2 else four_bits(few_k)
         return exact(few_q, few_k) + rest
 
     return weigh

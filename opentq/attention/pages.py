@@ -1,14 +1,15 @@
 """Pages: which blocks of 64 packed tokens a step reads, chosen by sketches of all of them.
 
 A token's sketch is a few channels of its key, as it is after RoPE and before the codec's rotation (`channels.py` says
-which), in 4 bits with one scale per channel and page. Their products with the same channels of a query are scores; a
-page's weight is the share of the softmax that its scores have, summed over the query heads (and rows) that share the
-page, and the pages with the most weight are read. The newest page always is. So a step reads the sketches of all
-tokens, a few bytes each, and the keys and values of a number of tokens that does not grow.
+which), in 4 bits with one scale per channel and page. Of the other channels a page has its mean key. The products of
+both with a query are scores; a page's weight is the share of the softmax that its scores have, summed over the query
+heads (and rows) that share the page, and the pages with the most weight are read. The newest page always is. So a step
+reads a few bytes of every token, and the keys and values of a number of tokens that does not grow.
 
-One page of sketches, uint8 `[B, Hkv, pages, C * 34]`:
+One page of sketches, uint8 `[B, Hkv, pages, C * 34 + D + 2]`:
 
     C channels of 32 bytes: byte j holds the codes of tokens j (low bits) and j + 32 | C scales, float16
+    | mean key, D signed bytes, 0 in the C channels | its scale, float16
 
 and a code stands for `(code - 7.5) * scale`. The layout is the same on every machine and on disk.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..contracts.layout import FLUSH
+from .channels import count
 
 PAGE = FLUSH
 """Tokens of a page: the block that leaves the fp16 tail."""
@@ -32,36 +34,48 @@ TILE = 4096
 """Pages whose scores exist at one time."""
 
 
-def row_bytes(channels: int) -> int:
+def row_bytes(channels: int, dim: int) -> int:
     """Bytes of one page of sketches of one KV head."""
-    return channels * (PAGE // 2 + 2)
+    return channels * (PAGE // 2 + 2) + dim + 2
 
 
-def bytes_per_token(channels: int) -> float:
-    """Bytes that sketches add to every packed token of one KV head."""
-    return row_bytes(channels) / PAGE
+def bytes_per_token(dim: int) -> float:
+    """Bytes that sketches of keys of `dim` channels add to every packed token of one KV head."""
+    return row_bytes(count(dim), dim) / PAGE
 
 
-def encode(keys: mx.array) -> mx.array:
-    """Sketches of whole pages: chosen channels `[B, H, n * 64, C]` -> uint8 `[B, H, n, C * 34]`."""
-    batch, heads, tokens, channels = keys.shape
-    x = keys.astype(mx.float32).reshape(batch, heads, tokens // PAGE, PAGE, channels).swapaxes(-1, -2)
-    scale = (mx.abs(x).max(-1, keepdims=True) / LEVELS).astype(mx.float16)
-    step = mx.where(scale == 0, 1.0, scale.astype(mx.float32))
+def encode(keys: mx.array, channels: mx.array) -> mx.array:
+    """Sketches of whole pages: keys `[B, H, n * 64, D]`, int32 `[B, H, C]` -> uint8 `[B, H, n, C * 34 + D + 2]`."""
+    batch, heads, tokens, dim = keys.shape
+    number, half = channels.shape[2], PAGE // 2
+    keys = keys.astype(mx.float32)
+    few = mx.take_along_axis(keys, mx.broadcast_to(channels[:, :, None], (batch, heads, tokens, number)), axis=-1)
+    x = few.reshape(batch, heads, tokens // PAGE, PAGE, number).swapaxes(-1, -2)
+    scale, step = _scale(mx.abs(x).max(-1, keepdims=True) / LEVELS)
     codes = mx.clip(mx.floor(x / step + (LEVELS + 0.5)), 0, 15).astype(mx.uint8)
-    half = PAGE // 2
-    packed = (codes[..., :half] | (codes[..., half:] << 4)).reshape(batch, heads, -1, channels * half)
-    return mx.concatenate([packed, scale.squeeze(-1).view(mx.uint8)], axis=-1)
+    packed = (codes[..., :half] | (codes[..., half:] << 4)).reshape(batch, heads, -1, number * half)
+    known = (mx.arange(dim) == channels[..., None]).any(axis=2)
+    mean = mx.where(known[:, :, None], 0, keys.reshape(batch, heads, tokens // PAGE, PAGE, dim).mean(3))
+    width, unit = _scale(mx.abs(mean).max(-1, keepdims=True) / 127)
+    rest = mx.round(mean / unit).astype(mx.int8).view(mx.uint8)
+    return mx.concatenate([packed, scale.squeeze(-1).view(mx.uint8), rest, width.view(mx.uint8)], axis=-1)
 
 
-def decode(pages: mx.array) -> mx.array:
-    """uint8 `[B, H, n, C * 34]` -> float32 `[B, H, n, C, 64]`."""
+def _scale(x: mx.array) -> tuple[mx.array, mx.array]:
+    """A scale as it is kept, float16, and as what numbers are divided by."""
+    kept = x.astype(mx.float16)
+    return kept, mx.where(kept == 0, 1.0, kept.astype(mx.float32))
+
+
+def decode(pages: mx.array, channels: int) -> tuple[mx.array, mx.array]:
+    """uint8 `[B, H, n, C * 34 + D + 2]` -> float32 channels `[B, H, n, C, 64]` and mean keys `[B, H, n, D]`."""
     half = PAGE // 2
-    channels = pages.shape[-1] // (half + 2)
-    codes = pages[..., : channels * half].reshape(*pages.shape[:3], channels, half)
-    scale = mx.contiguous(pages[..., channels * half :]).view(mx.float16).astype(mx.float32)[..., None]
+    parts = mx.split(pages, [channels * half, channels * (half + 2), pages.shape[-1] - 2], axis=-1)
+    codes = parts[0].reshape(*pages.shape[:3], channels, half)
+    scale, width = (mx.contiguous(p).view(mx.float16).astype(mx.float32) for p in parts[1::2])
     both = mx.concatenate([codes & 15, codes >> 4], axis=-1).astype(mx.float32)
-    return (both - LEVELS) * scale
+    mean = mx.contiguous(parts[2]).view(mx.int8).astype(mx.float32) * width
+    return (both - LEVELS) * scale[..., None], mean
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class Selector:
     """What a step needs to choose pages.
 
     Attributes:
-        sketches: uint8 `[B, Hkv, pages (over-allocated), C * 34]`.
+        sketches: uint8 `[B, Hkv, pages (over-allocated), C * 34 + D + 2]`.
         channels: int32 `[B, Hkv, C]`.
         budget: packed tokens to read, a multiple of 64.
     """
@@ -79,18 +93,20 @@ class Selector:
     budget: int
 
     def queries(self, q: mx.array, scale: float) -> mx.array:
-        """The chosen channels of queries `[B, Hq, L, D]`, scaled: float32 `[B, Hkv, G * L, C]`."""
+        """Queries `[B, Hq, L, D]`, scaled: their chosen channels, then all, float32 `[B, Hkv, G * L, C + D]`."""
         batch, heads, count = self.channels.shape
         rows = q.astype(mx.float32).reshape(batch, heads, -1, q.shape[-1]) * scale
-        return mx.take_along_axis(rows, mx.broadcast_to(self.channels[:, :, None], (*rows.shape[:3], count)), axis=-1)
+        index = mx.broadcast_to(self.channels[:, :, None], (*rows.shape[:3], count))
+        return mx.concatenate([mx.take_along_axis(rows, index, axis=-1), rows], axis=-1)
 
     def weights(self, rows: mx.array, pages: int) -> mx.array:
         """Log of the sum of exponentials of every page's scores, float32 `[B, Hkv, G * L, pages]`."""
-        parts = []
+        parts, channels = [], self.channels.shape[2]
+        few, whole = rows[..., :channels], rows[..., channels:]
         for start in range(0, pages, TILE):
-            keys = decode(self.sketches[:, :, start : min(start + TILE, pages)])
-            scores = rows[:, :, None] @ keys  # [B, H, pages, rows, 64]
-            parts.append(mx.logsumexp(scores, axis=-1).swapaxes(-1, -2))
+            keys, mean = decode(self.sketches[:, :, start : min(start + TILE, pages)], channels)
+            scores = mx.logsumexp(few[:, :, None] @ keys, axis=-1)  # [B, H, pages, rows]
+            parts.append(scores.swapaxes(-1, -2) + whole @ mean.swapaxes(-1, -2))
             if pages > TILE:
                 mx.eval(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

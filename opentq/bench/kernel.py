@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..attention import pages
-from ..attention.channels import CHANNELS
+from ..attention import channels, pages
 from ..caches.single import OpenTQCache
 from ..errors import UserError
 from ..kernels.cpu import library as cpu
@@ -103,7 +102,7 @@ class Ours:
         self.kv = str(parsed)
         self.problem, self.variant = problem, variant
         if parsed.pages:  # random keys: one channel tells as much as another
-            some = tuple(range(min(CHANNELS, problem.dim)))
+            some = tuple(range(channels.count(problem.dim)))
             parsed = replace(parsed, channels=(some,) * problem.kv_heads)
         self.cache = OpenTQCache(parsed)
         for start in range(0, problem.context, FILL):
@@ -124,7 +123,7 @@ class Ours:
         per_token = spec.bits_per_value(p.dim) * 2 * p.dim / 8
         sketches = 0.0
         if spec.pages and packed > spec.pages:  # all sketches, and the tokens of some pages
-            sketches = packed * pages.bytes_per_token(min(CHANNELS, p.dim))
+            sketches = packed * pages.bytes_per_token(p.dim)
             packed = spec.pages
         return round(p.kv_heads * (packed * per_token + sketches + dense * 4 * p.dim))
 

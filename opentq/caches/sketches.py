@@ -55,7 +55,7 @@ class Sketches:
         """Keys `[B, H, L, D]` of a step, of which `real` count; its queries follow in `observe`."""
         batch, heads, _, dim = keys.shape
         if self.channels is None:
-            start = self.given or (tuple(range(min(channels.CHANNELS, dim))),) * heads
+            start = self.given or (tuple(range(channels.count(dim))),) * heads
             self.channels = mx.broadcast_to(mx.array(start, dtype=mx.int32)[None], (batch, heads, len(start[0])))
         for lane in range(batch):
             if not self.ready[lane] and self.seen[lane] >= WARM:
@@ -111,9 +111,7 @@ class Sketches:
         assert self.channels is not None
         part = PackedKV(keys.codec, keys.layout, tuple(a[lane] for a in keys.arrays), keys.head_dim)
         x = keys.codec.unrotate(part.decode(first * PAGE, last * PAGE, mx.float32))
-        index = self.channels[lane][:, :, None]
-        chosen = mx.take_along_axis(x, mx.broadcast_to(index, (*x.shape[:3], index.shape[-1])), axis=-1)
-        return pages.encode(chosen)
+        return pages.encode(x, self.channels[lane])
 
     def trim(self, packed: Sequence[int]) -> None:
         """Packed tokens are down to these."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..attention import pages
-from ..attention.channels import CHANNELS
 from ..caches.latent import LatentCodec
 from ..codecs import Codec
 from ..contracts.rotary import NO_ROTARY, Rotary
@@ -80,7 +79,7 @@ class LayerPlan:
             return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8
         key, value = self.codecs
         bits = key.bits_per_value(self.key_dim) * self.key_dim + value.bits_per_value(self.value_dim) * self.value_dim
-        sketches = pages.bytes_per_token(min(CHANNELS, self.key_dim)) if self.spec.pages else 0
+        sketches = pages.bytes_per_token(self.key_dim) if self.spec.pages else 0
         return self.kv_heads * (bits / 8 + sketches)
 
 

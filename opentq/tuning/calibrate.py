@@ -97,7 +97,7 @@ class Moments:
         """What is kept of a layer."""
         energy = self.energy()
         dim = self.sums["k_sum"].shape[-1]
-        chosen = [channels.choose(e, self.rotary, dim, min(channels.CHANNELS, dim)) for e in energy]
+        chosen = [channels.choose(e, self.rotary, dim, channels.count(dim)) for e in energy]
         moments = {f"{s}_{name}": getattr(self, name)(s) for s in "qk" for name in ("mean", "covariance")}
         return {
             **{name: a.astype(np.float32) for name, a in {**moments, "energy": energy}.items()},

@@ -84,12 +84,12 @@ struct Call {
 
 // Which pages of sketches a decode step reads (pages.cpp). Strides in bytes.
 struct PageCall {
-  const uint8_t* sketches;  // [B, Hkv, pages, channels * 34]
+  const uint8_t* sketches;  // [B, Hkv, pages, channels * 34 + dim + 2]
   int64_t batch_stride, head_stride, page_stride;
-  const float* queries;   // [B, Hkv, rows, channels], scaled, contiguous
+  const float* queries;   // [B, Hkv, rows, channels + dim], scaled, contiguous
   const int32_t* packed;  // [B]: tokens
   int32_t* out;           // [B, Hkv, count]
-  int64_t batch, kv_heads, rows, channels, count;
+  int64_t batch, kv_heads, rows, channels, dim, count;
   int32_t threads, pad;
 };
 

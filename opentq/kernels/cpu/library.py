@@ -147,6 +147,7 @@ class PageCall(ctypes.Structure):
         ("kv_heads", c_int64),
         ("rows", c_int64),
         ("channels", c_int64),
+        ("dim", c_int64),
         ("count", c_int64),
         ("threads", c_int32),
         ("pad", c_int32),

@@ -1,7 +1,7 @@
 // Which pages a decode step reads: scores of all tokens from their sketches, the softmax's share per page, the largest.
 //
 // A page of sketches is C channels of 32 bytes (byte j: the 4-bit codes of tokens j and j + 32) and C fp16 scales; a code
-// stands for (code - 7.5) * scale (attention/pages.py). First every page leaves, for every query row of its KV head, the
+// stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). First every page leaves, for every query row of its KV head, the
 // largest score and the sum of 2^(score - largest); then every KV head adds up the rows' shares and picks. Bytes moved:
 // all sketches once, from memory. The arithmetic, an exponential per token and row, is what it costs.
 #include <cmath>
@@ -16,7 +16,7 @@ namespace otq {
 
 constexpr int PAGE = 64;
 constexpr int64_t PAGES_PER_TASK = 64;
-constexpr int MAX_CHANNELS = 64;
+constexpr int MAX_CHANNELS = 64, MAX_DIM = 1024;
 constexpr float LOG2_OF_E = 1.44269504088896f;
 
 class Choice {
@@ -39,14 +39,16 @@ class Choice {
   int64_t longest_ = 0, stride_ = 0;
   std::unique_ptr<float[]> largest_, sum_;  // [B * Hkv][rows][stride_], in units of log2
 
+  int64_t width() const { return c_.channels + c_.dim; }
+
   void weigh(int64_t head, int64_t first) const {
     const int64_t b = head / c_.kv_heads, last = std::min<int64_t>(first + PAGES_PER_TASK, c_.packed[b] / PAGE);
-    alignas(64) float x[MAX_CHANNELS * PAGE];
+    alignas(64) float x[MAX_CHANNELS * PAGE], mean[MAX_DIM];
     const uint8_t* page = c_.sketches + b * c_.batch_stride + head % c_.kv_heads * c_.head_stride + first * c_.page_stride;
     for (int64_t p = first; p < last; p++, page += c_.page_stride) {
-      open(page, x);
+      open(page, x, mean);
       for (int64_t r = 0; r < c_.rows; r++) {
-        const float* q = c_.queries + (head * c_.rows + r) * c_.channels;
+        const float* q = c_.queries + (head * c_.rows + r) * width();
         F s[PAGE / W];
         UNROLL for (int j = 0; j < PAGE / W; j++) s[j] = set1(0.f);
         for (int64_t c = 0; c < c_.channels; c++) {
@@ -60,12 +62,19 @@ class Choice {
         F sum = set1(0.f);
         UNROLL for (int j = 0; j < PAGE / W; j++) sum = add(sum, exp2(sub(s[j], top)));
         const int64_t at = (head * c_.rows + r) * stride_ + p;
-        largest_[at] = largest, sum_[at] = hsum(sum);
+        float rest = 0;
+        for (int64_t d = 0; d < c_.dim; d++) rest += q[c_.channels + d] * mean[d];
+        largest_[at] = largest + rest * LOG2_OF_E, sum_[at] = hsum(sum);
       }
     }
   }
 
-  void open(const uint8_t* page, float* x) const {
+  void open(const uint8_t* page, float* x, float* mean) const {
+    const uint8_t* rest = page + c_.channels * (PAGE / 2 + 2);
+    uint16_t width;
+    std::memcpy(&width, rest + c_.dim, 2);
+    const float unit = half_to_float(width);
+    for (int64_t d = 0; d < c_.dim; d++) mean[d] = float(int8_t(rest[d])) * unit;
     for (int64_t c = 0; c < c_.channels; c++, page += PAGE / 2, x += PAGE) {
       uint16_t half;
       std::memcpy(&half, page + (c_.channels - c) * (PAGE / 2) + 2 * c, 2);
@@ -113,7 +122,7 @@ class Choice {
 
 EXPORT int opentq_pages(const otq::PageCall* call) {
   try {
-    if (call->channels > otq::MAX_CHANNELS) return 1;
+    if (call->channels > otq::MAX_CHANNELS || call->dim > otq::MAX_DIM) return 1;
     otq::Choice(*call).run();
     return 0;
   } catch (const std::bad_alloc&) {

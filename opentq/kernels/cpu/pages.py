@@ -7,19 +7,26 @@ import numpy as np
 
 from . import library as cpu
 
-MAX_CHANNELS = 64
+MAX_CHANNELS, MAX_DIM = 64, 1024
+
+
+def shape_of(row: int, width: int) -> tuple[int, int]:
+    """(C, D) of sketches with rows of `C * 34 + D + 2` bytes for queries of `C + D` numbers."""
+    channels = (row - width - 2) // 33
+    return channels, width - channels
 
 
 def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: int) -> mx.array | None:
     """The `count` pages of most weight, int32 `[B, Hkv, count]`: see `attention.pages.Selector.choose`.
 
     Args:
-        sketches: uint8 `[B, Hkv, pages, C * 34]`.
-        rows: scaled queries, float32 `[B, Hkv, R, C]`.
+        sketches: uint8 `[B, Hkv, pages, C * 34 + D + 2]`.
+        rows: scaled queries, float32 `[B, Hkv, R, C + D]`.
         packed: packed tokens of every sequence.
     """
-    batch, heads, length, channels = rows.shape
-    if channels > MAX_CHANNELS or not cpu.available():
+    batch, heads, length, width = rows.shape
+    channels, dim = shape_of(sketches.shape[3], width)
+    if channels > MAX_CHANNELS or dim > MAX_DIM or not cpu.available():
         return None
     if max(packed) // 64 > sketches.shape[2]:
         raise ValueError(f"{max(packed)} packed tokens, and sketches of {sketches.shape[2]} pages")
@@ -36,6 +43,7 @@ def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: i
         heads,
         length,
         channels,
+        dim,
         count,
         cpu.threads(),
     )

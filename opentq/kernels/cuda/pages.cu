@@ -1,22 +1,23 @@
 // Which pages a decode step reads, in two launches: every page's weight for every query row, then the largest shares.
 //
 // A page of sketches is C channels of 32 bytes (byte j: the 4-bit codes of tokens j and j + 32) and C fp16 scales; a code
-// stands for (code - 7.5) * scale (attention/pages.py). `weigh`: one warp per page, lane j has tokens j and j + 32 of all
-// channels in registers and meets one query row after the other; grid (pages / 4, B Hkv). `pick`: one block per KV head
+// stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). `weigh`:
+// one warp per page, lane j has tokens j and j + 32 of all channels, and every 32nd of the mean, in registers and meets
+// one query row after the other; grid (pages / 4, B Hkv). `pick`: one block per KV head
 // adds up the rows' shares of the softmax and finds the count-th largest by halving the range of its bits; grid B Hkv.
-// Inputs: sketches [B Hkv, held, C 34] bytes, queries [B Hkv, rows, C] float, scaled; packed [B] tokens.
+// Inputs: sketches [B Hkv, held, 34 C + D + 2] bytes, queries [B Hkv, rows, C + D] float, scaled; packed [B] tokens.
 // Outputs: weights [B Hkv, rows, pages] float, log2; shares [B Hkv, pages] float; list [B Hkv, count], ascending.
 // Bytes moved: the sketches once; weights (4 rows / 64 bytes a token) out and in again, from the cache.
 #include "warp.cuh"
 
 namespace opentq {
 
-template <int C>
+template <int C, int DIM>
 __device__ __forceinline__ void weigh_pages(const unsigned char* sketches, const float* queries, float* weights, int pages,
                                             int held, int rows) {
   const int lane = threadIdx.x % 32, page = blockIdx.x * 4 + threadIdx.x / 32, head = blockIdx.y;
   if (page >= pages) return;
-  const unsigned char* at = sketches + ((size_t)head * held + page) * (C * 34);
+  const unsigned char* at = sketches + ((size_t)head * held + page) * (C * 34 + DIM + 2);
   float low[C], high[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) {
@@ -24,9 +25,20 @@ __device__ __forceinline__ void weigh_pages(const unsigned char* sketches, const
     const u32 codes = at[c * 32 + lane];
     low[c] = ((float)(codes & 15) - 7.5f) * scale, high[c] = ((float)(codes >> 4) - 7.5f) * scale;
   }
+  constexpr int STEPS = (DIM + 31) / 32;
+  float mean[STEPS];
+  const float width = half_bits(*(const u16*)(at + C * 34 + DIM)) * 1.44269504f;
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) {
+    const int d = 32 * i + lane;
+    mean[i] = d < DIM ? (float)(signed char)at[C * 34 + d] * width : 0.f;
+  }
   for (int r = 0; r < rows; ++r) {
-    const float* q = queries + ((size_t)head * rows + r) * C;
-    float a = 0.f, b = 0.f;
+    const float* q = queries + ((size_t)head * rows + r) * (C + DIM);
+    float a = 0.f, b = 0.f, rest = 0.f;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i)
+      if (32 * i + lane < DIM) rest += q[C + 32 * i + lane] * mean[i];
 #pragma unroll
     for (int c = 0; c < C; ++c) a += q[c] * low[c], b += q[c] * high[c];
     float most = fmaxf(a, b);
@@ -34,8 +46,8 @@ __device__ __forceinline__ void weigh_pages(const unsigned char* sketches, const
     for (int s = 1; s < 32; s *= 2) most = fmaxf(most, shuffle_xor(most, s));
     float sum = exp2_fast(a - most) + exp2_fast(b - most);
 #pragma unroll
-    for (int s = 1; s < 32; s *= 2) sum += shuffle_xor(sum, s);
-    if (lane == 0) weights[((size_t)head * rows + r) * pages + page] = most + log2f(sum);
+    for (int s = 1; s < 32; s *= 2) sum += shuffle_xor(sum, s), rest += shuffle_xor(rest, s);
+    if (lane == 0) weights[((size_t)head * rows + r) * pages + page] = most + log2f(sum) + rest;
   }
 }
 
