@@ -28,6 +28,12 @@ def records(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def models(name: str) -> list[dict[str, Any]]:
+    """Records of `opentq bench model`; older ones call mlx-lm's own cache f16."""
+    own = [r["kv"] == "f16" and r["served_by"] == "mlx-lm" for r in records(name)]
+    return [r | {"kv": "native"} if mine else r for r, mine in zip(records(name), own)]
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
@@ -55,7 +61,7 @@ def machine(rows: list[dict[str, Any]]) -> str:
 @table
 def headline() -> str:
     """models/tiny-llama at 8K tokens: memory and speed of every cache, in one run."""
-    rows = [r for r in records("model-cpu") if r["depth"] == 8192 and r["tokens_per_s"]]
+    rows = [r for r in models("model-cpu") if r["depth"] == 8192 and r["tokens_per_s"]]
     if not rows:
         return "No record yet."
     found = latest(rows, "kv", "test")
@@ -67,7 +73,7 @@ def headline() -> str:
         mine = {t: found[kv, t] for t in tests}
         speeds = [f"{mine[t]['tokens_per_s']:.0f} ({mine[t]['tokens_per_s'] / base[t]:.2f}x)" for t in tests]
         held = mine[tests[0]]
-        label = "mlx-lm's own (float32 on the CPU)" if kv == "f16" else f"opentq `{kv}`"
+        label = "mlx-lm's own (float32 on the CPU)" if kv == "native" else f"opentq `{kv}`"
         body.append([label, f"{held['kv_bytes'] / 1e6:.1f} MB", f"{held['peak_bytes'] / 1e6:.0f} MB", *speeds])
     units = [words(t) for t in tests]
     text = markdown(["KV cache, `tiny-llama` at 8,192 tokens", "KV held", "peak with weights", *units], body)
@@ -128,12 +134,12 @@ def metal_times() -> str:
 @table
 def peaks() -> str:
     """models/tiny-llama: peak memory of one prefill chunk of 512 tokens at growing depth, weights included."""
-    rows = [r for r in records("model-cpu") if r["test"] == "pp512" and r["depth"] >= 2048 and r["peak_bytes"]]
+    rows = [r for r in models("model-cpu") if r["test"] == "pp512" and r["depth"] >= 2048 and r["peak_bytes"]]
     found = latest(rows, "kv", "depth")
     depths = sorted({r["depth"] for r in rows})
     names = [kv for kv in dict.fromkeys(r["kv"] for r in rows) if all((kv, d) in found for d in depths)]
     body = [
-        ["mlx-lm's own" if kv == "f16" else f"opentq `{kv}`"]
+        ["mlx-lm's own" if kv == "native" else f"opentq `{kv}`"]
         + [f"{found[kv, d]['peak_bytes'] / 1e6:.0f} MB" for d in depths]
         for kv in names
     ]
@@ -215,7 +221,7 @@ GRAPH = ("graph", "ours")
 @table
 def nvidia_model() -> str:
     """All of Llama-3.1-70B's shape on one card, KV cache filled to depth."""
-    rows = records("model-cuda")
+    rows = models("model-cuda")
     found = latest(rows, "device", "kv", "depth", "test")
     body = []
     for (device, kv, depth, test), r in sorted(found.items()):
@@ -223,7 +229,7 @@ def nvidia_model() -> str:
             continue
         speed = f"{r['tokens_per_s']:.1f}" if r["tokens_per_s"] else r["note"]
         held = [f"{r[k] / 1e9:.1f} GB" if r[k] else "" for k in ("kv_bytes", "peak_bytes")]
-        label = "mlx-lm's own fp16" if kv == "f16" else f"opentq `{kv}`"
+        label = "mlx-lm's own fp16" if kv == "native" else f"opentq `{kv}`"
         body.append([device.removeprefix("NVIDIA "), label, f"{depth // 1024}K" if depth else "0", speed, *held])
     head = ["Llama-3.1-70B's shape, random 4-bit weights", "KV cache", "depth", "tokens/s", "KV held", "peak"]
     command = "opentq bench model llama-3.1-70b --weights random-4bit -n 64 -r 2"

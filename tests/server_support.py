@@ -14,6 +14,7 @@ import httpx
 import openai
 
 from opentq.server.launch import ServeOptions, Server, make_service
+from opentq.spec.kv import KVSpec
 
 LONG = "".join(random.Random(7).choices("abcdefghij \n", k=3000))
 TOOL = {
@@ -44,7 +45,7 @@ class Running:
 
     def __init__(self, folder, **options):
         self.options = ServeOptions(
-            str(folder), **{"kv": "int4", "memory": 4 << 30, "prefill_step": 64, "port": 0, **options}
+            str(folder), **{"kv": KVSpec(), "memory": 4 << 30, "prefill_step": 64, "port": 0, **options}
         )
         service, self.prices = make_service(self.options)
         self.server = Server(service, self.options)

@@ -17,6 +17,8 @@ from opentq.bench.chart import Chart, Series, charts
 from opentq.bench.rivals import find
 from opentq.cli.bench import bench
 from opentq.errors import UserError
+from opentq.spec.kv import KVSpec
+from opentq.spec.text import specs
 
 QUICK = {"windows": 2, "warm": 0.0, "window": 0.0}
 TINY = {
@@ -72,7 +74,7 @@ def test_float64_attention_is_softmax_attention():
 
 
 def test_kernel_rows_are_right():
-    records = list(kernel.bench((4, 2, 64), [130, 256], ["f16", "int4", "k8v4"], ["mlx", "mlx-lm"], **QUICK))
+    records = list(kernel.bench((4, 2, 64), [130, 256], specs("f16,int4,k8v4"), ["mlx", "mlx-lm"], **QUICK))
     assert len(records) == 2 * (3 + 2 + 2)
     for r in records:
         assert r["error"] < (2e-3 if r["engine"] == "opentq" else 1e-3), r["engine"]
@@ -88,20 +90,20 @@ def test_kernel_rows_are_right():
 
 def test_stored_is_what_went_in():
     problem = kernel.Problem.random((4, 2, 64), 200)
-    arm = kernel.Ours("f16:sink=4", problem)
+    arm = kernel.Ours(KVSpec.parse("f16:sink=4"), problem)
     for got, exact in zip(arm.stored(1), (problem.k, problem.v)):
         np.testing.assert_array_equal(got, exact[:1])
 
 
 def test_long_contexts_are_checked_in_some_heads(monkeypatch):
     monkeypatch.setattr(kernel, "CHECKED", 300 * 64)
-    whole, part = kernel.bench((4, 2, 64), [150, 300], ["int4"], **QUICK)
+    whole, part = kernel.bench((4, 2, 64), [150, 300], specs("int4"), **QUICK)
     assert (whole["checked_heads"], part["checked_heads"]) == (2, 1)
     assert whole["error"] < 2e-3 and part["error"] < 2e-3 < part["error_with_codec"]
 
 
 def test_an_arm_that_takes_too_long_says_so():
-    rows = list(kernel.bench((4, 2, 64), [64, 128, 1 << 14], ["int4"], **QUICK, budget=1e-9))
+    rows = list(kernel.bench((4, 2, 64), [64, 128, 1 << 14], specs("int4"), **QUICK, budget=1e-9))
     assert rows[0]["note"].startswith("timed once: 2 windows would take") and rows[0]["windows_ms"] == [rows[0]["ms"]]
     assert all(r["ms"] is None and r["note"].startswith("left out: a call would take") for r in rows[1:])
     assert "left out" in table.render(rows, "md") and charts(rows)
@@ -126,7 +128,7 @@ def test_rivals_attend_to_what_they_store(rival):
 
 def test_bad_input_is_said_in_words():
     with pytest.raises(UserError, match="multiple of KV heads"):
-        next(kernel.bench((5, 2, 64), [64], ["int4"]))
+        next(kernel.bench((5, 2, 64), [64], specs("int4")))
     with pytest.raises(UserError, match="--against"):
         find("vllm")
     with pytest.raises(UserError, match="output format"):
@@ -156,30 +158,30 @@ def test_a_window_that_the_hypervisor_disturbed_is_taken_again(monkeypatch):
 def test_model_rows(config):
     built = build.build(config, "random-4bit", layers=2)
     assert built.name.endswith("(2 layers, random-4bit)")
-    rows = list(models.bench(built, ["f16", "int4"], [0, 300], [32], [4], repetitions=2, fill="random"))
+    rows = list(models.bench(built, specs("off,int4"), [0, 300], [32], [4], repetitions=2, fill="random"))
     assert [(r["test"], r["depth"], r["kv"]) for r in rows] == [
-        (test, depth, kv) for depth in (0, 300) for test in ("pp32", "tg4") for kv in ("f16", "int4")
+        (test, depth, kv) for depth in (0, 300) for test in ("pp32", "tg4") for kv in ("native", "int4")
     ]
     deep = {(r["test"], r["kv"]): r for r in rows if r["depth"]}
-    assert deep["pp32", "f16"]["vs_f16"] == 1
-    assert deep["tg4", "int4"]["kv_bytes"] < deep["tg4", "f16"]["kv_bytes"]
-    assert deep["tg4", "f16"]["served_by"] == "mlx-lm" and deep["tg4", "int4"]["served_by"] != "mlx-lm"
+    assert deep["pp32", "native"]["vs_native"] == 1
+    assert deep["tg4", "int4"]["kv_bytes"] < deep["tg4", "native"]["kv_bytes"]
+    assert deep["tg4", "native"]["served_by"] == "mlx-lm" and deep["tg4", "int4"]["served_by"] != "mlx-lm"
     assert all(r["tokens_per_s"] > 0 and r["peak_bytes"] > r["weight_bytes"] for r in rows)
     assert rows[0]["fill"] == "" and deep["tg4", "int4"]["fill"] == "random"
 
 
 def test_parallel_sequences_are_one_batch(config):
     built = build.build(config, "random-4bit", layers=2)
-    rows = list(models.bench(built, ["f16", "int4"], [300], [32], [4], repetitions=2, fill="random", parallel=3))
+    rows = list(models.bench(built, specs("off,int4"), [300], [32], [4], repetitions=2, fill="random", parallel=3))
     assert [r["test"] for r in rows] == ["tg4x3", "tg4x3"], "prompts are not a batch's"
-    (one,) = models.bench(built, ["int4"], [300], [], [4], repetitions=1, fill="random")
+    (one,) = models.bench(built, specs("int4"), [300], [], [4], repetitions=1, fill="random")
     assert 2.5 < rows[1]["kv_bytes"] / one["kv_bytes"] < 3.5 and rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
     assert all(r["tokens_per_s"] > 0 and r["peak_bytes"] > r["weight_bytes"] for r in rows)
 
 
 def test_random_fill_equals_prefill_in_size(config):
     built = build.build(config, "random-f16")
-    arms = [models.Arm(built, "int4", 128, 0) for _ in range(2)]
+    arms = [models.Arm(built, KVSpec.parse("int4"), 128, 0) for _ in range(2)]
     for arm, how in zip(arms, ("prefill", "random")):
         arm.fill(200, how)
     assert [c.offset for c in arms[0].caches] == [c.offset for c in arms[1].caches] == [200] * 3
@@ -187,7 +189,7 @@ def test_random_fill_equals_prefill_in_size(config):
 
 
 def test_caches_are_put_back_after_each_run(config):
-    arm = models.Arm(build.build(config, "random-f16"), "int4", 64, 0)
+    arm = models.Arm(build.build(config, "random-f16"), KVSpec.parse("int4"), 64, 0)
     arm.fill(100, "prefill")
     arm.prompt(40, 0)
     arm.generate(3, 0)
@@ -198,7 +200,7 @@ def test_an_arm_over_the_memory_limit_is_out_and_says_so(config):
     built = build.build(config, "random-f16")
     before = mx.set_memory_limit(1 << 34)
     try:
-        rows = list(models.bench(built, ["f16"], [64], [16], [], repetitions=1, limit=1 << 10))
+        rows = list(models.bench(built, [None], [64], [16], [], repetitions=1, limit=1 << 10))
     finally:
         mx.set_memory_limit(before)
     assert rows[0]["tokens_per_s"] is None and "the limit is" in rows[0]["note"]
@@ -254,7 +256,7 @@ def test_command_prints_tables_and_keeps_records(tmp_path):
 
 
 def test_rows_are_compared_with_mlx_over_fp16():
-    records = list(kernel.bench((4, 2, 64), (128,), ("int4",), ("mlx",), 2, 0.0, 0.0))
+    records = list(kernel.bench((4, 2, 64), (128,), specs("int4"), ("mlx",), 2, 0.0, 0.0))
     fp16 = next(r["ms"] for r in records if (r["engine"], r["kv"]) == ("mlx", "f16"))
     text = table.render(records, "md")
     assert f"| {records[0]['ms'] / fp16:.2f}x |" in text and "| 1.00x |" in text

@@ -17,8 +17,8 @@ from opentq.errors import UserError
 from opentq.hosts import hooks, rotary
 from opentq.hosts.identity import fingerprint
 from opentq.spec.calibration import CalibrationError
-from opentq.spec.kv import KVSpec
 from opentq.spec.recipe import Recipe
+from opentq.spec.text import parse
 from opentq.tuning.calibrate import Calibrator, Reading
 
 from .architectures import build
@@ -126,11 +126,11 @@ def test_a_stopped_run_goes_on_and_gives_the_same(made, tmp_path):
 
 def test_a_calibrated_recipe_goes_wherever_a_spec_does(made):
     model, calibrator, path = made
-    recipe = KVSpec.parse(str(path))
-    assert isinstance(recipe, Recipe) and str(recipe) == str(path) and KVSpec.parse(str(recipe)) == recipe
+    recipe = parse(str(path))
+    assert isinstance(recipe, Recipe) and str(recipe) == str(path) and parse(str(recipe)) == recipe
     assert recipe.calibration.channels[1][0] == tuple(choose(calibrator.moments[1].energy()[0], Rotary(64), 64, 6))
     assert [str(s) for s in recipe.layers] == ["int4:sink=4"] * 2
-    more = KVSpec.parse(f"{path}:recent=70")
+    more = parse(f"{path}:recent=70")
     assert str(more) == f"{path}:recent=70" and str(more.layers[0]) == "int4:sink=4:recent=70"
     plans = hooks.compress(model, more)
     assert [p.codec for p in plans] == ["int4:sink=4:recent=70"] * 2
@@ -167,20 +167,20 @@ def test_damaged_recipes_are_refused(made, tmp_path):
     text = path.read_text()
     copy = change(path, tmp_path, **{"1.energy": np.full((2, 32), np.nan, np.float32)})
     with pytest.raises(CalibrationError, match=r"tensor 1\.energy is not finite"):
-        KVSpec.parse(str(copy))
+        parse(str(copy))
     file = copy.with_suffix(".safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CalibrationError, match="cut, changed or of another"):
-        KVSpec.parse(str(copy))
+        parse(str(copy))
     file.unlink()
     with pytest.raises(CalibrationError, match="can't be read"):
-        KVSpec.parse(str(copy))
+        parse(str(copy))
     copy.write_text(text.replace("tokens = 600", "tokens = 100"))
     with pytest.raises(CalibrationError, match="100 tokens, and at least 512"):
-        KVSpec.parse(str(copy))
+        parse(str(copy))
     copy.write_text(text.replace("sha256", "sha"))
     with pytest.raises(CalibrationError, match="lacks sha256"):
-        KVSpec.parse(str(copy))
+        parse(str(copy))
 
 
 def test_what_can_not_be_calibrated_is_said(tmp_path):
@@ -209,7 +209,7 @@ def test_the_command(folder, tmp_path):
     options = ["--tokens", "600", "--context", "600", "--text", str(text), "-o", str(path), "--kv", "int4"]
     done = run(app, ["calibrate", str(folder), *options], catch_exceptions=False)
     assert "600 tokens, 2 of 2 layers calibrated" in done.output
-    assert not path.with_suffix(".partial").exists() and isinstance(KVSpec.parse(str(path)), Recipe)
+    assert not path.with_suffix(".partial").exists() and isinstance(parse(str(path)), Recipe)
     for arguments, match in (
         ([], "give one model"),
         ([str(folder), "-o", "r.json"], "must end in .toml"),

@@ -58,7 +58,7 @@ def test_generate_answers_from_a_file(run, tmp_path, kv):
     assert code == 0, err
     record = json.loads(out.splitlines()[-1])
     assert "48213" in record["text"] and record["kv_spec"] == kv and record["prompt_tokens"] > 20
-    assert answer.read_text() == record["text"]
+    assert answer.read_text() == record["text"] + "\n"
     assert "tok/s" in err and "KV" in err
 
 
@@ -183,17 +183,12 @@ def test_bad_models(run, tmp_path, make, words):
         (["--prompt-file", "/nonexistent/prompt"], "can't read the prompt file"),
         (["--prompt", "a", "b"], "once"),
         (["hello", "--max-context", "5"], "--max-context 5"),
-        (["hello", "-o", "/nonexistent/out.txt"], "can't write the output"),
+        (["hello", "-o", "/nonexistent/out.txt"], "can't be written"),
     ],
 )
 def test_bad_input(run, args, words):
     code, _, err = run("generate", "--model", str(TINY), *args)
     assert code == 2 and words in err and err.count("\n") == 1, err
-
-
-def test_a_missing_model_option(run):
-    code, _, err = run("generate", "hello")
-    assert code == 2 and "--model" in err
 
 
 def test_doctor_finds_a_working_machine(run):

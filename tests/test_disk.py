@@ -223,7 +223,7 @@ def test_build_info_use(tmp_path):
     document = tmp_path / "text.txt"
     document.write_text("".join(f"The {i}th box holds {i * i % 89} red balls. " for i in range(30)))
     file = tmp_path / "box.cache"
-    command("build", str(file), "--model", str(model), "--text-file", str(document), "--kv", "int8")
+    command("build", str(model), str(file), "--text-file", str(document), "--kv", "int8")
     assert json.loads(command("info", str(file), "--json").stdout)["spec"] == "int8"
     used = command("use", str(file), "--prompt", "The 7th box holds", "--max-tokens", "12", "--json")
     answer = json.loads(used.stdout.splitlines()[-1])

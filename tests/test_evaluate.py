@@ -340,12 +340,12 @@ def test_the_command_prints_tables_and_keeps_records(run, folder, tmp_path):
     fast = ["--depths", "100", "--window", "16", "--sequences", "1"]
     specs = "int4,int4:norot,tq4,tq3,tq3p,polar4,qjl,k8v4,q4_0,mlx4"
     kept = ["--records", str(tmp_path / "r.jsonl")]
-    code, out, err = run("eval", "fidelity", *common, *fast, "--kv", specs, "-o", "md", *kept)
+    code, out, err = run("eval", "fidelity", *common, *fast, "--kv", specs, "--format", "md", *kept)
     assert code == 0, err
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) == 11 and "KL mean" in rows[0] and all(r.count("[") == 5 for r in rows[1:])
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 10
-    code, out, err = run("eval", "fidelity", *common, *fast, "--kv", "tq4", "-o", "json", *kept)
+    code, out, err = run("eval", "fidelity", *common, *fast, "--kv", "tq4", "--format", "json", *kept)
     assert code == 0 and json.loads(out)["settings"]["spec"] == "tq4"
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 10
     code, out, err = run(
@@ -403,13 +403,13 @@ def test_characters_show_the_grid():
         ((), "no model given"),
         (("--kv", "tq9"), "unknown codec 'tq9'"),
         (("--kv", "int4/qjl"), "can't hold values"),
-        (("--kv", "int4,int4"), "each once"),
+        (("--kv", "int4,int4"), "names a spec twice"),
         (("--depths", "1,x"), "must be numbers of tokens"),
         (("--depths", "500,100"), "ascending"),
         (("--window", "30"), "multiple of --step"),
         (("--depths", "100,120"), "windows overlap"),
         (("--depths", "9999999"), "give more text"),
-        (("-o", "xml"), "output format 'xml'"),
+        (("--format", "xml"), "output format 'xml'"),
         (("--text", "/nowhere.txt"), "does not exist"),
         (("--records", "/proc/x/y.jsonl"), "can't use the records file"),
     ],
@@ -425,10 +425,10 @@ def test_bad_needles_and_layers_are_refused(run, folder):
     for args, part in (
         (["needle", "--depths", "2"], "between 0 and 1"),
         (["needle", "--kind", "colour"], "needle kind 'colour'"),
-        (["needle", "--trials", "0"], "at least one"),
+        (["needle", "--trials", "0"], "--trials"),
         (["layers", "--kv", "mlx4"], "leave out mlx4"),
-        (["layers", "--window", "0"], "at least 1"),
-        (["generate", "--prompts", "0"], "at least one prompt"),
+        (["layers", "--window", "0"], "--window"),
+        (["generate", "--prompts", "0"], "--prompts"),
     ):
         code, _out, err = run("eval", args[0], *model, *args[1:])
         assert code != 0 and part in err and len(err.strip().splitlines()) == 1, err

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentq.codecs import GROUPS, REGISTRY
-from opentq.spec.kv import KVSpec, SpecError, spec_from_flags
+from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.latent import latent_spec
+from opentq.spec.text import AUTO, asked
 
 names = st.sampled_from(sorted(REGISTRY))
 value_names = st.sampled_from(sorted(name for name, method in REGISTRY.items() if not method.partner))
@@ -126,12 +127,12 @@ def test_qjl_gives_the_first_layers_twice_the_bits():
 
 
 def test_mlx_lm_flags_are_aliases():
-    assert spec_from_flags(None, 8, 32) == KVSpec.parse("int8:g32")
-    assert spec_from_flags(None, 4, None) == KVSpec.parse("int4:g64")
-    assert spec_from_flags(None) is None and spec_from_flags("k8v4") == KVSpec.parse("k8v4")
+    assert asked(None, 8, 32) == KVSpec.parse("int8:g32")
+    assert asked(None, 4, None) == KVSpec.parse("int4:g64")
+    assert asked(None) == AUTO and asked("k8v4") == KVSpec.parse("k8v4")
     for bad in (("int4", 4, None), (None, None, 64), (None, 5, 64)):
         with pytest.raises(SpecError):
-            spec_from_flags(*bad)
+            asked(*bad)
 
 
 def random_spec(rng: random.Random) -> KVSpec:

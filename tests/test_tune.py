@@ -10,6 +10,7 @@ from opentq.errors import UserError
 from opentq.hosts import hooks
 from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.recipe import Recipe, text
+from opentq.spec.text import parse
 from opentq.tuning.sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 from opentq.tuning.tune import Goal, Tuner
 
@@ -19,29 +20,29 @@ LINE = "k8v4|int4:g64|int3"
 
 
 def test_a_recipe_is_a_spec_that_round_trips(tmp_path):
-    recipe = KVSpec.parse(LINE)
-    assert isinstance(recipe, Recipe) and str(recipe) == LINE and KVSpec.parse(str(recipe)) == recipe
+    recipe = parse(LINE)
+    assert isinstance(recipe, Recipe) and str(recipe) == LINE and parse(str(recipe)) == recipe
     assert [str(recipe.for_layer(i, 3)) for i in range(3)] == LINE.split("|")
-    assert recipe.compresses and not KVSpec.parse("f16|f16").compresses
+    assert recipe.compresses and not parse("f16|f16").compresses
     assert recipe.bits_per_value(64) == pytest.approx((7 + 4.5 + 4) / 3)
     path = tmp_path / "Recipe.toml"
     path.write_text(text(LINE.split("|"), "two\nlines", {"kl": 0.01, "model": 'a "b"'}))
-    assert KVSpec.parse(str(path)) == recipe
+    assert parse(str(path)) == recipe
 
 
 def test_bad_recipes_are_said_in_words(tmp_path):
     for line, match in (("int4|", "KV spec"), ("int4|int5", "int5"), ("int4|int4:window=compress", "agree")):
         with pytest.raises(SpecError, match=match):
-            KVSpec.parse(line)
+            parse(line)
     path = tmp_path / "r.toml"
     with pytest.raises(SpecError, match="can't be read"):
-        KVSpec.parse(str(path))
+        parse(str(path))
     for content, match in (("layers = [", "not valid TOML"), ("layers = 3", "needs layers")):
         path.write_text(content)
         with pytest.raises(SpecError, match=match):
-            KVSpec.parse(str(path))
+            parse(str(path))
     with pytest.raises(UserError, match="made for another model"):
-        KVSpec.parse(LINE).for_layer(0, 4)
+        parse(LINE).for_layer(0, 4)
 
 
 def test_a_recipe_serves_a_model():
@@ -95,7 +96,7 @@ class Known(Tuner):
         self.measured += names
         found = {}
         for name in names:
-            layers = KVSpec.parse(name).layers if "|" in name else (KVSpec.parse(name),) * 3
+            layers = parse(name).layers if "|" in name else (KVSpec.parse(name),) * 3
             kl = (
                 sum(
                     (100 if i == 1 else 1) * 4.0 ** -width(s.keys) + 4.0 ** -width(s.values)

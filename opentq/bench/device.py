@@ -118,8 +118,9 @@ def examine(plan: Plan) -> Iterator[Record]:
         yield from _pack(plan, spec)
     arms = [(spec, name, variant) for name, variant in variants() for spec in plan.timed if (spec, name) not in wrong]
     right = [spec for spec in plan.timed if not any(s == spec for s, _ in wrong)]
+    ours = [kernel.ours(KVSpec.parse(spec), name, variant) for spec, name, variant in arms]
     try:
-        for found in device_times.decode(plan.shape, plan.contexts, [kernel.ours(*arm) for arm in arms], plan.windows):
+        for found in device_times.decode(plan.shape, plan.contexts, ours, plan.windows):
             yield _scrubbed(found)
         for found in device_times.prefill(plan.shape, plan.deep, right, plan.prompt, plan.windows):
             yield _scrubbed(found)

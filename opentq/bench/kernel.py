@@ -97,14 +97,13 @@ class Ours:
 
     engine = "opentq"
 
-    def __init__(self, spec: str, problem: Problem, variant: Variant = contextlib.nullcontext):
-        parsed = KVSpec.parse(spec)
-        self.kv = str(parsed)
+    def __init__(self, spec: KVSpec, problem: Problem, variant: Variant = contextlib.nullcontext):
+        self.kv = str(spec)
         self.problem, self.variant = problem, variant
-        if parsed.pages:  # random keys: one channel tells as much as another
+        if spec.pages:  # random keys: one channel tells as much as another
             some = tuple(range(channels.count(problem.dim)))
-            parsed = replace(parsed, channels=(some,) * problem.kv_heads)
-        self.cache = OpenTQCache(parsed)
+            spec = replace(spec, channels=(some,) * problem.kv_heads)
+        self.cache = OpenTQCache(spec)
         for start in range(0, problem.context, FILL):
             # The last token enters alone, as in a decode step.
             for a, b in _steps(start, min(start + FILL, problem.context), problem.context):
@@ -145,9 +144,9 @@ class Ours:
         return out[0], out[1]
 
 
-def ours(spec: str, name: str = "", variant: Variant = contextlib.nullcontext) -> Entry:
+def ours(spec: KVSpec, name: str = "", variant: Variant = contextlib.nullcontext) -> Entry:
     """Our cache with the kernels that serve inside `variant()`, which is called `name`."""
-    return Entry("opentq", str(KVSpec.parse(spec)), lambda problem, threads: Ours(spec, problem, variant), name)
+    return Entry("opentq", str(spec), lambda problem, threads: Ours(spec, problem, variant), name)
 
 
 def _steps(start: int, stop: int, context: int) -> list[tuple[int, int]]:
@@ -171,7 +170,7 @@ def scratch_of(call: Callable[[], Any]) -> int:
 def bench(
     shape: Sequence[int],
     contexts: Sequence[int],
-    kv: Sequence[str],
+    specs: Sequence[KVSpec],
     against: Sequence[str] = (),
     windows: int = timing.WINDOWS,
     warm: float = timing.WARM_SECONDS,
@@ -180,7 +179,7 @@ def bench(
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
     """Records for every context and arm. Raises UserError for a bad shape or a rival that is not installed."""
-    entries = [ours(spec) for spec in kv]
+    entries = [ours(spec) for spec in specs]
     check_shape(shape)
     for name in against:
         entries += find(name)(shape[2])

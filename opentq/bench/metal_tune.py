@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..errors import UserError
 from ..kernels.metal import launch as metal
 from ..kernels.metal.launch import Tuning
+from ..spec.kv import KVSpec
 from . import kernel, timing
 
 SHAPES = ((32, 8, 128), (64, 8, 128))
@@ -76,7 +77,7 @@ def tune(windows: int, warm: float, window: float) -> Iterator[str]:
             f"--tune measures the Metal kernels, and MLX has no Metal here: its device is {mx.default_device()}"
         )
     names = [f"{q}/{h} heads, D {d}, {n}" for q, h, d in SHAPES for n in CONTEXTS]
-    problems = [kernel.Ours(SPEC, kernel.Problem.random(s, n)).call for s in SHAPES for n in CONTEXTS]
+    problems = [kernel.Ours(KVSpec.parse(SPEC), kernel.Problem.random(s, n)).call for s in SHAPES for n in CONTEXTS]
     start = metal.tuning()
     rows = search(problems, lambda calls: [t.median for t in timing.interleave(calls, windows, warm, window)], start)
     yield f"{metal.architecture()}, {SPEC}; milliseconds for {'; '.join(names)}; relative to what was in use"

@@ -1,7 +1,7 @@
 """`opentq bench model`: prompt and generation speed at depth, in llama-bench's words (`pp512 @ d8192`, `tg128`).
 
 For each depth every KV format gets caches filled to that depth, and the formats take turns, repetition by repetition.
-`f16` is mlx-lm's own cache, the yardstick. Caches are filled by a real prefill, or with random vectors that are
+mlx-lm's own cache (`native`) is the yardstick. Caches are filled by a real prefill, or with random vectors that are
 written through the caches themselves, which is the same memory and the same speed; each row says which.
 """
 
@@ -21,13 +21,13 @@ from ..hosts import hooks
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..memory.device import GIB
 from ..records import record
-from ..spec.kv import KVSpec
+from ..spec.text import Spec, name
 from . import timing
 from .build import Built
 
 FILL = 2048
 FILLS = ("prefill", "random")
-YARDSTICK = "f16"
+YARDSTICK = name(None)
 
 
 class OverLimit(Exception):
@@ -37,9 +37,9 @@ class OverLimit(Exception):
 class Arm:
     """One KV format at one depth: its caches, and what was measured on them."""
 
-    def __init__(self, built: Built, kv: str, step: int, limit: int, parallel: int = 1):
-        self.built, self.kv, self.step, self.limit, self.parallel = built, kv, step, limit, parallel
-        self.caches = make_caches(built.model, kv)
+    def __init__(self, built: Built, spec: Spec | None, step: int, limit: int, parallel: int = 1):
+        self.built, self.kv, self.step, self.limit, self.parallel = built, name(spec), step, limit, parallel
+        self.caches = make_caches(built.model, spec)
         self.depth = 0
         self.peak = 0
         self.note = ""
@@ -119,11 +119,9 @@ class Arm:
             raise OverLimit(f"needs {max(used, self.peak) / GIB:.1f} GiB, the limit is {self.limit / GIB:.1f}")
 
 
-def make_caches(model: Any, kv: str) -> list[Any]:
-    """Fresh caches of one format: mlx-lm's own for `f16`, ours for any other spec."""
-    if kv == YARDSTICK:
-        return make_prompt_cache(model)
-    return hooks.make_caches(hooks.prepare(model, KVSpec.parse(kv)))
+def make_caches(model: Any, spec: Spec | None) -> list[Any]:
+    """Fresh caches of one format: ours for a spec, mlx-lm's own without one."""
+    return make_prompt_cache(model) if spec is None else hooks.make_caches(hooks.prepare(model, spec))
 
 
 def prefill(
@@ -172,7 +170,7 @@ def _shape(cache: Any) -> tuple[int, int, int, mx.Dtype] | None:
 
 def bench(
     built: Built,
-    kv: Sequence[str],
+    specs: Sequence[Spec | None],
     depths: Sequence[int] = (0,),
     prompts: Sequence[int] = (512,),
     generates: Sequence[int] = (128,),
@@ -187,7 +185,6 @@ def bench(
 
     `rival` is a GGUF file that llama.cpp runs in turn with ours.
     """
-    specs = [str(KVSpec.parse(s)) for s in kv]
     if fill not in FILLS:
         raise UserError(f"--fill {fill!r} is not known: use {' or '.join(FILLS)}")
     if limit:
@@ -250,7 +247,7 @@ def _record(
         samples=samples,
         peak_bytes=arm.peak or None if taken else None,
         kv_bytes=arm.nbytes if taken else None,
-        vs_f16=taken.mean / timing.Timing(tuple(base)).mean if taken and base else None,
+        vs_native=taken.mean / timing.Timing(tuple(base)).mean if taken and base else None,
         served_by=", ".join(sorted(served - {""})) or getattr(arm, "served_by", "mlx-lm"),
         note=arm.note,
     )

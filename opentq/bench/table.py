@@ -80,7 +80,7 @@ KERNEL = [
     "served by",
     "note",
 ]
-MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB", "vs f16", "fill"]
+MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB", "vs native", "fill"]
 LONG = ["arm", "context", "prefill t/s", "decode t/s", "KV GB", "peak GB", "needle", "note"]
 
 
@@ -136,7 +136,7 @@ def _model(r: Record) -> list[str]:
         speed,
         "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}",
         "" if r["kv_bytes"] is None else f"{r['kv_bytes'] / 1e9:.3f}",
-        "" if r["vs_f16"] is None else f"{r['vs_f16']:.2f}x",
+        f"{ratio:.2f}x" if (ratio := r.get("vs_native", r.get("vs_f16"))) else "",  # its name in older records
         r["fill"],
     ]
 

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import text as texts
 from ..errors import UserError
-from .options import Model
+from .options import (
+    KV,
+    MaxContext,
+    MaxTokens,
+    ModelArgument,
+    ModelOption,
+    PrefillStep,
+    Temp,
+    check_output,
+    one_model,
+)
 
 if TYPE_CHECKING:
     from ..caches.disk import Manifest
@@ -28,33 +39,36 @@ JOIN = "\n\n"
 
 @app.command()
 def build(
-    file: Annotated[Path, typer.Argument(help="Where to write the cache.")],
-    model: Model = "",
+    model: ModelArgument = "",
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to write the cache.")] = None,
+    model_option: ModelOption = "",
     text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads stdin.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="The text itself.")] = None,
-    kv: Annotated[str | None, typer.Option(help="KV spec; default: recommended for the model.")] = None,
+    kv: KV = None,
     system_prompt: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
     ignore_chat_template: Annotated[bool, typer.Option(help="Take the text as it is, without the template.")] = False,
-    prefill_step_size: Annotated[int, typer.Option(help="Tokens per prefill step.")] = 2048,
+    prefill_step_size: PrefillStep = 2048,
+    max_context: MaxContext = None,
 ) -> None:
-    """Process a text with a model and write its cache to FILE."""
+    """Process a text with a model and write its cache to a file: opentq cache build MODEL FILE."""
     import time
 
     from ..caches import disk
     from ..hosts.hooks import installed
     from ..hosts.mlx_lm.load import load, make_cache
-    from ..spec.kv import spec_from_flags
-    from ..spec.recommended import AUTO, advice
+    from ..spec.recommended import advice
+    from ..spec.text import asked
 
+    if model_option and model and file is None:
+        model, file = "", Path(model)  # the only argument is the file where --model names the model
+    path = one_model(model, model_option)
+    if file is None:
+        raise UserError("no file given: opentq cache build MODEL FILE")
+    check_output(file, "FILE")
     content = _read(text, text_file)
-    if not model:
-        raise UserError("no model given: use --model FOLDER or --model org/name")
-    if not file.resolve().parent.is_dir():
-        raise UserError(f"can't write {str(file)!r}: the folder does not exist")
-    spec = spec_from_flags(kv)
-    lm, tokenizer = load(model, kv=spec or AUTO)
+    spec = asked(kv)
+    lm, tokenizer = load(path, kv=spec)
     record = installed(lm)
-    assert record is not None
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
     prompt = {"text": content, "system": system_prompt, "raw": ignore_chat_template}
@@ -67,10 +81,10 @@ def build(
         file,
         caches,
         tokens,
-        model=model,
-        revision=revision(model),
+        model=path,
+        revision=revision(path),
         template=disk.template_hash(tokenizer),
-        spec=str(record.spec),
+        spec=str(record.spec) if record else "off",
         prompt=prompt,
     )
     print(f"{describe(manifest, file)}; processed in {seconds:.2f} s", file=sys.stderr)
@@ -100,8 +114,8 @@ def use(
     file: Annotated[Path, typer.Argument(help="A file that `opentq cache build` wrote.")],
     question: Annotated[str, typer.Option("--prompt", "-p", help="What follows the cached text.")] = "",
     model: Annotated[str, typer.Option("--model", help="The model, if it is not where it was.")] = "",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")] = 256,
-    temp: Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_tokens: MaxTokens = 256,
+    temp: Temp = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
 ) -> None:
     """Ask something about a cached text: only the question is processed."""
@@ -153,7 +167,7 @@ def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> 
         into=make_cache(model),
         revision=revision(path),
         template=disk.template_hash(tokenizer),
-        spec=str(record.spec) if record else "f16",
+        spec=str(record.spec) if record else "off",
     )
     prompt = cached.manifest.prompt
     # A question may bring the text along, as in a run without the file.
@@ -205,12 +219,7 @@ def describe(manifest: Manifest, file: Path) -> str:
 def _read(text: str | None, file: Path | None) -> str:
     if (text is None) == (file is None):
         raise UserError("give the text once: with --text-file FILE ('-' for standard input) or --text TEXT")
-    if file is not None:
-        try:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"can't read the text {str(file)!r}: {error}") from error
-    assert text is not None
+    text = texts.read(file, "the text") if file is not None else texts.check(text or "", "--text")
     if not text.strip():
         raise UserError("the text is empty")
     return text

@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .options import ModelAgain, ModelArgument
+from ..spec.text import AUTO, asked
+from .options import KV, ModelArgument, ModelOption, check_output, one_model
 from .plan import parse_count
 
 
 def calibrate(
     model: ModelArgument = "",
-    model_option: ModelAgain = "",
-    kv: Annotated[str, typer.Option(help="KV spec of the recipe; default: recommended for the model.")] = "auto",
+    model_option: ModelOption = "",
+    kv: KV = None,
     tokens: Annotated[str, typer.Option(help="Tokens to read, such as 8k.")] = "8k",
     context: Annotated[str, typer.Option(help="Tokens of each text.")] = "2k",
     text: Annotated[Path | None, typer.Option(help="Text file or folder to read instead of Python's library.")] = None,
@@ -24,27 +25,27 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("calibrated.toml"),
 ) -> None:
     """Find out in which channels a model's queries look, so that a long cache can be read page by page."""
-    name = model or model_option
-    if not name or (model and model_option and model != model_option):
-        raise UserError("give one model: opentq calibrate MODEL -o NAME.toml")
+    name = one_model(model, model_option)
+    spec = asked(kv)
+    if spec is None:
+        raise UserError("--kv off has nothing to calibrate: name the spec of the recipe, or leave --kv out")
     if output.suffix != ".toml":
         raise UserError(f"--output {str(output)!r} must end in .toml, because a recipe is written")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+    check_output(output)
     from ..evaluate import corpus as corpora
     from ..hosts.mlx_lm.load import load
-    from ..spec.kv import KVSpec
-    from ..spec.recommended import AUTO, recommend
+    from ..spec.recommended import recommend
     from ..tuning.calibrate import Calibrator, Reading, texts
     from .evaluate import check_tokenizer, progress
 
     reading = Reading(parse_count(tokens), parse_count(context), prefill_step_size, seed)
-    spec = None if kv == AUTO else KVSpec.parse(kv)
     check_tokenizer(name)
     corpus = corpora.standard_library(corpora.CALIBRATION) if text is None else corpora.load(text)
     loaded, tokenizer = load(name)
     rows = texts(corpus, tokenizer, reading)
-    calibrator = Calibrator(loaded, spec or recommend(loaded).spec, reading, output.with_suffix(".partial"))
+    calibrator = Calibrator(
+        loaded, recommend(loaded).spec if spec == AUTO else spec, reading, output.with_suffix(".partial")
+    )
     with progress("calibrate", sum(map(len, rows))) as tick:
         calibrator.run(rows, f"{corpus.name} {corpus.digest}", tick)
     calibrator.save(

@@ -7,14 +7,27 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
-from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode, Wire
+from .options import (
+    KV,
+    KVBits,
+    KVGroupSize,
+    MinP,
+    ModelArgument,
+    ModelOption,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Wire,
+    one_model,
+)
 
 
 def chat(
     model: ModelArgument = "",
-    model_option: ModelAgain = "",
-    kv: KVOrOff = None,
+    model_option: ModelOption = "",
+    kv: KV = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = None,
     system_prompt: Annotated[str, typer.Option(help="System message.")] = "",
@@ -22,13 +35,11 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Most tokens of one answer; 0: all that fit.", min=0)
     ] = 0,
-    temp: Annotated[
-        float, typer.Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.", min=0, max=2)
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.", min=0, max=1)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 is off.", min=0)] = 0,
-    min_p: Annotated[float, typer.Option(help="Least probability relative to the best; 0 is off.", min=0, max=1)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
     wire: Wire = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -40,18 +51,15 @@ def chat(
     from ..hosts.mlx_lm.load import load
     from ..memory.loaded import model_context
     from ..memory.wiring import needs, parse_wire, wired
-    from ..spec.kv import spec_from_flags
-    from ..spec.recommended import AUTO, advice
+    from ..spec.recommended import advice
+    from ..spec.text import asked
 
-    if bool(model) == bool(model_option):
-        raise UserError("give the model once: opentq chat FOLDER, or org/name")
-    path = model or model_option
+    path = one_model(model, model_option)
     wiring = parse_wire(wire)
-    off = kv == "off"
-    spec = None if off else spec_from_flags(kv, kv_bits, kv_group_size)
+    spec = asked(kv, kv_bits, kv_group_size)
     options = {"trust_remote_code": trust_remote_code or None}
-    lm, tokenizer = load(path, kv=None if off else spec or AUTO, tokenizer_config=options)
-    if not off and (line := advice(lm, spec)):
+    lm, tokenizer = load(path, kv=spec, tokenizer_config=options)
+    if line := advice(lm, spec):
         print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .options import KV, ModelOption, one_model
 
 if TYPE_CHECKING:
     from ..hosts.mlx_lm.generate import Result
@@ -25,8 +26,9 @@ OTHERS = (("Tomige", "90317", 0.1), ("Kesora", "15562", 0.6), ("Rudani", "73048"
 
 
 def demo(
-    model: Annotated[str, typer.Option("--model", help="Model folder; the trained model of the repository.")] = "",
-    kv: Annotated[str, typer.Option(help="KV spec to compare with mlx-lm's own cache.")] = "int4",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder; default: models/tiny-llama.")] = "",
+    model_option: ModelOption = "",
+    kv: KV = "int4",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
 ) -> None:
     """Read a long document, find the fact in it, and compare the caches."""
@@ -34,10 +36,13 @@ def demo(
     from rich.table import Table
 
     from ..hosts.mlx_lm.generate import human_bytes
-    from ..spec.kv import KVSpec
+    from ..spec.text import asked
 
-    spec = KVSpec.parse(kv)
-    outcome = compare(model or str(find_model()), spec)
+    spec = asked(kv)
+    if spec is None:
+        raise UserError("the demo compares a KV spec with mlx-lm's own cache: --kv off leaves nothing to compare")
+    path = model if model == model_option else one_model(model, model_option)
+    outcome = compare(path or str(find_model()), spec)
     table = Table(title=f"{outcome['document']} · {outcome['prompt_tokens']} tokens · {outcome['question']}")
     for column in ("KV cache", "answer", "KV held", "of fp16", "peak", "prefill t/s", "decode t/s"):
         table.add_column(column, justify="left" if column in ("KV cache", "answer") else "right", no_wrap=True)
@@ -54,14 +59,15 @@ def demo(
     console = Console()
     console.print(table)
     console.print(
-        f"needle {'found' if outcome['found'] else 'NOT FOUND'} with {spec} (expected {outcome['expected']}) · top-1 "
-        f"agreement {outcome['answer_agreement']:.1%} over the answer, {outcome['teacher_agreement']:.1%} over "
+        f"needle {'found' if outcome['found'] else 'NOT FOUND'} with {outcome['kv']} "
+        f"(expected {outcome['expected']}) · "
+        f"top-1 agreement {outcome['answer_agreement']:.1%} over the answer, {outcome['teacher_agreement']:.1%} over "
         f"{TEACHER_TOKENS} teacher-forced tokens"
     )
     if as_json:
         print(json.dumps(outcome))
     if not outcome["found"]:
-        raise UserError(f"the fact was not found with --kv {spec}")
+        raise UserError(f"the fact was not found with --kv {outcome['kv']}")
 
 
 def find_model() -> Path:
@@ -83,12 +89,16 @@ def compare(path: str, spec: Any) -> dict[str, Any]:
     tokens, question = build_prompt(tokenizer)
     native, native_logits = _run(model, tokenizer, tokens)
     hooks.compress(model, spec)
+    record = hooks.installed(model)
+    assert record is not None
+    spec = str(record.spec)
     ours, our_logits = _run(model, tokenizer, tokens)
     fp16 = ours.kv_fp16_bytes
     agree = [int(a == b) for a, b in zip(native.tokens, ours.tokens)]
     length = max(len(native.tokens), len(ours.tokens), 1)
     return {
         "model": path,
+        "kv": spec,
         "document": DOCUMENT,
         "prompt_tokens": len(tokens),
         "question": question,
@@ -96,7 +106,7 @@ def compare(path: str, spec: Any) -> dict[str, Any]:
         "found": CODE in ours.text,
         "answer_agreement": sum(agree) / length,
         "teacher_agreement": sum(a == b for a, b in zip(native_logits, our_logits)) / TEACHER_TOKENS,
-        "rows": [_row("mlx-lm", native, fp16), _row(str(spec), ours, fp16)],
+        "rows": [_row("mlx-lm", native, fp16), _row(spec, ours, fp16)],
     }
 
 

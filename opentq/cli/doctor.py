@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .plan import split_list
+from ..spec.text import split
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def doctor(
     if bench:
         if as_json:
             raise UserError("--bench writes its records to a file: use --output instead of --json")
-        if not _bench(quick, split_list(kv), output):
+        if not _bench(quick, split(kv) if kv else [], output):
             raise typer.Exit(1)
         return
     if quick or output or kv:
@@ -67,6 +67,8 @@ def _bench(quick: bool, specs: list[str], output: Path | None) -> bool:
     from ..bench import device, table
 
     plan = device.QUICK if quick else device.FULL
+    if output:
+        store.check(output)
     path = output
     records: list[dict[str, Any]] = []
     for record in device.examine(plan.only(specs) if specs else plan):

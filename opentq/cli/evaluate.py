@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ..errors import UserError
-from .options import Model
+from ..spec.text import split
+from .options import ModelArgument, ModelOption, Output, PrefillStep, RecordsFile, check_output, one_model, write
 
 if TYPE_CHECKING:
     from ..evaluate.corpus import Corpus
@@ -27,169 +28,180 @@ Specs = Annotated[
 Text = Annotated[
     Path | None, typer.Option("--text", help="Text to read: code or prose (Python's own), or a file or folder.")
 ]
-Output = Annotated[str, typer.Option("--output", "-o", help="text, md or json.")]
-Keep = Annotated[Path | None, typer.Option("--records", help="JSONL file to append to and to resume from.")]
+Form = Annotated[str, typer.Option("--format", help="text, md or json.")]
 Simulate = Annotated[
     bool, typer.Option("--simulate", help="Keep decoded values in fp16: the same errors, fast without fused kernels.")
 ]
-Seed = Annotated[int, typer.Option(help="Which texts.")]
-Prefill = Annotated[int, typer.Option("--prefill-step-size", help="Tokens per prefill step.")]
+Texts = Annotated[int, typer.Option("--seed", min=0, help="Which texts.")]
 
 
 @app.command()
 def fidelity(
-    model: Model = "",
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     kv: Specs = SPECS,
     depths: Annotated[str, typer.Option(help="Context lengths, comma-separated.")] = "512,2048,4096",
-    window: Annotated[int, typer.Option(help="Tokens scored at each depth.")] = 128,
-    step: Annotated[int, typer.Option(help="Tokens per teacher-forced step.")] = 16,
-    sequences: Annotated[int, typer.Option(help="Texts, read as one batch.")] = 4,
-    prefill_step_size: Prefill = 512,
-    seed: Seed = 0,
+    window: Annotated[int, typer.Option(min=1, help="Tokens scored at each depth.")] = 128,
+    step: Annotated[int, typer.Option(min=1, help="Tokens per teacher-forced step.")] = 16,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 4,
+    prefill_step_size: PrefillStep = 512,
+    seed: Texts = 0,
     simulate: Simulate = False,
     text: Text = None,
-    output: Output = "text",
-    records: Keep = None,
+    form: Form = "text",
+    output: Output = None,
+    records: RecordsFile = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
     from ..evaluate import fidelity as task
     from ..evaluate import show
 
     protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
-    work = _prepare(model, kv, text, output, records)
+    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
     passes = len(work.names) + ("native" not in work.names)
     found = work.run(task, protocol, passes * protocol.sequences * (protocol.length - 1))
-    print(show.fidelity(found, output))
+    write(show.fidelity(found, form), output)
 
 
 @app.command()
 def needle(
-    model: Model = "",
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     kv: Specs = "native,int4,tq4,tq3",
     lengths: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "1024,4096",
     depths: Annotated[str, typer.Option(help="Depths of the fact from 0 to 1, comma-separated.")] = "0,0.25,0.5,0.75,1",
-    trials: Annotated[int, typer.Option(help="Needles per length and depth.")] = 8,
-    batch: Annotated[int, typer.Option(help="Needles read together.")] = 8,
+    trials: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Needles read together.")] = 8,
     kind: Annotated[str, typer.Option(help="What is hidden: secret code, phone number or magic word.")] = "secret code",
-    distractors: Annotated[int, typer.Option(help="Facts about other names in the text.")] = 0,
+    distractors: Annotated[int, typer.Option(min=0, help="Facts about other names in the text.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map to this PNG.")] = None,
-    prefill_step_size: Prefill = 512,
-    seed: Seed = 0,
+    prefill_step_size: PrefillStep = 512,
+    seed: Texts = 0,
     simulate: Simulate = False,
     text: Text = None,
-    output: Output = "text",
-    records: Keep = None,
+    form: Form = "text",
+    output: Output = None,
+    records: RecordsFile = None,
 ) -> None:
     """Find a planted fact in a long text, at every length and depth."""
     from ..evaluate import needle as task
     from ..evaluate import show
     from ..evaluate.plot import heat_map, pyplot
 
+    check_output(plot, "--plot")
     if plot is not None:
         pyplot()  # a missing matplotlib is reported now, not after the work
     whole, parts = _numbers(lengths, "--lengths"), _fractions(depths)
     grid = task.Grid(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
-    work = _prepare(model, kv, text, output, records)
+    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
     found = work.run(task, grid, len(work.names) * sum(whole) * len(parts) * trials)
-    print(show.needle(found, output))
+    write(show.needle(found, form), output)
     if plot is not None:
         heat_map(found, plot)
 
 
 @app.command()
 def generate(
-    model: Model = "",
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     kv: Specs = SPECS,
-    context: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
-    prompts: Annotated[int, typer.Option(help="Prompts, read as one batch.")] = 8,
-    questions: Annotated[int, typer.Option(help="Exact-answer questions of each kind; 0 asks none.")] = 8,
-    distractors: Annotated[int, typer.Option(help="Facts about other names in each question's text.")] = 8,
-    prefill_step_size: Prefill = 512,
-    seed: Seed = 0,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, read as one batch.")] = 8,
+    questions: Annotated[int, typer.Option(min=0, help="Exact-answer questions of each kind; 0 asks none.")] = 8,
+    distractors: Annotated[int, typer.Option(min=0, help="Facts about other names in each question's text.")] = 8,
+    prefill_step_size: PrefillStep = 512,
+    seed: Texts = 0,
     text: Text = None,
-    output: Output = "text",
-    records: Keep = None,
+    form: Form = "text",
+    output: Output = None,
+    records: RecordsFile = None,
 ) -> None:
     """How long greedy generation agrees with the model's own cache, and exact answers."""
     from ..evaluate import agreement as task
     from ..evaluate import show
 
     job = task.Task(context, tokens, prompts, questions, distractors, prefill_step_size, seed)
-    work = _prepare(model, kv, text, output, records)
+    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
     found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
-    print(show.agreement(found, output))
+    write(show.agreement(found, form), output)
 
 
 @app.command()
 def layers(
-    model: Model = "",
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     kv: Specs = "int4,tq4,tq3",
-    context: Annotated[int, typer.Option(help="Tokens to read.")] = 2048,
-    window: Annotated[int, typer.Option(help="Last tokens whose attention is looked at.")] = 32,
-    sequences: Annotated[int, typer.Option(help="Texts, read as one batch.")] = 2,
-    prefill_step_size: Prefill = 512,
-    seed: Seed = 0,
+    context: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 2048,
+    window: Annotated[int, typer.Option(min=1, help="Last tokens whose attention is looked at.")] = 32,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 2,
+    prefill_step_size: PrefillStep = 512,
+    seed: Texts = 0,
     text: Text = None,
-    output: Output = "text",
-    records: Keep = None,
+    form: Form = "text",
+    output: Output = None,
+    records: RecordsFile = None,
 ) -> None:
     """Error of keys, values, logits and attention output per layer, and how it grows with depth."""
     from ..evaluate import layers as task
     from ..evaluate import show
 
     view = task.View(context, window, sequences, prefill_step_size, seed)
-    work = _prepare(model, kv, text, output, records)
+    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
     rivals = [n for n in work.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
     if rivals:
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
     found = work.run(task, view, (len(work.names) + 1) * sequences * context)
-    print(show.layers(found, output))
+    write(show.layers(found, form), output)
 
 
 @app.command()
 def use(
-    model: Model = "",
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     kv: Specs = SPECS,
-    prompts: Annotated[int, typer.Option(help="Prompts.")] = 200,
-    context: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 384,
-    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
-    batch: Annotated[int, typer.Option(help="Prompts read together.")] = 8,
-    seed: Seed = 0,
-    output: Output = "text",
-    records: Keep = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 200,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 384,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts read together.")] = 8,
+    seed: Texts = 0,
+    form: Form = "text",
+    output: Output = None,
+    records: RecordsFile = None,
 ) -> None:
     """Short prompts answered greedily: how many answers equal those with the model's own cache, and for how long."""
     from ..evaluate import show
     from ..evaluate import use as task
 
     job = task.Task(prompts, context, tokens, batch=batch, seed=seed)
-    work = _prepare(model, kv, None, output, records)
+    work = _prepare(one_model(model, model_option), kv, None, form, output, records)
     found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
-    print(show.use(found, output))
+    write(show.use(found, form), output)
 
 
 @app.command()
 def tasks(
-    model: Model = "",
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     kv: Specs = SPECS,
-    questions: Annotated[int, typer.Option(help="Questions.")] = 200,
-    context: Annotated[int, typer.Option(help="Tokens of documentation before each question.")] = 640,
-    batch: Annotated[int, typer.Option(help="Questions read together.")] = 8,
-    seed: Seed = 0,
-    output: Output = "text",
-    records: Keep = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions.")] = 200,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of documentation before each question.")] = 640,
+    batch: Annotated[int, typer.Option(min=1, help="Questions read together.")] = 8,
+    seed: Texts = 0,
+    form: Form = "text",
+    output: Output = None,
+    records: RecordsFile = None,
 ) -> None:
     """Multiple choice by log likelihood: accuracy, and the paired difference to the model's own cache."""
     from ..evaluate import show
     from ..evaluate import tasks as task
 
     job = task.Task(questions, context, batch=batch, seed=seed)
-    work = _prepare(model, kv, None, output, records)
+    work = _prepare(one_model(model, model_option), kv, None, form, output, records)
     found = work.run(task, job, (len({*work.names, "native"})) * questions * context)
-    print(show.tasks(found, output))
+    write(show.tasks(found, form), output)
 
 
 class Work(NamedTuple):
@@ -206,20 +218,19 @@ class Work(NamedTuple):
             return task.run(*self.model, self.corpus, self.names, job, self.records, tick)
 
 
-def _prepare(model: str, kv: str, text: Path | None, output: str, records: Path | None) -> Work:
+def _prepare(model: str, kv: str, text: Path | None, form: str, output: Path | None, records: Path | None) -> Work:
     """Check everything that is cheap to check, then load the model."""
     from ..evaluate.show import check_format
 
-    check_format(output)
-    if not model:
-        raise UserError("no model given: use --model FOLDER or --model org/name")
+    check_format(form)
+    check_output(output)
     check_tokenizer(model)
     from ..evaluate import contenders, corpus
     from ..records import Records, model_name
 
-    names = [contenders.check(n) for n in kv.split(",") if n.strip()]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"--kv {kv!r} must name at least one spec, and each once")
+    names = [contenders.check(n) for n in split(kv)]
+    if len(set(names)) < len(names):
+        raise UserError(f"--kv {kv!r} names a spec twice")
     reading = corpus.load(text)
     kept = Records(records)
     from ..hosts.mlx_lm.load import load, model_folder

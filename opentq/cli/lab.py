@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .options import Output, check_output, write
+
 lab = typer.Typer(help="Run studies, ask their record, write their report.", no_args_is_help=True)
 
 StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML).")]
@@ -47,20 +49,16 @@ def ask_record(
 @lab.command("report")
 def write_report(
     study: StudyFile,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Markdown file; default: standard output.")
-    ] = None,
+    output: Output = None,
     folder: Folder = RESULTS,
 ) -> None:
     """A page with a verdict for every hypothesis, and the graph from hypotheses to claims."""
     from ..lab.page import markdown
     from ..lab.study import load
 
+    check_output(output)
     read = load(study)
     text = markdown(read, folder / f"{read.name}.jsonl")
-    if output is None:
-        typer.echo(text)
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text)
+    write(text, output)
+    if output is not None:
         typer.echo(f"{output}: {len(text.splitlines())} lines")

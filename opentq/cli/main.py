@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -21,6 +22,9 @@ from .launch import launch
 from .plan import plan
 from .serve import serve
 from .tune import tune
+
+# typer has a click of its own, or uses the package: its base class is the right one either way.
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="opentq",
@@ -47,16 +51,21 @@ def main() -> None:
     """Entry point: errors meant for people are one line on stderr and a non-zero exit code, never a traceback."""
     heed_signals()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(error.exit_code)
+        sys.exit(_say(error.format_message(), error.exit_code))
     except UserError as error:
-        sys.exit(_say(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_say(str(error), error.exit_code))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_say("stopped", 130))
     except (RuntimeError, OSError) as error:
         known = explained(error)
         if known is None:
             raise
-        sys.exit(_say(known))
+        sys.exit(_say(str(known), known.exit_code))
 
 
 def heed_signals() -> None:
@@ -69,9 +78,9 @@ def heed_signals() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _say(error: UserError) -> int:
-    print(f"opentq: {error}", file=sys.stderr)
-    return error.exit_code
+def _say(message: str, code: int) -> int:
+    print(f"opentq: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

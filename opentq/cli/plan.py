@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..memory.answer import Answer
+from .options import ModelOption, PrefillStep, Specs, check_output, one_model
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder, config.json, repository, or shape such as llama-3.1-70b.")],
-    kv: Annotated[str, typer.Option(help="KV specs, comma-separated.")] = "f16,k8v4,int4,tq5/tq3:nc",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, config.json, repository, or shape such as llama-3.1-70b.")
+    ] = "",
+    model_option: ModelOption = "",
+    kv: Specs = "off,k8v4,int4,tq5/tq3:nc",
     ctx: Annotated[
         str, typer.Option(help="Contexts such as 16k,128k; default: doublings up to the model's limit.")
     ] = "",
     memory: Annotated[str, typer.Option(help="Memory of another machine, such as 64GB; default: this one.")] = "",
     device: Annotated[str, typer.Option(help="With --memory: mac, gpu or cpu.")] = "mac",
     weights: Annotated[str, typer.Option(help="Weights as 4bit, 8bit or bf16; default: as the model says.")] = "",
-    prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per prefill chunk.")] = 2048,
+    prefill_step_size: PrefillStep = 2048,
     plot: Annotated[Path | None, typer.Option(help="Draw memory against context to this .png or .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -36,30 +37,28 @@ def plan(
 
     defer_mlx_lm()
     from ..memory.answer import answer
+    from ..spec.text import specs
 
+    check_output(plot, "--plot")
     result = answer(
-        model,
-        kv=split_list(kv),
-        contexts=[parse_count(c) for c in ctx.split(",") if c],
+        one_model(model, model_option),
+        specs(kv),
+        contexts=counts(ctx) if ctx else [],
         memory=memory,
         device=device,
         weights=weights,
         step=prefill_step_size,
     )
     if plot:
-        _draw(result, plot)
+        from ..memory.plot import draw
+
+        draw(result, plot)
     typer.echo(json.dumps(result.record()) if as_json else result.table())
 
 
-def _draw(result: Answer, path: Path) -> None:
-    from ..memory.plot import draw
-
-    draw(result, path)
-
-
-def split_list(text: str) -> list[str]:
-    """Comma-separated specs; the comma inside `skip=first1,last1` separates nothing."""
-    return [part for part in re.split(r",(?!(?:first|last)\d)", text) if part]
+def counts(text: str) -> list[int]:
+    """`8k,32k` -> [8192, 32768]."""
+    return [parse_count(part) for part in text.split(",")]
 
 
 def parse_count(text: str) -> int:

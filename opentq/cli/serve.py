@@ -10,15 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import KVBits, KVGroupSize, KVOrOff, ModelAgain, ModelArgument, TrustRemoteCode, Wire
+from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model
 
 LEVELS = ("debug", "info", "warning", "error")
 
 
 def serve(
     model: ModelArgument = "",
-    model_option: ModelAgain = "",
-    kv: KVOrOff = None,
+    model_option: ModelOption = "",
+    kv: KV = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = None,
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
@@ -96,10 +96,7 @@ def serve(
     wiring = parse_wire(wire)
     if log_level not in LEVELS:
         raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
-    if model and model_option:
-        raise UserError("give the model once: as an argument or with --model")
-    if not (model or model_option):
-        raise UserError("no model given: opentq serve FOLDER, or org/name")
+    path = one_model(model, model_option)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level == "info":  # of uvicorn and the rest of opentq, only warnings
         for name in ("uvicorn", "opentq", "httpx"):
@@ -108,15 +105,14 @@ def serve(
 
     from ..memory.device import parse_memory
     from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, make_service
-    from ..spec.kv import spec_from_flags
-    from ..spec.recommended import AUTO
+    from ..spec.text import asked
 
     def size(text: str | None) -> int | None:
         return None if text is None else 0 if text == "0" else parse_memory(text)
 
     options = ServeOptions(
-        model=model or model_option,
-        kv=None if kv == "off" else spec_from_flags(kv, kv_bits, kv_group_size) or AUTO,
+        model=path,
+        kv=asked(kv, kv_bits, kv_group_size),
         names=tuple(served_model_name or ()),
         host=host,
         port=port,

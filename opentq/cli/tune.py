@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .plan import parse_count
+from .options import ModelArgument, ModelOption, RecordsFile, check_output, one_model
+from .plan import counts, parse_count
 
 
 def tune(
-    model: Annotated[str | None, typer.Argument(help="Model folder or repository.")] = None,
-    model_option: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
+    model: ModelArgument = "",
+    model_option: ModelOption = "",
     max_kl: Annotated[float, typer.Option(help="Largest mean KL to the model's own cache, nats per token.")] = 0.02,
     memory: Annotated[str, typer.Option(help="Weights, cache and reserve must stay within this, such as 64GB.")] = "",
     context: Annotated[str, typer.Option(help="Context for --memory, such as 128k.")] = "",
@@ -23,18 +24,18 @@ def tune(
     window: Annotated[str, typer.Option(help="Sliding-window layers: native or compress.")] = "native",
     generations: Annotated[int, typer.Option(min=1, help="Most generations of eight recipes.")] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("recipe.toml"),
-    records: Annotated[Path | None, typer.Option(help="Measurements (JSONL); a stopped run goes on from them.")] = None,
+    records: RecordsFile = None,
 ) -> None:
     """Find the smallest KV recipe, layer by layer, that keeps the model's predictions; `--kv recipe.toml` uses it."""
-    name = model or model_option
-    if not name or (model and model_option and model != model_option):
-        raise UserError("give one model: opentq tune MODEL")
+    name = one_model(model, model_option)
+    check_output(output)
     if bool(memory) != bool(context):
         raise UserError("--memory and --context go together: how much memory, at which context")
     if max_kl <= 0:
         raise UserError(f"--max-kl {max_kl:g} must be above 0; 0.02 is strict, 0.1 is loose")
     if window not in ("native", "compress"):
         raise UserError(f"--window {window!r} is not known: use native or compress")
+    from .. import records as store
     from ..evaluate.fidelity import Protocol
     from ..lab.store import need_optuna
     from ..memory.device import parse_memory
@@ -43,8 +44,9 @@ def tune(
 
     need_optuna()
     goal = Goal(max_kl, parse_memory(memory) if memory else 0, parse_count(context) if context else 0, min_speed)
-    protocol = Protocol(tuple(parse_count(d) for d in depths.split(",")), 64, 16, sequences)
+    protocol = Protocol(tuple(counts(depths)), 64, 16, sequences)
     kept = records or Path("results/tune") / f"{Path(name).name}.jsonl"
+    store.check(kept)
     winner = Tuner(name, goal, kept, protocol, window, typer.echo).run(generations)
     against = f"{100 * winner.saving:.1f} % smaller than {winner.uniform}, the smallest uniform spec within the bound"
     if winner.saving <= 0:

@@ -23,6 +23,7 @@ from ..hosts.mlx_lm.host import HOST
 from ..hosts.mlx_lm.public import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from ..hosts.policy import native_reason
 from ..spec.kv import KVSpec
+from ..spec.text import OFF, Spec, parse
 from .simulate import SimulatedCache
 
 NATIVE = "native"
@@ -134,9 +135,9 @@ class _MlxSpec(KVSpec):
 def check(name: str) -> str:
     """The canonical name of a contender, before any model is loaded. Raises SpecError."""
     own = name.strip().lower()
-    if own in (NATIVE, "q4_0", "q4_0:norot") or _mlx(own):
-        return own
-    return str(KVSpec.parse(name))
+    if own in OFF:
+        return NATIVE
+    return own if own in ("q4_0", "q4_0:norot") or _mlx(own) else str(parse(name))
 
 
 def enter(name: str, model: Any, simulate: bool = False) -> Contender:
@@ -183,12 +184,12 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
     return Contender(name, true_bits, simulated)
 
 
-def _spec(name: str) -> KVSpec:
+def _spec(name: str) -> Spec:
     if name.startswith("q4_0"):
         return _Q4Spec(rotate=name == "q4_0")
     if bits := _mlx(name):
         return _MlxSpec(bits=bits)
-    return KVSpec.parse("f16" if name == NATIVE else name)
+    return parse("f16" if name == NATIVE else name)
 
 
 def _mlx(name: str) -> int:

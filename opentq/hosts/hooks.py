@@ -18,9 +18,9 @@ from ..caches import alive
 from ..caches.composite import composite, members
 from ..caches.step import LayerStats
 from ..contracts.rotary import NO_ROTARY
-from ..spec.kv import KVSpec
 from ..spec.recipe import Recipe
-from ..spec.recommended import AUTO, recommend
+from ..spec.recommended import recommend
+from ..spec.text import AUTO, Spec, parse
 from . import floats, rotary, shim
 from .host import HookError, Host, host_of
 from .identity import fingerprint
@@ -33,7 +33,7 @@ class Installation:
     """What `compress` did to one model: kept on the model, read by the report."""
 
     host: Host
-    spec: KVSpec
+    spec: Spec
     plans: list[LayerPlan]
     stats: dict[tuple[int, int], LayerStats]
     original: Callable | None  # the model's own make_cache attribute, if the instance had one
@@ -41,7 +41,7 @@ class Installation:
     lends: bool = False  # layers attend to keys and values that another layer's cache has taken
 
 
-def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> list[LayerPlan]:
+def compress(model: Any, kv: Spec | str = AUTO, self_test: bool = True) -> list[LayerPlan]:
     """Make `model` use compressed KV caches from now on, in place; returns one plan per layer.
 
     Everything in the host that asks the model for caches (generate, stream_generate, speculative decoding, batches)
@@ -55,7 +55,7 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
         NothingCompressed: no layer can be compressed.
         HookError: the host is not as expected, or a layer did not enter the compressed path.
     """
-    spec = recommend(model).spec if spec == AUTO else KVSpec.parse(spec)
+    spec = recommend(model).spec if kv == AUTO else parse(kv)
     uninstall(model)
     record = prepare(model, spec, self_test)
     decoder = record.host.decoder(model)
@@ -64,7 +64,7 @@ def compress(model: Any, spec: KVSpec | str = AUTO, self_test: bool = True) -> l
     return record.plans
 
 
-def prepare(model: Any, spec: KVSpec, self_test: bool = True) -> Installation:
+def prepare(model: Any, spec: Spec, self_test: bool = True) -> Installation:
     """All that `compress` does but the last step: caches made of the record (`make_caches`) are compressed, those that
     the model itself makes are its own. Raises what `compress` raises.
     """
@@ -86,7 +86,7 @@ def prepare(model: Any, spec: KVSpec, self_test: bool = True) -> Installation:
     return record
 
 
-def plan(model: Any, spec: KVSpec) -> list[LayerPlan]:
+def plan(model: Any, spec: Spec) -> list[LayerPlan]:
     """What `compress` would do to each layer, its shapes filled in; nothing is changed and nothing is computed.
 
     Raises NothingCompressed.

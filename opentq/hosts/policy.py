@@ -17,10 +17,11 @@ import mlx.core as mx
 from ..caches.composite import members
 from ..spec.kv import KVSpec
 from ..spec.latent import latent_spec
+from ..spec.text import Spec
 from .plan import PLAIN, LayerPlan, NothingCompressed, Traits
 
 
-def decide(caches: Sequence[Any], spec: KVSpec, kinds: ModuleType, traits: Traits = PLAIN) -> list[LayerPlan]:
+def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits = PLAIN) -> list[LayerPlan]:
     """One plan per cache (and per member of a CacheList). Raises NothingCompressed.
 
     Args:
@@ -92,7 +93,7 @@ def native_bound(cache: Any) -> int:
     return getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
 
 
-def native_reason(slot: Any, part: int, spec: KVSpec | None, kinds: ModuleType, traits: Traits = PLAIN) -> str:
+def native_reason(slot: Any, part: int, spec: Spec | None, kinds: ModuleType, traits: Traits = PLAIN) -> str:
     """Why member `part` of a layer's cache stays as it is; "" when it can be compressed."""
     cache = members(slot)[part]
     if traits.indexed and part == 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..spec.kv import KVSpec
+from ..spec.text import Spec, name
 from . import device as machines
 from . import source
 from .device import GIB, Device
@@ -100,15 +100,14 @@ class Answer:
 
 def answer(
     model: str,
-    kv: Sequence[str],
+    specs: Sequence[Spec | None],
     contexts: Sequence[int] = (),
     memory: str = "",
     device: str = "mac",
     weights: str = "",
     step: int = 2048,
 ) -> Answer:
-    """Plan `model` for each spec of `kv` and each context. Raises UserError for what can't be understood."""
-    specs = [KVSpec.parse(s) for s in kv]
+    """Plan `model` for each spec (None: the host's own cache) and context. Raises UserError for what makes no sense."""
     machine = machines.assumed(machines.parse_memory(memory), device) if memory else machines.here()
     origin = source.find(model)
     skeleton = build(origin.config, origin.name, machine.float_bytes)
@@ -117,14 +116,14 @@ def answer(
     rows, largest = [], {}
     notes = list(skeleton.notes)
     for spec in specs:
-        plans = skeleton.plans(spec if spec.compresses else None)
+        plans = skeleton.plans(spec)
         for tokens in contexts:
             e = predict(skeleton, plans, tokens, size, machine, step)
             fits = "yes" if e.total <= machine.usable else "raised" if e.total <= machine.ceiling else "no"
-            rows.append(Row(str(spec), e, fits))
+            rows.append(Row(name(spec), e, fits))
         limits = (machine.usable, machine.ceiling)
         found = [largest_context(skeleton, plans, size, machine, limit, step) for limit in limits]
-        largest[str(spec)] = (found[0], found[1])
+        largest[name(spec)] = (found[0], found[1])
     if size > machine.ceiling:
         notes.append(f"The weights alone ({size / GIB:.1f} GiB) are more than this machine can use: no context fits.")
     return Answer(skeleton, said, machine, tuple(rows), largest, _layers(skeleton, specs[-1]), tuple(notes))
@@ -152,9 +151,9 @@ def _weights(origin: source.Source, skeleton: Skeleton, asked: str, machine: Dev
     return size, f"{size / GIB:.2f} GiB = {size / 1e9:.1f} GB decimal, {form} ({how})"
 
 
-def _layers(skeleton: Skeleton, spec: KVSpec) -> str:
+def _layers(skeleton: Skeleton, spec: Spec | None) -> str:
     """`10 full attention 4x512 (int4), 50 RotatingKVCache 16x256 (sliding window, bounded at 1024 tokens)`."""
-    plans = skeleton.plans(spec if spec.compresses else None)
+    plans = skeleton.plans(spec)
     kinds = Counter((p.kind, p.kv_heads, p.key_dim, p.value_dim, p.codec, p.reason) for p in plans)
     parts = []
     for (kind, heads, key_dim, value_dim, codec, reason), count in kinds.items():

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..hosts.host import host_of
 from ..hosts.plan import LayerPlan
 from ..hosts.policy import decide, shaped
-from ..spec.kv import KVSpec
+from ..spec.text import Spec
 
 
 class ConfigError(UserError):
@@ -116,7 +116,7 @@ class Skeleton:
                     total += p.size * float_bytes
         return total + sum(p.size for k, p in self.arrays if k not in counted) * float_bytes
 
-    def plans(self, spec: KVSpec | None) -> list[LayerPlan]:
+    def plans(self, spec: Spec | None) -> list[LayerPlan]:
         """One plan per cache with its shapes filled in; without a spec every layer is mlx-lm's own."""
         if spec is None:
             slots = [(i, n, c) for i, cache in enumerate(self.caches) for n, c in enumerate(members(cache))]

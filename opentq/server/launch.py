@@ -20,8 +20,8 @@ from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
 from ..memory.device import GIB
 from ..memory.loaded import model_context
 from ..records import fingerprint
-from ..spec.kv import KVSpec
-from ..spec.recommended import AUTO, advice
+from ..spec.recommended import advice
+from ..spec.text import AUTO, Asked
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine
@@ -45,7 +45,7 @@ class ServeOptions:
     """What `opentq serve` was asked for; see its help for the meanings."""
 
     model: str
-    kv: KVSpec | str | None = AUTO
+    kv: Asked = AUTO
     names: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8080
@@ -267,8 +267,7 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
     lines = []
     if hooks.installed(engine.model):
         lines.append(str(report(engine.model)))
-        asked = None if options.kv is None or options.kv == AUTO else KVSpec.parse(options.kv)
-        if line := advice(engine.model, asked):
+        if line := advice(engine.model, options.kv):
             lines.append(line)
     else:
         lines.append("KV cache: mlx-lm's own, not compressed")

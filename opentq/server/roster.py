@@ -23,7 +23,6 @@ from ..memory import source
 from ..memory.device import GIB, here
 from ..memory.plan import predict
 from ..memory.skeleton import build
-from ..spec.kv import KVSpec
 from ..spec.recommended import AUTO, recommend
 from .service import Service
 
@@ -121,9 +120,9 @@ def check_memory(options: ServeOptions) -> None:
     limit = device.usable if options.memory is None else options.memory
     origin = source.find(options.model)
     kind = origin.config.get("model_type", "")
-    asked = None if options.kv is None else recommend(kind).spec if options.kv == AUTO else KVSpec.parse(options.kv)
+    asked = recommend(kind).spec if options.kv == AUTO else options.kv
     skeleton = build(origin.config, origin.name, device.float_bytes)
-    plans = skeleton.plans(asked if asked and asked.compresses else None)
+    plans = skeleton.plans(asked)
     weights = source.decoded_bytes(skeleton, device) or origin.weight_bytes(device.float_bytes) or 0
     need = predict(skeleton, plans, FIRST_CONTEXT, weights, device, options.prefill_step or 64).total
     if need > limit:

@@ -72,16 +72,9 @@ class KVSpec:
 
     @classmethod
     def parse(cls, text: str | KVSpec) -> KVSpec:
-        """Read a spec. Raises SpecError naming the part that is wrong."""
+        """Read one spec (`text.parse` also reads recipes). Raises SpecError naming the part that is wrong."""
         if isinstance(text, KVSpec):
             return text
-        if "|" in text or FILE.fullmatch(text.strip()):
-            from .recipe import Recipe
-
-            try:
-                return Recipe.read(text)
-            except SpecError as error:
-                raise SpecError(f"KV spec {text!r}: {error}") from error
         head, *options = text.strip().lower().split(":")
         keys, values = _names(head, text)
         return with_options(cls(keys, values), options, text)
@@ -283,17 +276,3 @@ def _apply(spec: KVSpec, option: str, text: str) -> tuple[KVSpec, str]:
 def grammar() -> str:
     """The grammar in one line, with the codec names that exist."""
     return GRAMMAR.format(names=", ".join(REGISTRY))
-
-
-def spec_from_flags(kv: str | None, kv_bits: int | None = None, kv_group_size: int | None = None) -> KVSpec | None:
-    """The spec that command-line flags ask for, None when they ask for none.
-
-    mlx-lm's `--kv-bits` and `--kv-group-size` are aliases of `--kv`. Raises SpecError.
-    """
-    if kv is not None and (kv_bits is not None or kv_group_size is not None):
-        raise SpecError("give --kv or mlx-lm's --kv-bits/--kv-group-size, not both")
-    if kv_bits is not None:
-        return KVSpec.parse(f"int{kv_bits}:g{kv_group_size or 64}")  # 64 is mlx-lm's default group
-    if kv_group_size is not None:
-        raise SpecError("--kv-group-size needs --kv-bits")
-    return None if kv is None else KVSpec.parse(kv)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import toml
-from ..codecs import Codec
 from ..errors import UserError
 from . import calibration
 from .kv import FILE, KVSpec, SpecError, with_options
@@ -21,15 +20,16 @@ BAR = "|"
 
 
 @dataclass(frozen=True)
-class Recipe(KVSpec):
+class Recipe:
     """One spec per compressible layer.
 
     Attributes:
+        layers: the layers' specs; they agree on `window`.
         source: the file and options that it was read from, where it has a calibration; it prints as that.
         calibration: what was found out about its model, or None.
     """
 
-    layers: tuple[KVSpec, ...] = field(default=())
+    layers: tuple[KVSpec, ...]
     source: str = ""
     calibration: calibration.Calibration | None = field(default=None, compare=False)
 
@@ -37,12 +37,12 @@ class Recipe(KVSpec):
     def of(cls, layers: list[str] | tuple[str, ...]) -> Recipe:
         """A recipe of the layers' specs. Raises SpecError."""
         specs = tuple(KVSpec.parse(text) for text in layers)
-        if not specs or any(isinstance(s, Recipe) for s in specs):
-            raise SpecError("a recipe needs one plain KV spec per layer")
+        if not specs:
+            raise SpecError("a recipe needs one KV spec per layer")
         windows = {s.window for s in specs}
         if len(windows) > 1:
             raise SpecError("a recipe's layers must agree on window=native or window=compress")
-        return cls(window=windows.pop(), layers=specs)
+        return cls(specs)
 
     @classmethod
     def read(cls, text: str) -> Recipe:
@@ -70,8 +70,10 @@ class Recipe(KVSpec):
     def __str__(self) -> str:
         return self.source or BAR.join(map(str, self.layers))
 
-    def codecs(self) -> tuple[Codec, Codec]:
-        raise UserError(f"a recipe has codecs per layer, not one pair: {self}")
+    @property
+    def window(self) -> str:
+        """What sliding-window layers do; see `KVSpec`."""
+        return self.layers[0].window
 
     def for_layer(self, index: int, count: int) -> KVSpec:
         """The spec of layer `index`. Raises UserError when the recipe was made for another number of layers."""

@@ -10,9 +10,8 @@ from typing import Any
 from .. import toml
 from .kv import KVSpec
 from .recipe import Recipe
+from .text import AUTO, Asked, Spec
 
-AUTO = "auto"
-"""In place of a spec: what is recommended for the model."""
 TABLE = Path(__file__).with_name("recommended.toml")
 PROBE_DIM = 128
 """Head dim at which the sizes of two specs are compared."""
@@ -54,12 +53,14 @@ def recommend(model: Any) -> Recommendation:
     return _recommendation("default", table["default"])
 
 
-def advice(model: Any, asked: KVSpec | None) -> str | None:
+def advice(model: Any, asked: Asked) -> str | None:
     """One line for the user: what was taken where no spec was asked for; a warning where it was too small a one."""
-    return str(recommend(model)) if asked is None else warn(model, asked)
+    if asked is None:
+        return None
+    return str(recommend(model)) if asked == AUTO else warn(model, asked)
 
 
-def warn(model: Any, spec: KVSpec) -> str | None:
+def warn(model: Any, spec: Spec) -> str | None:
     """One sentence when `spec` keeps less of keys or of values than what is recommended, else None.
 
     Fewer bits of keys are no fault where those of both together are as many. Recipes are not judged: they were measured

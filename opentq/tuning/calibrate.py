@@ -31,6 +31,7 @@ from ..hosts.identity import fingerprint
 from ..spec import calibration
 from ..spec.kv import KVSpec
 from ..spec.recipe import text as recipe_text
+from ..spec.text import Spec
 
 SUMS = ("q_sum", "q_outer", "k_sum", "k_outer")
 
@@ -147,9 +148,9 @@ class Calibrator:
         partial: where sums are written after every sequence; None keeps them in memory.
     """
 
-    def __init__(self, model: Any, spec: KVSpec | str, reading: Reading, partial: Path | None = None):
+    def __init__(self, model: Any, spec: Spec, reading: Reading, partial: Path | None = None):
         self.model, self.reading, self.partial = model, reading, partial
-        self.spec = KVSpec.parse(spec)
+        self.spec = spec
         plans = [p for p in hooks.compress(model, self.spec) if p.compressed]
         hooks.uninstall(model)
         self.layers = [str(p.spec) for p in plans]

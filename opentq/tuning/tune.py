@@ -23,6 +23,7 @@ from ..memory.loaded import weight_bytes
 from ..records import Records, model_name
 from ..spec.kv import KVSpec
 from ..spec.recipe import Recipe
+from ..spec.text import Spec, parse
 from .sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 
 BLOCKS = 16
@@ -94,7 +95,7 @@ class Tuner:
         size = -(-count // min(count, BLOCKS))
         self.blocks = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
 
-    def _plans(self, spec: KVSpec) -> list[LayerPlan]:
+    def _plans(self, spec: Spec) -> list[LayerPlan]:
         return hooks.plan(self.model, spec)
 
     def lines(self, recipe: list[Choice]) -> list[str]:
@@ -109,7 +110,7 @@ class Tuner:
             protocol = fidelity.Protocol(
                 protocol.depths, protocol.window, protocol.step, protocol.sequences, protocol.prefill, seed
             )
-        canonical = {name: str(KVSpec.parse(name)) for name in names}
+        canonical = {name: str(parse(name)) for name in names}
         unique = list(dict.fromkeys(canonical.values()))
         found = fidelity.run(self.model, self.id, self.tokenizer, self.text, unique, protocol, self.records)
         kl: dict[str, list[float]] = {}
@@ -190,7 +191,7 @@ class Tuner:
         from ..bench.model import Arm
 
         vocabulary = len(self.tokenizer.get_vocab())
-        arm = Arm(Built(self.model, "", self.tokenizer, 0, vocabulary, 0), spec, 512, 0)
+        arm = Arm(Built(self.model, "", self.tokenizer, 0, vocabulary, 0), parse(spec), 512, 0)
         arm.fill(self.protocol.depths[0], "prefill")
         return 16 / min(arm.generate(16, 0) for _ in range(3))
 
@@ -230,7 +231,7 @@ class Tuner:
         """Planted facts found with the recipe and with the model's own cache."""
         grid = needle.Grid((self.protocol.depths[-1],), (0.1, 0.5, 0.9), trials=4, seed=1000)
         found = needle.run(
-            self.model, self.id, self.tokenizer, self.text, ["native", str(KVSpec.parse(name))], grid, self.records
+            self.model, self.id, self.tokenizer, self.text, ["native", str(parse(name))], grid, self.records
         )
         half = len(found) // 2
         asked = grid.trials * half

@@ -181,6 +181,16 @@ def check_context(request: Request) -> None:
         )
 
 
+def check_draft(model: Any, tokenizer: Any, draft: Any, own: Any) -> None:
+    """Raise UserError for a draft model (with its `own` tokenizer) whose proposals `model` can't take."""
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            "the draft model's vocabulary is not the model's: its tokens would mean something else; use a draft model "
+            "of the same family, or leave --draft-model out"
+        )
+    check_trims(model, draft)
+
+
 def check_trims(*models: Any) -> None:
     """Raise UserError for models whose caches can't take proposals back: speculation would go wrong silently."""
     for model in models:

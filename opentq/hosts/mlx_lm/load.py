@@ -13,8 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import sharded_load
 
 from ...errors import UserError
-from ...spec.kv import KVSpec
-from ...spec.recommended import AUTO
+from ...spec.text import Spec, asked
 from .. import floats, hooks
 from .gguf import header as gguf_header
 from .gguf import model as gguf_model
@@ -27,20 +26,20 @@ class ModelError(UserError):
     """The model can't be loaded; the message says what is missing and what to do."""
 
 
-def load(path: str, kv: KVSpec | str | None = None, **options: Any) -> tuple[Any, Any]:
+def load(path: str, kv: Spec | str | None = None, **options: Any) -> tuple[Any, Any]:
     """Load a model; returns `(model, tokenizer)` as `mlx_lm.load` does.
 
     Args:
         path: a folder, a `.gguf` file, a known name such as `smollm2`, or a Hugging Face repository.
-        kv: a KV spec such as `"int4"`; `"auto"` for what is recommended for the model's family; None leaves
-            mlx-lm's own caches.
+        kv: a KV spec or its text, such as `"int4"`; `"auto"` for what is recommended for the model's family; None or
+            `"off"` leaves mlx-lm's own caches.
         options: passed on to `mlx_lm.load`.
 
     Raises:
         ModelError, GGUFError: the model is missing, incomplete, or not one that mlx-lm knows.
         SpecError, NothingCompressed: see `opentq.compress`.
     """
-    spec = kv if kv is None or kv == AUTO else KVSpec.parse(kv)
+    spec = None if kv is None else asked(kv)
     path = resolve(path)
     if is_gguf(path):
         model, tokenizer = _load_gguf(path, options)
