@@ -338,8 +338,8 @@ def test_contexts_beyond_the_model_and_memory_below_the_weights():
 
 def test_named_shape_needs_no_transformers_and_no_network():
     code = (
-        "import sys, json, time; from opentq.memory.command import plan\n"
-        "plan('llama-3.1-70b', 'int4', '128k', '64GB', 'mac', '', 2048, None, True)\n"
+        "import sys, json, time; from opentq.cli.plan import plan\n"
+        "plan('llama-3.1-70b', '', 'int4', '128k', '64GB', 'mac', '', 2048, None, True)\n"
         "assert 'transformers' not in sys.modules and 'huggingface_hub' not in sys.modules\n"
         "from mlx_lm import generate; assert callable(generate)\n"
     )

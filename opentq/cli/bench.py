@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..spec.kv import KVSpec
-from ..spec.text import specs, split
 from .options import ModelOption, Output, PrefillStep, RecordsFile, Specs, check_output, one_model, write
 from .plan import counts, parse_count
 
@@ -47,6 +45,8 @@ def kernel(
             typer.echo(line)
         return
     from ..bench import kernel as kernels
+    from ..spec.kv import KVSpec
+    from ..spec.text import specs, split
 
     sizes = _numbers(shape, "--shape")
     contexts = counts(ctx)
@@ -86,6 +86,7 @@ def model(
     from ..bench.build import build
     from ..bench.rivals import llama_cpp_model
     from ..memory.device import parse_memory
+    from ..spec.text import specs
 
     _check(form, output, records)
     asked = specs(kv)
@@ -136,6 +137,7 @@ def long_context(
     from ..bench.build import build
     from ..evaluate.contenders import check
     from ..memory.device import parse_memory
+    from ..spec.text import split
 
     _check(form, output, records)
     arms = [check(name) for name in split(kv)]

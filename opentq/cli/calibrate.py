@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from ..spec.text import AUTO, asked
 from .options import KV, ModelArgument, ModelOption, check_output, one_model
 from .plan import parse_count
 
@@ -25,6 +24,8 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("calibrated.toml"),
 ) -> None:
     """Find out in which channels a model's queries look, so that a long cache can be read page by page."""
+    from ..spec.text import AUTO, asked
+
     name = one_model(model, model_option)
     spec = asked(kv)
     if spec is None:

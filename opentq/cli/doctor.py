@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..spec.text import split
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ def doctor(
     if bench:
         if as_json:
             raise UserError("--bench writes its records to a file: use --output instead of --json")
+        from ..spec.text import split
+
         if not _bench(quick, split(kv) if kv else [], output):
             raise typer.Exit(1)
         return

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ..errors import UserError
-from ..spec.text import split
 from .options import ModelArgument, ModelOption, Output, PrefillStep, RecordsFile, check_output, one_model, write
 
 if TYPE_CHECKING:
@@ -227,6 +226,7 @@ def _prepare(model: str, kv: str, text: Path | None, form: str, output: Path | N
     check_tokenizer(model)
     from ..evaluate import contenders, corpus
     from ..records import Records, model_name
+    from ..spec.text import split
 
     names = [contenders.check(n) for n in split(kv)]
     if len(set(names)) < len(names):
