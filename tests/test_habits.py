@@ -65,13 +65,13 @@ def test_the_walk_sees_all_commands():
 # ---- the model
 
 
-@pytest.mark.parametrize("name", [n for n in taking("--model") if n != "cache use"])
+@pytest.mark.parametrize("name", [n for n in taking("--model") if n not in ("cache use", "launch")])
 def test_the_model_is_an_argument_with_an_alias(name):
     first = next(p for p in COMMANDS[tuple(name.split())].params if p.param_type_name == "argument")
     assert (first.name, first.required) == ("model", False)
 
 
-MODEL_REQUIRED = [n for n in taking("--model") if n not in ("demo", "cache use")]
+MODEL_REQUIRED = [n for n in taking("--model") if n not in ("demo", "cache use", "launch")]
 
 
 @pytest.mark.parametrize("name", MODEL_REQUIRED)
@@ -111,7 +111,7 @@ def parsed(monkeypatch):
     return seen
 
 
-LISTS = ["plan", "eval fidelity", "eval needle", "eval generate", "eval layers"]
+LISTS = ["plan", "eval fidelity", "eval needle", "eval generate", "eval layers", "eval use", "eval tasks"]
 LISTS += ["bench kernel", "bench model", "bench long", "doctor"]
 NO_RECIPES = ("bench kernel", "doctor")
 
@@ -121,7 +121,7 @@ def needs(name: str, missing: str) -> list[str]:
     return [missing] * (name not in ("bench kernel", "doctor")) + more.get(name, [])
 
 
-@pytest.mark.parametrize("name", taking("--kv"))
+@pytest.mark.parametrize("name", [n for n in taking("--kv") if n != "launch"])  # hands it to serve
 def test_specs_reach_the_reader_whole(run, parsed, tmp_path, monkeypatch, name):
     """Commas inside `skip` separate nothing, and the letters of a path are kept."""
     monkeypatch.chdir(tmp_path)
@@ -139,7 +139,7 @@ def test_specs_reach_the_reader_whole(run, parsed, tmp_path, monkeypatch, name):
         assert parsed == given
 
 
-@pytest.mark.parametrize("name", [n for n in taking("--kv") if n not in LISTS])
+@pytest.mark.parametrize("name", [n for n in taking("--kv") if n not in (*LISTS, "launch")])
 @pytest.mark.parametrize("word", ["off", "OFF", "auto", "int4"])
 def test_off_and_auto_are_words_in_every_command(run, tmp_path, monkeypatch, name, word):
     monkeypatch.chdir(tmp_path)
