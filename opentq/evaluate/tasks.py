@@ -8,6 +8,7 @@ cache, and differences are paired.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -119,19 +120,19 @@ def answer(
 
 
 def _score(model: Any, batch: Sequence[Question], choice: int, held: list[Any]) -> np.ndarray:
-    """Log likelihood `[questions]` of one choice after each page; the caches are as before afterwards."""
+    """Log likelihood `[questions]` of one choice after each page; the caches are left as they are."""
+    # Not trimmed afterwards instead: tokens that a long choice pushes into packing would stay packed for the next one.
+    own = copy.deepcopy(held)
     tokens = [q.choices[choice] for q in batch]
     longest = max(map(len, tokens))
     # Each is fed behind the last token of its page; what fills a shorter one up comes after it, and is not counted.
     fed = mx.array([[q.page[-1], *t[:-1], *[0] * (longest - len(t))] for q, t in zip(batch, tokens)])
     wanted = mx.array([t + [0] * (longest - len(t)) for t in tokens])
-    logs = metrics.log_probs(model(fed, cache=held))
+    logs = metrics.log_probs(model(fed, cache=own))
     picked = mx.take_along_axis(logs, wanted[..., None], axis=-1)[..., 0]
     inside = mx.arange(longest)[None] < mx.array([[len(t)] for t in tokens])
     total = mx.where(inside, picked, 0).sum(1)
     mx.eval(total)
-    for cache in held:
-        cache.trim(longest)
     return np.array(total, dtype=np.float64)
 
 

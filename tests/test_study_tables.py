@@ -1,0 +1,59 @@
+"""Tables of the real network: the best spec is found, ratios are paired, missing records leave a sentence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "dev"))
+import study_tables as study
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(" | ".join(row) for row in (head, *rows))
+
+
+def row(
+    spec: str, bits: float, kl: float, text: str = "python-stdlib", depth: int = 512, name: str = "smollm2"
+) -> dict:
+    protocol = {"depths": [512, 2048]}
+    settings = {"kind": "fidelity", "model": {"name": name}, "text": {"name": text}, "protocol": protocol}
+    blocks = [kl * (1 + 0.1 * (i % 3 - 1)) for i in range(12)]
+    return {
+        "settings": {**settings, "spec": spec, "depth": depth},
+        "bits": bits,
+        "kl_mean": [kl, kl / 2, kl * 2],
+        "kl_blocks": blocks,
+        "device": "a CPU",
+        "versions": {"mlx": "0"},
+        "date": "2026-01-01T00:00",
+    }
+
+
+ROWS = [
+    row("q4_0", 4.5, 0.008),
+    row("mlx4", 4.5, 0.12),
+    row("int4", 5.0, 0.001),
+    row("tq5/tq3:nc", 4.25, 0.006),
+    row("tq5/tq3:nc:center:sink=4", 4.25, 0.004),
+    row("tq5/tq3:nc:center:sink=4", 4.25, 9.0, name="tiny-llama"),
+]
+
+
+def test_the_best_spec_within_the_limit_stands_against_its_rivals():
+    text = study.goal(ROWS, markdown)
+    assert "`tq5/tq3:nc:center:sink=4`, 4.25 bits" in text and "int4" not in text
+    # Blocks move together, so that a paired ratio has no width.
+    assert "0.500 [0.500, 0.500]" in text and "0.033 [0.033, 0.033]" in text
+
+
+def test_later_records_replace_earlier_ones_and_other_models_are_left_out():
+    text = study.divergences([*ROWS, row("q4_0", 4.5, 0.5)], ["q4_0", "tq5/tq3:nc:center:sink=4", "tq1"], markdown)
+    assert "0.50" in text and "9.00" not in text and "tq1" not in text
+
+
+@pytest.mark.parametrize("table", ["goal", "needles", "use", "tasks", "depth", "scale", "cpu"])
+def test_without_records_a_sentence_says_how_to_make_them(table):
+    assert getattr(study, table)([], markdown).startswith("No record yet")
