@@ -562,3 +562,15 @@ def test_paired_differences():
 
 def test_prose_comes_with_python():
     assert corpus.load(Path("prose")).name == "python-reference" and corpus.load(Path("code")).name == "python-stdlib"
+
+
+def test_simulated_caches_pass_the_judge_of_first_use(tiny_llama, monkeypatch):
+    """Its calls have no packed tokens; the kernels that serve them are judged with some."""
+    from opentq.attention import guard
+
+    monkeypatch.setattr(guard, "judging", True)
+    monkeypatch.setattr(guard, "settled", {})
+    for name in ("tq4", "q4_0", "f16"):
+        caches = contenders.enter(name, tiny_llama, simulate=True).caches()
+        out = tiny_llama(mx.arange(100)[None], cache=caches)
+        assert mx.isfinite(out).all().item() and caches[0].stats.served_by != ""

@@ -271,11 +271,10 @@ class Study:
         for facts in (1, 4, 16) if not self.args.quick else (1,):
             for length in lengths:
                 asked = needle.Grid((length,), (0.1, 0.3, 0.5, 0.7, 0.9), trials=trials, distractors=facts - 1)
-                arms = {"native": (NATIVE, None), "tq5/tq3:nc:sink=4": ("tq5/tq3:nc:sink=4", None), **self.arms(1024)}
-                recipe = self.recipe("code", spec="tq5/tq3:nc:sink=4")
-                arms["packed, recipe code:1024"] = (f"{recipe}:pages=1024", None)
-                if self.args.quick:
-                    arms = {n.replace("1024", "512"): (s.replace("1024", "512"), w) for n, (s, w) in arms.items()}
+                budget = 512 if self.args.quick else 1024
+                packed, recipe = "tq5/tq3:nc:sink=4", self.recipe("code", spec="tq5/tq3:nc:sink=4")
+                arms = {"native": (NATIVE, None), packed: (packed, None), **self.arms(budget)}
+                arms[f"packed, recipe code:{budget}"] = (f"{recipe}:pages={budget}", None)
                 for name, (spec, weigh) in arms.items():
                     settings = about("pages-needle", self.id, self.judged["code"], length=length, facts=facts)
                     key = {**settings, "rule": name, "trials": 5 * trials}

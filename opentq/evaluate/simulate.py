@@ -7,16 +7,55 @@ only: it lets a codec be judged on a machine that has no fused kernel for it. By
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import mlx.core as mx
 
 from ..attention import dispatch
 from ..caches.extent import Limits
 from ..caches.single import OpenTQCache, mean_key, shifted
-from ..caches.step import Handle
-from ..codecs import Affine, Codec
-from ..contracts.attention import Lengths
+from ..caches.step import Handle, Step
+from ..codecs import Affine
+from ..contracts.attention import Lengths, PackedKV
+from ..contracts.codec import Codec, Format, Packed
 from ..contracts.layout import FLUSH
 from ..spec.kv import KVSpec
+
+BARE = Affine(8)
+"""A codec that every back end has a kernel for."""
+
+
+@dataclass(frozen=True)
+class Unpacked(Codec):
+    """The basis of `inner`, for calls without packed tokens: to kernels these would be `BARE`'s."""
+
+    inner: Codec
+
+    def __str__(self) -> str:
+        return f"none/{self.inner}"
+
+    @property
+    def basis(self) -> str:
+        return self.inner.basis
+
+    def format(self, head_dim: int) -> Format | None:
+        return BARE.format(head_dim)
+
+    def bits_per_value(self, head_dim: int) -> float:
+        return BARE.bits_per_value(head_dim)
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return self.inner.rotate(x)
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        return self.inner.unrotate(y)
+
+    def encode(self, y: mx.array) -> Packed:
+        return BARE.encode(y)
+
+    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
+        return BARE.decode(packed, dtype, head_dim)
 
 
 class SimulatedCache(OpenTQCache):
@@ -64,8 +103,16 @@ class SimulatedCache(OpenTQCache):
 
     def _choose_layouts(self) -> None:
         super()._choose_layouts()
-        # Fused kernels serve calls in their own layout; with no packed tokens the codec in it does not matter.
-        self.k_layout, self.v_layout = dispatch.layouts(Affine(8), Affine(8), self.dims)
+        self.k_layout, self.v_layout = dispatch.layouts(BARE, BARE, self.dims)
+        self._bare = tuple(
+            PackedKV(Unpacked(codec), layout, (), dim)
+            for codec, layout, dim in zip((self.k_codec, self.v_codec), (self.k_layout, self.v_layout), self.dims)
+        )
+
+    def _step(self, *args: Any) -> Step:
+        step = super()._step(*args)
+        step.k, step.v = self._bare
+        return step
 
     @property
     def state(self):
