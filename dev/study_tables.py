@@ -218,7 +218,7 @@ def cpu(rows: Rows, markdown: Callable[..., str]) -> str:
     body = []
     for kv in dict.fromkeys(name for name, *_ in found):
         cells = [found.get((kv, *column)) for column in columns]
-        label = "mlx-lm, float32" if kv == "f16" else kv if kv.startswith("llama.cpp") else f"opentq `{kv}`"
+        label = "mlx-lm, float32" if kv in ("f16", "native") else kv if kv.startswith("llama.cpp") else f"opentq `{kv}`"
         body.append([label, *(f"{c['tokens_per_s']:.1f}" if c else "" for c in cells)])
     last = rows[-1]
     text = markdown(["tokens/s, SmolLM2-135M Q4_1", *(f"{test} @{at:,}" for test, at in columns)], body)

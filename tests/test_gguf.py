@@ -367,13 +367,16 @@ def test_both_engines_are_timed_on_one_file(small, capsys):
     from opentq.bench import model as models
     from opentq.bench.build import build
     from opentq.bench.rivals import llama_cpp_model
+    from opentq.spec.text import specs
 
     path = small()
     rows = list(
-        models.bench(build(str(path)), ["f16", "int4"], (0, 80), (9,), (3,), 1, rival=llama_cpp_model.check(str(path)))
+        models.bench(
+            build(str(path)), specs("off,int4"), (0, 80), (9,), (3,), 1, rival=llama_cpp_model.check(str(path))
+        )
     )
     assert len(rows) == 2 * 2 * 5
-    assert {r["kv"] for r in rows} == {"f16", "int4", "llama.cpp f16", "llama.cpp q8_0", "llama.cpp q4_0"}
+    assert {r["kv"] for r in rows} == {"native", "int4", "llama.cpp f16", "llama.cpp q8_0", "llama.cpp q4_0"}
     assert all(r["tokens_per_s"] > 0 for r in rows)
     held = {(r["kv"], r["depth"]): r["kv_bytes"] for r in rows}
     assert held["llama.cpp f16", 80] == 80 * 4 * 2 * 64 * 2 and held["llama.cpp q4_0", 0] == 0
