@@ -82,11 +82,11 @@ def plant(request, monkeypatch, tmp_path):
 
 
 def text(model) -> list[int]:
-    """A prompt and 90 tokens, greedily, with who served."""
+    """A prompt and 50 tokens, greedily, with who served."""
     from mlx_lm.generate import generate_step
 
     cache = model.make_cache()
-    return [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=90, prompt_cache=cache)]
+    return [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=50, prompt_cache=cache)]
 
 
 def portable(monkeypatch) -> list[int]:

@@ -11,6 +11,8 @@ import pytest
 
 from opentq.attention import dispatch
 from opentq.bench import device, metal_tune, timing
+from opentq.caches import single
+from opentq.caches.single import OpenTQCache
 from opentq.codecs import Affine
 from opentq.codecs.qjl import QJL
 from opentq.codecs.turbo import Fractional, Prod, Turbo
@@ -374,6 +376,96 @@ def test_a_damaged_tuning_file_is_named(m9, text):
 def test_tune_needs_metal():
     with pytest.raises(UserError, match="no Metal here"):
         next(metal_tune.tune(2, 0.0, 0.0))
+
+
+# ---- a decode step in three launches
+
+
+def plain_columns(codecs, dense, fresh, center):
+    done = [single.dense(codec, x) for codec, x in zip(codecs, fresh)]
+    done[0] = single.shifted(done[0], center)
+    return [mx.concatenate([old, new], axis=2) for old, new in zip(dense, done)]
+
+
+@pytest.mark.parametrize(
+    "dims, dtype, columns, length, centred",
+    [
+        ((64, 64), mx.float16, 5, 1, True),
+        ((128, 128), mx.bfloat16, 0, 3, False),
+        ((128, 128), mx.float32, 2, 1, True),
+        ((256, 512), mx.float16, 2, 4, False),
+        ((32, 96), mx.float16, 7, 1, True),
+    ],
+    ids=str,
+)
+def test_columns_are_appended_as_the_cache_does(dims, dtype, columns, length, centred):
+    codecs = (KVSpec.parse("int4").codecs()[0], KVSpec.parse("int4:norot").codecs()[1])
+
+    def draw(heads, tokens, dim, kind):
+        return mx.array(RNG.standard_normal((2, heads, tokens, dim), np.float32) * 3).astype(kind)
+
+    dense = tuple(draw(2, columns, dim, mx.float16) for dim in dims)
+    fresh = tuple(draw(2, length, dim, dtype) for dim in dims)
+    q, center = draw(4, length, dims[0], dtype), draw(2, 1, dims[0], mx.float16) if centred else None
+    found = fused_metal.append(q, codecs, dense, fresh, center)
+    expected = (codecs[0].rotate(q), *plain_columns(codecs, dense, fresh, center))
+    for got, wanted in zip(found, expected):
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        # Additions in another order: a last place of the result's dtype.
+        step = 2.0**-7 if got.dtype == mx.bfloat16 else 2.0**-10 if got.dtype == mx.float16 else 2.0**-20
+        error = mx.abs(got.astype(mx.float32) - wanted.astype(mx.float32))
+        assert (error <= step * mx.maximum(mx.abs(wanted.astype(mx.float32)), 1)).all().item()
+    if not centred:
+        pair = fused_metal.extend(codecs, dense, fresh)
+        assert all(mx.array_equal(a, b) for a, b in zip(pair, found[1:]))
+
+
+def test_what_is_not_appended():
+    assert fused_metal.extend((Affine(4), Affine(4)), (mx.zeros((1, 1, 0, 80), mx.float16),) * 2, (None, None)) is None
+    assert not fused_metal.appends((Turbo(3, rotation="haar"), Affine(4)), (64, 64))
+    assert fused_metal.appends((Affine(4), Turbo(3)), (128, 64))
+
+
+def decode_step(spec: str, length: int, dim: int = 64) -> tuple[OpenTQCache, list[str]]:
+    """A step on a cache of 150 tokens, held to the portable path: the cache, and the launches."""
+    shape = Shape(q_heads=4, kv_heads=2, key_dim=dim, value_dim=dim)
+    k, v = oracle.vectors(shape, 150 + length, dtype=mx.float16)
+    q = oracle.queries(shape, length, dtype=mx.float16)
+
+    def outputs():
+        cache = OpenTQCache(spec)
+        oracle.fill(cache, k[:, :, :150], v[:, :, :150], [150])
+        before = len(launch.launches)
+        handles = cache.update_and_fetch(k[:, :, 150:], v[:, :, 150:])
+        out = handles[0].step.attend(q, scale=0.125, mask="causal" if length > 1 else None)
+        return out, cache, [name for name, _ in launch.launches[before:]]
+
+    out, cache, names = outputs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENTQ_KERNELS", "tiled")
+        expected, plain, none = outputs()
+    assert none == [] and cache.stats.served_by == "metal"
+    assert mx.allclose(out, expected, rtol=1e-2, atol=2e-3)
+    for mine, theirs in ((cache.dense_k, plain.dense_k), (cache.dense_v, plain.dense_v)):
+        assert mine.shape == theirs.shape and mx.allclose(mine, theirs, rtol=2e-3, atol=2e-3)
+    return cache, names
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("spec", ["int4", "tq5/tq3:nc", "int4:center:sink=4", "k8v4:norot", "tq3p/int4"])
+def test_a_decode_step_is_three_launches(spec, length):
+    """The cache leaves new tokens to the launch that appends and rotates; two more attend and rotate back."""
+    assert decode_step(spec, length)[1] == ["opentq_append", "opentq_decode_lanes", "opentq_merge"]
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_longer_heads_rotate_back_in_the_merge(dim):
+    assert decode_step("int4", 1, dim)[1][-1] == "opentq_merge"
+
+
+def test_a_decode_step_with_matrices(monkeypatch):
+    monkeypatch.setattr(metal, "tuning", lambda: MATRIX)
+    assert "opentq_matrix" in decode_step("int4", 1)[1]
 
 
 # ---- counts

@@ -16,7 +16,9 @@ from opentq.kernels.metal import launch as metal
 
 from .. import oracle
 from ..matrix import Shape
+from ..test_metal import decode_step
 from ..test_metal import test_a_codebook_packs_bit_for_bit as codebook_packs
+from ..test_metal import test_columns_are_appended_as_the_cache_does as columns_are_appended
 from ..test_metal import test_pack_is_the_codec_bit_for_bit as pack_is_the_codec
 from . import launch, tally
 from .harness import LANES, MATRIX, gpu, needs_emulator, no_trouble_since, step  # noqa: F401
@@ -26,14 +28,14 @@ pytestmark = needs_emulator
 BARRIER = re.compile(r"\b(?:threadgroup|simdgroup)_barrier\(mem_flags::mem_threadgroup\);")
 FACTOR = re.compile(
     r"(?<= \* )(?:\((?:\w+ [*/+] (?:\w+|\w+<\w+>\(\)))\)"
-    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows)\b)"
+    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows|columns|E)\b)"
 )
 NOT_A_STRIDE = re.compile(
     r"^\s*(?:(?:static constant )?constexpr|threadgroup \w+ \w+\[|for \(|return |int c = |zero\.add|#)|\? ts\[|sizeof"
 )
 """Lines whose numbers are sizes, bounds or steps of loops over threads: most are only waste when they are larger."""
 EVERY = 15
-NAMES = ("merge", "pack", "pack_book", "decode_lanes", "matrix")
+NAMES = ("merge", "append", "pack", "pack_book", "decode_lanes", "matrix")
 
 
 def code(name: str) -> str:
@@ -77,6 +79,11 @@ def exercise(name: str) -> None:
         codebook_packs(2.5, "norm")
         codebook_packs(5, "length")
         return
+    if name == "append":
+        columns_are_appended((64, 128), mx.float32, 5, 2, True)
+        return
+    if name == "merge":
+        decode_step("int4", 1)
     shape = Shape(batch=2)
     long = 20 if name == "matrix" else 1
     args = step("int4:sink=4", shape, 220, long, causal=long > 1, sinks=mx.array([0.3, 5.0, -2.0, 1.0]))

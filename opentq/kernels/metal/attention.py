@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from ...codecs.packing import words
 from ...codecs.polar import LEVELS
 from ...codecs.rounding import lengths
 from ...contracts.attention import AttnArgs, PackedKV
-from ...contracts.backend import Backend, Finding
+from ...contracts.backend import Backend, Finding, Pair
 from ...contracts.codec import Angles, Book, Codebooks, Codec, Halves, Integers
 from ...contracts.layout import Canonical, Layout
 from . import launch as metal
@@ -29,9 +30,75 @@ def attend(args: AttnArgs) -> mx.array | None:
     k, v = side(args.k), side(args.v)
     if args.mask is not None or args.pages is not None or k is None or v is None or v.sketch or args.q.shape[2] == 0:
         return None
-    if args.gqa * args.q.shape[2] <= metal.lane_rows(k, v) and metal.tuning().variant == "lanes":
+    if in_lanes(args, k, v):
         return merge(args, *decode_lanes(args, k, v))
     return matrix(args, k, v)
+
+
+def in_lanes(args: AttnArgs, k: Side, v: Side) -> bool:
+    """Whether the lane kernel decodes this call; else the matrix kernel does."""
+    return args.gqa * args.q.shape[2] <= metal.lane_rows(k, v) and metal.tuning().variant == "lanes"
+
+
+def extend(codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:
+    """fp16 columns `[B, H, Td + L, D]`: new keys and values, rotated, behind the old ones, in one launch; or None."""
+    if not appends(codecs, (dense[0].shape[3], dense[1].shape[3])):
+        return None
+    _, k, v = append(_nothing(mx.float16, dense[0].shape[3]), codecs, dense, fresh, None)
+    return k, v
+
+
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array] | None:
+    """A decode step (`contracts.backend.Backend.step`): one launch appends and rotates, two attend and rotate back."""
+    k, v, codecs = side(args.k), side(args.v), (args.k.codec, args.v.codec)
+    if k is None or v is None or v.sketch or args.mask is not None or args.pages is not None:
+        return None
+    if not appends(codecs, (k.dim, v.dim)):
+        return None
+    q, dense_k, dense_v = append(args.q, codecs, (args.dense_k, args.dense_v), fresh, center)
+    whole = replace(args, q=q, dense_k=dense_k, dense_v=dense_v)
+    if in_lanes(whole, k, v):
+        return merge(whole, *decode_lanes(whole, k, v), args.v.codec.basis == "hadamard"), dense_k, dense_v
+    return args.v.codec.unrotate(matrix(whole, k, v)), dense_k, dense_v
+
+
+@functools.lru_cache(maxsize=64)
+def appends(codecs: Pair, dims: tuple[int, int]) -> bool:
+    """Whether the append kernel knows the bases of keys and values."""
+    for codec, dim in zip(codecs, dims):
+        if dim % 32 or dim > MAX_DIM or codec.basis not in ("none", "hadamard"):
+            return False
+        if codec.basis == "hadamard" and dim & (dim - 1):
+            return False
+    return True
+
+
+def append(
+    q: mx.array, codecs: Pair, dense: Pair, fresh: Pair, center: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`q [..., Dk]` rotated, and the fp16 columns with `fresh` behind them, `center` taken off new keys."""
+    (batch, heads, columns, k_dim), v_dim, length = dense[0].shape, dense[1].shape[3], fresh[0].shape[2]
+    old = [mx.contiguous(d) if columns else _nothing(mx.float16) for d in dense]
+    rows, queries = batch * heads, q.size // k_dim
+    tasks = 2 * rows * (columns + length) + queries
+    centers = _nothing(mx.float16) if center is None else mx.contiguous(center)
+    template = [("DK", k_dim), ("DV", v_dim), *((n, c.basis == "hadamard") for n, c in zip(("RK", "RV"), codecs))]
+    shapes = [(batch, heads, columns + length, dim) for dim in (k_dim, v_dim)]
+    rotated, k, v = metal.kernel("append")(
+        inputs=[
+            *(mx.contiguous(x) for x in (q, *fresh)),
+            *old,
+            centers,
+            _ints((length, columns, rows, queries)),
+            _floats((k_dim**-0.5, v_dim**-0.5)),
+        ],
+        template=[("T", q.dtype), *template, ("CENTER", center is not None)],
+        grid=(-(-tasks // 4) * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[q.shape, *shapes],
+        output_dtypes=[q.dtype, mx.float16, mx.float16],
+    )
+    return rotated, k, v
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
@@ -177,15 +244,21 @@ def matrix(args: AttnArgs, k: Side, v: Side) -> mx.array:
     return out.reshape(batch, q_heads, length, v.dim) if final else merge(args, out, stat)
 
 
-def merge(args: AttnArgs, partial: mx.array, stat: mx.array) -> mx.array:
-    """Splits to the output `[B, Hq, L, Dv]`."""
+def merge(args: AttnArgs, partial: mx.array, stat: mx.array, rotate: bool = False) -> mx.array:
+    """Splits to the output `[B, Hq, L, Dv]`; `rotate`: out of a Hadamard basis."""
     batch, q_heads, length, _ = args.q.shape
     rows, splits, dim = partial.shape
     capacity = 1 << max(5, (splits - 1).bit_length())
     meta = _ints((splits, length, q_heads))
     (out,) = metal.kernel("merge")(
         inputs=[partial, stat, _sinks(args), meta],
-        template=[("T", args.q.dtype), ("DV", dim), ("SPLITS", capacity), ("SINK", args.sinks is not None)],
+        template=[
+            ("T", args.q.dtype),
+            ("DV", dim),
+            ("SPLITS", capacity),
+            ("SINK", args.sinks is not None),
+            ("ROT", rotate),
+        ],
         grid=(rows * 128, 1, 1),
         threadgroup=(128, 1, 1),
         output_shapes=[(batch, q_heads, length, dim)],
@@ -258,8 +331,8 @@ def _floats(values: tuple[float, ...]) -> mx.array:
 
 
 @functools.cache
-def _nothing(dtype: mx.Dtype) -> mx.array:
-    return mx.zeros((16,), dtype=dtype)
+def _nothing(dtype: mx.Dtype, size: int = 16) -> mx.array:
+    return mx.zeros((size,), dtype=dtype)
 
 
 def findings() -> list[Finding]:
@@ -267,4 +340,4 @@ def findings() -> list[Finding]:
     return [Finding("kernels", "ok", "Metal, compiled on first use")]
 
 
-BACKEND = Backend("metal", mx.metal.is_available, attend, layouts, findings=findings)
+BACKEND = Backend("metal", mx.metal.is_available, attend, layouts, extend=extend, step=step, findings=findings)

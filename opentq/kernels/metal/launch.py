@@ -50,6 +50,11 @@ KERNELS = {
     "decode_lanes": Kernel("decode_lanes.metal", ("q", *_CACHE), ("partial", "stat")),
     "matrix": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out", "stat")),
     "merge": Kernel("merge.metal", ("partial", "stat", "sinks", "meta"), ("out",)),
+    "append": Kernel(
+        "append.metal",
+        ("q", "new_k", "new_v", "dense_k", "dense_v", "center", "meta", "real"),
+        ("q_out", "k_out", "v_out"),
+    ),
     "pack": Kernel("pack.metal", ("y", "meta"), ("codes", "scales")),
     "pack_book": Kernel("pack_book.metal", ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
 }

@@ -1,10 +1,12 @@
 // Merge: the splits of one query row become its output. A threadgroup is a row.
 //
 // out = sum_s w_s acc_s / (sum_s w_s sum_s + sink), w_s = exp2(max_s - max). A row that saw no key gives zeros.
-// Bytes: every partial once. Template: T output type, DV, SPLITS at most (a power of two), SINK. Threads: 128.
+// Bytes: every partial once. Template: T output type, DV, SPLITS at most (a power of two), SINK; ROT: the output leaves the
+// values' basis by a Walsh-Hadamard transform in threadgroup memory, pair by pair. Threads: 128.
 // ---- body
   threadgroup float weight[SPLITS];
   threadgroup float total_shared[1];
+  threadgroup float x_shared[ROT ? DV : 1];
   const int row = threadgroup_position_in_grid.x;
   const int lane = thread_index_in_simdgroup;
   const int splits = meta[0], L = meta[1], heads = meta[2];
@@ -35,10 +37,31 @@
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int d = thread_position_in_threadgroup.x; d < DV; d += 128) {
+  const int thread_index = thread_position_in_threadgroup.x;
+  for (int d = thread_index; d < DV; d += 128) {
     float x = 0;
     for (int s = 0; s < splits; s++) {
       x += weight[s] * partial[(first + s) * DV + d];
     }
-    out[size_t(row) * DV + d] = T(x * total_shared[0]);
+    x *= total_shared[0];
+    if (ROT) {
+      x_shared[d] = x;
+    } else {
+      out[size_t(row) * DV + d] = T(x);
+    }
+  }
+  if (ROT) {
+    for (int h = 1; h < DV; h *= 2) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int i = thread_index; i < DV / 2; i += 128) {
+        const int d = i / h * (2 * h) + i % h;
+        float a = x_shared[d], b = x_shared[d + h];
+        x_shared[d] = a + b;
+        x_shared[d + h] = a - b;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int d = thread_index; d < DV; d += 128) {
+      out[size_t(row) * DV + d] = T(x_shared[d] / precise::sqrt(float(DV)));
+    }
   }
