@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -145,7 +146,7 @@ def emulated_choose(sketches, rows, packed, count):
     outputs = [((batch * heads, whole), mx.float32), ((batch, heads, count), mx.int32)]
     given = [weights, mx.array(packed, dtype=mx.int32)]
     (_, found), _ = emulator.run(
-        cuda_pages.pick_source(), (batch * heads, 1, 1), given, outputs, (whole, length, heads, count)
+        cuda_pages.pick_source(64), (batch * heads, 1, 1), given, outputs, (whole, length, heads, count)
     )
     return found
 
@@ -158,15 +159,15 @@ def test_kernels_choose_what_the_reference_chooses(by):
     if by == "native" and not backend:
         pytest.skip("no fused kernels on this machine")
     rng = np.random.default_rng(0)
-    for packed, channels, dim, rows, count in (
-        ((1300, 700), 6, 64, 8, 4),
-        ((2050, 2050), 16, 40, 3, 9),
-        ((64 * 40, 100), 4, 128, 1, 1),
-    ):
-        keys = mx.array(rng.standard_normal((2, 3, 64 * 40, dim), dtype=np.float32))
-        chosen = mx.broadcast_to(mx.arange(1, channels + 1, dtype=mx.int32), (2, 3, channels))
+    cases = [((1300, 700), 6, 64, 8, 4), ((2050, 2050), 16, 40, 3, 9), ((64 * 40, 100), 4, 128, 1, 1)]
+    if by == "cuda":
+        cases = [((700, 130), 6, 40, 2, 3)]
+    heads, held = (1, 12) if by == "cuda" else (3, 40)
+    for packed, channels, dim, rows, count in cases:
+        keys = mx.array(rng.standard_normal((2, heads, 64 * held, dim), dtype=np.float32))
+        chosen = mx.broadcast_to(mx.arange(1, channels + 1, dtype=mx.int32), (2, heads, channels))
         selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count)
-        queries = selector.queries(mx.array(rng.standard_normal((2, 3 * rows, 1, dim), dtype=np.float32)), 1.0)
+        queries = selector.queries(mx.array(rng.standard_normal((2, heads * rows, 1, dim), dtype=np.float32)), 1.0)
         choose = choosers.get(by)
         found = choose(selector.sketches, queries, packed, count) if choose else selector.choose(queries, packed)
         few, mean = pages.decode(selector.sketches, channels)
@@ -174,15 +175,15 @@ def test_kernels_choose_what_the_reference_chooses(by):
             -1, -2
         )[..., None]
         for b in range(2):
-            whole, held = packed[b] // 64, -(-packed[b] // 64)
+            whole, there = packed[b] // 64, -(-packed[b] // 64)
             mass = mx.softmax(mx.logsumexp(scores[b, :, :whole], axis=-1), axis=1).sum(2)  # [H, pages]
-            for h in range(3):
+            for h in range(heads):
                 chosen = found[b, h].tolist()
-                if held <= count:
-                    assert chosen[:held] == list(range(held))
+                if there <= count:
+                    assert chosen[:there] == list(range(there))
                     continue
-                best = sorted(range(held - 1), key=lambda p: -mass[h, p].item())[: count - 1]
-                assert chosen == sorted(set(chosen)) and chosen[-1] == held - 1
+                best = sorted(range(there - 1), key=lambda p: -mass[h, p].item())[: count - 1]
+                assert chosen == sorted(set(chosen)) and chosen[-1] == there - 1
                 got, most = (sum(mass[h, p].item() for p in pick) for pick in (chosen[:-1], best))
                 assert got == pytest.approx(most, rel=1e-4)
 
@@ -364,3 +365,28 @@ def test_layers_that_are_read_whole_say_why():
     assert "read whole: latents" in str(report(model))
     plans = hooks.compress(build("gemma3_text"), "int4:pages=128:window=compress")
     assert {p.whole for p in plans} == {"", "a window is short"}
+
+
+def test_the_planner_counts_sketches():
+    from opentq.hosts.plan import LayerPlan
+    from opentq.memory.plan import held
+
+    for spec in ("tq5/tq3:nc:sink=4:pages=512", "int4:pages=128"):
+        given = replace(KVSpec.parse(spec), channels=((0, 1, 2, 32, 33, 34),) * 2)
+        cache = OpenTQCache(given)
+        k, v = vectors(SHAPE, 2000)
+        fill(cache, k, v, [700, 1])
+        plan = LayerPlan(0, "KVCache", given, kv_heads=2, key_dim=64, value_dim=64)
+        assert held(plan, 2000, step=700) == pytest.approx(cache.nbytes, rel=0.02)
+        bare = replace(plan, spec=replace(given, pages=0))
+        assert 0.02 < 1 - held(bare, 2000, step=700) / cache.nbytes < 0.065
+
+
+def test_generate_says_what_it_read(folder):
+    from typer.testing import CliRunner
+
+    from opentq.cli.main import app
+
+    options = ["--kv", "int4:pages=128", "--max-tokens", "4", "--prompt", "x" * 900]
+    done = CliRunner().invoke(app, ["generate", "--model", str(folder), *options], catch_exceptions=False)
+    assert re.search(r"· read 128 of 8\d\d packed tokens a step$", done.output.strip())

@@ -26,8 +26,9 @@ class LayerStats:
 
     calls: int = 0
     served_by: str = ""
-    read: int = 0  # packed tokens that decode steps attended to, and
-    held: int = 0  # how many there were, of layers that read in pages
+    steps: int = 0  # decode steps of sequences, of layers that read in pages: packed tokens that they
+    read: int = 0  # attended to, and
+    held: int = 0  # how many there were
     shape: tuple[int, int, int] | None = None  # (KV heads, key dim, value dim)
 
     def __deepcopy__(self, memo: dict) -> LayerStats:
@@ -169,6 +170,7 @@ class Step:
             return None
         packed = tuple(n for n, _, _ in self.lens)
         selector = None if whole else self.sketches.selector(packed)
+        self.stats.steps += sum(n > 0 for n in packed)
         self.stats.held += sum(packed)
         self.stats.read += sum(min(n, selector.budget) for n in packed) if selector else sum(packed)
         return dispatch.choose(selector, q, scale, packed) if selector else None

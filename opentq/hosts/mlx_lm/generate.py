@@ -160,15 +160,15 @@ def run(model: Any, tokenizer: Any, request: Request, on_text: Callable[[str], N
         kv_bytes=cache_bytes(caches),
         kv_fp16_bytes=fp16_bytes(model, context),
         peak_bytes=mx.get_peak_memory(),
-        pages=pages_read(record, max(len(tokens) - 1, 1)),
+        pages=pages_read(record),
     )
 
 
-def pages_read(record: hooks.Installation | None, steps: int) -> tuple[int, int]:
+def pages_read(record: hooks.Installation | None) -> tuple[int, int]:
     """(packed tokens read, packed tokens held) per layer and step, over the layers that read in pages."""
-    stats = [s for s in record.stats.values() if s.held] if record else []
-    per = steps * max(len(stats), 1)
-    return sum(s.read for s in stats) // per, sum(s.held for s in stats) // per
+    stats = [s for s in record.stats.values() if s.steps] if record else []
+    steps = max(sum(s.steps for s in stats), 1)
+    return sum(s.read for s in stats) // steps, sum(s.held for s in stats) // steps
 
 
 def check_context(request: Request) -> None:

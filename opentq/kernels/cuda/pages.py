@@ -30,17 +30,17 @@ def weigh_source(channels: int, dim: int) -> KernelSource:
 
 
 @functools.cache
-def pick_source() -> KernelSource:
+def pick_source(threads: int = THREADS) -> KernelSource:
     """The list of every KV head; one block each."""
     return KernelSource(
-        name="opentq_pick_pages",
+        name=f"opentq_pick_pages_{threads}",
         file="pages.cu",
         inputs=(("weights", "float"), ("packed", "int")),
         outputs=(("shares", "float"), ("list", "int")),
         scalars=(("pages", "int"), ("rows", "int"), ("kv_heads", "int"), ("count", "int")),
-        body=f"  opentq::pick_pages<{THREADS}>(weights, packed, shares, list, pages, rows, kv_heads, count);",
-        threads=THREADS,
-        shared=THREADS // 32 * 4,
+        body=f"  opentq::pick_pages<{threads}>(weights, packed, shares, list, pages, rows, kv_heads, count);",
+        threads=threads,
+        shared=threads // 32 * 4,
     )
 
 
