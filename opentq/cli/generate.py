@@ -12,6 +12,8 @@ import typer
 
 from .. import text as texts
 from ..errors import UserError
+from . import images
+from .images import Images
 from .options import (
     ARGUMENT,
     KV,
@@ -55,6 +57,7 @@ def generate(
     max_context: MaxContext = None,
     draft_model: Annotated[str | None, typer.Option(help="Draft model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens the draft model proposes per round.")] = 3,
+    image: Images = None,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Begin after the text of this file, made by `opentq cache build`.")
     ] = None,
@@ -78,6 +81,12 @@ def generate(
     path = one_model(model or "", model_option)
     text = read_prompt(prompt, prompt_option, prompt_file)
     check_output(output)
+    if images.wanted(path, image, prompt_cache, draft_model, ignore_chat_template):
+        options = Request([], max_tokens, temp, top_p, top_k, min_p, seed, prefill_step_size, max_context)
+        answer = images.generate(path, text, system_prompt, image or [], spec, options, wiring, as_json, verbose)
+        if output:
+            write(answer, output)
+        return
     if prompt_cache and (draft_model or system_prompt or ignore_chat_template):
         raise UserError("--prompt-cache decides the template and the system prompt, and works without a draft model")
     if prompt_cache:

@@ -24,7 +24,7 @@ from ..spec.text import AUTO, Spec, parse
 from . import floats, rotary, shim
 from .host import HookError, Host, host_of
 from .identity import fingerprint
-from .plan import LayerPlan
+from .plan import LayerPlan, Traits
 from .policy import decide, shaped
 
 
@@ -38,7 +38,7 @@ class Installation:
     stats: dict[tuple[int, int], LayerStats]
     original: Callable | None  # the model's own make_cache attribute, if the instance had one
     own_caches: Callable[[], list[Any]] = field(repr=False)
-    lends: bool = False  # layers attend to keys and values that another layer's cache has taken
+    traits: Traits
 
 
 def compress(model: Any, kv: Spec | str = AUTO, self_test: bool = True) -> list[LayerPlan]:
@@ -55,7 +55,7 @@ def compress(model: Any, kv: Spec | str = AUTO, self_test: bool = True) -> list[
         NothingCompressed: no layer can be compressed.
         HookError: the host is not as expected, or a layer did not enter the compressed path.
     """
-    spec = recommend(model).spec if kv == AUTO else parse(kv)
+    spec = recommend(host_of(model).decoder(model)).spec if kv == AUTO else parse(kv)
     uninstall(model)
     record = prepare(model, spec, self_test)
     decoder = record.host.decoder(model)
@@ -76,7 +76,7 @@ def prepare(model: Any, spec: Spec, self_test: bool = True) -> Installation:
     traits = host.traits(decoder)
     plans = decide(own(), spec, host.caches, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
-    record = Installation(host, spec, plans, stats, decoder.__dict__.get("make_cache"), own, traits.lends)
+    record = Installation(host, spec, plans, stats, decoder.__dict__.get("make_cache"), own, traits)
     floats.settle(model)
     shim.install(host)
     host.enter(decoder)
@@ -93,10 +93,11 @@ def plan(model: Any, spec: Spec) -> list[LayerPlan]:
     """
     host, caches = host_of(model), own_caches(model)()
     decoder = host.decoder(model)
-    plans = decide(caches, spec, host.caches, host.traits(decoder))
+    traits = host.traits(decoder)
+    plans = decide(caches, spec, host.caches, traits)
     decoder(mx.array([[0]]), cache=caches)
     held = [members(caches[p.index])[p.part] for p in plans]
-    return [shaped(_used(p, cache), cache) for p, cache in zip(plans, held)]
+    return [shaped(_used(p, cache, traits.unused), cache) for p, cache in zip(plans, held)]
 
 
 def own_caches(model: Any) -> Callable[[], list[Any]]:
@@ -146,7 +147,7 @@ def make_caches(record: Installation) -> list[Any]:
             continue
         kind = record.host.latent if plan.latent else record.host.single
         ours = kind(plan.spec, record.stats[plan.index, plan.part], plan.window)
-        ours.lends, ours.rotary, ours.seam = record.lends, plan.rotary, record.host.seam
+        ours.lends, ours.rotary, ours.seam = record.traits.lends, plan.rotary, record.host.seam
         slot = caches[plan.index]
         if composite(slot):
             slot.caches = tuple(ours if n == plan.part else c for n, c in enumerate(members(slot)))
@@ -164,7 +165,7 @@ def _self_test(model: Any, record: Installation) -> None:
         mx.eval(getattr(out, "logits", out), [c.state for c in caches if not c.empty()])
     turned = {place: seen.get(id(cache), NO_ROTARY) for place, cache in planned.items()}
     record.plans[:] = [replace(p, rotary=turned.get((p.index, p.part), NO_ROTARY)) for p in record.plans]
-    record.plans[:] = [_used(p, members(caches[p.index])[p.part]) for p in record.plans]
+    record.plans[:] = [_used(p, members(caches[p.index])[p.part], record.traits.unused) for p in record.plans]
     record.plans[:] = [_with_shape(p, record.stats.get((p.index, p.part)), caches) for p in record.plans]
     missed = [p.index for p in record.plans if p.compressed and not record.stats[p.index, p.part].calls]
     if missed:
@@ -174,10 +175,10 @@ def _self_test(model: Any, record: Installation) -> None:
         )
 
 
-def _used(plan: LayerPlan, cache: Any) -> LayerPlan:
+def _used(plan: LayerPlan, cache: Any, unused: str) -> LayerPlan:
     """The plan, or a native one where the model made a cache that no attention uses."""
     if plan.compressed and cache.empty():
-        return replace(plan, spec=None, reason="the layer has no attention", window=0)
+        return replace(plan, spec=None, reason=unused, window=0)
     return plan
 
 

@@ -93,6 +93,7 @@ class Traits:
         latent: its growing caches hold a latent and a rotary part (MLA), not keys and values.
         lends: layers attend to keys and values that another layer's cache has taken.
         indexed: why the second of a layer's caches stays native, which holds the keys of an indexer; "" without one.
+        unused: what it means when a layer leaves its cache empty.
     """
 
     arrays: str = ""
@@ -100,6 +101,7 @@ class Traits:
     latent: bool = False
     lends: bool = False
     indexed: str = ""
+    unused: str = "the layer has no attention"
 
 
 PLAIN = Traits()

@@ -87,6 +87,18 @@ def gemma2(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
     return layer.o_proj(flat(out))
 
 
+def plamo(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
+    """Keys are tiled over the query heads, so query head h uses KV head h % Hkv: here the query heads move instead."""
+    offset, shared = cache.offset, layer.config.n_shared_head
+    q = layer.rotary_emb(heads(layer.q_proj(x), layer.q_num_heads), offset=offset)
+    k = layer.rotary_emb(heads(layer.k_proj(x), layer.k_num_heads), offset=offset)
+    keys, _ = cache.update_and_fetch(k, heads(layer.v_proj(x), layer.v_num_heads))
+    grouped = q.reshape(q.shape[0], shared, layer.k_num_heads, *q.shape[2:]).swapaxes(1, 2).reshape(q.shape)
+    out = keys.step.attend(grouped, scale=layer.scale, mask=mask)
+    out = out.reshape(out.shape[0], layer.k_num_heads, shared, *out.shape[2:]).swapaxes(1, 2).reshape(out.shape)
+    return layer.o_proj(flat(out))
+
+
 def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
     """Queries are taken into the latent's space, the output back; keys are `[latent | rotary]`, values the latent."""
     *scales, _mask, cache = rest

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..caches.single import OpenTQCache
 from ..caches.step import Handle
 from ..errors import UserError
 from .host import HookError, Host
@@ -21,6 +22,8 @@ def _shim(queries, keys, values, cache, scale, mask, sinks=None):
     # Runs with the globals of the host's module: it may use only names that `install` put there.
     if type(keys) is _opentq_handle:  # type: ignore[name-defined]  # noqa: F821
         return _opentq_attend(queries, keys, values, scale, mask, sinks)  # type: ignore[name-defined]  # noqa: F821
+    if isinstance(cache, _opentq_cache):  # type: ignore[name-defined]  # noqa: F821
+        cache = None  # the keys of something else, such as an image that the layer looks at
     return _opentq_original(queries, keys, values, cache, scale, mask, sinks)  # type: ignore[name-defined]  # noqa: F821
 
 
@@ -58,6 +61,7 @@ def install(host: Host) -> None:
     if attention.__closure__ is not None or make.__closure__ is not None:
         raise HookError(f"{host.name}'s attention function has a closure; is another tool installed in its place?")
     host.base.__dict__.update(_opentq_handle=Handle, _opentq_attend=attend, _opentq_original=_twin(attention))
+    host.base.__dict__.update(_opentq_cache=OpenTQCache)
     host.caches.__dict__.update(_opentq_bounded=_bounded, _opentq_make=_twin(make))
     attention.__code__, make.__code__ = _shim.__code__, _make_shim.__code__
     # Hosts look cache classes up by name in their own module when they load a cache.
@@ -72,12 +76,9 @@ def remove(host: Host) -> None:
         return
     host.base.scaled_dot_product_attention.__code__ = host.base.__dict__.pop("_opentq_original").__code__
     host.caches.make_prompt_cache.__code__ = host.caches.__dict__.pop("_opentq_make").__code__
-    for module, name in (
-        (host.base, "_opentq_handle"),
-        (host.base, "_opentq_attend"),
-        (host.caches, "_opentq_bounded"),
-    ):
-        module.__dict__.pop(name)
+    for name in ("_opentq_handle", "_opentq_attend", "_opentq_cache"):
+        host.base.__dict__.pop(name)
+    host.caches.__dict__.pop("_opentq_bounded")
     for cls in host.classes:
         delattr(host.caches, cls.__name__)
     host.seam.live = False

@@ -16,7 +16,7 @@ import mlx.core as mx
 from ...caches.single import OpenTQCache
 from .. import sparse
 from ..plan import Traits
-from ..seams import Patches, flat, gemma2, heads, latent, modules_of
+from ..seams import Patches, flat, gemma2, heads, latent, modules_of, plamo
 
 PACKAGE = "mlx_lm.models."
 
@@ -76,18 +76,6 @@ def leave() -> None:
 patches = Patches()
 
 
-def _plamo(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
-    """Keys are tiled over the query heads, so query head h uses KV head h % Hkv: here the query heads move instead."""
-    offset, shared = cache.offset, layer.config.n_shared_head
-    q = layer.rotary_emb(heads(layer.q_proj(x), layer.q_num_heads), offset=offset)
-    k = layer.rotary_emb(heads(layer.k_proj(x), layer.k_num_heads), offset=offset)
-    keys, _ = cache.update_and_fetch(k, heads(layer.v_proj(x), layer.v_num_heads))
-    grouped = q.reshape(q.shape[0], shared, layer.k_num_heads, *q.shape[2:]).swapaxes(1, 2).reshape(q.shape)
-    out = keys.step.attend(grouped, scale=layer.scale, mask=mask)
-    out = out.reshape(out.shape[0], layer.k_num_heads, shared, *out.shape[2:]).swapaxes(1, 2).reshape(out.shape)
-    return layer.o_proj(flat(out))
-
-
 def _plamo2(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
     """Calls MLX's attention directly, past mlx-lm's function."""
     offset, ends = cache.offset, [layer.q_proj_dim, layer.q_proj_dim + layer.k_proj_dim]
@@ -102,7 +90,7 @@ def _plamo2(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
 OWN: dict[str, Callable[..., mx.array]] = {
     "deepseek_v32.DeepseekV32Attention": sparse.deepseek,
     "gemma2.Attention": gemma2,
-    "plamo.Attention": _plamo,
+    "plamo.Attention": plamo,
     "plamo2.Attention": _plamo2,
 }
 """Attention classes that are served at their own seam."""

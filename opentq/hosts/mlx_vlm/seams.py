@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from ...caches.single import OpenTQCache
 from ...caches.step import Handle
 from .. import sparse
 from ..plan import Traits
-from ..seams import Patches, gemma2, latent, modules_of
+from ..seams import Patches, gemma2, latent, modules_of, plamo
 from ..shim import attend
 
 PACKAGE = "mlx_vlm.models."
@@ -34,15 +35,22 @@ SPARSE = (
 )
 """Attention classes with latents and, in the second of a layer's caches, the keys of an indexer (`hosts/sparse.py`)."""
 
-NATIVE = {"limite.language.Attention": "the newest values are read back as arrays"}
-"""Attention classes whose caches stay as they are."""
+NATIVE = {
+    "glm5_next.language.Glm5NextAttention": "sparse attention: single tokens of every head are picked out as arrays",
+    "limite.language.Attention": "the newest values are read back as arrays",
+    "minimax_m3_vl.language.MiniMaxAttention": "sparse attention: single blocks are picked out of the cache as arrays",
+}
+"""Attention classes whose caches stay as they are. Layers share masks, so one keeps all KVCaches of a model native."""
 
 WIDE_MASKS: dict[str, str] = {}
 
 LENDERS = ("afm7.language.KVReuseAttention", "gemma3n.language.Gemma3nAttention")
 """Classes that ask a cache for its keys and values again, in the step that filled it."""
 
-DIRECT = ("moondream2", "moondream3", "phi4_siglip", "phi4mm", "plamo2vl")
+CROSS = ("mllama.language.MllamaTextCrossAttention",)
+"""Attention classes that look at the image: its keys and values are made anew, and their caches stay empty."""
+
+DIRECT = ("moondream2", "moondream3", "phi3_v", "phi4_siglip", "phi4mm", "plamo2vl")
 """Packages whose language model calls MLX's attention function and not mlx-vlm's."""
 
 
@@ -84,6 +92,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "afm7.language.AFMModel": _afm7,
     "deepseek_v32.language.DeepseekV32Attention": sparse.deepseek,
     "gemma2.language.Attention": gemma2,
+    "plamo.language.Attention": plamo,
     "glm_moe_dsa.language.GlmMoeDsaAttention": _glm_dsa,
     "longcat_flash_sparse.language.LongcatFlashMLA": _longcat_sparse,
     "gemma3n.language.Gemma3nAttention": _gemma3n,
@@ -120,16 +129,18 @@ _core = _Core()
 
 def traits(model: Any) -> Traits:
     """What is special about this model's attention."""
-    classes = dict(modules_of(model, PACKAGE))
-    arrays = [
-        reason for name, reason in NATIVE.items() if getattr(classes.get(name), "is_sparse_attn", name in classes)
-    ]
+    found = list(modules_of(model, PACKAGE))
+    classes = {name for name, _ in found}
+    arrays = [NATIVE[name] for name, m in found if name in NATIVE and getattr(m, "has_sparse_index", True)]
     return Traits(
         arrays=next(iter(arrays), ""),
         windows=next((reason for name, reason in WIDE_MASKS.items() if name in classes), ""),
         latent=any(name in classes for name in (*LATENT, *SPARSE)),
         indexed=sparse.INDEX if any(name in classes for name in SPARSE) else "",
         lends=any(name in classes for name in LENDERS),
+        unused="cross attention: keys and values of the image, not of tokens"
+        if any(name in classes for name in CROSS)
+        else Traits.unused,
     )
 
 
@@ -140,16 +151,26 @@ def enter(model: Any) -> None:
         if serve:
             patches.put(type(module), serve)
         if name.split(".")[0] in DIRECT:
-            sys.modules[type(module).__module__].mx = _core  # type: ignore[attr-defined]
+            _replace(sys.modules[type(module).__module__], "mx", _core)
+        if name.startswith("inkling."):
+            # What lies outside a window is masked in any case; compressed keys can't be cut to it.
+            _replace(sys.modules[type(module).__module__], "_SLIDING_KV_SLICE", False)
+
+
+def _replace(module: ModuleType, name: str, value: Any) -> None:
+    if getattr(module, name) is not value:
+        _replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
 
 
 def leave() -> None:
     """Take every patched `__call__`, and every module's `mx`, back."""
-    for package in DIRECT:
-        module = sys.modules.get(f"{PACKAGE}{package}.language")
-        if module is not None:
-            module.mx = mx  # type: ignore[attr-defined]
+    while _replaced:
+        setattr(*_replaced.pop())
     patches.take_back()
+
+
+_replaced: list[tuple[ModuleType, str, Any]] = []
 
 
 patches = Patches()

@@ -1,0 +1,86 @@
+"""`opentq generate --image`: images and models that only mlx-vlm knows, and what is refused in a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("mlx_vlm")
+
+from PIL import Image
+
+from opentq.cli.main import app
+from opentq.hosts.mlx_vlm import images
+from opentq.hosts.mlx_vlm.load import only_here
+
+from . import vlm_tiny
+
+PROMPT = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(vlm_tiny.folder(tmp_path_factory.mktemp("vlm") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "red.png"
+    Image.new("RGB", (112, 84), (200, 30, 40)).save(path)
+    return str(path)
+
+
+def generate(*arguments: str):
+    return CliRunner().invoke(app, ["generate", PROMPT, "--max-tokens", "4", *arguments])
+
+
+def test_an_image_is_part_of_the_prompt(folder, picture):
+    one, two = (
+        json.loads(generate("--model", folder, "--kv", "int4", "--json", *more).stdout.splitlines()[-1])
+        for more in (("--image", picture), ("--image", picture) * 2)
+    )
+    assert (one["images"], two["images"]) == (1, 2)
+    assert two["prompt_tokens"] > one["prompt_tokens"] + 12, "an image of 8 x 6 patches is 12 tokens"
+    assert one["generation_tokens"] == 4 and one["kv"] == "int4" and one["kv_bytes"] > 0
+
+
+def test_a_model_that_only_mlx_vlm_knows_is_recognised_without_it(folder, tmp_path):
+    assert not only_here(folder), "mlx-lm reads the text of Qwen2-VL, too"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4v"}))
+    assert only_here(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "../x"}))
+    assert not only_here(str(tmp_path)) and not only_here("org/name")
+
+
+def refused(words: str, *arguments: str) -> None:
+    result = generate(*arguments)
+    assert result.exit_code != 0
+    said = str(result.exception or result.stderr)
+    assert words in said and "\n" not in said.strip(), said
+
+
+def test_bad_images_are_refused_in_a_line(folder, picture, tmp_path, monkeypatch):
+    text, broken, empty = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
+    text.write_text("not an image")
+    data = Path(picture).read_bytes()
+    broken.write_bytes(data[: len(data) // 2])
+    empty.write_bytes(b"")
+    refused("can't read the image", "--model", folder, "--image", str(tmp_path / "none.png"))
+    refused("not an image of a known type", "--model", folder, "--image", str(text))
+    refused("not an image of a known type", "--model", folder, "--image", str(empty))
+    refused("is broken", "--model", folder, "--image", str(broken))
+    monkeypatch.setattr(images, "PIXELS", 1000)
+    refused("112 x 84 pixels, more than 1,000", "--model", folder, "--image", picture)
+    monkeypatch.setattr(images, "BYTES", 100)
+    refused("MB, more than", "--model", folder, "--image", picture)
+
+
+def test_an_image_for_a_text_model_is_refused(picture):
+    refused("takes text only", "--model", "models/tiny-llama", "--image", picture)
+
+
+def test_what_images_exclude_is_refused(folder, picture):
+    refused("can't be used with images", "--model", folder, "--image", picture, "--ignore-chat-template")
