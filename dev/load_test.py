@@ -2,6 +2,7 @@
 
     python dev/load_test.py                    # about 7 minutes, five of them the soak
     python dev/load_test.py --against-mlx-lm   # throughput and stall of mlx-lm's server, too
+    python dev/load_test.py --agents           # what a long conversation costs (dev/agents_load.py)
 
 `throughput`: one stream against eight, who ask different questions about one document of 4K tokens. `stall`: the time
 between tokens of a running stream while prompts of up to 8K tokens come in. `soak`: clients with ragged prompts, a part
@@ -32,6 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import agents_load
 import httpx
 
 from opentq import records as store
@@ -252,6 +254,19 @@ async def soak(server: Server, args: argparse.Namespace) -> dict:
     }
 
 
+async def agents(server: Server, args: argparse.Namespace) -> dict:
+    return await asyncio.to_thread(agents_load.conversation, server, args, text)
+
+
+async def edit(server: Server, args: argparse.Namespace) -> dict:
+    return await asyncio.to_thread(agents_load.edit, server, args, text)
+
+
+async def plain_edit(server: Server, args: argparse.Namespace) -> dict:
+    return await edit(server, args)
+
+
+AGENTS = {"agents": agents, "edit": edit, "plain_edit": plain_edit}
 PARTS = {"throughput": throughput, "stall": stall, "soak": soak}
 
 
@@ -270,7 +285,7 @@ def float32(model: str, folder: Path) -> Path:
 
 def measure(part: str, server: Server, name: str, args: argparse.Namespace) -> dict:
     try:
-        found = asyncio.run(PARTS[part](server, args))
+        found = asyncio.run((PARTS | AGENTS)[part](server, args))
     finally:
         server.stop()
     about = {"part": part, "server": name, "model": Path(args.model).name, "kv": args.kv if name == "opentq" else "f32"}
@@ -294,6 +309,14 @@ def table(records: list[dict]) -> str:
     for r in records:
         if r["part"] == "throughput":
             said = f"{r['one']} tok/s for one stream, {r['eight']} for eight ({r['ratio']}x)"
+        elif r["part"] == "agents":
+            said = f"{r['turns']} turns, {r['distinct']} distinct tokens, {r['read']} read ({r['read_ratio']}x), "
+            said += (
+                f"{r['sent']} sent; at most {r['most_beside_new']} of a turn read beside its new ones; a new session "
+            )
+            said += f"{r['session_remembered']:.0%} remembered; {r['seconds_median']} s a turn"
+        elif r["part"] in ("edit", "plain_edit"):
+            said = f"{r['tokens_per_s']} tok/s; {r['right']} of {r['guessed']} guesses right"
         elif r["part"] == "stall":
             said = f"{r['idle_ms']} ms between tokens, {r['busy_median_ms']} while a prompt is read ({r['ratio']}x; "
             said += f"mean {r['mean_ratio']}x, p99 {r['busy_p99_ms']} ms); {r['prompt_seconds']} s per prompt"
@@ -321,6 +344,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=2, help="long prompts for stall")
     parser.add_argument("--memory", default="6GB")
     parser.add_argument("--prompt-cache-bytes", default="16MB", help="for the soak: some prefixes are read again")
+    parser.add_argument("--agents", action="store_true", help="a long conversation, and an edit")
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--agent-tokens", type=int, default=60_000, help="of the whole conversation, about")
+    parser.add_argument("--agent-answer", type=int, default=100)
     parser.add_argument("--against-mlx-lm", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("results/server.jsonl"))
     args = parser.parse_args()
@@ -331,8 +358,10 @@ def main() -> int:
 
     records = []
     options = ["--kv", args.kv, "--memory", args.memory, "--log-level", "warning", "--queue", "256"]
-    for part in args.parts.split(","):
-        more = ["--prompt-cache-bytes", args.prompt_cache_bytes] if part == "soak" else []
+    parts = list(AGENTS) if args.agents else args.parts.split(",")
+    own = {"agents": ["--max-context", str(args.agent_tokens * 5 // 4)], "plain_edit": ["--no-lookup"]}
+    for part in parts:
+        more = ["--prompt-cache-bytes", args.prompt_cache_bytes] if part == "soak" else own.get(part, [])
         records.append(measure(part, Server(SERVE, args.model, *options, *more), "opentq", args))
     if args.against_mlx_lm:
         with tempfile.TemporaryDirectory() as folder:

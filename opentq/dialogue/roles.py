@@ -90,8 +90,8 @@ def plain(messages: list[Message], tools: list[Message]) -> list[Message]:
     out = [_plain(m) for m in messages]
     if tools:
         definitions = "\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools)
-        at = next((i for i, m in enumerate(out) if m["role"] != "system"), len(out))
-        out.insert(at, {"role": "system", "content": TOOLS.format(definitions=definitions)})
+        # First of all: they are the same in every session, and what an agent's own text says of the day is not.
+        out.insert(0, {"role": "system", "content": TOOLS.format(definitions=definitions)})
     return out
 
 
