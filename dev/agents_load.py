@@ -1,8 +1,8 @@
 """An agent's work on the server: a conversation of many turns, new sessions, and an edit that repeats its file.
 
 `python dev/load_test.py --agents` runs these parts. `agents`: turns that each add a tool's output to a growing
-prompt; what the model read in all (answers and remainders of blocks included) against the distinct tokens. `edit`: tokens
-per second of one answer that goes on with a copy of a source file, with guesses from the prompt and without.
+prompt; what the model read in all (answers and remainders of blocks included) against the distinct tokens. `edit`:
+tokens per second of one answer that goes on with a copy of a source file, with guesses from the prompt and without.
 """
 
 from __future__ import annotations
