@@ -17,7 +17,7 @@ EXTRA ?=
 # Test processes side by side: a BLAS that spins on every core in each of them would only be in the way.
 QUIET_BLAS := OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo install test lint format size clean docs-models test-msl-full test-real help
+.PHONY: demo install test lint format size clean docs-models test-clients test-msl-full test-real help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -47,6 +47,13 @@ format: $(STAMPS)/dev  ## rewrite the sources in the house format
 test-real: $(STAMPS)/dev  ## the real network in full: llama.cpp as the judge, the goal on code and prose (long)
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,dev bench)]'
 	@$(BIN)/python -m pytest tests/test_real.py tests/test_gguf.py -m "slow or not slow"
+
+CLIENTS := $(VENV)/clients
+test-clients: $(STAMPS)/dev  ## coding assistants and libraries from npm and PyPI, against a server on loopback (long)
+	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS) @anthropic-ai/claude-code @openai/codex opencode-ai
+	@$(PYTHON) -m venv $(CLIENTS)/python && $(CLIENTS)/python/bin/pip install -q openai anthropic litellm langchain-openai instructor
+	@$(PYTHON) -m venv $(CLIENTS)/aider && $(CLIENTS)/aider/bin/pip install -q aider-chat
+	@$(BIN)/python -m pytest tests/real_clients.py
 
 test-msl-full: $(STAMPS)/dev  ## every Metal case in the emulator (long)
 	@$(QUIET_BLAS) $(BIN)/python -m pytest tests/test_metal.py tests/msl -m "slow or not slow" -n $(WORKERS)

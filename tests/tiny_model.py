@@ -19,7 +19,9 @@ SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<t
 PLAIN = ["<tool_call>", "</tool_call>"]
 
 
-def write(folder: Path, kind: str = "llama", layers: int = 2, context: int = 4096, seed: int = 0) -> Path:
+def write(
+    folder: Path, kind: str = "llama", layers: int = 2, context: int = 4096, seed: int = 0, vocabulary: int = 0
+) -> Path:
     """Write the model, a `llama` or a `gemma3_text` with sliding windows; its answers are random text that depends on
     every token of the prompt."""
     from importlib import import_module
@@ -46,7 +48,7 @@ def write(folder: Path, kind: str = "llama", layers: int = 2, context: int = 409
         "num_key_value_heads": 2,
         "head_dim": 64,
         "rms_norm_eps": 1e-5,
-        "vocab_size": len(fast),
+        "vocab_size": vocabulary or len(fast),
         "max_position_embeddings": context,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
