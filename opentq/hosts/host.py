@@ -55,5 +55,6 @@ class Host:
 
 def host_of(model: Any) -> Host:
     """The host that made `model`; only that one is imported."""
-    name = "mlx_vlm" if type(model).__module__.startswith("mlx_vlm.") else "mlx_lm"
+    own = type(model).__module__.startswith(("mlx_vlm.", f"{__package__}.mlx_vlm."))
+    name = "mlx_vlm" if own else "mlx_lm"
     return importlib.import_module(f".{name}.host", __package__).HOST

@@ -66,6 +66,12 @@ def _load_gguf(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
 def _load_folder(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     check_folder(path)
+    from ..mlx_vlm.load import only_here
+
+    if only_here(path):
+        from ..mlx_vlm import text
+
+        return text.load(path, options.get("tokenizer_config"))
     # Under mlx.launch every rank loads its share, and caches are compressed on each.
     read = sharded_load if ranks() > 1 else mlx_lm.load
     try:
