@@ -48,6 +48,13 @@ def test_the_compiled_text_is_the_one_mlx_generates(batch, space):
     assert mlx_sources.preamble().index("typedef half float16_t") < len(mlx_sources.preamble())
 
 
+def test_formats_have_one_numbering():
+    text = (metal.HERE / "common.metal").read_text()
+    listed = re.sub(r"//[^\n]*", "", re.search(r"enum OtqFormat : int \{(.*?)\};", text, re.S)[1])
+    assert [name.strip() for name in listed.split(",") if name.strip()] == [f"OTQ_{f.name}" for f in metal.Format]
+    assert [int(f) for f in metal.Format] == list(range(len(metal.Format)))
+
+
 def test_every_pointer_names_its_address_space():
     """In MSL a pointer without an address space is an error, but for Clang it is a pointer to thread memory."""
     spaces = ("device", "constant", "threadgroup", "thread")
@@ -267,12 +274,16 @@ def test_a_model_decodes_through_the_kernels():
 # ---- geometry
 
 
-PLANNED = ((2, 32), (3, 32), (4, 32), (4, 128), (8, 64), (16, 512), (metal.POLAR, 512))
+FORMATS = metal.Format
+PLANNED = (
+    *((FORMATS.INT2, 32), (FORMATS.INT3, 32), (FORMATS.INT4, 32), (FORMATS.INT4, 128), (FORMATS.INT8, 64)),
+    *((FORMATS.HALF, 512), (FORMATS.POLAR, 512)),
+)
 
 
 def test_every_plan_fits_into_threadgroup_memory():
     for dim in (64, 80, 96, 112, 128, 192, 256, 512):
-        sides = [metal.Side(bits, min(group, dim), dim) for bits, group in PLANNED]
+        sides = [metal.Side(form, min(group, dim), dim) for form, group in PLANNED]
         wide = (fused_metal.codec_side(codec, dim) for codec in (Prod(3), QJL(1), QJL(2), QJL(4)))
         sides += [side for side in wide if side]
         for side in sides:

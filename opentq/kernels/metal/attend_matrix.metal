@@ -12,9 +12,9 @@
 // does that. Arrays, lens, meta and real as in decode_lanes.metal. Grid: (32 * NSG, splits, KV heads * row tiles).
 
 // Codes of eight consecutive values from d0 (a multiple of 8).
-template <int BITS, int D>
+template <int FORMAT, int D>
 METAL_FUNC void otq_eight(const device uint* row, int d0, thread uint* c) {
-  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
+  constexpr int LOW = otq_low<FORMAT>(), HIGH = otq_high<FORMAT>();
   if (LOW == 8) {
     uint2 w = ((const device uint2*)row)[d0 / 8];
 #pragma clang loop unroll(full)
@@ -33,9 +33,9 @@ METAL_FUNC void otq_eight(const device uint* row, int d0, thread uint* c) {
     w = ((const device uchar*)row)[d0 / 8];
   }
   if (HIGH == 1) {
-    h = ((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 8];
+    h = ((const device uchar*)(row + otq_low_words<FORMAT, D>()))[d0 / 8];
   } else if (HIGH == 2) {
-    h = ((const device ushort*)(row + otq_low_words<BITS, D>()))[d0 / 8];
+    h = ((const device ushort*)(row + otq_low_words<FORMAT, D>()))[d0 / 8];
   }
 #pragma clang loop unroll(full)
   for (int j = 0; j < 8; j++) {
@@ -53,21 +53,21 @@ METAL_FUNC TT otq_fit(float x) {
 }
 
 // The value of a code.
-template <typename TT, int BITS>
+template <typename TT, int FORMAT>
 METAL_FUNC TT otq_value(uint code, half2 sz, float book) {
-  if (BITS > 32) {
-    return otq_fit<TT>(otq_entry<BITS>(book, code) * float(sz.x));
+  if (otq_looked_up<FORMAT>()) {
+    return otq_fit<TT>(otq_entry<FORMAT>(book, code) * float(sz.x));
   }
   return fma(TT(code), TT(sz.x), TT(sz.y));
 }
 
 // D channels of TK tokens from token `from`, of G groups in all, decoded into `tile` ([TK][STRIDE]) by WORKERS threads. Tokens
 // from `limit` on, and dense columns in the gap, repeat a valid one; their scores are masked and their weights are 0.
-template <typename TT, int BITS, int D, int GROUP, int G, int STRIDE, int TK, int WORKERS>
+template <typename TT, int FORMAT, int D, int GROUP, int G, int STRIDE, int TK, int WORKERS>
 METAL_FUNC void otq_decode(
     const device uint* rows, const device uchar* more, const device half* scales, int from, int limit, int2 gap,
     threadgroup TT* tile, int worker, float book, float book2) {
-  constexpr int W = otq_words<BITS, D>(), C = D / 8;
+  constexpr int W = otq_words<FORMAT, D>(), C = D / 8;
   constexpr bool EVEN = WORKERS % C == 0;  // then a thread keeps its dims
   int t = worker / C, d0 = worker % C * 8;
   for (int i = 0; i < TK * C; i += WORKERS) {  // as many times in all lanes, so that they can look up together
@@ -78,28 +78,28 @@ METAL_FUNC void otq_decode(
     int at = min(from + t, limit - 1);
     at = at >= gap.x && at < gap.y ? min(gap.y, limit - 1) : at;
     vec<TT, 4> low, high;
-    if (BITS == 16) {
+    if (FORMAT == OTQ_HALF) {
       uint4 w = ((const device uint4*)(rows + at * W))[d0 / 8];
       low = vec<TT, 4>(half4(as_type<half2>(w.x), as_type<half2>(w.y)));
       high = vec<TT, 4>(half4(as_type<half2>(w.z), as_type<half2>(w.w)));
-    } else if (BITS == OTQ_POLAR) {
+    } else if (FORMAT == OTQ_POLAR) {
       OtqBlock<D> block;
-      block.load(rows + at * W, more + at * otq_more<BITS, 0, D>(), scales + at * (D / 16), d0 / 16);
+      block.load(rows + at * W, more + at * otq_more<FORMAT, 0, D>(), scales + at * (D / 16), d0 / 16);
       float4 a = block.four(d0 / 4 & 2, book, book2), b = block.four((d0 / 4 & 2) + 1, book, book2);
       low.x = otq_fit<TT>(a.x), low.y = otq_fit<TT>(a.y), low.z = otq_fit<TT>(a.z), low.w = otq_fit<TT>(a.w);
       high.x = otq_fit<TT>(b.x), high.y = otq_fit<TT>(b.y), high.z = otq_fit<TT>(b.z), high.w = otq_fit<TT>(b.w);
     } else {
       uint c[8];
-      otq_eight<BITS, D>(rows + at * W, d0, c);
-      half2 sz = otq_scale<BITS>(scales, at * G + d0 / GROUP);
-      low.x = otq_value<TT, BITS>(c[0], sz, book);
-      low.y = otq_value<TT, BITS>(c[1], sz, book);
-      low.z = otq_value<TT, BITS>(c[2], sz, book);
-      low.w = otq_value<TT, BITS>(c[3], sz, book);
-      high.x = otq_value<TT, BITS>(c[4], sz, book);
-      high.y = otq_value<TT, BITS>(c[5], sz, book);
-      high.z = otq_value<TT, BITS>(c[6], sz, book);
-      high.w = otq_value<TT, BITS>(c[7], sz, book);
+      otq_eight<FORMAT, D>(rows + at * W, d0, c);
+      half2 sz = otq_scale<FORMAT>(scales, at * G + d0 / GROUP);
+      low.x = otq_value<TT, FORMAT>(c[0], sz, book);
+      low.y = otq_value<TT, FORMAT>(c[1], sz, book);
+      low.z = otq_value<TT, FORMAT>(c[2], sz, book);
+      low.w = otq_value<TT, FORMAT>(c[3], sz, book);
+      high.x = otq_value<TT, FORMAT>(c[4], sz, book);
+      high.y = otq_value<TT, FORMAT>(c[5], sz, book);
+      high.z = otq_value<TT, FORMAT>(c[6], sz, book);
+      high.w = otq_value<TT, FORMAT>(c[7], sz, book);
     }
     if (TK * C % WORKERS == 0 || t < TK) {
       threadgroup vec<TT, 4>* to = (threadgroup vec<TT, 4>*)(tile + t * STRIDE + d0);
@@ -126,11 +126,11 @@ METAL_FUNC void otq_products(
   }
 }
 // ---- body
-  constexpr int KN = KB2 ? KE / 2 : KE, VN = VB2 ? DV / 2 : DV;  // channels of the first run
+  constexpr int KN = KF2 ? KE / 2 : KE, VN = VF2 ? DV / 2 : DV;  // channels of the first run
   constexpr int KQ = QE - KE;                                    // query channels that packed keys do not meet
-  constexpr int KW = otq_words<KB, KN>(), VW = otq_words<VB, VN>();
-  constexpr int KM = otq_more<KB, KB2, KN>(), VM = otq_more<VB, VB2, VN>();
-  constexpr int KH = otq_halves<KB, KE, KG>(), VH = otq_halves<VB, DV, VG>();
+  constexpr int KW = otq_words<KF, KN>(), VW = otq_words<VF, VN>();
+  constexpr int KM = otq_more<KF, KF2, KN>(), VM = otq_more<VF, VF2, VN>();
+  constexpr int KH = otq_halves<KF, KE, KG>(), VH = otq_halves<VF, DV, VG>();
   constexpr int GK = (KE + KG - 1) / KG, GV = (DV + VG - 1) / VG;
   constexpr int KS = KE + 8, VS = DV + 8;  // elements from token to token of a tile
   constexpr int DMAX = KE > DV ? KE : DV;
@@ -210,10 +210,10 @@ METAL_FUNC void otq_products(
   const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
   const int worker = OWN ? lane : int(thread_index_in_threadgroup);
   constexpr int WORKERS = OWN ? 32 : 32 * NSG;
-  const float k_book = KB > 32 ? books[lane] : 0.0f;
-  const float k_book2 = KB2 > 32 || KB == OTQ_POLAR ? books[32 + lane] : 0.0f;
-  const float v_book = VB > 32 ? books[64 + lane] : 0.0f;
-  const float v_book2 = VB2 > 32 || VB == OTQ_POLAR ? books[96 + lane] : 0.0f;
+  const float k_book = otq_looked_up<KF>() ? books[lane] : 0.0f;
+  const float k_book2 = otq_looked_up<KF2>() || KF == OTQ_POLAR ? books[32 + lane] : 0.0f;
+  const float v_book = otq_looked_up<VF>() ? books[64 + lane] : 0.0f;
+  const float v_book2 = otq_looked_up<VF2>() || VF == OTQ_POLAR ? books[96 + lane] : 0.0f;
 
   float top = OTQ_LOWEST, sum = 0;
   for (int n = tile0; n < tile1; n++) {
@@ -223,13 +223,13 @@ METAL_FUNC void otq_products(
     const int2 gap = int2(sink, tail_start);
 
     if (dense) {
-      otq_decode<TT, 16, DK, DK, 1, KS, TK, WORKERS>(
+      otq_decode<TT, OTQ_HALF, DK, DK, 1, KS, TK, WORKERS>(
           dk_head, km_head, ks_head, from, limit, gap, tile, worker, k_book, k_book2);
     } else {
-      otq_decode<TT, KB, KN, KG, GK, KS, TK, WORKERS>(
+      otq_decode<TT, KF, KN, KG, GK, KS, TK, WORKERS>(
           k_head, km_head, ks_head, from, limit, int2(0), tile, worker, k_book, k_book2);
-      if (KB2) {
-        otq_decode<TT, (KB2 ? KB2 : KB), KN, KG, GK, KS, TK, WORKERS>(
+      if (KF2) {
+        otq_decode<TT, (KF2 ? KF2 : KF), KN, KG, GK, KS, TK, WORKERS>(
             (const device uint*)km_head, km_head, ks_head + 1, from, limit, int2(0), tile + KN, worker, k_book2, k_book2);
       }
     }
@@ -293,13 +293,13 @@ METAL_FUNC void otq_products(
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (dense) {
-      otq_decode<TT, 16, DV, DV, 1, VS, TK, WORKERS>(
+      otq_decode<TT, OTQ_HALF, DV, DV, 1, VS, TK, WORKERS>(
           dv_head, vm_head, vs_head, from, limit, gap, tile, worker, v_book, v_book2);
     } else {
-      otq_decode<TT, VB, VN, VG, GV, VS, TK, WORKERS>(
+      otq_decode<TT, VF, VN, VG, GV, VS, TK, WORKERS>(
           v_head, vm_head, vs_head, from, limit, int2(0), tile, worker, v_book, v_book2);
-      if (VB2) {
-        otq_decode<TT, (VB2 ? VB2 : VB), VN, VG, GV, VS, TK, WORKERS>(
+      if (VF2) {
+        otq_decode<TT, (VF2 ? VF2 : VF), VN, VG, GV, VS, TK, WORKERS>(
             (const device uint*)vm_head, vm_head, vs_head + 1, from, limit, int2(0), tile + VN, worker, v_book2, v_book2);
       }
     }

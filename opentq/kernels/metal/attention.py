@@ -18,7 +18,7 @@ from ...contracts.backend import Backend, Finding, Pair
 from ...contracts.codec import Angles, Book, Codebooks, Codec, Halves, Integers
 from ...contracts.layout import Canonical, Layout
 from . import launch as metal
-from .launch import Side
+from .launch import Format, Side
 
 MATRIX_ROWS = 8
 """Query rows per KV head up to which the matrix kernel gives every simdgroup tokens of its own."""
@@ -125,7 +125,7 @@ def pack(form: Integers, y: mx.array) -> tuple[mx.array, mx.array]:
     tokens, group = y.size // dim, min(form.group, dim)
     codes, scales = metal.kernel("pack")(
         inputs=[mx.contiguous(y), _ints((tokens,))],
-        template=[("BITS", form.bits), ("GROUP", group), ("D", dim)],
+        template=[("FORMAT", int(Format.integers(form.bits))), ("GROUP", group), ("D", dim)],
         grid=(-(-tokens // 4) * 128, 1, 1),
         threadgroup=(128, 1, 1),
         output_shapes=[(*lead, words(dim, form.bits)), (*lead, 2 * -(-dim // group))],
@@ -143,8 +143,8 @@ def pack_book(form: Codebooks, y: mx.array) -> tuple[mx.array, ...]:
     codes, scales = metal.kernel("pack_book")(
         inputs=[y, lengths(y, len(books)), *_cuts(books), _ints((tokens,))],
         template=[
-            ("BITS", metal.BOOK + bits[0]),
-            ("BITS2", metal.BOOK + bits[1] if bits[1:] else 0),
+            ("FORMAT", int(Format.book(bits[0]))),
+            ("FORMAT2", int(Format.book(bits[1]) if bits[1:] else Format.NONE)),
             ("N", books[0].dim),
             ("NORM", form.fit == "norm"),
         ],
@@ -180,16 +180,16 @@ def codec_side(codec: Codec, dim: int) -> Side | None:
     """The `Side` of keys or values of `dim` channels, or None."""
     form = codec.format(dim)
     if isinstance(form, Integers):
-        return Side(form.bits, min(form.group, dim), dim)
+        return Side(Format.integers(form.bits), min(form.group, dim), dim)
     if isinstance(form, Halves):
-        return Side(16, dim, dim)
+        return Side(Format.HALF, dim, dim)
     if isinstance(form, Angles):
-        return Side(metal.POLAR, dim, dim)
+        return Side(Format.POLAR, dim, dim)
     if isinstance(form, Codebooks):
-        bits, run = [metal.BOOK + book.bits for book in form.books], form.books[0].dim
+        formats, run = [Format.book(book.bits) for book in form.books], form.books[0].dim
         packed, sketch = run * len(form.books), sum(book.dim for book in form.books if book.sketch)
         if packed <= MAX_DIM and dim + sketch <= metal.MAX_QUERY:
-            return Side(bits[0], run, dim, bits[1] if bits[1:] else 0, sketch, packed)
+            return Side(formats[0], run, dim, formats[1] if formats[1:] else Format.NONE, sketch, packed)
     return None
 
 
@@ -272,8 +272,9 @@ def _tokens(args: AttnArgs) -> int:
 
 
 def _template(args: AttnArgs, k: Side, v: Side) -> list[tuple[str, int | bool]]:
-    sides = [("KB", k.bits), ("KG", k.group), ("VB", v.bits), ("VG", v.group), ("DK", k.dim), ("DV", v.dim)]
-    sides += [("KB2", k.second), ("VB2", v.second), ("KE", k.width), ("QE", k.query)]
+    sides = [("KF", int(k.format)), ("KG", k.group), ("VF", int(v.format)), ("VG", v.group)]
+    sides += [("KF2", int(k.second)), ("VF2", int(v.second)), ("DK", k.dim), ("DV", v.dim)]
+    sides += [("KE", k.width), ("QE", k.query)]
     return [*sides, ("WIN", bool(args.window)), ("CAP", bool(args.softcap))]
 
 
@@ -302,9 +303,9 @@ def _books(k_codec: Codec, k_dim: int, v_codec: Codec, v_dim: int) -> mx.array:
         if isinstance(form, Angles):
             tables = _circles()
         elif isinstance(form, Codebooks):  # of 64 entries the upper half
-            tables = tuple(book.values[-metal.BOOK :] for book in form.books)
+            tables = tuple(book.values[-metal.LANES :] for book in form.books)
         for table in (*tables, (0.0,), (0.0,))[:2]:
-            entries += (table * metal.BOOK)[: metal.BOOK]
+            entries += (table * metal.LANES)[: metal.LANES]
     return mx.array(entries, dtype=mx.float32)
 
 

@@ -4,11 +4,11 @@
 // into the other operand once (the query) or into the result once (the output). Both are exact, because the factors are
 // powers of two and a masked code has at most 8 significant bits. "Weighted" means: times that power.
 //
-//   bits 2, 4, 8   value d: word d*bits/32, bit d*bits%32                  weight 2^(bits * (d % (32/bits)))
-//   bits 3         low two bits as above; bit 2 of value d: word D/16 + d/32, bit d%32   weight of the 2-bit field
-//   bits 16        one half per value (uncompressed codec, sinks, tail)    weight 1
-//   bits 32 + b    codes of b bits, 1 to 6, into a book; 3, 5 and 6 in two planes (2 + 1, 4 + 1, 4 + 2)     weight 1
-//   bits 66        polar blocks: per 16 channels a radius and the codes of 15 angles (OtqBlock)             weight 1
+//   int 2, 4, 8    value d: word d*bits/32, bit d*bits%32                  weight 2^(bits * (d % (32/bits)))
+//   int 3          low two bits as above; bit 2 of value d: word D/16 + d/32, bit d%32   weight of the 2-bit field
+//   half           one half per value (uncompressed codec, sinks, tail)    weight 1
+//   book 1 to 6    codes of so many bits into a book; 3, 5 and 6 in two planes (2 + 1, 4 + 1, 4 + 2)        weight 1
+//   polar          blocks: per 16 channels a radius and the codes of 15 angles (OtqBlock)             weight 1
 //   scales         half pairs (scale, zero) per group: x = code * scale + zero; of a book one half: x = book[code] * scale
 //
 // A book lies in a simdgroup's registers, an entry in each lane, and a look-up is a shuffle: no memory, no conflicts, one
@@ -22,28 +22,53 @@ static constant constexpr const float OTQ_MASKED = -1e30f;  // a score that is n
 static constant constexpr const float OTQ_LOWEST = -1e25f;  // the running maximum of nothing: exp2(MASKED - LOWEST) is 0
 static constant constexpr const float OTQ_LOG2E = 1.44269504f;
 
-static constant constexpr const int OTQ_POLAR = 66;  // bits of polar blocks: 64, and the 2 a channel of the first level
+// How one run of keys or values is packed, as `launch.Format`.
+enum OtqFormat : int {
+  OTQ_NONE,                                                               // a second run that is not there
+  OTQ_INT2, OTQ_INT3, OTQ_INT4, OTQ_INT8,                                 // integers
+  OTQ_HALF,                                                               // halves
+  OTQ_BOOK1, OTQ_BOOK2, OTQ_BOOK3, OTQ_BOOK4, OTQ_BOOK5, OTQ_BOOK6,       // codes into a book
+  OTQ_POLAR,                                                              // blocks of angles
+};
+
+template <int FORMAT>
+METAL_FUNC constexpr bool otq_integers() {
+  return FORMAT >= OTQ_INT2 && FORMAT <= OTQ_INT8;
+}
+
+// Whether values come from tables in the lanes.
+template <int FORMAT>
+METAL_FUNC constexpr bool otq_looked_up() {
+  return FORMAT >= OTQ_BOOK1;
+}
+
+// Bits of a value in the first array; of polar blocks, the 4 that two channels of the first level share.
+template <int FORMAT>
+METAL_FUNC constexpr int otq_bits() {
+  return FORMAT == OTQ_NONE ? 0 : FORMAT == OTQ_POLAR ? 2 : FORMAT >= OTQ_BOOK1 ? FORMAT - OTQ_BOOK1 + 1
+      : FORMAT == OTQ_HALF ? 16 : FORMAT == OTQ_INT8 ? 8 : FORMAT - OTQ_INT2 + 2;
+}
 
 // Widths of the low and the high plane of codes (0: no high plane).
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC constexpr int otq_low() {
-  return (BITS & 31) == 3 ? 2 : (BITS & 31) == 5 || (BITS & 31) == 6 ? 4 : BITS & 31;
+  return otq_bits<FORMAT>() == 3 ? 2 : otq_bits<FORMAT>() == 5 || otq_bits<FORMAT>() == 6 ? 4 : otq_bits<FORMAT>();
 }
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC constexpr int otq_high() {
-  return (BITS & 31) == 3 || (BITS & 31) == 5 ? 1 : (BITS & 31) == 6 ? 2 : 0;
+  return otq_bits<FORMAT>() == 3 || otq_bits<FORMAT>() == 5 ? 1 : otq_bits<FORMAT>() == 6 ? 2 : 0;
 }
 
 // Halves of metadata per token of D channels.
-template <int BITS, int D, int GROUP>
+template <int FORMAT, int D, int GROUP>
 METAL_FUNC constexpr int otq_halves() {
-  return BITS == OTQ_POLAR ? D / 16 : BITS == 16 ? 0 : (BITS > 32 ? 1 : 2) * ((D + GROUP - 1) / GROUP);
+  return FORMAT == OTQ_POLAR ? D / 16 : FORMAT == OTQ_HALF ? 0 : (otq_looked_up<FORMAT>() ? 1 : 2) * ((D + GROUP - 1) / GROUP);
 }
 
 // Exponent of the weight of value d.
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC constexpr int otq_shift(int d) {
-  return BITS >= 16 ? 0 : otq_low<BITS>() * (d % (32 / otq_low<BITS>()));
+  return !otq_integers<FORMAT>() ? 0 : otq_low<FORMAT>() * (d % (32 / otq_low<FORMAT>()));
 }
 
 METAL_FUNC float otq_pow2(int e) {
@@ -51,32 +76,32 @@ METAL_FUNC float otq_pow2(int e) {
 }
 
 // 32-bit words of one token, and of its low plane.
-template <int BITS, int D>
+template <int FORMAT, int D>
 METAL_FUNC constexpr int otq_words() {
-  return (D * otq_low<BITS>() + 31) / 32 + (D * otq_high<BITS>() + 31) / 32;
+  return (D * otq_low<FORMAT>() + 31) / 32 + (D * otq_high<FORMAT>() + 31) / 32;
 }
-template <int BITS, int D>
+template <int FORMAT, int D>
 METAL_FUNC constexpr int otq_low_words() {
-  return (D * otq_low<BITS>() + 31) / 32;
+  return (D * otq_low<FORMAT>() + 31) / 32;
 }
 
 // Bytes of one token in the second array: the codes of a second run of D channels, or a polar block's upper angles.
-template <int BITS, int SECOND, int D>
+template <int FORMAT, int SECOND, int D>
 METAL_FUNC constexpr int otq_more() {
-  return BITS == OTQ_POLAR ? (7 * D + 63) / 64 : SECOND > 0 ? 4 * otq_words<(SECOND > 0 ? SECOND : 33), D>() : 0;
+  return FORMAT == OTQ_POLAR ? (7 * D + 63) / 64 : SECOND ? 4 * otq_words<(SECOND ? SECOND : OTQ_BOOK1), D>() : 0;
 }
 
 // (scale, zero) of group i, counted from `scales`.
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC half2 otq_scale(const device half* scales, int i) {
-  return BITS > 32 ? half2(scales[i], half(0.0f)) : ((const device half2*)scales)[i];
+  return otq_looked_up<FORMAT>() ? half2(scales[i], half(0.0f)) : ((const device half2*)scales)[i];
 }
 
 // The lane's part of a book: entry lane % 2^b, or of 6 bits, whose 64 entries are odd (book[63 - c] = -book[c]), the upper
 // half. The value of `code`.
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC float otq_entry(float book, uint code) {
-  if (BITS == 38) {
+  if (FORMAT == OTQ_BOOK6) {
     float x = simd_shuffle(book, ushort(code & 32u ? code & 31u : code ^ 31u));
     return code & 32u ? x : -x;
   }
@@ -156,27 +181,27 @@ struct OtqBlock {
 };
 
 // UNIT consecutive values of one token, u units in.
-template <int BITS, int D, int UNIT>
+template <int FORMAT, int D, int UNIT>
 struct OtqUnit {
-  static constant constexpr const int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>(), W = otq_words<BITS, D>();
+  static constant constexpr const int LOW = otq_low<FORMAT>(), HIGH = otq_high<FORMAT>(), W = otq_words<FORMAT, D>();
   OtqPlane<LOW, UNIT, W> low;
   OtqPlane<(HIGH > 0 ? HIGH : 1), UNIT, (W % 2 == 0 ? 2 : 1)> high;
 
   METAL_FUNC void load(const device uint* row, const device uchar*, const device half*, int u, float, float) {
     low.load(row, u);
     if (HIGH > 0) {
-      high.load(row + otq_low_words<BITS, D>(), u);
+      high.load(row + otq_low_words<FORMAT, D>(), u);
     }
   }
 
   // Value d of the unit, weighted. d must be known at compile time.
   METAL_FUNC float get(int d, float book) const {
-    if (BITS == 16) {
+    if (FORMAT == OTQ_HALF) {
       half2 pair = as_type<half2>(low.w[d / 2]);
       return d % 2 ? float(pair.y) : float(pair.x);
-    } else if (BITS > 32) {
-      return otq_entry<BITS>(book, HIGH > 0 ? low.get(d) | high.get(d) << LOW : low.get(d));
-    } else if (BITS == 3) {
+    } else if (otq_looked_up<FORMAT>()) {
+      return otq_entry<FORMAT>(book, HIGH > 0 ? low.get(d) | high.get(d) << LOW : low.get(d));
+    } else if (FORMAT == OTQ_INT3) {
       float x = float(low.w[d / 16] & (3u << (2 * (d % 16))));
       float top = float(high.w[0] & (1u << d));
       // bit 2 counts 4 in the basis of the low field: 4 * 4^(d%16) / 2^d
@@ -208,9 +233,9 @@ struct OtqUnit<OTQ_POLAR, D, UNIT> {
 };
 
 // The planes of four consecutive codes of one token from value d0, a multiple of 4: in the low bits of `low` and `high`.
-template <int BITS, int D>
+template <int FORMAT, int D>
 METAL_FUNC void otq_fields(const device uint* row, int d0, thread uint& w, thread uint& h) {
-  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
+  constexpr int LOW = otq_low<FORMAT>(), HIGH = otq_high<FORMAT>();
   if (LOW == 8) {
     w = row[d0 / 4];
   } else if (LOW == 4) {
@@ -221,19 +246,19 @@ METAL_FUNC void otq_fields(const device uint* row, int d0, thread uint& w, threa
     w = uint(((const device uchar*)row)[d0 / 8]) >> (d0 & 4);
   }
   if (HIGH == 1) {
-    h = uint(((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 8]) >> (d0 & 4);
+    h = uint(((const device uchar*)(row + otq_low_words<FORMAT, D>()))[d0 / 8]) >> (d0 & 4);
   } else if (HIGH == 2) {
-    h = ((const device uchar*)(row + otq_low_words<BITS, D>()))[d0 / 4];
+    h = ((const device uchar*)(row + otq_low_words<FORMAT, D>()))[d0 / 4];
   }
 }
 
 // Four consecutive codes into a book.
-template <int BITS, int D>
+template <int FORMAT, int D>
 METAL_FUNC uint4 otq_codes(const device uint* row, int d0) {
-  constexpr int LOW = otq_low<BITS>(), HIGH = otq_high<BITS>();
+  constexpr int LOW = otq_low<FORMAT>(), HIGH = otq_high<FORMAT>();
   constexpr uint M = (1u << LOW % 16) - 1u, MH = (1u << HIGH) - 1u;
   uint w, h = 0;
-  otq_fields<BITS, D>(row, d0, w, h);
+  otq_fields<FORMAT, D>(row, d0, w, h);
   uint4 c;
   c.x = (w & M) | (h & MH) << LOW;
   c.y = (w >> LOW & M) | (h >> HIGH & MH) << LOW;
@@ -243,24 +268,24 @@ METAL_FUNC uint4 otq_codes(const device uint* row, int d0) {
 }
 
 // Four consecutive values of one token from value d0 (a multiple of 4), weighted by 2^(field bits * j), j = 0..3.
-template <int BITS, int D>
+template <int FORMAT, int D>
 METAL_FUNC float4 otq_four(const device uint* row, int d0, float book) {
-  constexpr int LOW = otq_low<BITS>();
+  constexpr int LOW = otq_low<FORMAT>();
   float4 x;
-  if (BITS == 16) {
+  if (FORMAT == OTQ_HALF) {
     x = float4(((const device half4*)row)[d0 / 4]);
-  } else if (BITS > 32) {
-    uint4 c = otq_codes<BITS, D>(row, d0);
-    x.x = otq_entry<BITS>(book, c.x);
-    x.y = otq_entry<BITS>(book, c.y);
-    x.z = otq_entry<BITS>(book, c.z);
-    x.w = otq_entry<BITS>(book, c.w);
+  } else if (otq_looked_up<FORMAT>()) {
+    uint4 c = otq_codes<FORMAT, D>(row, d0);
+    x.x = otq_entry<FORMAT>(book, c.x);
+    x.y = otq_entry<FORMAT>(book, c.y);
+    x.z = otq_entry<FORMAT>(book, c.z);
+    x.w = otq_entry<FORMAT>(book, c.w);
   } else {
     constexpr uint M = (1u << LOW % 16) - 1u;
     uint w, h = 0;
-    otq_fields<BITS, D>(row, d0, w, h);
+    otq_fields<FORMAT, D>(row, d0, w, h);
     x = float4(float(w & M), float(w & M << LOW), float(w & M << 2 * LOW), float(w & M << 3 * LOW));
-    if (BITS == 3) {
+    if (FORMAT == OTQ_INT3) {
       x += float4(float(h & 1u), float(h & 2u), float(h & 4u), float(h & 8u)) * float4(4.0f, 8.0f, 16.0f, 32.0f);
     }
   }
@@ -268,9 +293,9 @@ METAL_FUNC float4 otq_four(const device uint* row, int d0, float book) {
 }
 
 // Field bits of otq_four's weights.
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC constexpr int otq_field() {
-  return BITS >= 16 ? 0 : otq_low<BITS>();
+  return otq_integers<FORMAT>() ? otq_low<FORMAT>() : 0;
 }
 
 // R floats that all lanes read from one place.

@@ -10,7 +10,7 @@
 // Bytes: codes and scales of the visible packed tokens once, dense columns once, one float partial [DV + 2] per row and
 // team. Inputs are whole buffers, row-contiguous; how much of them counts stands in lens = (packed, sinks, tail start).
 //
-// Template: KB, KG, VB, VG bits (as in common.metal) and groups; KB2, VB2 bits of a second run of codes, or 0; DK, DV; KE
+// Template: KF, KG, VF, VG formats (OtqFormat) and groups; KF2, VF2 of a second run of codes, or OTQ_NONE; DK, DV; KE
 // channels of packed keys, QE of a query; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a simdgroup
 // hands over at a time; WIN window; CAP softcap. Where keys are packed as a sketch, a query is longer than a key: its first
 // DK channels meet dense keys, its last KE packed ones (maybe all of it). k_more, v_more: codes of second runs, or polar's
@@ -33,11 +33,11 @@ struct OtqAcc {
 };
 
 // The scores of D channels. RUN 1: those of a second run of codes, which has the second array and scale, are added.
-template <int BITS, int D, int GROUP, int R, int KPL, int QB, int RUN>
+template <int FORMAT, int D, int GROUP, int R, int KPL, int QF, int RUN>
 METAL_FUNC void otq_scores(
     thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum, float book,
     float book2) {
-  constexpr int UNIT = BITS == OTQ_POLAR ? 16 : D % 32 == 0 ? 32 : D % 16 == 0 ? 16 : 8;
+  constexpr int UNIT = FORMAT == OTQ_POLAR ? 16 : D % 32 == 0 ? 32 : D % 16 == 0 ? 16 : 8;
   constexpr int PER = (GROUP < D ? GROUP : D) / UNIT;
 #pragma clang loop unroll(full)
   for (int k = 0; k < KPL; k++) {
@@ -58,7 +58,7 @@ METAL_FUNC void otq_scores(
     }
     int stop = min(u0 + PER, D / UNIT);
     for (int u = u0; u < stop; u++) {
-      OtqUnit<BITS, D, UNIT> unit[KPL];
+      OtqUnit<FORMAT, D, UNIT> unit[KPL];
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
         const device uint* row = RUN ? (const device uint*)keys.more[k] : keys.row[k];
@@ -71,8 +71,8 @@ METAL_FUNC void otq_scores(
 #pragma clang loop unroll(full)
         for (int k = 0; k < KPL; k++) {
           float f = unit[k].get(d, book);
-          if (BITS == 16) {
-            f *= float(1u << otq_shift<QB>(d));  // q carries the weights of the packed format
+          if (FORMAT == OTQ_HALF) {
+            f *= float(1u << otq_shift<QF>(d));  // q carries the weights of the packed format
           }
 #pragma clang loop unroll(full)
           for (int r = 0; r < R; r++) {
@@ -81,7 +81,7 @@ METAL_FUNC void otq_scores(
         }
       }
     }
-    if (BITS == 16 || BITS == OTQ_POLAR) {
+    if (FORMAT == OTQ_HALF || FORMAT == OTQ_POLAR) {
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
 #pragma clang loop unroll(full)
@@ -94,10 +94,10 @@ METAL_FUNC void otq_scores(
       otq_rows<R>(qsum + g * R, x);
 #pragma clang loop unroll(full)
       for (int k = 0; k < KPL; k++) {
-        float2 sz = float2(otq_scale<BITS>(keys.scale[k], g + RUN));
+        float2 sz = float2(otq_scale<FORMAT>(keys.scale[k], g + RUN));
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          float base = BITS > 32 ? keys.s[k][r] : fma(x[r], sz.y, keys.s[k][r]);
+          float base = otq_looked_up<FORMAT>() ? keys.s[k][r] : fma(x[r], sz.y, keys.s[k][r]);
           keys.s[k][r] = fma(part[k][r], sz.x, base);
         }
       }
@@ -107,7 +107,7 @@ METAL_FUNC void otq_scores(
 
 // Values of one KV head as a lane reads them: rows of its run, and polar's other arrays. `second`: the lane's dims lie in
 // the second run, whose book follows 16 lanes after the first one's.
-template <int BITS, int SECOND, int D>
+template <int FORMAT, int SECOND, int D>
 struct OtqRows {
   const device uint* row;
   const device uchar* more;
@@ -116,35 +116,35 @@ struct OtqRows {
 
   // Words from one token to the next.
   METAL_FUNC int words() const {
-    return SECOND == 0 ? otq_words<BITS, D>() : second ? otq_more<BITS, SECOND, D / 2>() / 4 : otq_words<BITS, D / 2>();
+    return SECOND == OTQ_NONE ? otq_words<FORMAT, D>() : second ? otq_more<FORMAT, SECOND, D / 2>() / 4 : otq_words<FORMAT, D / 2>();
   }
 
   // Four dims from d0 of key i, whose row is `at`.
   METAL_FUNC float4 four(const device uint* at, int i, int d0, float book, float book2) const {
-    if (BITS == OTQ_POLAR) {
+    if (FORMAT == OTQ_POLAR) {
       OtqBlock<D> block;
-      block.load(at, more + i * otq_more<BITS, 0, D>(), scale + i * (D / 16), d0 / 16);
+      block.load(at, more + i * otq_more<FORMAT, 0, D>(), scale + i * (D / 16), d0 / 16);
       return block.four(d0 / 4 & 3, book, book2);
     }
-    if (SECOND > 0) {
+    if (SECOND) {
       float4 x;
-      uint4 c = second ? otq_codes<(SECOND > 0 ? SECOND : BITS), D / 2>(at, d0 - D / 2) + 16u : otq_codes<BITS, D / 2>(at, d0);
+      uint4 c = second ? otq_codes<(SECOND ? SECOND : FORMAT), D / 2>(at, d0 - D / 2) + 16u : otq_codes<FORMAT, D / 2>(at, d0);
       x.x = simd_shuffle(book, ushort(c.x));
       x.y = simd_shuffle(book, ushort(c.y));
       x.z = simd_shuffle(book, ushort(c.z));
       x.w = simd_shuffle(book, ushort(c.w));
       return x;
     }
-    return otq_four<BITS, D>(at, d0, book);
+    return otq_four<FORMAT, D>(at, d0, book);
   }
 };
 
 // acc += p * v for every KP-th of n keys behind `from`, from `first` on, rounded up to KP; this lane's four dims begin at d0.
 // GAP: keys in [gap.x, gap.y) or above gap.z have no row, or one that was never written; their p is 0, and 0 times a NaN is
 // not.
-template <int BITS, int SECOND, int D, int VB, int R, int KP, int STRIDE, bool GAP>
+template <int FORMAT, int SECOND, int D, int VF, int R, int KP, int STRIDE, bool GAP>
 METAL_FUNC void otq_values(
-    OtqRows<BITS, SECOND, D> rows, int from, int3 gap, int n, int first, int d0, const threadgroup float* p, float book,
+    OtqRows<FORMAT, SECOND, D> rows, int from, int3 gap, int n, int first, int d0, const threadgroup float* p, float book,
     float book2, thread OtqAcc<R>& acc) {
   const int W = rows.words();
   const device uint* row = rows.row + (from + first) * W;
@@ -154,8 +154,8 @@ METAL_FUNC void otq_values(
     int x = i + first;
     int at = min(x >= gap.x && x < gap.y ? gap.y : x, gap.z);
     float4 v = rows.four(GAP ? rows.row + (from + at) * W : row, from + (GAP ? at : x), d0, book, book2);
-    if (BITS == 16 && VB != 16) {
-      v *= float4(1.0f, float(1u << otq_field<VB>()), float(1u << (2 * otq_field<VB>())), float(1u << (3 * otq_field<VB>())));
+    if (FORMAT == OTQ_HALF && VF != OTQ_HALF) {
+      v *= float4(1.0f, float(1u << otq_field<VF>()), float(1u << (2 * otq_field<VF>())), float(1u << (3 * otq_field<VF>())));
     }
     float w[R];
     otq_rows<R>(p, w);
@@ -194,11 +194,11 @@ struct OtqZeros {
   }
 };
 // ---- body
-  constexpr int KN = KB2 ? KE / 2 : KE, VN = VB2 ? DV / 2 : DV;  // channels of the first run
+  constexpr int KN = KF2 ? KE / 2 : KE, VN = VF2 ? DV / 2 : DV;  // channels of the first run
   constexpr int KQ = QE - KE;                                    // query channels that packed keys do not meet
-  constexpr int KW = otq_words<KB, KN>(), VW = otq_words<VB, VN>();
-  constexpr int KM = otq_more<KB, KB2, KN>(), VM = otq_more<VB, VB2, VN>();
-  constexpr int KH = otq_halves<KB, KE, KG>(), VH = otq_halves<VB, DV, VG>();
+  constexpr int KW = otq_words<KF, KN>(), VW = otq_words<VF, VN>();
+  constexpr int KM = otq_more<KF, KF2, KN>(), VM = otq_more<VF, VF2, VN>();
+  constexpr int KH = otq_halves<KF, KE, KG>(), VH = otq_halves<VF, DV, VG>();
   constexpr int GK = (KE + KG - 1) / KG, GV = (DV + VG - 1) / VG;
   constexpr int SPAN = SUB * DS;        // keys handed over at a time by a team
   constexpr int TILE = 32 * KPL * DS;   // keys of a tile
@@ -236,13 +236,13 @@ struct OtqZeros {
   const float q_scale = CAP ? real[0] : real[0] * OTQ_LOG2E;
   for (int i = thread_index_in_threadgroup; i < QE * R; i += 32 * DS * NT) {
     int r = i % R, d = i / R;
-    qs[i] = r < n_rows ? float(q[q0 + r * QE + d]) * q_scale * otq_pow2(-otq_shift<KB>(d)) : 0.0f;
+    qs[i] = r < n_rows ? float(q[q0 + r * QE + d]) * q_scale * otq_pow2(-otq_shift<KF>(d)) : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int i = thread_index_in_threadgroup; i < GK * R; i += 32 * DS * NT) {
     float sum = 0;
     for (int d = i / R * KG; d < min(KE, i / R * KG + KG); d++) {
-      sum += qs[(KQ + d) * R + i % R] * otq_pow2(otq_shift<KB>(d));
+      sum += qs[(KQ + d) * R + i % R] * otq_pow2(otq_shift<KF>(d));
     }
     qsum_shared[i] = sum;
   }
@@ -268,18 +268,18 @@ struct OtqZeros {
   const device uint* dk_head = (const device uint*)dense_k + size_t(head) * Td * (DK / 2);
   const device uint* dv_head = (const device uint*)dense_v + size_t(head) * Td * (DV / 2);
 
-  const float k_book = KB > 32 ? books[lane] : 0.0f;
-  const float k_book2 = KB2 > 32 || KB == OTQ_POLAR ? books[32 + lane] : 0.0f;
-  const float v_book = VB > 32 ? books[(VB2 && lane >= 16 ? 96 : 64) + lane] : 0.0f;  // of two runs: 16 entries of each
-  const float v_book2 = VB == OTQ_POLAR ? books[96 + lane] : 0.0f;
+  const float k_book = otq_looked_up<KF>() ? books[lane] : 0.0f;
+  const float k_book2 = otq_looked_up<KF2>() || KF == OTQ_POLAR ? books[32 + lane] : 0.0f;
+  const float v_book = otq_looked_up<VF>() ? books[(VF2 && lane >= 16 ? 96 : 64) + lane] : 0.0f;  // of two runs: 16 entries of each
+  const float v_book2 = VF == OTQ_POLAR ? books[96 + lane] : 0.0f;
   const bool busy = lane % (32 / KP) < LANES;  // the others do what the last one does, and do not write
   const int d0 = member * DIMS + 4 * min(lane % (32 / KP), LANES - 1);
   const int half_of = KP == 2 ? lane / 16 : 0;
   const int pair = lane + 32 * member;  // this lane's first (row, group) pair
   const int my_group = d0 / VG;
-  const bool second = VB2 && d0 >= VN;
-  const OtqRows<VB, VB2, DV> packed_v = {second ? (const device uint*)vm_head : v_head, vm_head, vs_head, second};
-  const OtqRows<16, 0, DV> dense_v_rows = {dv_head, vm_head, vs_head, false};
+  const bool second = VF2 && d0 >= VN;
+  const OtqRows<VF, VF2, DV> packed_v = {second ? (const device uint*)vm_head : v_head, vm_head, vs_head, second};
+  const OtqRows<OTQ_HALF, OTQ_NONE, DV> dense_v_rows = {dv_head, vm_head, vs_head, false};
 
   OtqAcc<R> acc;
   OtqZeros<R, GV, PAIRS> zero;
@@ -310,11 +310,11 @@ struct OtqZeros {
       keys.scale[k] = ks_head + safe * (dense ? 0 : KH);
     }
     if (dense) {
-      otq_scores<16, DK, DK, R, KPL, KB, 0>(keys, qs, qsum_shared, k_book, k_book2);
+      otq_scores<OTQ_HALF, DK, DK, R, KPL, KF, 0>(keys, qs, qsum_shared, k_book, k_book2);
     } else {
-      otq_scores<KB, KN, KG, R, KPL, KB, 0>(keys, qs + KQ * R, qsum_shared, k_book, k_book2);
-      if (KB2) {
-        otq_scores<(KB2 ? KB2 : KB), KN, KG, R, KPL, KB, 1>(keys, qs + (KQ + KN) * R, qsum_shared, k_book2, k_book2);
+      otq_scores<KF, KN, KG, R, KPL, KF, 0>(keys, qs + KQ * R, qsum_shared, k_book, k_book2);
+      if (KF2) {
+        otq_scores<(KF2 ? KF2 : KF), KN, KG, R, KPL, KF, 1>(keys, qs + (KQ + KN) * R, qsum_shared, k_book2, k_book2);
       }
     }
 
@@ -407,8 +407,8 @@ struct OtqZeros {
           const int slot = member * SUB + lane % SUB;
           for (int g = 0; g < GV; g++) {
             float2 sz = float2(1.0f, 0.0f);
-            if (VB != 16 && VB != OTQ_POLAR && !dense) {
-              sz = float2(otq_scale<VB>(vs_head, min(key[k], limit - 1) * GV + g));
+            if (VF != OTQ_HALF && VF != OTQ_POLAR && !dense) {
+              sz = float2(otq_scale<VF>(vs_head, min(key[k], limit - 1) * GV + g));
             }
             zs[slot * GV + g] = sz.y;
 #pragma clang loop unroll(full)
@@ -428,18 +428,18 @@ struct OtqZeros {
         }
         if (dense) {
           int3 gap = int3(sink, tail_start, Td - 1) - from;
-          otq_values<16, 0, DV, VB, R, KP, GV * R, true>(
+          otq_values<OTQ_HALF, OTQ_NONE, DV, VF, R, KP, GV * R, true>(
               dense_v_rows, from, gap, n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
         } else if (n == SPAN) {  // the usual case, with a length known to the compiler
-          otq_values<VB, VB2, DV, VB, R, KP, GV * R, false>(
+          otq_values<VF, VF2, DV, VF, R, KP, GV * R, false>(
               packed_v, from, int3(0), SPAN, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
-          if (VB < 16) {
+          if (otq_integers<VF>()) {
             zero.add(ps, zs, SPAN, pair, 32 * DS);
           }
         } else {
-          otq_values<VB, VB2, DV, VB, R, KP, GV * R, true>(
+          otq_values<VF, VF2, DV, VF, R, KP, GV * R, true>(
               packed_v, from, int3(0, 0, n - 1), n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
-          if (VB < 16) {
+          if (otq_integers<VF>()) {
             zero.add(ps, zs, n, pair, 32 * DS);
           }
         }
@@ -481,7 +481,7 @@ struct OtqZeros {
       if (busy && half_of == 0) {
 #pragma clang loop unroll(full)
         for (int j = 0; j < 4; j++) {
-          partial[out * DV + d0 + j] = acc.x[r][j] * otq_pow2(-otq_field<VB>() * j) + az[my_group * R + r];
+          partial[out * DV + d0 + j] = acc.x[r][j] * otq_pow2(-otq_field<VF>() * j) + az[my_group * R + r];
         }
       }
       if (member == 0 && lane == 0) {

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,36 @@ BODY = "// ---- body\n"
 THREADGROUP_BYTES = 32768
 """Threadgroup memory that every Apple GPU has."""
 MAX_SPLITS = 1024
-BOOK = 32
-"""Added to the bits of a codebook codec; also the entries of a book that a simdgroup holds, one in each lane."""
-POLAR = 66
-"""Bits of the polar codec, as in common.metal."""
+LANES = 32
+"""Lanes of a simdgroup, and the entries of a table that it holds, one in each."""
+
+
+class Format(IntEnum):
+    """How one run of keys or values is packed, as `OtqFormat` in common.metal."""
+
+    NONE = 0
+    INT2 = 1
+    INT3 = 2
+    INT4 = 3
+    INT8 = 4
+    HALF = 5
+    BOOK1 = 6
+    BOOK2 = 7
+    BOOK3 = 8
+    BOOK4 = 9
+    BOOK5 = 10
+    BOOK6 = 11
+    POLAR = 12
+
+    @classmethod
+    def integers(cls, bits: int) -> Format:
+        return cls[f"INT{bits}"]
+
+    @classmethod
+    def book(cls, bits: int) -> Format:
+        return cls[f"BOOK{bits}"]
+
+
 MAX_QUERY = 768
 """Channels of a query that a simdgroup holds in matrices."""
 
@@ -200,18 +227,18 @@ class Side:
     """Keys or values as a kernel sees them.
 
     Attributes:
-        bits: 16 for halves, `BOOK + b` for books of b bits, `POLAR`.
+        format: of the first run.
         group: channels that share a scale; of a book all channels of a run.
         dim: head dim.
-        second: as `bits`, of a second run of codes, which is as long as the first; or 0.
+        second: of a second run of codes, which is as long as the first; or NONE.
         sketch: channels of a query's sketch, which stands behind the query itself.
         packed: channels of packed keys, which meet as many channels at a query's end; 0 for `dim`.
     """
 
-    bits: int
+    format: Format
     group: int
     dim: int
-    second: int = 0
+    second: Format = Format.NONE
     sketch: int = 0
     packed: int = 0
 

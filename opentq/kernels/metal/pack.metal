@@ -2,32 +2,32 @@
 //
 // The arithmetic is codecs/affine.py's, operation by operation in float, so that the bytes are the same: scale and zero are
 // rounded to half before the codes are chosen; rint rounds halves to even. Bytes: the vector once, the packed form once.
-// Template: BITS, GROUP, D. y [tokens, D] any float type; meta = {tokens}. Output: codes uint [tokens, W], scales half
+// Template: the format FORMAT, GROUP, D. y [tokens, D] any float type; meta = {tokens}. Output: codes uint [tokens, W], scales half
 // [tokens, 2G] as (scale, zero) pairs.
 
 // The code of one value.
-template <int BITS>
+template <int FORMAT>
 METAL_FUNC uint otq_code(float x, float scale, float zero) {
-  float top = float((1u << BITS) - 1u);
+  float top = float((1u << otq_bits<FORMAT>()) - 1u);
   return scale == 0 ? 0u : uint(clamp(rint((x - zero) / scale), 0.0f, top));
 }
 
 // COUNT fields of WIDTH bits from the codes of the values d0, d0 + 1, ..., each shifted right by `drop` and cut to WIDTH.
-template <int BITS, int WIDTH, int D, int GROUP>
+template <int FORMAT, int WIDTH, int D, int GROUP>
 METAL_FUNC uint otq_word(const threadgroup float* x, const threadgroup float2* sz, int d0, int drop) {
   uint word = 0;
   for (int j = 0; j < 32 / WIDTH; j++) {
     if (d0 + j < D) {
       float2 pair = sz[(d0 + j) / GROUP];
-      uint code = otq_code<BITS>(x[d0 + j], pair.x, pair.y);
+      uint code = otq_code<FORMAT>(x[d0 + j], pair.x, pair.y);
       word |= ((code >> drop) & ((1u << WIDTH) - 1u)) << (WIDTH * j);
     }
   }
   return word;
 }
 // ---- body
-  constexpr int W = otq_words<BITS, D>(), G = (D + GROUP - 1) / GROUP;
-  constexpr int LOW = BITS == 3 ? 2 : BITS;
+  constexpr int W = otq_words<FORMAT, D>(), G = (D + GROUP - 1) / GROUP;
+  constexpr int LOW = otq_low<FORMAT>();
   threadgroup float x_shared[4 * D];
   threadgroup float2 sz_shared[4 * G];
   const int lane = thread_index_in_simdgroup;
@@ -48,7 +48,7 @@ METAL_FUNC uint otq_word(const threadgroup float* x, const threadgroup float2* s
       }
       low = simd_min(low);
       high = simd_max(high);
-      half scale = half((high - low) / float((1u << BITS) - 1u));
+      half scale = half((high - low) / float((1u << otq_bits<FORMAT>()) - 1u));
       half zero = scale == 0 ? half((low + high) / 2) : half(low);
       if (lane == 0) {
         sz[g] = float2(float(scale), float(zero));
@@ -59,10 +59,10 @@ METAL_FUNC uint otq_word(const threadgroup float* x, const threadgroup float2* s
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int w = lane; w < W; w += 32) {
       uint word;
-      if (BITS == 3 && w >= D / 16) {
-        word = otq_word<BITS, 1, D, GROUP>(x, sz, (w - D / 16) * 32, 2);
+      if (FORMAT == OTQ_INT3 && w >= D / 16) {
+        word = otq_word<FORMAT, 1, D, GROUP>(x, sz, (w - D / 16) * 32, 2);
       } else {
-        word = otq_word<BITS, LOW, D, GROUP>(x, sz, w * (32 / LOW), 0);
+        word = otq_word<FORMAT, LOW, D, GROUP>(x, sz, w * (32 / LOW), 0);
       }
       codes[size_t(token) * W + w] = word;
     }
