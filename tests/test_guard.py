@@ -16,7 +16,7 @@ from opentq.attention import backends, dispatch, guard, judge, tiled, verdicts
 from opentq.caches.single import OpenTQCache
 from opentq.contracts.layout import CANONICAL
 from opentq.errors import UserError
-from opentq.hosts.mlx_lm import hooks
+from opentq.hosts import hooks
 from opentq.kernels import build
 from opentq.kernels.metal import launch as metal
 
