@@ -34,7 +34,7 @@ class StopText:
             at, self.matched = min(found, key=lambda f: (f[0], -len(f[1])))
             text, self.held = self.held[:at], ""
             return text
-        keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        keep = max((_overlap(self.held, s) for s in self.stops), default=0)
         cut = len(self.held) - keep
         text, self.held = self.held[:cut], self.held[cut:]
         return text
@@ -42,6 +42,11 @@ class StopText:
     def flush(self) -> str:
         text, self.held = self.held, ""
         return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Parser:
@@ -64,7 +69,7 @@ class Parser:
         machine = TextStateMachine() if raw else make_text_state_machine(tokenizer)
         self.state = machine.make_state("normal" if raw else initial)
         self.calls = 0
-        self._tool_text: str | None = None
+        self._tool_parts: list[str] | None = None  # of the call that is being written
 
     @property
     def stopped(self) -> bool:
@@ -86,7 +91,7 @@ class Parser:
         deltas += self._split(self.stop.flush())
         self.state, rest, name = TextStateMachine.flush(self.state)
         deltas += self._deltas([(name, rest)])
-        if self._tool_text is not None:
+        if self._tool_parts is not None:
             deltas += self._end_tool(closed=not self.tokenizer.tool_call_end)
         return _join(deltas)
 
@@ -108,19 +113,20 @@ class Parser:
     def _deltas(self, segments: list[tuple[str, str]]) -> list[Delta]:
         deltas: list[Delta] = []
         for name, text in segments:
-            if self._tool_text is not None and name != "tool":
+            if self._tool_parts is not None and name != "tool":
                 deltas += self._end_tool()
                 if self.stopped:
                     break
             if name == "tool":
-                self._tool_text = (self._tool_text or "") + text
+                self._tool_parts = [] if self._tool_parts is None else self._tool_parts
+                self._tool_parts.append(text)
             elif text:
                 deltas.append(Delta("reasoning" if name == "reasoning" else "content", text))
         return deltas
 
     def _end_tool(self, closed: bool = True) -> list[Delta]:
         """The calls in the tool text; the markup itself, as content, when it does not parse or no tools were given."""
-        text, self._tool_text = self._tool_text or "", None
+        text, self._tool_parts = "".join(self._tool_parts or ()), None
         end = self.tokenizer.tool_call_end if closed else ""
         markup = [Delta("content", f"{self.tokenizer.tool_call_start}{text}{end or ''}")]
         if not self.tools:
@@ -128,7 +134,7 @@ class Parser:
         try:
             parsed = self.tokenizer.tool_parser(text, self.tools)
             calls = [_call(c) for c in (parsed if isinstance(parsed, list) else [parsed])]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, RecursionError) as error:
             log.warning(
                 "a tool call of %d characters could not be parsed (%s); sent as content", len(text), _name(error)
             )
@@ -140,7 +146,9 @@ class Parser:
 
 def _call(parsed: dict[str, Any]) -> ToolCall:
     arguments = parsed["arguments"]
-    if not isinstance(arguments, str):
+    if isinstance(arguments, str):
+        json.loads(arguments)  # ValueError for what no client could read
+    else:
         arguments = json.dumps(arguments, ensure_ascii=False)
     return ToolCall(str(parsed.get("id") or f"call_{uuid.uuid4().hex[:24]}"), str(parsed["name"]), arguments)
 

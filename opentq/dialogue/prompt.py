@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,6 +17,13 @@ from .roles import Roles
 from .volatile import without
 
 log = logging.getLogger("opentq.serve")
+
+SLICE = 1 << 16
+"""Characters that are tokenized between two looks at whether anybody still waits for the prompt."""
+
+
+class Abandoned(Exception):
+    """Nobody waits for this prompt any more."""
 
 
 class Prompter:
@@ -29,13 +38,53 @@ class Prompter:
         self.roles = Roles(tokenizer, tool_form.lend(tokenizer))
         self._lock = threading.Lock()
 
-    def encode(self, request: GenerationRequest) -> list[int]:
-        """Token ids of the prompt. Raises ApiError when the model has no words for what is asked."""
+    def encode(
+        self,
+        request: GenerationRequest,
+        limit: int | None = None,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> list[int]:
+        """Token ids of the prompt.
+
+        Raises ApiError when the model has no words for what is asked, or when the prompt is longer than `limit` tokens
+        by far: that is found out without tokenizing all of it. Raises Abandoned soon after `abandoned()` is true.
+        """
         with self._lock:
-            tokens = self._text(request) if request.messages is None else self._chat(request)
+            if abandoned():
+                raise Abandoned
+            self._bound(_characters(request), limit, request)
+            tokens = (
+                self._text(request, limit, abandoned)
+                if request.messages is None
+                else self._chat(request, limit, abandoned)
+            )
         if not tokens:
-            raise bad("the prompt is empty: it has no tokens", "prompt" if request.messages is None else "messages")
+            raise bad("the prompt is empty: it has no tokens", _where(request))
         return tokens
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: no text of more than `n * longest` has only `n` tokens."""
+        return max((len(t) for t in self.tokenizer.get_vocab()), default=1)
+
+    def _bound(self, characters: int, limit: int | None, request: GenerationRequest) -> None:
+        if limit is not None and characters > limit * self.longest:
+            raise too_long(limit, f"{characters} characters", _where(request))
+
+    def _encode(
+        self, text: str, limit: int | None, abandoned: Callable[[], bool], request: GenerationRequest, special: bool
+    ) -> list[int]:
+        """`text` as tokens. A long text is counted in slices first, so that one far too long is left early."""
+        self._bound(len(text), limit, request)
+        if len(text) > SLICE:
+            count = 0
+            for start in range(0, len(text), SLICE):
+                if abandoned():
+                    raise Abandoned
+                if limit is not None and count > 1.1 * limit:  # cuts between slices may add a few
+                    raise too_long(limit, f"more than {limit}", _where(request))
+                count += len(self.tokenizer.encode(text[start : start + SLICE], add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=special))
 
     def initial_state(self, request: GenerationRequest, tokens: list[int]) -> str:
         """The state in which an answer begins: reasoning when the template itself opened the thought."""
@@ -48,40 +97,63 @@ class Prompter:
             return "reasoning"
         return "normal"
 
-    def _text(self, request: GenerationRequest) -> list[int]:
+    def _text(self, request: GenerationRequest, limit: int | None, abandoned: Callable[[], bool]) -> list[int]:
         if isinstance(request.prompt, str):
-            return list(self.tokenizer.encode(request.prompt))
+            return self._encode(request.prompt, limit, abandoned, request, special=True)
         if wrong := next((t for t in request.prompt if t >= self.vocab), None):
             raise bad(f"prompt has the token id {wrong}, but the model's ids end at {self.vocab - 1}", "prompt")
         return list(request.prompt)
 
-    def _chat(self, request: GenerationRequest) -> list[int]:
-        tokenizer = self.tokenizer
-        if not tokenizer.has_chat_template:
+    def _chat(self, request: GenerationRequest, limit: int | None, abandoned: Callable[[], bool]) -> list[int]:
+        if not self.tokenizer.has_chat_template:
             raise bad("this model has no chat template; use /v1/completions with the bare prompt", "messages")
         messages = [dict(m) for m in request.messages or ()]
         if not self.keep_volatile:
             messages = without(messages)
-        tokens = self._render(messages, request)
+        # What will be cleared is not counted against the limit.
+        first = None if request.clear else limit
+        tokens = self._encode(self._render(messages, request), first, abandoned, request, special=False)
         if request.clear and request.clear.due(len(tokens), messages):
-            tokens = self._render(request.clear.apply(messages), request)
+            text = self._render(request.clear.apply(messages), request)
+            tokens = self._encode(text, limit, abandoned, request, special=False)
         return tokens
 
-    def _render(self, messages: list[dict[str, Any]], request: GenerationRequest) -> list[int]:
+    def _render(self, messages: list[dict[str, Any]], request: GenerationRequest) -> str:
         variables = self.template | request.template
+        if request.continue_last:
+            variables |= {"add_generation_prompt": False, "continue_final_message": True}
+        else:
+            variables |= {"add_generation_prompt": True}
         messages, tools = self.roles.fit(messages, list(request.tools))
         try:
-            return list(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools or None, add_generation_prompt=True, tokenize=True, **variables
-                )
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **variables)
         except TemplateError as error:
             # The template's own words, as raise_exception gives them, say which order of roles it wants.
             raise bad(f"the model's chat template refuses these messages: {error}", "messages") from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             log.warning("the chat template failed with %s", type(error).__name__)
             raise ApiError(400, "the model's chat template can't render these messages", "messages") from error
+
+
+def _characters(request: GenerationRequest) -> int:
+    """Characters that are sure to be in the prompt, before anything is done for it."""
+    if request.messages is None:
+        return len(request.prompt) if isinstance(request.prompt, str) else 0
+    return 0 if request.clear else sum(len(m["content"]) for m in request.messages)
+
+
+def _where(request: GenerationRequest) -> str:
+    return "prompt" if request.messages is None else "messages"
+
+
+def too_long(limit: int, given: str, where: str) -> ApiError:
+    """400: a prompt that the context has no room for, in the words that clients look for, OpenAI's own."""
+    return bad(
+        f"This model's maximum context length is {limit} tokens; the prompt has {given}, and the answer needs at least "
+        "one. Shorten the prompt.",
+        where,
+        "context_length_exceeded",
+    )
 
 
 def check_choices(request: GenerationRequest, vocab: int) -> None:

@@ -10,13 +10,18 @@ from .clearing import ClearTools
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn from the model's probabilities. `seed` None takes a fresh one; temperature 0 is greedy."""
+    """How a token is drawn from the model's probabilities. `seed` None takes a fresh one."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken; float32 can't tell temperatures below 1e-5 from 0."""
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ class GenerationRequest:
         stop: texts that end the answer.
         logprobs: None for none, else how many alternatives to report per token (0: the chosen one alone).
         tools: OpenAI tool definitions that the model may call.
-        tool_choice: "auto", "required", or the name of the one function it must call.
+        tool_choice: "auto" or "required".
+        tool_names: those that may be called when a call is required; empty for any.
         custom: names of tools whose one argument, `input`, is text for the client.
         parallel_calls: False ends the answer after the first tool call.
         schema: JSON Schema that the answer must fit, or None.
         template: extra variables for the chat template.
+        continue_last: whether the answer goes on with the last message, the assistant's own, in place of a new one.
         clear: which old tool results to leave out of a long conversation.
     """
 
@@ -62,11 +69,13 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     tools: tuple[dict[str, Any], ...] = ()
-    tool_choice: str | dict[str, Any] = "auto"
+    tool_choice: str = "auto"
+    tool_names: frozenset[str] = frozenset()
     custom: frozenset[str] = frozenset()
     parallel_calls: bool = True
     schema: dict[str, Any] | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    continue_last: bool = False
     clear: ClearTools | None = None
     stream: bool = False
     include_usage: bool = False

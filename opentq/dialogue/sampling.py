@@ -23,7 +23,7 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 
 def make_sampler(how: Draw) -> Sampler:
     """A function from log probabilities `[1, V]` to a token `[1]`; greedy ones are one shared object, so they batch."""
-    if how.temperature == 0:
+    if how.greedy:
         return greedy_sampler
     return KeyedSampler(how)
 
@@ -37,8 +37,9 @@ class KeyedSampler:
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         how = self.how
-        if 0 < how.top_p < 1:
-            logprobs = apply_top_p(logprobs, how.top_p)
+        logprobs = logprobs.astype(mx.float32)
+        if how.top_p < 1:
+            logprobs = apply_top_p(logprobs, max(how.top_p, 1e-30))  # 0 in float32 would leave no token at all
         if how.min_p > 0:
             floor = mx.max(logprobs, axis=-1, keepdims=True) + math.log(how.min_p)
             logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
@@ -46,6 +47,8 @@ class KeyedSampler:
             least = mx.sort(logprobs, axis=-1)[..., -how.top_k : -how.top_k + 1 or None]
             logprobs = mx.where(logprobs < least, -mx.inf, logprobs)
         self.key, now = mx.random.split(self.key)
+        # Beside the best: a low temperature must not turn all of them into -inf.
+        logprobs = logprobs - mx.max(logprobs, axis=-1, keepdims=True)
         return mx.random.categorical(logprobs / how.temperature, key=now)
 
 

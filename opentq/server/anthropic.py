@@ -30,10 +30,9 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     tools = tuple(function(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ()))
     if choice["type"] == "none":
         tools = ()
-    if choice["type"] == "tool":
-        name = choice.get("name")
-        tools = tuple(t for t in tools if t["function"]["name"] == name)
-    if choice["type"] in ("any", "tool") and not tools:
+    name = (choice.get("name") or "") if choice["type"] == "tool" else ""
+    named = [t for t in tools if t["function"]["name"] == name or choice["type"] == "any"]
+    if choice["type"] in ("any", "tool") and not named:
         raise bad("tool_choice names no tool that is given in tools", "tool_choice")
     messages: list[dict[str, Any]] = []
     if system := _blocks(body.get("system"), "system"):
@@ -53,6 +52,7 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
         stop=tuple(s for s in body.get("stop_sequences") or () if s),
         tools=tools,
         tool_choice="required" if choice["type"] in ("any", "tool") else "auto",
+        tool_names=frozenset([name] if name else ()),
         parallel_calls=not choice.get("disable_parallel_tool_use"),
         schema=_format(first(body, "output_format"), "output_format")
         or _format(wanted.get("format"), "output_config.format"),

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,13 +28,14 @@ from .openapi import document
 from .responses_store import Responses
 from .roster import Roster
 from .schema import parse
-from .service import Service, Stream
+from .service import Service
 from .sse import frame
-from .stream import EventStream, WholeResponse
+from .stream import EventStream, WholeResponse, unless_gone
 
 log = logging.getLogger("opentq.serve")
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 BODY_SECONDS = 60.0
 MAX_HEADERS = 32 << 10
@@ -66,19 +67,23 @@ def build(roster: Roster, access: Access) -> Starlette:
     if access.origins:
         cors = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
+    gets = {"/models": routes.models, "/models/{name:path}": routes.model}
+    posts = {
+        "/chat/completions": routes.chat,
+        "/completions": routes.completions,
+        "/responses": routes.responses,
+        "/messages": routes.messages,
+        "/messages/count_tokens": routes.count_tokens,
+    }
     return Starlette(
         routes=[
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name:path}", routes.model),
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-            Route("/v1/completions", routes.completions, methods=["POST"]),
-            Route("/v1/responses", routes.responses, methods=["POST"]),
+            # Clients of mlx-lm's server leave the /v1 out.
+            *(Route(prefix + path, call) for prefix in ("/v1", "") for path, call in gets.items()),
+            *(Route(prefix + path, call, methods=["POST"]) for prefix in ("/v1", "") for path, call in posts.items()),
             Route("/v1/responses/{id}", routes.kept_response, methods=["GET", "DELETE"]),
-            Route("/v1/messages", routes.messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
         ],
         middleware=middleware,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, 500: _server_error},
@@ -170,26 +175,25 @@ class Routes:
     async def _openai(
         self, request: Request, read: Callable[[dict[str, Any]], GenerationRequest], chat: bool
     ) -> Response:
-        ask = await self._read(request, read)
-        service = await self.roster.find(ask)
-        stream = await open_all(service, ask)
+        asked = await self._read(request, read)
+        service, stream = await self._start(request, asked, open_all)
         tokenizer = service.engine.tokenizer
-        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in ask.prompts] if ask.echo else []
+        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked.prompts] if asked.echo else []
         head = openai.Head(
             id=("chatcmpl-" if chat else "cmpl-") + stream.id,
             created=int(time.time()),
-            model=ask.model or service.config.names[0],
+            model=asked.model or service.config.shown[0],
             fingerprint=self.fingerprint,
             chat=chat,
-            include_usage=ask.include_usage,
-            custom=ask.custom,
-            echo=tuple(text for text in texts for _ in range(ask.n)),
+            include_usage=asked.include_usage,
+            custom=asked.custom,
+            echo=tuple(text for text in texts for _ in range(asked.n)),
         )
-        count = ask.n * max(len(ask.prompts), 1)
-        if ask.stream:
-            feed = OpenAIFeed(head, ask.logprobs is not None, count)
-            return EventStream(stream, feed, self.service.config.keep_alive)
-        return WholeResponse(stream, OpenAIGather(head, ask.logprobs is not None, count))
+        count = asked.n * max(len(asked.prompts), 1)
+        if asked.stream:
+            feed = OpenAIFeed(head, asked.logprobs is not None, count)
+            return EventStream(stream, feed, service.config.keep_alive)
+        return WholeResponse(stream, OpenAIGather(head, asked.logprobs is not None, count))
 
     async def responses(self, request: Request) -> Response:
         def read(body: dict[str, Any]) -> responses.Asked:
@@ -202,11 +206,10 @@ class Routes:
                 self.kept.keep(writer.response, asked.items)
 
         asked = await self._read(request, read)
-        service = await self.roster.find(asked.request)
-        stream = await service.open(asked.request)
-        writer = responses_out.Writer(stream.id, asked.request.model or service.config.names[0], asked)
+        service, stream = await self._start(request, asked.request, Service.open)
+        writer = responses_out.Writer(stream.id, asked.request.model or service.config.shown[0], asked)
         if asked.request.stream:
-            return EventStream(stream, responses_out.Feed(writer, keep), self.service.config.keep_alive)
+            return EventStream(stream, responses_out.Feed(writer, keep), service.config.keep_alive)
         return WholeResponse(stream, responses_out.Gathered(writer, keep))
 
     async def kept_response(self, request: Request) -> Response:
@@ -217,19 +220,33 @@ class Routes:
         return JSONResponse(self.kept.get(id).response)
 
     async def messages(self, request: Request) -> Response:
-        ask = await self._read(request, anthropic.read)
-        service = await self.roster.find(ask)
-        stream: Stream = await service.open(ask)
-        model = ask.model or service.config.names[0]
-        if ask.stream:
+        asked = await self._read(request, anthropic.read)
+        service, stream = await self._start(request, asked, Service.open)
+        model = asked.model or service.config.shown[0]
+        if asked.stream:
             feed = anthropic.MessageFeed(stream.id, model, len(stream.job.tokens))
-            return EventStream(stream, feed, self.service.config.keep_alive)
+            return EventStream(stream, feed, service.config.keep_alive)
         return WholeResponse(stream, anthropic.Gathered(stream.id, model))
 
     async def count_tokens(self, request: Request) -> Response:
-        ask = await self._read(request, lambda body: anthropic.read(body, count_only=True))
-        count = await asyncio.get_running_loop().run_in_executor(None, (await self.roster.find(ask)).count, ask)
+        asked = await self._read(request, lambda body: anthropic.read(body, count_only=True))
+        service = await self.roster.find(asked)
+        count = await unless_gone(request.receive, service.count(asked))
         return JSONResponse({"input_tokens": count})
+
+    async def _start(
+        self,
+        request: Request,
+        asked: GenerationRequest,
+        open: Callable[[Service, GenerationRequest], Coroutine[Any, Any, S]],
+    ) -> tuple[Service, S]:
+        """Have a request admitted by the service of its model; that ends when its client goes away."""
+
+        async def admitted() -> tuple[Service, S]:
+            service = await self.roster.find(asked)
+            return service, await open(service, asked)
+
+        return await unless_gone(request.receive, admitted())
 
     async def _read(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T:
         body = await self._body(request)
@@ -239,13 +256,8 @@ class Routes:
 
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits of type, size and time."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # Browsers send other types across origins without asking; this one they must ask for.
-            raise ApiError(
-                415, f"Content-Type must be application/json, not {kind[:80]!r}", code="unsupported_media_type"
-            )
-        limit = self.access.max_body
+        _check_type(request)
+        limit = min(self.access.max_body, self.service.max_body)
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
@@ -255,6 +267,21 @@ class Routes:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", code="timeout") from error
         except ClientDisconnect as error:
             raise bad("the client went away before its body was complete") from error
+
+
+def _check_type(request: Request) -> None:
+    headers = request.headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Browsers send other types across origins without asking; JSON they must ask for. `curl -d` says "form" for
+    # everything, and no browser does without naming an origin.
+    browser = "origin" in headers or "sec-fetch-site" in headers
+    if kind != "application/json" and (kind != "application/x-www-form-urlencoded" or browser):
+        raise ApiError(415, f"Content-Type must be application/json, not {kind[:80]!r}", code="unsupported_media_type")
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(
+            415, f"Content-Encoding {coding[:40]!r} is not taken: send the body as it is", code="unsupported_media_type"
+        )
 
 
 async def _collect(request: Request, limit: int) -> bytes:
@@ -268,7 +295,9 @@ async def _collect(request: Request, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes; see --max-body", code="request_too_large")
+    return ApiError(
+        413, f"the body is larger than {limit} bytes, by --max-body or by the context", code="request_too_large"
+    )
 
 
 class OpenAIFeed:
@@ -310,7 +339,7 @@ class OpenAIGather:
 
 
 def _error_response(path: str, error: ApiError) -> Response:
-    body = anthropic.error_body(error) if path.startswith("/v1/messages") else error.body()
+    body = anthropic.error_body(error) if path.removeprefix("/v1").startswith("/messages") else error.body()
     return JSONResponse(body, error.status, error.headers())
 
 

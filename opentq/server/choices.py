@@ -33,7 +33,7 @@ async def open_all(service: Service, request: GenerationRequest) -> Stream | Sev
                 stream = await service.open(replace(part, n=1, sampling=sampling), first.job if first else None)
                 first = first or stream
                 streams.append(stream)
-    except ApiError:
+    except BaseException:  # a client that went away included
         for stream in streams:
             stream.cancel()
         raise

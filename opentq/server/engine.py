@@ -152,8 +152,9 @@ class Engine:
             self.store.files.write_one()
 
     def forget(self) -> None:
-        """After `finish`: let model, prefixes and caches go."""
-        self.model = self.store = None  # type: ignore[assignment]
+        """After `finish`: let model, prefixes and caches go. What is asked about the engine has an answer still."""
+        self.model = None
+        self.store = PrefixStore(self.store.block, 0)
         self.batches.clear()
 
     def recover(self, error: BaseException) -> None:
@@ -293,7 +294,7 @@ class Engine:
         processors: list[Processor] = make_processors(how, len(job.tokens))
         if job.constraint:
             processors.append(job.constraint)
-        row = RowSampling(KeyedSampler(how) if how.temperature else None, how.logit_bias, job.logprobs is not None)
+        row = RowSampling(None if how.greedy else KeyedSampler(how), how.logit_bias, job.logprobs is not None)
         caches = _merge_caches([single])
         batch = Decoding(self.model, id(job), job.tokens, caches, row, processors, self._eos, job.max_tokens)
         job.first = time.perf_counter()
@@ -312,6 +313,12 @@ class Engine:
         for job, r in self._next(batch, list(jobs)):
             if job in over:
                 break  # a stop text or a call ended it among the tokens of one step
+            if job.constraint and job.constraint.failed:
+                jobs.remove(job)
+                if not r.finish_reason:
+                    over.append(job)
+                job.post(job, job.constraint.error())
+                continue
             job.generated += 1
             job.answer.append(r.token)
             reason = r.finish_reason or ""

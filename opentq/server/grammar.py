@@ -17,6 +17,7 @@ from ..dialogue.request import GenerationRequest
 
 # What json.dumps writes, which is what models have read: no free white space for them to get lost in.
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+PROBE_STEPS = 8
 JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
 
 
@@ -48,11 +49,11 @@ class Grammars:
         import llguidance
 
         error = llguidance.LLMatcher.validate_grammar(grammar, self.tables)
-        if error:
-            raise bad(f"{param} can't be turned into a grammar: {_first_line(error)}", param)
         matcher = llguidance.LLMatcher(self.tables, grammar, log_level=0)
+        if error := error or _probe(matcher.deep_copy()):
+            raise bad(f"{param} can't be turned into a grammar: {_first_line(error)}", param)
         wait = tuple(self.tokenizer.think_end_tokens) if state == "reasoning" else ()
-        return Constraint(matcher, self.vocab, self.tokenizer.eos_token_ids, wait)
+        return Constraint(matcher, self.vocab, self.tokenizer.eos_token_ids, param, wait)
 
     def _schema(self, schema: dict[str, Any]) -> str:
         self._require("response_format")
@@ -73,9 +74,10 @@ class Grammars:
             raise unsupported(
                 "tool_choice", f"this model writes calls in the form of {parser}; only 'auto' and 'none' work"
             )
-        one = len(request.tools) == 1
-        options = [_call_schema(t["function"], "#" if one else f"#/anyOf/{i}") for i, t in enumerate(request.tools)]
-        schema = {"x-guidance": STYLE, **(options[0] if one else {"anyOf": options})}
+        functions = [t["function"] for t in request.tools]
+        named = [f for f in functions if f["name"] in (request.tool_names or {f["name"]})]
+        options = [_call_schema(f, i) for i, f in enumerate(named)]
+        schema = {"x-guidance": STYLE, **(options[0] if len(options) == 1 else {"anyOf": options})}
         start, end = (self._marker(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
         return f"start: {start} gap call gap {end}\ngap: /\\n?/\ncall: %json {json.dumps(schema)}\n"
 
@@ -102,15 +104,35 @@ class Grammars:
         return self._tables
 
 
-class Constraint:
-    """A logits processor: only tokens that keep the answer in its form. It begins after the model's thought, if any."""
+def _probe(matcher: Any) -> str:
+    """The error that a grammar runs into in its first steps, or "": some fail only when they are used."""
+    for _ in range(PROBE_STEPS):
+        mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if matcher.is_stopped():
+            break
+        matcher.consume_token(int(mask.argmax()))
+    return matcher.get_error()
 
-    def __init__(self, matcher: Any, vocab: int, ends: Iterable[int], wait: tuple[int, ...] = ()):
+
+class Constraint:
+    """A logits processor: only tokens that keep the answer in its form. It begins after the model's thought, if any.
+
+    Attributes:
+        failed: why the form can't be held any longer, "" while it can. The answer is to be ended with `error` then.
+    """
+
+    def __init__(self, matcher: Any, vocab: int, ends: Iterable[int], param: str, wait: tuple[int, ...] = ()):
         self.matcher = matcher
         self.vocab = vocab
+        self.param = param
         self.wait = wait
         self.ends = mx.array(np.isin(np.arange(vocab), list(ends)))
         self.begun = False
+        self.failed = ""
+
+    def error(self) -> ApiError:
+        """400: the form that was asked for is more than the grammar can follow."""
+        return bad(f"{self.param}: the grammar failed while the answer was written: {self.failed}", self.param)
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         # The first call sees the prompt; every later one has one more token of the answer.
@@ -119,10 +141,12 @@ class Constraint:
         self.begun = True
         if self.wait:
             return logits
+        allowed = self.matcher.compute_bitmask()
+        if self.matcher.is_error():
+            self.failed = self.failed or _first_line(self.matcher.get_error())
         if self.matcher.is_stopped():
             return mx.where(self.ends, logits, -mx.inf)
-        allowed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        bits = np.unpackbits(allowed, bitorder="little")[: self.vocab].astype(bool)
+        bits = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little")[: self.vocab].astype(bool)
         return mx.where(mx.array(bits), logits, -mx.inf)
 
     def _take(self, tokens: mx.array) -> None:
@@ -134,31 +158,15 @@ class Constraint:
             self.matcher.consume_token(int(tokens[-1].item()))  # type: ignore[arg-type]
 
 
-def _call_schema(function: dict[str, Any], at: str) -> dict[str, Any]:
-    """The schema of a call; it stands at the pointer `at` of the whole one, and references are turned to that."""
-    parameters = function.get("parameters") or {"type": "object"}
+def _call_schema(function: dict[str, Any], index: int) -> dict[str, Any]:
+    # A schema of its own, by its `$id`: references in it count from there, not from the wrapper.
+    arguments = {"$id": f"tool:{index}"} | (function.get("parameters") or {"type": "object"})
     return {
         "type": "object",
-        "properties": {
-            "name": {"const": function["name"]},
-            "arguments": _moved(parameters, f"{at}/properties/arguments"),
-        },
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-
-
-def _moved(schema: Any, to: str) -> Any:
-    """A schema whose references to itself (`#/$defs/Point`) hold when it stands at the pointer `to` of another."""
-    if isinstance(schema, list):
-        return [_moved(item, to) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {k: v if k in ("const", "enum", "default", "examples") else _moved(v, to) for k, v in schema.items()}
-    ref = moved.get("$ref")
-    if isinstance(ref, str) and ref.startswith("#"):
-        moved["$ref"] = to + ref[1:]
-    return moved
 
 
 def _first_line(text: str) -> str:

@@ -80,7 +80,13 @@ class ServeOptions:
         """The names that requests may give: the model's own, the path or repository as it was given, and aliases."""
         short = Path(self.model).name
         own = self.names or ((short,) if short == self.model else (short, self.model))
-        return (*own, *(alias for alias, name in self.aliases if name in own))
+        return (*own, "default_model", *(alias for alias, name in self.aliases if name in own))
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """The names that everybody is told: without the folder, and without mlx-lm's name for any model."""
+        hidden = {"default_model", *([self.model] if Path(self.model).expanduser().exists() else [])} - set(self.names)
+        return tuple(n for n in self.served_names if n not in hidden) or (Path(self.model).resolve().name,)
 
 
 def aliases(given: list[str], options: ServeOptions) -> tuple[tuple[str, str], ...]:
@@ -180,6 +186,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     vocab = int(model(mx.array([[0]])).shape[-1])
     config = ServiceConfig(
         names=options.served_names,
+        shown=options.shown_names,
         max_context=longest,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -277,6 +284,6 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
         f"{prices.budget / GIB:.2f} GiB for requests and remembered prefixes",
         f"prompts are read in chunks of {engine.chunk} tokens; up to {service.admission.slots} requests run, "
         f"{service.admission.queue} wait",
-        f"serving {', '.join(config.names)} on http://{options.host}:{options.port}/v1",
+        f"serving {', '.join(config.shown)} on http://{options.host}:{options.port}/v1",
     ]
     return "\n".join(lines)

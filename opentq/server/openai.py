@@ -78,7 +78,7 @@ def read_chat(body: dict[str, Any]) -> GenerationRequest:
     form = check(body, ChatRequest)
     if form.top_logprobs is not None and not form.logprobs:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-    tools, choice = choose_tools(form.tools or [], form.tool_choice or "auto")
+    tools, choice, names = choose_tools(form.tools or [], form.tool_choice or "auto")
     return GenerationRequest(
         messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(form.messages)),
         max_tokens=form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens,
@@ -86,6 +86,7 @@ def read_chat(body: dict[str, Any]) -> GenerationRequest:
         tools=tools,
         custom=frozenset(t.custom.name if t.custom else t.name or "" for t in form.tools or () if t.type == "custom"),
         tool_choice=choice,
+        tool_names=names,
         n=form.n or 1,
         parallel_calls=form.parallel_tool_calls is not False,
         template=_template(form),
@@ -115,17 +116,17 @@ def read_completion(body: dict[str, Any]) -> GenerationRequest:
     )
 
 
-def choose_tools(given: list[Tool], choice: str | ChosenTool) -> tuple[tuple[dict[str, Any], ...], str]:
-    """The tools that may be called, as chat templates take them, and whether one must be. Raises ApiError."""
+def choose_tools(given: list[Tool], choice: str | ChosenTool) -> tuple[tuple[dict[str, Any], ...], str, frozenset[str]]:
+    """The tools as chat templates take them, whether one must be called, and which (empty: any). Raises ApiError."""
     tools = tuple(_read_tool(t, f"tools[{i}]") for i, t in enumerate(given))
     if choice == "none":
-        return (), "auto"
+        return (), "auto", frozenset()
     if choice == "auto":
-        return tools, "auto"
+        return tools, "auto", frozenset()
     if not tools:
         raise bad("tool_choice needs tools", "tool_choice")
     if isinstance(choice, str):
-        return tools, choice
+        return tools, choice, frozenset()
     if choice.type == "allowed_tools":
         if choice.allowed_tools is None:
             raise bad("tool_choice.allowed_tools is missing", "tool_choice.allowed_tools")
@@ -137,7 +138,9 @@ def choose_tools(given: list[Tool], choice: str | ChosenTool) -> tuple[tuple[dic
     known = [t["function"]["name"] for t in tools]
     if unknown := [n for n in names if n not in known]:
         raise bad(f"tool_choice names {unknown[0]!r}, which is not in tools", "tool_choice")
-    return tuple(t for t in tools if t["function"]["name"] in names), mode
+    if mode == "required":  # the grammar sees to it, and the prompt stays the same
+        return tools, mode, frozenset(map(str, names))
+    return tuple(t for t in tools if t["function"]["name"] in names), mode, frozenset()
 
 
 def _read_tool(tool: Tool, path: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Several models, one at a time: the folders of `--allow-model-loading`, and the change from one to another.
 
 A request that names another model of the list has it loaded when nobody is being answered; until it is there, and while
-somebody is, requests get a 503. The memory planner is asked before the old model is let go, and when the new one
-can't be loaded the old one comes back. Names are those of the list alone: nothing in a request is ever used as a path.
+somebody is, requests get a 503. The memory planner is asked before the old model is let go, and when the new one can't
+be loaded the old one comes back; if that fails, too, each later request has it tried again. Names are those of the list
+alone: nothing in a request is ever used as a path.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("opentq.serve")
 
+LOADING = ("another model is being loaded", "model_loading")
+LOST = ("no model is loaded, because the last change of models failed", "no_model")
+
 FIRST_CONTEXT = 1024
 """Tokens that must fit beside a model for it to be loaded."""
 
@@ -49,22 +53,28 @@ class Roster:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The loaded model's names, then the others'."""
-        own = self.service.config.names
-        return (*own, *(n for n in sorted(self._known) if n not in own))
+        """The names that are told: the loaded model's, then the others'."""
+        own = self.service.config.shown
+        others = sorted({n for o in self._known.values() for n in o.shown_names} - set(own))
+        return (*own, *others)
 
     async def find(self, request: GenerationRequest) -> Service:
         """The service that answers `request`, after its model was loaded if need be. Raises ApiError 503 or 507."""
         if self._change_task and not self._change_task.done():
-            raise overloaded("another model is being loaded", 10, "model_loading")
+            raise overloaded(LOADING[0], 10, LOADING[1])
         wanted = self._known.get(request.model or "")
         service = self.service
-        if wanted is None or wanted.model == self.options.model or service.draining:
+        if service.refusal == LOST:
+            wanted = wanted or self.options
+        elif wanted is None or wanted.model == self.options.model or service.draining:
             return service
-        if service.busy:
+        elif service.busy:
             raise _busy(service)
         # Shielded: a client that goes away must not leave the change half done.
         self._change_task = asyncio.ensure_future(self._change(wanted))
+        self._change_task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # its client may have gone away
         await asyncio.shield(self._change_task)
         return self.service
 
@@ -81,19 +91,33 @@ class Roster:
             raise _failed(wanted, error) from error
         if self.service.busy:  # a request was on its way in
             raise _busy(self.service)
-        self.service.draining = True
+        lost = self.service.refusal == LOST
+        self.service.refuse(*LOADING)
         try:
             service = await loop.run_in_executor(None, self._swap, wanted)
         except BaseException as error:
-            # Whatever it was: the old model comes back.
-            self.service = await loop.run_in_executor(None, self._load, self.options)
-            self.service.start()
+            # Whatever it was: the old model comes back, unless that is the one that could not be loaded.
+            if not (lost and wanted is self.options):
+                await self._back()
+            else:
+                self.service.refuse(*LOST)
             if isinstance(error, UserError):
                 raise _failed(wanted, error) from error
             raise
         self.service, self.options = service, wanted
         service.start()
         log.info("serving %s", ", ".join(service.config.names))
+
+    async def _back(self) -> None:
+        """Load the model before again. When that fails, too, each later request tries once more."""
+        try:
+            service = await asyncio.get_running_loop().run_in_executor(None, self._load, self.options)
+        except BaseException as error:  # noqa: BLE001 (whatever it was, the server must go on answering)
+            self.service.refuse(*LOST)
+            log.error("no model is loaded: %s could not be loaded again: %s", self.options.model, error)
+        else:
+            self.service = service
+            service.start()
 
     def _swap(self, wanted: ServeOptions) -> Service:
         """Let the old model go, wait for what it writes to disk, and load the other. A worker thread."""
@@ -105,7 +129,7 @@ class Roster:
 
 
 def _busy(service: Service) -> ApiError:
-    name = service.config.names[0]
+    name = service.config.shown[0]
     return overloaded(f"{name!r} is answering; a request can have another model loaded after it", 10, "model_busy")
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
-from ..dialogue.errors import ApiError, bad, overloaded
+from ..dialogue.errors import ApiError, overloaded
 from ..dialogue.output import Parser
-from ..dialogue.prompt import Prompter, check_choices
+from ..dialogue.prompt import Prompter, check_choices, too_long
 from ..dialogue.request import Done, Generated, GenerationRequest, Progress
 from .admission import Admission
 from .diverge import Watch
@@ -30,6 +31,7 @@ from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
+STATUS = {"shutting_down": "draining", "model_loading": "loading", "no_model": "no model"}
 GONE = ApiError(499, "the client went away", code="client_closed")
 
 
@@ -37,7 +39,8 @@ GONE = ApiError(499, "the client went away", code="client_closed")
 class ServiceConfig:
     """What `opentq serve` was told."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # that requests may give
+    shown: tuple[str, ...]  # that are told to everybody: no folder of this machine
     max_context: int
     max_tokens: int = 4096
     temperature: float = 0.0
@@ -83,10 +86,11 @@ class Service:
         self.config = config
         self.metrics = Metrics()
         self.prompter = Prompter(engine.tokenizer, vocab, config.template, config.keep_volatile)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # in their order; who goes away is not even begun
         self.watch = Watch()
         self.grammars = Grammars(engine.tokenizer, vocab)
         self.vocab = vocab
-        self.draining = False
+        self.refusal: tuple[str, str] | None = None  # why nothing is taken on any more: words and code
         self.started = time.time()
         self._streams: dict[Job, Stream] = {}
         self.worker = worker
@@ -116,9 +120,22 @@ class Service:
         self.worker.submit(self.engine.recover, error)
         self._run_engine()
 
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self.refusal is not None
+
+    def refuse(self, words: str, code: str) -> None:
+        """Refuse new requests from now on, with a 503 that says why."""
+        self.refusal = (words, code)
+
+    def _check_open(self) -> None:
+        if self.refusal:
+            raise overloaded(self.refusal[0], 10, self.refusal[1])
+
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, let running ones end for `seconds`, then end the rest with an error each."""
-        self.draining = True
+        self.refuse("the server is shutting down", "shutting_down")
         if self._streams:
             log.info("stopping: %d requests have %g seconds to end", len(self._streams), seconds)
         try:
@@ -136,8 +153,14 @@ class Service:
 
     def close(self) -> None:
         """Stop the engine after the step it is in, and let it write what waits for the disk."""
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self.worker.submit(self.engine.finish).result()
+
+    @property
+    def max_body(self) -> int:
+        """Bytes beyond which no body can hold a prompt that fits: 12 for a character escaped as two surrogates."""
+        return (1 << 20) + 12 * self.prompter.longest * self.config.max_context
 
     @property
     def busy(self) -> bool:
@@ -152,14 +175,10 @@ class Service:
         Raises ApiError: 400 for what can't be served, 503 for what can't be served now.
         """
         self._check_model(request)
-        if self.draining:
-            raise overloaded("the server is shutting down", 10, "shutting_down")
+        self._check_open()
         check_choices(request, self.vocab)
         loop = asyncio.get_running_loop()
-        if leader:
-            tokens = leader.tokens
-        else:
-            tokens = await loop.run_in_executor(None, self.prompter.encode, request)
+        tokens = leader.tokens if leader else await self._encode(request, self.config.max_context)
         if not leader and (said := await loop.run_in_executor(None, self.watch.see, tokens)):
             log.info("%s", said)
         max_tokens = self._answer_room(request, len(tokens))
@@ -179,10 +198,20 @@ class Service:
         job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
         return self._admit(job)
 
-    def count(self, request: GenerationRequest) -> int:
-        """Tokens of a prompt. Called from a worker thread."""
+    async def count(self, request: GenerationRequest) -> int:
+        """Tokens of a prompt, also of one that is too long to be answered."""
         self._check_model(request)
-        return len(self.prompter.encode(request))
+        return len(await self._encode(request, None))
+
+    async def _encode(self, request: GenerationRequest, limit: int | None) -> list[int]:
+        """The prompt's tokens, made in a worker thread that stops when this call is cancelled."""
+        gone = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._tokenizing, self.prompter.encode, request, limit, gone.is_set
+            )
+        finally:
+            gone.set()
 
     def cancel(self, stream: Stream, error: ApiError) -> None:
         job = stream.job
@@ -193,7 +222,7 @@ class Service:
 
     def _check_model(self, request: GenerationRequest) -> None:
         if request.model and request.model not in self.config.names and not self.config.any_model:
-            served = ", ".join(self.config.names)
+            served = ", ".join(self.config.shown)
             raise ApiError(
                 404, f"model {request.model[:100]!r} is not served here; served: {served}", "model", "model_not_found"
             )
@@ -202,18 +231,11 @@ class Service:
         """Tokens for the answer: what was asked for, or what is left, since clients send their model's maximum."""
         limit = self.config.max_context
         if prompt >= limit:
-            raise bad(
-                # Clients look for these words, OpenAI's own.
-                f"This model's maximum context length is {limit} tokens; the prompt has {prompt}, and the answer needs "
-                "at least one. Shorten the prompt.",
-                "prompt" if request.messages is None else "messages",
-                "context_length_exceeded",
-            )
+            raise too_long(limit, str(prompt), "prompt" if request.messages is None else "messages")
         return min(self.config.max_tokens if request.max_tokens is None else request.max_tokens, limit - prompt)
 
     def _admit(self, job: Job) -> Stream:
-        if self.draining:
-            raise overloaded("the server is shutting down", 10, "shutting_down")
+        self._check_open()
         verdict = self.admission.offer(job, job.total)
         if verdict == "full":
             self.metrics.requests.labels("refused").inc()
@@ -304,7 +326,7 @@ class Service:
     def health(self) -> dict[str, Any]:
         a = self.admission
         return {
-            "status": "draining" if self.draining else "ok",
+            "status": STATUS[self.refusal[1]] if self.refusal else "ok",
             "running": len(a.running),
             "waiting": len(a.waiting),
             "committed_bytes": a.committed(),

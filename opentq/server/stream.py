@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -28,6 +28,9 @@ class Source(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]: ...
     def cancel(self, error: ApiError = GONE) -> None: ...
+
+
+T = TypeVar("T")
 
 
 class Feed(Protocol):
@@ -52,6 +55,20 @@ async def gone(receive: Receive) -> None:
     """Returns when the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away before it is there."""
+    watch = asyncio.ensure_future(gone(receive))
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "the client went away", code="client_closed")
+    finally:
+        watch.cancel()
+        task.cancel()
 
 
 class EventStream(Response):
