@@ -25,9 +25,9 @@ from ..spec.text import AUTO, Asked
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine
-from .pace import choose_chunk
+from .pace import choose_chunk, fits_blocks
 from .prefix import PrefixStore
-from .prefix_files import Identity, PrefixFiles, kept_chunk
+from .prefix_files import NOTE, Identity, PrefixFiles, kept_chunk, make_folder
 from .pricing import Prices, appraise
 from .roster import Roster
 from .service import Service, ServiceConfig
@@ -111,7 +111,7 @@ def check(options: ServeOptions) -> None:
             "or say --insecure"
         )
     step = options.prefill_step
-    if step is not None and (step < 1 or (FLUSH % step and step % FLUSH)):
+    if step is not None and not fits_blocks(step):
         raise UserError(f"--prefill-step-size {step} must divide 64, the tokens packed together, or be a multiple")
     for folder in options.loadable:
         check_folder(folder)
@@ -175,12 +175,11 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     mx.set_cache_limit(max(64 << 20, min(prices.weights, 1 << 30)))
     store = PrefixStore(max(step, FLUSH), min(cache_bytes, prices.budget))
     if options.prompt_cache_dir:
-        pieces = folder / f"pieces-{step}"
-        pieces.mkdir(mode=0o700, exist_ok=True)
         pending = prices.budget // 8  # held until they are written; taken from what requests may hold
         admission.budget -= pending
         disk_bytes = options.prompt_cache_dir_bytes
-        store.files = PrefixFiles(pieces, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
+        here = make_folder(folder / f"{NOTE}-{step}")
+        store.files = PrefixFiles(here, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
     engine = Engine(model, tokenizer, store, step)
     engine.lookup = options.lookup
     vocab = int(model(mx.array([[0]])).shape[-1])

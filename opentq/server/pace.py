@@ -14,12 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..contracts.layout import FLUSH
 from ..hosts.mlx_lm.public import make_prompt_cache
 
 STALL = 3.0
 SHARE = 0.9 * (STALL - 1)
 """Idle decode steps' worth of reading that every decode step allows: a margin is left for what is not measured."""
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def fits_blocks(chunk: int) -> bool:
+    """Whether prompts can be read in chunks of so many tokens: what is packed together must not lie across two."""
+    return 1 <= chunk <= 1 << 20 and (FLUSH % chunk == 0 or chunk % FLUSH == 0)
 
 
 class Pace:

@@ -23,6 +23,8 @@ import numpy as np
 from ..caches.single import OpenTQCache
 from ..hosts.mlx_lm.public import KVCache
 
+DIGEST = 20
+
 
 class Files(Protocol):
     """A second, slower store, on disk."""
@@ -42,6 +44,17 @@ class Files(Protocol):
 
     def save(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
         """Keep a prefix."""
+
+
+def block_names(tokens: Sequence[int], block: int) -> list[str]:
+    """The names of the whole blocks of `tokens`: each the hash of all tokens up to the block's end."""
+    ids = np.asarray(tokens, dtype="<u4")
+    digest = hashlib.blake2b(f"{block}:".encode(), digest_size=DIGEST)
+    found = []
+    for end in range(block, len(ids) + 1, block):
+        digest.update(ids[end - block : end].tobytes())
+        found.append(digest.hexdigest())
+    return found
 
 
 @dataclass(eq=False)
@@ -80,13 +93,7 @@ class PrefixStore:
 
     def names(self, tokens: Sequence[int]) -> list[str]:
         """The names of the whole blocks of a prompt. The last token is never remembered: it makes the first answer."""
-        ids = np.asarray(tokens, dtype="<u4")
-        digest = hashlib.blake2b(f"{self.block}:".encode(), digest_size=20)
-        found = []
-        for end in range(self.block, len(tokens), self.block):
-            digest.update(ids[end - self.block : end].tobytes())
-            found.append(digest.hexdigest())
-        return found
+        return block_names(tokens[:-1], self.block)
 
     def fetch(self, names: Sequence[str]) -> Hit:
         """The longest usable prefix. Its caches are a copy that shares memory until it is written to."""

@@ -3,7 +3,7 @@
 Each prefix is one file of `caches/disk.py` (canonical bytes, checksum, atomic rename), named by the hash of its tokens,
 and beside it a small index of its blocks' names, written last. Models, specs and chunk sizes have folders of their own.
 Writing waits until nobody is being served, because it is the engine's thread that does it; what is still unwritten
-when the server stops is written then.
+when the server stops is written then. Files that are damaged, gone or can't be written cost time and nothing else.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from ..caches import disk
 from ..errors import UserError
-from .prefix import exact_trim
+from .pace import fits_blocks
+from .prefix import DIGEST, block_names, exact_trim
 
 log = logging.getLogger("opentq.serve")
+
+NOTE = "pieces"
+"""The file that says in which chunks a folder's prefixes were read. Its name is older than the word."""
+DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError)
+"""What reading a damaged file may raise. Prefix files only save time: none of it reaches a request."""
+
+Name = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * DIGEST}}}$")]
 
 
 @dataclass(frozen=True)
@@ -35,21 +46,28 @@ class Identity:
     def folder(self, root: Path) -> Path:
         """The folder of this model and spec. Raises UserError when it can't be made."""
         name = hashlib.sha256(f"{self.revision} {self.spec}".encode()).hexdigest()[:16]
-        path = root.expanduser() / name
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--prompt-cache-dir {str(root)!r} can't be used: {error.strerror}") from error
-        return path
+        return make_folder(root.expanduser() / name)
 
 
 @dataclass(frozen=True)
 class PrefixFile:
     """A prefix on disk: the names of its blocks, its bytes, and whether shorter prefixes can be cut from it."""
 
-    names: tuple[str, ...]
+    names: tuple[Name, ...]
     nbytes: int
     trimmable: bool
+
+
+def make_folder(path: Path) -> Path:
+    """`path`, made if need be. Raises UserError when it can't be."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--prompt-cache-dir: {str(path)!r} can't be made: {error.strerror}") from error
+    return path
+
+
+INDEX = TypeAdapter(PrefixFile)
 
 
 class PrefixFiles:
@@ -73,9 +91,13 @@ class PrefixFiles:
         self.files: dict[str, PrefixFile] = {}
         self._by_name: dict[str, list[PrefixFile]] = {}
         self._pending: list[tuple[tuple[str, ...], tuple[int, ...], list[Any]]] = []
+        self._said: set[str] = set()
         self._sweep()
-        for index in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
-            self._read_index(index)
+        for path in self._sorted("*.json"):
+            self._read_index(path)
+        for path in self._sorted("*.safetensors"):
+            if path.stem not in self.files:
+                self._adopt(path)
 
     @property
     def nbytes(self) -> int:
@@ -89,18 +111,22 @@ class PrefixFiles:
         return 0
 
     def load(self, names: Sequence[str]) -> list[Any] | None:
-        """The caches of a prefix that `find` found, or None when its file turns out damaged (it is removed)."""
+        """The caches of a prefix that `find` found, or None when its file is gone or damaged (it is removed)."""
         file = next(f for f in self._by_name[names[-1]] if f.trimmable or len(f.names) == len(names))
-        path = self._path(file)
+        identity = self.identity
         try:
-            caches = disk.load(path, into=self.fresh(), revision=self.identity.revision, spec=self.identity.spec).caches
-        except disk.CacheFileError as error:
-            log.warning("a remembered prefix is dropped: %s", error)
+            caches = disk.load(
+                self._path(file), into=self.fresh(), revision=identity.revision, spec=identity.spec
+            ).caches
+            for c in caches if len(file.names) > len(names) else ():
+                c.trim((len(file.names) - len(names)) * self.block)
+        except DAMAGE as error:
+            log.warning("a remembered prefix is dropped, its prompt is read again: %s", error)
             self._remove(file)
             return None
-        self._touch(file)
-        for c in caches if len(file.names) > len(names) else ():
-            c.trim((len(file.names) - len(names)) * self.block)
+        self.files[file.names[-1]] = self.files.pop(file.names[-1])
+        with self._unless_disk_fails("the use of a prefix could not be noted"):
+            os.utime(self._index(file))
         return caches
 
     def save(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
@@ -108,7 +134,8 @@ class PrefixFiles:
         if self.find(names) == len(names):
             return
         key = tuple(names)
-        self._pending = [p for p in self._pending if not (key[: len(p[0])] == p[0] and exact_trim(caches))]
+        trimmable = exact_trim(caches)
+        self._pending = [p for p in self._pending if p[0] != (key[: len(p[0])] if trimmable else key)]
         self._pending.append((key, tuple(tokens), caches))
         while sum(c.nbytes for _, _, waiting in self._pending for c in waiting) > self.max_pending:
             self._pending.pop(0)
@@ -120,21 +147,27 @@ class PrefixFiles:
     def write_one(self) -> None:
         """Write the oldest prefix that waits."""
         names, tokens, caches = self._pending.pop(0)
-        file = PrefixFile(names, sum(c.nbytes for c in caches), exact_trim(caches))
         identity = self.identity
+        file = PrefixFile(names, 0, exact_trim(caches))
         path = self._path(file)
-        try:
+        with self._unless_disk_fails("a prefix could not be written"):
             disk.save(path, caches, tokens, model=identity.model, revision=identity.revision, spec=identity.spec)
-            file = PrefixFile(names, path.stat().st_size, file.trimmable)
-            _write_whole(self._index(file), json.dumps(file.__dict__))
+            self._add(replace(file, nbytes=path.stat().st_size))
+            for shorter in [f for f in self.files.values() if file.trimmable and names[: len(f.names)] == f.names]:
+                if len(shorter.names) < len(names):
+                    self._remove(shorter)
+            while self.nbytes > self.max_bytes:
+                self._remove(next(iter(self.files.values())))
+
+    @contextmanager
+    def _unless_disk_fails(self, words: str) -> Iterator[None]:
+        """What the disk does not let us do is left undone, and said once: requests don't depend on it."""
+        try:
+            yield
         except (OSError, disk.CacheFileError) as error:
-            log.warning("a prefix could not be written: %s", error)
-            return
-        for shorter in [f for f in self.files.values() if file.trimmable and names[: len(f.names)] == f.names]:
-            self._remove(shorter)
-        self._add(file)
-        while self.nbytes > self.max_bytes:
-            self._remove(next(iter(self.files.values())))
+            level = logging.DEBUG if words in self._said else logging.WARNING
+            self._said.add(words)
+            log.log(level, "%s: %s", words, error)
 
     def _path(self, file: PrefixFile) -> Path:
         return self.folder / f"{file.names[-1]}.safetensors"
@@ -142,59 +175,108 @@ class PrefixFiles:
     def _index(self, file: PrefixFile) -> Path:
         return self.folder / f"{file.names[-1]}.json"
 
-    def _read_index(self, path: Path) -> None:
-        try:
-            fields = json.loads(path.read_text())
-            file = PrefixFile(tuple(fields["names"]), int(fields["nbytes"]), bool(fields["trimmable"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("the index %s is not readable (%s) and is left alone", path.name, type(error).__name__)
-            return
-        if file.names and self._path(file).exists():
-            self._add(file)
+    def _sorted(self, pattern: str) -> list[Path]:
+        """The files of a pattern, least recently used first."""
+        found = []
+        for path in self.folder.glob(pattern):
+            with self._unless_disk_fails("a file among the prefixes could not be looked at"):
+                if not path.name.startswith("."):
+                    found.append((path.stat().st_mtime, path))
+        return [path for _, path in sorted(found)]
 
     def _sweep(self) -> None:
         """Remove what processes that are no more left half written."""
         for path in self.folder.glob(".*.tmp*"):
-            pid = path.name.partition(".tmp")[0].rpartition(".")[2]
-            if pid.isdigit() and not _alive(int(pid)):
-                path.unlink(missing_ok=True)
+            if not _alive(path.name.partition(".tmp")[0].rpartition(".")[2]):
+                _unlink(path)
 
-    def _add(self, file: PrefixFile) -> None:
+    def _read_index(self, path: Path) -> None:
+        """Add a prefix by its index. A damaged index is dropped; its prefix is looked at in `_adopt`."""
+        data = path.with_suffix(".safetensors")
+        try:
+            file = INDEX.validate_json(path.read_bytes())
+            if not file.names or file.names[-1] != path.stem:
+                raise ValueError("it names another file")
+            self._add(replace(file, nbytes=data.stat().st_size), write=False)
+        except FileNotFoundError:
+            _unlink(path)
+        except (OSError, ValueError) as error:
+            log.warning("the index %s of a remembered prefix is dropped: %s", path.name, type(error).__name__)
+            _unlink(path)
+
+    def _adopt(self, path: Path) -> None:
+        """Add a prefix that has no index: its process was killed in between, or somebody removed it."""
+        try:
+            manifest, _ = disk.read_manifest(path)
+            names = block_names(manifest.tokens, self.block)
+            if manifest.revision != self.identity.revision or manifest.spec != self.identity.spec:
+                raise ValueError("it is of another model")
+            if not names or names[-1] != path.stem or len(names) * self.block != len(manifest.tokens):
+                raise ValueError("its name is not that of its tokens")
+        except DAMAGE as error:
+            log.warning("the prefix %s is dropped: %s", path.name, error)
+            _unlink(path)
+            return
+        with self._unless_disk_fails("an index could not be written"):
+            self._add(PrefixFile(tuple(names), path.stat().st_size, exact_trim(self.fresh())))
+
+    def _add(self, file: PrefixFile, write: bool = True) -> None:
+        """Know a prefix, and have an index of it on the disk."""
+        if write:
+            _write_whole(self._index(file), json.dumps(asdict(file)))
+        if file.names[-1] in self.files:
+            self._forget(self.files[file.names[-1]])
         self.files[file.names[-1]] = file
         for name in file.names:
             self._by_name.setdefault(name, []).append(file)
 
-    def _touch(self, file: PrefixFile) -> None:
-        self.files[file.names[-1]] = self.files.pop(file.names[-1])
-        os.utime(self._index(file))
-
     def _remove(self, file: PrefixFile) -> None:
+        self._forget(file)
+        with self._unless_disk_fails("a prefix could not be removed"):
+            self._index(file).unlink(missing_ok=True)
+            self._path(file).unlink(missing_ok=True)
+
+    def _forget(self, file: PrefixFile) -> None:
         del self.files[file.names[-1]]
         for name in file.names:
             self._by_name[name].remove(file)
             if not self._by_name[name]:
                 del self._by_name[name]
-        self._index(file).unlink(missing_ok=True)
-        self._path(file).unlink(missing_ok=True)
 
 
 def kept_chunk(folder: Path, chosen: Callable[[], int], wanted: int | None) -> int:
     """The chunk size that this folder's prefixes were read with; asked for or measured when there is none yet.
 
-    A measured size may come out differently after a restart, and prefixes read in other pieces are other prefixes.
+    A measured size may come out differently after a restart, and prefixes read in other chunks are other prefixes.
     """
-    note = folder / "pieces"
-    if wanted is None and note.exists() and (text := note.read_text().strip()).isdigit():
-        return int(text)
+    note = folder / NOTE
+    if wanted is None:
+        try:
+            kept = int(note.read_bytes()[:20])
+            if fits_blocks(kept):
+                return kept
+        except (OSError, ValueError) as error:
+            if not isinstance(error, FileNotFoundError):
+                log.warning("the note %s is not readable and is written anew", note)
     step = wanted or chosen()
-    _write_whole(note, str(step))
+    try:
+        _write_whole(note, str(step))
+    except OSError as error:
+        log.warning("the size of chunks could not be noted in %s: %s", note, error.strerror)
     return step
 
 
-def _alive(pid: int) -> bool:
+def _unlink(path: Path) -> None:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", path.name, error.strerror)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True

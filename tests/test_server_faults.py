@@ -1,0 +1,507 @@
+"""What must not get through `opentq serve`, or stall it: work without bounds, depth, grammars and files that fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache
+
+from opentq.dialogue.errors import ApiError
+from opentq.dialogue.output import StopText
+from opentq.dialogue.prompt import SLICE, Abandoned, Prompter
+from opentq.dialogue.request import Draw, GenerationRequest
+from opentq.dialogue.sampling import make_sampler
+from opentq.errors import UserError
+from opentq.server import anthropic, openai, prefix_files, schema
+from opentq.server.grammar import Grammars
+from opentq.server.launch import ServeOptions
+from opentq.server.prefix import PrefixStore
+from opentq.server.prefix_files import NOTE, Identity, PrefixFiles, kept_chunk
+
+from .server_support import HI, TOOL, Streaming, content, serving, wait_for
+from .tiny_model import write
+
+# ---- grammars
+
+
+@pytest.fixture(scope="module")
+def grammars(folder):
+    from mlx_lm.tokenizer_utils import load
+
+    tokenizer = load(folder)
+    return Grammars(tokenizer, len(tokenizer))
+
+
+def forced(*parameters, name=""):
+    tools = tuple(
+        {"type": "function", "function": {"name": f"f{i}", "parameters": p}} for i, p in enumerate(parameters)
+    )
+    return GenerationRequest(messages=tuple(HI), tools=tools, tool_choice="required", tool_name=name)
+
+
+def takes(grammars, request, value, name="f0"):
+    """Whether the grammar of a forced call takes `value` as the arguments."""
+    matcher = grammars.constraint(request, "normal").matcher
+    call = f"<tool_call>{json.dumps({'name': name, 'arguments': value})}</tool_call>"
+    tokens = grammars.tokenizer.encode(call, add_special_tokens=False)
+    return matcher.validate_tokens(tokens) == len(tokens)
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"age": {"type": "integer"}},
+    "required": ["age"],
+    "additionalProperties": False,
+}
+REFERENCES = {
+    "$defs": {"$defs": {"P": PERSON}, "type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}},
+    "definitions": {"definitions": {"P": PERSON}, "type": "object", "properties": {"p": {"$ref": "#/definitions/P"}}},
+    "another property": {"type": "object", "properties": {"q": PERSON, "p": {"$ref": "#/properties/q"}}},
+    "items": {"$defs": {"P": PERSON}, "type": "object", "properties": {"p": {"anyOf": [{"$ref": "#/$defs/P"}]}}},
+    "an id of its own": {"$id": "http://x/y", "$defs": {"P": PERSON}, "properties": {"p": {"$ref": "#/$defs/P"}}}
+    | {"type": "object"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_references_in_a_tool_count_from_its_own_parameters(grammars, kind):
+    parameters = REFERENCES[kind]
+    for request, name in ((forced(parameters), "f0"), (forced(PERSON, parameters), "f1")):
+        assert takes(grammars, request, {"p": {"age": 3}}, name)
+        assert not takes(grammars, request, {"p": {"age": "x"}}, name)
+        assert not takes(grammars, request, {"p": {"name": "f0", "arguments": {}}}, name)
+
+
+def test_a_tool_that_refers_to_itself(grammars):
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}}, "additionalProperties": False}
+    assert takes(grammars, forced(tree), {"left": {"left": {}}})
+    assert not takes(grammars, forced(tree), {"left": {"name": "f0", "arguments": {}}})
+
+
+def test_a_named_tool_is_forced_by_the_grammar_and_the_prompt_stays(grammars):
+    request = forced(PERSON, PERSON, name="f1")
+    assert takes(grammars, request, {"age": 1}, "f1") and not takes(grammars, request, {"age": 1}, "f0")
+    both = [TOOL, {"type": "function", "function": {"name": "other"}}]
+    choice = {"type": "function", "function": {"name": "look_up"}}
+    asked = openai.read_chat({"messages": HI, "tools": both, "tool_choice": choice})
+    assert [t["function"]["name"] for t in asked.tools] == ["look_up", "other"] and asked.tool_name == "look_up"
+    claude = [{"name": n, "input_schema": {"type": "object"}} for n in ("a", "b")]
+    body = {"messages": HI, "max_tokens": 1, "tools": claude, "tool_choice": {"type": "tool", "name": "b"}}
+    asked = anthropic.read(body)
+    assert [t["function"]["name"] for t in asked.tools] == ["a", "b"] and asked.tool_name == "b"
+    with pytest.raises(ApiError, match="tool_choice"):
+        anthropic.read(body | {"tool_choice": {"type": "tool", "name": "c"}})
+
+
+HEAVY = {"type": "string", "pattern": "^(a?){500}a{500}$"}
+HOPELESS = {
+    "itself": {"$ref": "#"},
+    "a circle": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "all of itself": {"allOf": [{"$ref": "#"}]},
+    "too large a pattern": HEAVY,
+    "nothing": {"enum": []},
+    "an empty range": {"type": "integer", "minimum": 5, "maximum": 4},
+}
+
+
+@pytest.mark.parametrize("kind", HOPELESS)
+def test_schemas_that_no_answer_fits_are_refused(grammars, kind):
+    form = GenerationRequest(messages=tuple(HI), schema=HOPELESS[kind])
+    tool = forced({"type": "object", "properties": {"x": HOPELESS[kind]}, "required": ["x"]})
+    with pytest.raises(ApiError) as caught:
+        grammars.constraint(form, "normal")
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
+    if kind not in ("itself", "all of itself", "too large a pattern"):  # in a tool these mean something, or come late
+        with pytest.raises(ApiError) as caught:
+            grammars.constraint(tool, "normal")
+        assert (caught.value.status, caught.value.param) == (400, "tool_choice")
+
+
+LATE = {"type": "object", "properties": {"a_rather_long_name": HEAVY}, "required": ["a_rather_long_name"]}
+
+
+def test_a_grammar_that_fails_late_is_an_error_and_nobody_elses(server):
+    alone = Streaming(server, "steady", max_tokens=120).rest()
+    steady = Streaming(server, "steady", max_tokens=120)
+    form = {"type": "json_schema", "json_schema": {"schema": LATE}}
+    failed = server.chat("go", response_format=form, max_tokens=100)
+    assert failed.status_code == 400 and "grammar failed" in failed.json()["error"]["message"]
+    lines = list(Streaming(server, "go", response_format=form, max_tokens=100, logit_bias=None).lines)
+    assert any("grammar failed" in line for line in lines) and not any(
+        'finish_reason": "stop' in line for line in lines
+    )
+    assert len(alone) > 50 and steady.rest() == alone
+    wait_for(server.quiet)
+
+
+# ---- work that grows with what a client sends
+
+
+class CountingTokenizer:
+    """A token for every four characters; counts the characters that it is given."""
+
+    has_chat_template = True
+    has_tool_calling = True
+    has_thinking = False
+    response_initial_state = ""
+
+    def __init__(self):
+        self.seen = 0
+
+    def get_vocab(self):
+        return {"a" * 8: 0}
+
+    def encode(self, text, add_special_tokens=True):
+        self.seen += len(text)
+        return [0] * -(-len(text) // 4)
+
+    def apply_chat_template(self, messages, tokenize=False, **_):
+        return "".join(m["content"] for m in messages)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_far_too_long_is_not_tokenized(chat):
+    def ask(text):
+        message = {"role": "user", "content": text}
+        return GenerationRequest(messages=(message,)) if chat else GenerationRequest(prompt=text)
+
+    tokenizer = CountingTokenizer()
+    prompter = Prompter(tokenizer, 10)
+    with pytest.raises(ApiError, match="maximum context length is 1000 "):
+        prompter.encode(ask("x" * 16_000_000), 1000)
+    assert tokenizer.seen == 0, "no text of so many characters has only a thousand tokens"
+    limit = 50_000
+    with pytest.raises(ApiError) as caught:
+        prompter.encode(ask("x" * (8 * limit - 1)), limit)
+    assert caught.value.code == "context_length_exceeded" and tokenizer.seen <= 4 * 1.1 * limit + 2 * SLICE
+    assert len(prompter.encode(ask("x" * 4 * limit), limit)) == limit
+    looks = iter([False, False, False, True, True])
+    before = tokenizer.seen
+    with pytest.raises(Abandoned):
+        prompter.encode(ask("x" * 10 * SLICE), None, lambda: next(looks))
+    assert tokenizer.seen - before <= 3 * SLICE
+
+
+def test_a_client_that_goes_away_ends_the_tokenizing_of_its_prompt(server, monkeypatch):
+    prompter, begun, ended = server.service.prompter, threading.Event(), threading.Event()
+    inner = prompter.encode
+
+    def slow(request, limit=None, abandoned=lambda: False):
+        if request.max_tokens != 77:
+            return inner(request, limit, abandoned)
+        begun.set()
+        wait_for(abandoned)
+        ended.set()
+        raise Abandoned
+
+    monkeypatch.setattr(prompter, "encode", slow)
+    for stream in (True, False):
+        begun.clear(), ended.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            server_body = {"messages": HI, "max_tokens": 77, "stream": stream}
+            httpx.post(f"{server.url}/v1/chat/completions", json=server_body, timeout=0.5)
+        assert begun.is_set() and ended.wait(5)
+    assert server.chat("still here", max_tokens=2).status_code == 200
+
+
+def test_stops_are_bounded_and_cheap():
+    for stop, param in (["x" * 1025], "stop[0]"), ("x" * 300_000, "stop"), (["x"] * 17, "stop"):
+        with pytest.raises(ApiError) as caught:
+            openai.read_chat({"messages": HI, "stop": stop})
+        assert caught.value.param == param and len(caught.value.message) < 100
+    finder = StopText(tuple("ab" * 511 + chr(99 + i) for i in range(16)))
+    tic = time.perf_counter()
+    out = "".join(finder.feed("ab") for _ in range(2000)) + finder.flush()
+    assert out == "ab" * 2000 and time.perf_counter() - tic < 2
+
+
+def test_a_body_is_bounded_by_the_context(folder):
+    with serving(folder, max_context=256) as server:
+        assert server.service.max_body < 2 << 20
+        big = server.post(messages=[{"role": "user", "content": "x" * (2 << 20)}])
+        assert big.status_code == 413 and "context" in big.json()["error"]["message"]
+        assert server.chat("x" * 100).status_code == 200
+
+
+# ---- depth
+
+PLACES = {
+    "body": (openai.read_chat, '{"messages": [], "x": %s}'),
+    "arguments": (openai.read_chat, '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", '
+                  '"arguments": %r}}]}]}'),
+    "parameters": (openai.read_chat, '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", '
+                   '"function": {"name": "f", "parameters": {"x": %s}}}], "tool_choice": "required"}'),
+    "schema": (openai.read_chat, '{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": '
+               '"json_schema", "json_schema": {"schema": {"x": %s}}}}'),
+    "template": (openai.read_chat, '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"x": %s}}'),
+    "input": (anthropic.read, '{"max_tokens": 1, "messages": [{"role": "assistant", "content": [{"type": "tool_use", '
+              '"id": "1", "name": "f", "input": {"x": %s}}]}]}'),
+    "input_schema": (anthropic.read, '{"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "tools": '
+                     '[{"name": "f", "input_schema": {"x": %s}}]}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_depth_is_refused_at_every_door(place):
+    read, text = PLACES[place]
+    for depth in (300, 900, 10_000):
+        for nested in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+            if place == "arguments":
+                body = text.replace("%r", json.dumps(nested))
+            else:
+                body = text % nested
+            with pytest.raises(ApiError, match="nested too deeply") as caught:
+                read(schema.parse(body.encode()))
+            assert caught.value.status == 400
+
+
+def test_depth_below_the_limit_is_no_server_error(server):
+    nested = '{"a":' * 150 + "1" + "}" * 150
+    for place, (_, text) in PLACES.items():
+        body = text.replace("%r", json.dumps(nested)) if place == "arguments" else text % nested
+        path = "/v1/messages" if place.startswith("input") else "/v1/chat/completions"
+        sent = json.dumps(json.loads(body) | {"max_tokens": 2})
+        answer = server.client.post(path, content=sent, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400), (place, answer.text)
+
+
+# ---- one model, another, none
+
+
+def ask_everywhere(server):
+    """The status of every route."""
+    client, tokens = server.client, {"messages": HI, "max_tokens": 1}
+    found = {p: client.get(p).status_code for p in ("/health", "/metrics", "/openapi.json", "/v1/models", "/models/x")}
+    found |= {p: client.post(p, json=tokens).status_code for p in ("/v1/messages", "/v1/messages/count_tokens")}
+    return found | {p: client.post(p, json=tokens).status_code for p in ("/v1/chat/completions", "/chat/completions")}
+
+
+def test_every_route_answers_while_a_model_is_changed_and_when_none_is_left(folder, tmp_path):
+    other = write(tmp_path / "other", seed=1)
+    with serving(folder, names=("tiny",), loadable=(str(other),)) as server:
+        roster, release = server.server.roster, threading.Event()
+        load, mended = roster._load, threading.Event()
+
+        def fail(options):
+            if mended.is_set():
+                return load(options)
+            assert release.wait(20)
+            raise UserError("no such luck")
+
+        roster._load = fail
+        waiting = threading.Thread(target=lambda: server.chat("x", model="other"))
+        waiting.start()
+        wait_for(lambda: server.client.get("/health").json()["status"] == "loading")
+        found = ask_everywhere(server)
+        assert found.pop("/models/x") == 404 and set(found.values()) == {200, 503}, found
+        assert server.client.get("/metrics").status_code == server.client.get("/v1/models").status_code == 200
+        release.set()
+        waiting.join(20)
+        # Neither model could be loaded.
+        assert server.client.get("/health").json()["status"] == "no model"
+        lost = server.chat("x", model="tiny")
+        assert lost.status_code == 507 and server.client.get("/health").status_code == 200
+        found = ask_everywhere(server)
+        assert 500 not in found.values()
+        mended.set()
+        assert content(server.chat("x", model="other")) and server.client.get("/health").json()["status"] == "ok"
+        assert content(server.chat("x", model="tiny"))
+
+
+def test_names_that_are_told_hold_no_folder(folder, tmp_path):
+    options = ServeOptions(str(folder), loadable=(str(tmp_path),))
+    assert options.shown_names == (Path(folder).name,) and str(folder) in options.served_names
+    assert ServeOptions("org/name").shown_names == ("name", "org/name")
+    with serving(folder) as server:
+        texts = [server.client.get(p).text for p in ("/v1/models", "/v1/models/nobody", "/nowhere")]
+        texts.append(server.chat("x", model="nobody").text)
+        assert str(folder) not in "".join(texts) and Path(folder).name in texts[0]
+        assert content(server.chat("x", model=str(folder), max_tokens=2)) is not None
+
+
+# ---- habits of other clients
+
+
+def test_what_clients_of_mlx_lms_server_send(server):
+    body = json.dumps({"messages": HI, "max_tokens": 2, "model": "default_model"})
+    form = {"content-type": "application/x-www-form-urlencoded"}  # curl -d
+    assert server.client.post("/chat/completions", content=body, headers=form).status_code == 200
+    assert server.client.get("/models").json() == server.client.get("/v1/models").json()
+    assert (
+        server.client.post("/v1/chat/completions", content=body, headers=form | {"origin": "http://a"}).status_code
+        == 415
+    )
+    assert (
+        server.client.post("/v1/chat/completions", content=body, headers={"content-type": "text/plain"}).status_code
+        == 415
+    )
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    refused = server.client.post("/v1/chat/completions", content=b"\x1f\x8b", headers=packed)
+    assert refused.status_code == 415 and "gzip" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": ["A", "B"]}, "prompt must be one prompt, not 2"),
+        ({"prompt": "x", "stop": ["x"] * 100}, "stop must have at most 16 items, not 100"),
+        ({"prompt": "x", "stop": 3}, "stop must be a string or an array of strings, not 3"),
+        ({"prompt": "x", "temperature": "hot"}, 'temperature must be a number, not "hot"'),
+    ],
+)  # fmt: skip
+def test_errors_say_what_is_wrong(body, words):
+    with pytest.raises(ApiError, match=words.replace("(", r"\(")):
+        openai.read_completion(body)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_smallest_numbers_are_greedy(dtype):
+    logits = mx.array([[0.0, 4.0, 3.0, -2.0, -30.0]]).astype(dtype)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    tiny = [{"temperature": t} for t in (0, 1e-300, 1e-40, 1e-38, 1e-10, 1e-5, 2e-5, 1e-3)]
+    tiny += [{"temperature": 1.0, "top_p": p} for p in (0.0, 1e-300, 1e-46, 1e-30, 1e-8, 1e-3)]
+    for how in tiny:
+        sampler = make_sampler(Draw(**how, seed=1))
+        assert {int(sampler(logprobs).item()) for _ in range(20)} == {1}, how
+    free = make_sampler(Draw(temperature=2.0, seed=1))
+    assert len({int(free(logprobs).item()) for _ in range(100)}) > 1
+
+
+# ---- prefixes on disk
+
+BLOCK = 64
+
+
+def opened(folder):
+    return PrefixFiles(folder, Identity("m", "r", "off"), BLOCK, 1 << 30, 1 << 30, lambda: [KVCache()])
+
+
+def kept(folder, tokens=range(200)):
+    """A store with one prefix on disk, and the names of its blocks."""
+    cache = KVCache()
+    x = mx.arange(192 * 4, dtype=mx.float32).reshape(1, 1, 192, 4)
+    cache.update_and_fetch(x, -x)
+    files = opened(folder)
+    names = PrefixStore(BLOCK, 1 << 30).names(list(tokens))
+    files.save(names, list(tokens)[:192], [cache])
+    files.write_one()
+    return files, names
+
+
+def held(files, names):
+    """What is given back for a prompt: None, or the number of tokens, after a look at the values."""
+    found = files.find(names)
+    caches = files.load(names[:found]) if found else None
+    if caches is None:
+        return None
+    keys = caches[0].state[0]
+    assert keys[0, 0, :, 0].tolist() == [4.0 * i for i in range(keys.shape[2])]
+    return caches[0].offset
+
+
+def damage(path, kind):
+    data = path.read_bytes()
+    path.unlink()
+    made = {
+        "empty": b"",
+        "cut": data[: len(data) // 2],
+        "garbage": b"\xff\xfe\x00garbage",
+        "a bit": data[:-20] + bytes([data[-20] ^ 4]) + data[-19:],
+        "deep": b"[" * 100_000,
+        "another file": b'{"names": ["' + b"a" * 40 + b'"], "nbytes": 1, "trimmable": true}',
+        "a path": b'{"names": ["../../x"], "nbytes": 1, "trimmable": true}',
+        "other types": b'{"names": 3, "nbytes": [], "trimmable": {}}',
+    }
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes(made[kind])
+
+
+KINDS = ["gone", "a folder", "empty", "cut", "garbage", "a bit", "deep", "another file", "a path", "other types"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["json", "safetensors"])
+def test_no_damage_to_a_prefix_file_reaches_a_request(tmp_path, which, kind):
+    files, names = kept(tmp_path)
+    assert held(files, names) == 192 and held(files, names[:2]) == 128
+    damage(next(tmp_path.glob(f"*.{which}")), kind)
+    for again in (files, opened(tmp_path), opened(tmp_path)):
+        whole = held(again, names)
+        assert whole == (192 if which == "json" else None)
+        assert again.nbytes == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors") if p.is_file())
+    if which == "safetensors" and kind != "a folder":
+        assert not list(tmp_path.iterdir()), "nothing is left of what can't be used"
+    kept(tmp_path)
+
+
+def test_a_disk_that_takes_nothing_costs_nothing_else(tmp_path, monkeypatch, caplog):
+    files, names = kept(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("utime", "replace", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    for _ in range(3):
+        assert held(files, names) == 192
+        files.save(names[:1], list(range(64)), [KVCache()])
+        kept(tmp_path, range(1, 201))
+    again = opened(tmp_path)
+    assert held(again, names) == 192
+    again.max_bytes = 0
+    again._remove(next(iter(again.files.values())))
+    assert again.nbytes == 0 and again.find(names) == 0
+    assert sum("could not be noted" in r.message for r in caplog.records if r.levelname == "WARNING") == 2
+
+
+def test_a_prefix_without_index_is_counted_and_used(tmp_path):
+    files, names = kept(tmp_path)
+    files._index(next(iter(files.files.values()))).unlink()
+    again = opened(tmp_path)
+    assert again.nbytes > 0 and held(again, names) == 192
+    assert held(opened(tmp_path), names) == 192 and len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_the_same_prefix_twice_is_one(tmp_path):
+    files, names = kept(tmp_path)
+    for _ in range(2):
+        kept(tmp_path)
+    files._add(files.files[names[-1]])
+    files._remove(files.files[names[-1]])
+    assert files.find(names) == 0 and files.nbytes == 0 and not files._by_name
+
+
+@pytest.mark.parametrize("note", [b"\xff\xfe", b"0", "²".encode(), b"", b"17", b"-64", b"9" * 5000, b"64.0"])
+def test_a_damaged_note_of_the_chunk_size_is_written_anew(tmp_path, note):
+    (tmp_path / NOTE).write_bytes(note)
+    assert kept_chunk(tmp_path, lambda: 128, None) == 128
+    assert kept_chunk(tmp_path, lambda: 256, None) == 128
+
+
+def test_a_full_disk_at_the_start(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prefix_files, "_write_whole", fail)
+    assert kept_chunk(tmp_path, lambda: 128, None) == 128
+    files = opened(tmp_path)
+    names = PrefixStore(BLOCK, 1 << 30).names(list(range(200)))
+    cache = KVCache()
+    cache.update_and_fetch(mx.zeros((1, 1, 192, 4)), mx.zeros((1, 1, 192, 4)))
+    files.save(names, list(range(192)), [cache])
+    files.write_one()
+    assert files.find(names) == 0 and not files.waiting
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match="No space left"):
+        Identity("m", "r", "off").folder(tmp_path)
