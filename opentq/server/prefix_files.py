@@ -217,18 +217,19 @@ class PrefixFiles:
             log.warning("the prefix %s is dropped: %s", path.name, error)
             _unlink(path)
             return
-        with self._unless_disk_fails("an index could not be written"):
+        with self._unless_disk_fails("a prefix could not be looked at"):
             self._add(PrefixFile(tuple(names), path.stat().st_size, exact_trim(self.fresh())))
 
     def _add(self, file: PrefixFile, write: bool = True) -> None:
         """Know a prefix, and have an index of it on the disk."""
-        if write:
-            _write_whole(self._index(file), json.dumps(asdict(file)))
         if file.names[-1] in self.files:
             self._forget(self.files[file.names[-1]])
         self.files[file.names[-1]] = file
         for name in file.names:
             self._by_name.setdefault(name, []).append(file)
+        if write:
+            with self._unless_disk_fails("an index could not be written"):
+                _write_whole(self._index(file), json.dumps(asdict(file)))
 
     def _remove(self, file: PrefixFile) -> None:
         self._forget(file)
@@ -285,8 +286,11 @@ def _alive(pid: str) -> bool:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
