@@ -44,7 +44,7 @@ def forced(*parameters, name=""):
     tools = tuple(
         {"type": "function", "function": {"name": f"f{i}", "parameters": p}} for i, p in enumerate(parameters)
     )
-    return GenerationRequest(messages=tuple(HI), tools=tools, tool_choice="required", tool_name=name)
+    return GenerationRequest(messages=tuple(HI), tools=tools, tool_choice="required", tool_names=frozenset([name] if name else ()))
 
 
 def takes(grammars, request, value, name="f0"):
@@ -92,11 +92,11 @@ def test_a_named_tool_is_forced_by_the_grammar_and_the_prompt_stays(grammars):
     both = [TOOL, {"type": "function", "function": {"name": "other"}}]
     choice = {"type": "function", "function": {"name": "look_up"}}
     asked = openai.read_chat({"messages": HI, "tools": both, "tool_choice": choice})
-    assert [t["function"]["name"] for t in asked.tools] == ["look_up", "other"] and asked.tool_name == "look_up"
+    assert [t["function"]["name"] for t in asked.tools] == ["look_up", "other"] and asked.tool_names == {"look_up"}
     claude = [{"name": n, "input_schema": {"type": "object"}} for n in ("a", "b")]
     body = {"messages": HI, "max_tokens": 1, "tools": claude, "tool_choice": {"type": "tool", "name": "b"}}
     asked = anthropic.read(body)
-    assert [t["function"]["name"] for t in asked.tools] == ["a", "b"] and asked.tool_name == "b"
+    assert [t["function"]["name"] for t in asked.tools] == ["a", "b"] and asked.tool_names == {"b"}
     with pytest.raises(ApiError, match="tool_choice"):
         anthropic.read(body | {"tool_choice": {"type": "tool", "name": "c"}})
 
@@ -125,7 +125,7 @@ def test_schemas_that_no_answer_fits_are_refused(grammars, kind):
         assert (caught.value.status, caught.value.param) == (400, "tool_choice")
 
 
-LATE = {"type": "object", "properties": {"a_rather_long_name": HEAVY}, "required": ["a_rather_long_name"]}
+LATE = {"type": "object", "properties": {"a_rather_long_name_that_takes_the_model_many_a_step_to_write": HEAVY}, "required": ["a_rather_long_name_that_takes_the_model_many_a_step_to_write"]}
 
 
 def test_a_grammar_that_fails_late_is_an_error_and_nobody_elses(server):
