@@ -44,7 +44,9 @@ def forced(*parameters, name=""):
     tools = tuple(
         {"type": "function", "function": {"name": f"f{i}", "parameters": p}} for i, p in enumerate(parameters)
     )
-    return GenerationRequest(messages=tuple(HI), tools=tools, tool_choice="required", tool_names=frozenset([name] if name else ()))
+    return GenerationRequest(
+        messages=tuple(HI), tools=tools, tool_choice="required", tool_names=frozenset([name] if name else ())
+    )
 
 
 def takes(grammars, request, value, name="f0"):
@@ -125,7 +127,11 @@ def test_schemas_that_no_answer_fits_are_refused(grammars, kind):
         assert (caught.value.status, caught.value.param) == (400, "tool_choice")
 
 
-LATE = {"type": "object", "properties": {"a_rather_long_name_that_takes_the_model_many_a_step_to_write": HEAVY}, "required": ["a_rather_long_name_that_takes_the_model_many_a_step_to_write"]}
+LATE = {
+    "type": "object",
+    "properties": {"a_rather_long_name_that_takes_the_model_many_a_step_to_write": HEAVY},
+    "required": ["a_rather_long_name_that_takes_the_model_many_a_step_to_write"],
+}
 
 
 def test_a_grammar_that_fails_late_is_an_error_and_nobody_elses(server):
