@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -20,7 +23,7 @@ from opentq.dialogue.prompt import SLICE, Abandoned, Prompter
 from opentq.dialogue.request import Draw, GenerationRequest
 from opentq.dialogue.sampling import make_sampler
 from opentq.errors import UserError
-from opentq.server import anthropic, openai, schema
+from opentq.server import anthropic, connections, openai, schema
 from opentq.server.grammar import Grammars
 from opentq.server.launch import ServeOptions
 from opentq.server.prefix import PrefixStore
@@ -358,7 +361,7 @@ def test_what_clients_of_mlx_lms_server_send(server):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"prompt": ["A", "B"]}, "prompt must be one prompt, not 2"),
+        ({"prompt": 3}, "prompt must be text, token ids, or an array of either, not 3"),
         ({"prompt": "x", "stop": ["x"] * 100}, "stop must have at most 16 items, not 100"),
         ({"prompt": "x", "stop": 3}, "stop must be a string or an array of strings, not 3"),
         ({"prompt": "x", "temperature": "hot"}, 'temperature must be a number, not "hot"'),
@@ -513,3 +516,48 @@ def test_a_full_disk_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(UserError, match="No space left"):
         Identity("m", "r", "off").folder(tmp_path)
+
+
+# ---- connections
+
+
+def test_silent_and_slow_connections_are_closed(folder, monkeypatch, caplog):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.6)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
+    with serving(folder) as server:
+        address = ("127.0.0.1", server.port)
+        asked = socket.create_connection(address)
+        asked.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert b"200 OK" in asked.recv(1000)
+        silent = [socket.create_connection(address) for _ in range(3)]
+        silent[1].sendall(b"GET /health HTTP/1.1\r\n")
+        silent[2].sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx: ")
+        server.client.close()
+        for _ in range(20):  # a byte now and then does not buy time
+            with suppress(OSError):
+                silent[2].sendall(b"a")
+            time.sleep(0.05)
+        for s in (*silent, asked):
+            s.settimeout(2)
+            with suppress(ConnectionError):
+                assert s.recv(1000) == b""
+        many = [socket.create_connection(address) for _ in range(60)]
+        wait_for(lambda: len(server.server.server_state.connections) <= 8)
+        assert sum("more than 8 are open" in r.message for r in caplog.records) == 1
+        wait_for(lambda: not server.server.server_state.connections)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        steady = Streaming(server, "steady", max_tokens=150)  # an answer may take longer than headers
+        time.sleep(0.8)
+        assert len(steady.rest()) > 50
+        for s in (*silent, *many, asked):
+            s.close()
+
+
+def test_few_files_are_said_in_a_line(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    with pytest.raises(UserError, match="64 files"):
+        connections.allowed()
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 256))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    assert connections.allowed() == 256 - connections.BACKLOG - connections.RESERVE and limits == [(256, 256)]

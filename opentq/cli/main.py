@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 from typing import Any
@@ -51,6 +52,7 @@ def main() -> None:
     """Entry point: errors meant for people are one line on stderr and a non-zero exit code, never a traceback."""
     heed_signals()
     try:
+        _check_files()
         sys.exit(app(standalone_mode=False))
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -76,6 +78,13 @@ def heed_signals() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _check_files() -> None:
+    """mlx-lm sets the limit of open files to 4096 when it is imported, and fails where it may not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        raise UserError(f"this process may open {hard} files, and mlx-lm needs 4096: raise the limit (ulimit -Hn)")
 
 
 def _say(message: str, code: int) -> int:

@@ -22,6 +22,7 @@ from ..memory.loaded import model_context
 from ..records import fingerprint
 from ..spec.recommended import advice
 from ..spec.text import AUTO, Asked
+from . import connections
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
 from .engine import Engine
@@ -215,7 +216,7 @@ class Server(uvicorn.Server):
             build(self.roster, access(options)),
             host=options.host,
             port=options.port,
-            http="h11",
+            http=connections.limited(connections.allowed()),
             ws="none",
             lifespan="off",
             access_log=False,
@@ -223,7 +224,7 @@ class Server(uvicorn.Server):
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADERS,
             timeout_graceful_shutdown=5,
-            backlog=1024,
+            backlog=connections.BACKLOG,
         )
         super().__init__(config)
         self.options = options
@@ -234,6 +235,7 @@ class Server(uvicorn.Server):
         return self.roster.service
 
     async def serve(self, sockets: Any = None) -> None:
+        connections.quiet_accept(asyncio.get_running_loop())
         self.service.start()
         try:
             await super().serve(sockets)
