@@ -16,14 +16,16 @@ import httpx
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
+from typer.testing import CliRunner
 
+from opentq.cli.main import app
 from opentq.dialogue.errors import ApiError
 from opentq.dialogue.output import StopText
 from opentq.dialogue.prompt import SLICE, Abandoned, Prompter
 from opentq.dialogue.request import Draw, GenerationRequest
-from opentq.dialogue.sampling import make_sampler
+from opentq.dialogue.sampling import make_processors, make_sampler
 from opentq.errors import UserError
-from opentq.server import anthropic, connections, openai, schema
+from opentq.server import anthropic, connections, openai, pace, schema
 from opentq.server.grammar import Grammars
 from opentq.server.launch import ServeOptions
 from opentq.server.prefix import PrefixStore
@@ -383,6 +385,48 @@ def test_the_smallest_numbers_are_greedy(dtype):
         assert {int(sampler(logprobs).item()) for _ in range(20)} == {1}, how
     free = make_sampler(Draw(temperature=2.0, seed=1))
     assert len({int(free(logprobs).item()) for _ in range(100)}) > 1
+
+
+def test_defaults_of_the_server_and_of_requests(folder):
+    with serving(folder, temperature=1.5, top_k=1, names=("tiny",)) as server:
+        greedy = [content(server.chat("roll", seed=s)) for s in range(3)]
+        assert len(set(greedy)) == 1, "top_k: 1 from the server"
+        free = [content(server.chat("roll", seed=s, top_k=200)) for s in range(3)]
+        assert len(set(free)) > 1
+        answered = server.client.post("/v1/messages", json={"messages": HI, "max_tokens": 12}).json()["content"]
+        assert answered == server.client.post("/v1/messages", json={"messages": HI, "max_tokens": 12}).json()["content"]
+
+
+@pytest.mark.parametrize("option", ["draft-model", "num-draft-tokens", "prompt-cache-size", "prompt-concurrency"])
+def test_options_of_mlx_lms_server_are_refused_in_a_line(option):
+    result = CliRunner().invoke(app, ["serve", "no/model", f"--{option}", "3"])
+    assert isinstance(result.exception, UserError) and f"--{option} is an option of mlx-lm's" in str(result.exception)
+
+
+def test_the_log_level_may_be_in_capitals():
+    result = CliRunner().invoke(app, ["serve", "no/model", "--log-level", "WARNING", "--host", "0.0.0.0"])
+    assert "api-key" in str(result.exception)
+    assert "--log-level" in str(CliRunner().invoke(app, ["serve", "m", "--log-level", "LOUD"]).exception)
+
+
+def test_the_context_of_the_repetition_penalty():
+    how = openai.read_chat({"messages": HI, "repetition_penalty": 2, "repetition_context_size": 2}).sampling
+    (processor,) = make_processors(how, 0)
+    logits = mx.ones((1, 8))
+    assert processor(mx.array([1, 2, 3]), logits)[0].tolist() == [1, 1, 0.5, 0.5, 1, 1, 1, 1]
+
+
+def test_chunks_are_never_smaller_than_what_is_packed_together(monkeypatch):
+    asked = []
+
+    def model(x, cache):
+        asked.append(x.shape[1])
+        return x
+
+    monkeypatch.setattr(pace, "make_prompt_cache", lambda _: [])
+    ticks = iter(range(1000))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks) ** 3)  # a machine that is slower every time
+    assert pace.choose_chunk(model) == 64 and max(asked) == 128
 
 
 # ---- prefixes on disk

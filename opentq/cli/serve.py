@@ -12,6 +12,14 @@ import typer
 from ..errors import UserError
 from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model
 
+REFUSED = {
+    "--draft-model": "answers of a batch can't wait for a draft; opentq generate takes one",
+    "--num-draft-tokens": "there is no draft model",
+    "--prompt-cache-size": "prompts are remembered by their bytes, see --prompt-cache-bytes",
+    "--prompt-concurrency": "prompts take turns, a chunk each, see --prefill-step-size",
+    "--quantized-kv-start": "caches are compressed from the first token on, see --kv",
+}
+Refused = Annotated[str | None, typer.Option(hidden=True)]
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -65,6 +73,10 @@ def serve(
         float, typer.Option("--temp", "--temperature", help="Temperature when a request gives none.", min=0, max=2)
     ] = 0.0,
     top_p: Annotated[float, typer.Option(help="top_p when a request gives none.", min=0, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="top_k when a request gives none; 0: all tokens.", min=0)] = 0,
+    min_p: Annotated[float, typer.Option(help="min_p when a request gives none.", min=0, max=1)] = 0.0,
+    adapter_path: Annotated[str | None, typer.Option(help="Folder of adapter weights (LoRA) for the model.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Chat template in place of the model's own.")] = None,
     chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
     allowed_origins: Annotated[
         str, typer.Option(help="Origins that browsers may send from, by commas; default: none.")
@@ -83,6 +95,11 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
     wire: Wire = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    draft_model: Refused = None,
+    num_draft_tokens: Refused = None,
+    prompt_cache_size: Refused = None,
+    prompt_concurrency: Refused = None,
+    quantized_kv_start: Refused = None,
 ) -> None:
     """Serve a model: OpenAI and Anthropic APIs, continuous batching, compressed KV cache."""
     try:
@@ -94,6 +111,11 @@ def serve(
     from ..memory.wiring import parse_wire, wired
 
     wiring = parse_wire(wire)
+    log_level = log_level.lower()
+    given = (draft_model, num_draft_tokens, prompt_cache_size, prompt_concurrency, quantized_kv_start)
+    for (name, why), value in zip(REFUSED.items(), given):
+        if value is not None:
+            raise UserError(f"{name} is an option of mlx-lm's server, not of this one: {why}")
     if log_level not in LEVELS:
         raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
     path = one_model(model, model_option)
@@ -132,6 +154,10 @@ def serve(
         prefill_step=prefill_step_size,
         temperature=temp,
         top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        adapter=adapter_path,
+        chat_template=chat_template,
         template=_object(chat_template_args),
         keep_alive=keep_alive,
         drain=drain,

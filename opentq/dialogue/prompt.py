@@ -160,5 +160,5 @@ def check_choices(request: GenerationRequest, vocab: int) -> None:
     """Raise ApiError for sampling fields that name tokens the model does not have."""
     if wrong := next((t for t, _ in request.sampling.logit_bias if t >= vocab), None):
         raise bad(f"logit_bias has the token id {wrong}, but the model's ids end at {vocab - 1}", "logit_bias")
-    if request.sampling.top_k >= vocab:
+    if (request.sampling.top_k or 0) >= vocab:
         raise bad(f"top_k must be below the vocabulary of {vocab}, not {request.sampling.top_k}", "top_k")

@@ -31,6 +31,7 @@ class SamplingParams(Draw):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_context: int | None = None  # latest tokens that it looks at; None for all
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 

@@ -64,7 +64,7 @@ def make_processors(how: SamplingParams, prompt_tokens: int) -> list[Processor]:
     )
     everything = make_logits_processors(
         repetition_penalty=None if how.repetition_penalty == 1 else how.repetition_penalty,
-        repetition_context_size=whole,
+        repetition_context_size=how.repetition_context or whole,
     )
     return [*everything, *(partial(_on_answer, p, prompt_tokens) for p in answer)]
 

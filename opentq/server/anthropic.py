@@ -62,7 +62,7 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
         sampling=SamplingParams(
             temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default
             top_p=body.get("top_p"),  # type: ignore[arg-type]
-            top_k=as_int(body.get("top_k")) or 0,
+            top_k=as_int(body.get("top_k")),  # type: ignore[arg-type]
         ),
     )
 

@@ -66,6 +66,10 @@ class ServeOptions:
     prefill_step: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    adapter: str | None = None
+    chat_template: str | None = None
     template: dict[str, Any] = field(default_factory=dict)
     keep_alive: float = 5.0
     drain: float = 30.0
@@ -144,14 +148,15 @@ def make_service(options: ServeOptions, worker: Worker | None = None) -> tuple[S
 
 
 def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
-    model, tokenizer = load(
-        options.model, kv=options.kv, tokenizer_config={"trust_remote_code": options.trust_remote_code or None}
-    )
+    tokens: dict[str, Any] = {"trust_remote_code": options.trust_remote_code or None}
+    if options.chat_template:
+        tokens["chat_template"] = options.chat_template
+    adapter = {"adapter_path": options.adapter} if options.adapter else {}
+    model, tokenizer = load(options.model, kv=options.kv, tokenizer_config=tokens, **adapter)
     if options.prompt_cache_dir:
         record = hooks.installed(model)
-        identity = Identity(
-            options.model, fingerprint(model_folder(options.model)), str(record.spec) if record else "off"
-        )
+        folders = [model_folder(options.model), *([options.adapter] if options.adapter else [])]
+        identity = Identity(options.model, "+".join(map(fingerprint, folders)), str(record.spec) if record else "off")
         folder = identity.folder(options.prompt_cache_dir)
         step = kept_chunk(folder, lambda: choose_chunk(model, MAX_CHUNK), options.prefill_step)
     else:
@@ -189,8 +194,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         shown=options.shown_names,
         max_context=longest,
         max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
+        sampling={k: getattr(options, k) for k in ("temperature", "top_p", "top_k", "min_p")},
         prompt_cache_bytes=store.max_bytes,
         template=options.template,
         keep_alive=options.keep_alive,

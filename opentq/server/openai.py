@@ -43,7 +43,7 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "adapters": (),
     "role_mapping": (),
     "xtc_probability": (0, 0.0),
-    "repetition_context_size": (),
+    "xtc_threshold": (0, 0.0),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -54,6 +54,10 @@ IDLE: dict[str, tuple[Any, ...]] = {
 }
 
 HINTS = {
+    "xtc_probability": "it draws from a random state that all requests share; min_p and top_p don't",
+    "draft_model": "answers of a batch can't wait for a draft",
+    "adapters": "start the server with --adapter-path",
+    "role_mapping": "start the server with --chat-template",
     "best_of": "ask for n and choose",
     "functions": "use tools",
     "function_call": "use tool_choice",
@@ -252,12 +256,13 @@ def _common(form: Common) -> dict[str, Any]:
         "sampling": SamplingParams(
             temperature=form.temperature,  # type: ignore[arg-type]  # None: the server's default, filled in later
             top_p=form.top_p,  # type: ignore[arg-type]
-            top_k=form.top_k or 0,
-            min_p=form.min_p or 0.0,
+            top_k=form.top_k,  # type: ignore[arg-type]
+            min_p=form.min_p,  # type: ignore[arg-type]
             seed=None if form.seed is None else form.seed % 2**64,
             presence_penalty=form.presence_penalty or 0.0,
             frequency_penalty=form.frequency_penalty or 0.0,
             repetition_penalty=form.repetition_penalty or 1.0,
+            repetition_context=form.repetition_context_size,
             logit_bias=tuple((int(k), v) for k, v in bias.items()),
         ),
     }

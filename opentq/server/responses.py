@@ -133,7 +133,7 @@ def read(body: Item, earlier: list[Item]) -> Asked:
         schema=_schema(form.text),
         template=template,
         stream=bool(form.stream),
-        sampling=SamplingParams(temperature=form.temperature, top_p=form.top_p),  # type: ignore[arg-type]
+        sampling=SamplingParams(form.temperature, form.top_p, None, None),  # type: ignore[arg-type]
     )
     return Asked(request, body, [*earlier, *items], names)
 

@@ -48,7 +48,13 @@ class Roster:
         self.options = options
         self._load = load
         self._change_task: asyncio.Task[None] | None = None
-        models = [options, *(replace(options, model=folder, names=()) for folder in options.loadable)]
+        models = [
+            options,
+            *(
+                replace(options, model=folder, names=(), adapter=None, chat_template=None)
+                for folder in options.loadable
+            ),
+        ]
         self._known = {name: o for o in reversed(models) for name in o.served_names}
 
     @property

@@ -43,8 +43,9 @@ class ServiceConfig:
     shown: tuple[str, ...]  # that are told to everybody: no folder of this machine
     max_context: int
     max_tokens: int = 4096
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: dict[str, Any] = field(
+        default_factory=lambda: {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    )
     prompt_cache_bytes: int = 1 << 62
     template: dict[str, Any] = field(default_factory=dict)
     keep_alive: float = 5.0
@@ -184,13 +185,9 @@ class Service:
         max_tokens = self._answer_room(request, len(tokens))
         state = self.prompter.initial_state(request, tokens)
         constraint = await loop.run_in_executor(None, self.grammars.constraint, request, state)
-        sampling = replace(
-            request.sampling,
-            temperature=self.config.temperature
-            if request.sampling.temperature is None
-            else request.sampling.temperature,
-            top_p=self.config.top_p if request.sampling.top_p is None else request.sampling.top_p,
-        )
+        given = request.sampling
+        defaults = {k: v for k, v in self.config.sampling.items() if getattr(given, k) is None}
+        sampling = replace(given, **defaults)
         tokenizer = self.engine.tokenizer
         parser = Parser(
             tokenizer, state, request.stop, request.tools, request.parallel_calls, raw=request.messages is None
