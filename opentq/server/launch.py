@@ -155,8 +155,10 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     model, tokenizer = load(options.model, kv=options.kv, tokenizer_config=tokens, **adapter)
     if options.prompt_cache_dir:
         record = hooks.installed(model)
-        folders = [model_folder(options.model), *([options.adapter] if options.adapter else [])]
-        identity = Identity(options.model, "+".join(map(fingerprint, folders)), str(record.spec) if record else "off")
+        folders: list[Path | str] = [model_folder(options.model), *([options.adapter] if options.adapter else [])]
+        identity = Identity(
+            options.model, "+".join(fingerprint(f) for f in folders), str(record.spec) if record else "off"
+        )
         folder = identity.folder(options.prompt_cache_dir)
         step = kept_chunk(folder, lambda: choose_chunk(model, MAX_CHUNK), options.prefill_step)
     else:
