@@ -336,7 +336,7 @@ def test_names_that_are_told_hold_no_folder(folder, tmp_path):
         texts = [server.client.get(p).text for p in ("/v1/models", "/v1/models/nobody", "/nowhere")]
         texts.append(server.chat("x", model="nobody").text)
         assert str(folder) not in "".join(texts) and Path(folder).name in texts[0]
-        assert content(server.chat("x", model=str(folder), max_tokens=2)) is not None
+        assert server.chat("x", model=str(folder), max_tokens=2).status_code == 200
 
 
 # ---- habits of other clients
