@@ -228,6 +228,8 @@ def test_stops_are_bounded_and_cheap():
         with pytest.raises(ApiError) as caught:
             openai.read_chat({"messages": HI, "stop": stop})
         assert caught.value.param == param and len(caught.value.message) < 100
+    with pytest.raises(ApiError, match="logit_bias must have at most 1024 items, not 300000"):
+        openai.read_chat({"messages": HI, "logit_bias": {str(i): 1 for i in range(300_000)}})
     finder = StopText(tuple("ab" * 511 + chr(99 + i) for i in range(16)))
     tic = time.perf_counter()
     out = "".join(finder.feed("ab") for _ in range(2000)) + finder.flush()

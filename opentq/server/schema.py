@@ -30,6 +30,7 @@ MAX_CHOICES = 8
 MAX_PROMPTS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
 MAX_TOKENS = 2**53
 
 
@@ -194,7 +195,9 @@ class Common(Form):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     repetition_context_size: Annotated[Int, Field(ge=1, le=2**30)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
+        None
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
