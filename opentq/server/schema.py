@@ -379,9 +379,10 @@ def check(body: dict[str, Any], form: type[F]) -> F:
     words = re.sub(r"^(Input|List|String|Dictionary) should |^Value error, must ", "must ", wrong["msg"])
     for theirs, ours in WORDS:
         words = re.sub(theirs, ours, words)
+    words = words.removesuffix(", not more")
     if ", not " not in words:
         given = wrong["input"]
-        words += f", not {len(given) if wrong['type'] == 'string_too_long' else _show(given)}"
+        words += f", not {len(given) if wrong['type'].endswith('too_long') else _show(given)}"
     raise bad(f"{path} {words}", path)
 
 
