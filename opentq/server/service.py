@@ -154,7 +154,7 @@ class Service:
 
     def close(self) -> None:
         """Stop the engine after the step it is in, and let it write what waits for the disk."""
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._tokenizing.shutdown(wait=False)
         self.engine.close()
         self.worker.submit(self.engine.finish).result()
 
@@ -198,6 +198,7 @@ class Service:
     async def count(self, request: GenerationRequest) -> int:
         """Tokens of a prompt, also of one that is too long to be answered."""
         self._check_model(request)
+        self._check_open()
         return len(await self._encode(request, None))
 
     async def _encode(self, request: GenerationRequest, limit: int | None) -> list[int]:
