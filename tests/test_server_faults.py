@@ -25,7 +25,7 @@ from opentq.dialogue.prompt import SLICE, Abandoned, Prompter
 from opentq.dialogue.request import Draw, GenerationRequest
 from opentq.dialogue.sampling import make_processors, make_sampler
 from opentq.errors import UserError
-from opentq.server import anthropic, connections, openai, pace, schema
+from opentq.server import anthropic, connections, grammar, openai, pace, schema
 from opentq.server.grammar import Grammars
 from opentq.server.launch import ServeOptions
 from opentq.server.prefix import PrefixStore
@@ -135,7 +135,8 @@ def test_schemas_that_no_answer_fits_are_refused(grammars, kind):
 LATE = {"type": "string", "pattern": "^b{30}(c|d){2}(a?){150}a{150}$"}
 
 
-def test_a_grammar_that_fails_late_is_an_error_and_nobody_elses(server):
+def test_a_grammar_that_fails_late_is_an_error_and_nobody_elses(server, monkeypatch):
+    monkeypatch.setattr(grammar, "PROBE_STEPS", 0)
     alone = Streaming(server, "steady", max_tokens=120).rest()
     steady = Streaming(server, "steady", max_tokens=120)
     form = {"type": "json_schema", "json_schema": {"schema": LATE}}
