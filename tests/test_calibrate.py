@@ -211,7 +211,7 @@ def test_the_command(folder, tmp_path):
     assert "600 tokens, 2 of 2 layers calibrated" in done.output
     assert not path.with_suffix(".partial").exists() and isinstance(parse(str(path)), Recipe)
     for arguments, match in (
-        ([], "give one model"),
+        ([], "no model given"),
         ([str(folder), "-o", "r.json"], "must end in .toml"),
         ([str(folder), "-o", "no/folder/r.toml"], "does not exist"),
         ([str(folder), "--tokens", "64"], "at least 512"),
