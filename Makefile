@@ -66,7 +66,7 @@ size:  ## lines per folder
 
 $(STAMPS)/demo: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,)]'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,serve)]'
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/dev: pyproject.toml

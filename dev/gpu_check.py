@@ -43,7 +43,7 @@ class Log:
         self.passed = self.failed = 0
         self.out = out
         self.common = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
             "kernels": cuda.source_hash(),
             **machine(),

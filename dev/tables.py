@@ -237,6 +237,12 @@ def nvidia_model() -> str:
 
 
 @table
+def plan() -> str:
+    """One plan, short."""
+    return planned("meta-llama/Llama-3.1-70B", "64k,128k", "--kv", "off,int4,tq5/tq3:nc")
+
+
+@table
 def plan_llama() -> str:
     """What `opentq plan` answers for the 70B shape, word for word."""
     return planned("meta-llama/Llama-3.1-70B", "16k,64k,128k")
@@ -247,8 +253,8 @@ def plan_gemma() -> str:
     return planned("gemma-4-31b", "64k,128k,256k")
 
 
-def planned(model: str, contexts: str) -> str:
-    arguments = ["plan", model, "--ctx", contexts, "--memory", "64GB"]
+def planned(model: str, contexts: str, *more: str) -> str:
+    arguments = ["plan", model, "--ctx", contexts, "--memory", "64GB", *more]
     done = subprocess.run([sys.executable, "-m", "opentq", *arguments], capture_output=True, text=True, check=True)
     return f"```\n$ opentq {' '.join(arguments)}\n{done.stdout.strip()}\n```"
 

@@ -180,7 +180,7 @@ def environment() -> Record:
         **_machine(),
         "threads": machine.threads(),
         "command": shlex.join([*name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kernels": os.environ.get("OPENTQ_KERNELS", ""),
     }
 

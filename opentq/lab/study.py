@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import toml
 from ..errors import UserError
 from .measures import MEASURES
 
@@ -83,8 +83,8 @@ def load(path: Path) -> Study:
     if not path.exists():
         raise UserError(f"there is no study file {path}")
     try:
-        data = toml.loads(path.read_text())
-    except toml.TOMLDecodeError as error:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     head = data.get("study")
     if not isinstance(head, dict) or not head.get("name"):

@@ -263,7 +263,7 @@ class Routes:
             raise _too_large(limit)
         try:
             return await asyncio.wait_for(_collect(request, limit), BODY_SECONDS)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", code="timeout") from error
         except ClientDisconnect as error:
             raise bad("the client went away before its body was complete") from error

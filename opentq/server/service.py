@@ -141,7 +141,7 @@ class Service:
             log.info("stopping: %d requests have %g seconds to end", len(self._streams), seconds)
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             log.warning("stopping: %d requests are cancelled", len(self._streams))
             for stream in list(self._streams.values()):
                 stream.cancel(overloaded("the server is shutting down", 10, "shutting_down"))

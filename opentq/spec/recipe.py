@@ -7,11 +7,11 @@ all layers (`r.toml:recent=128`). A recipe that `opentq calibrate` made has tens
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import toml
 from ..errors import UserError
 from . import calibration
 from .kv import FILE, KVSpec, SpecError, with_options
@@ -52,10 +52,10 @@ class Recipe:
             return cls.of(text.split(BAR))
         path = Path(file[1]).expanduser()
         try:
-            data = toml.loads(path.read_text())
+            data = tomllib.loads(path.read_text())
         except OSError as error:
             raise SpecError(f"recipe {file[1]!r} can't be read: {error.strerror}") from error
-        except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SpecError(f"recipe {file[1]!r} is not valid TOML: {error}") from error
         layers = data.get("layers")
         if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers):

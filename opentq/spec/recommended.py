@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import toml
 from .kv import KVSpec
 from .recipe import Recipe
 from .text import AUTO, Asked, Spec
@@ -92,4 +92,4 @@ def _recommendation(family: str, line: dict) -> Recommendation:
 
 @functools.cache
 def _table() -> dict[str, dict]:
-    return toml.loads(TABLE.read_text())
+    return tomllib.loads(TABLE.read_text())
