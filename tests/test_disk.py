@@ -223,6 +223,9 @@ def test_build_info_use(tmp_path):
     document = tmp_path / "text.txt"
     document.write_text("".join(f"The {i}th box holds {i * i % 89} red balls. " for i in range(30)))
     file = tmp_path / "box.cache"
+    with pytest.raises(ValueError, match="more than --max-context 20"):
+        command("build", str(model), str(file), "--text-file", str(document), "--max-context", "20")
+    assert not file.exists()
     command("build", str(model), str(file), "--text-file", str(document), "--kv", "int8")
     assert json.loads(command("info", str(file), "--json").stdout)["spec"] == "int8"
     used = command("use", str(file), "--prompt", "The 7th box holds", "--max-tokens", "12", "--json")

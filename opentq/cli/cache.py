@@ -73,6 +73,10 @@ def build(
         print(line, file=sys.stderr)
     prompt = {"text": content, "system": system_prompt, "raw": ignore_chat_template}
     tokens = shared_tokens(tokenizer, prompt)
+    if max_context is not None and len(tokens) > max_context:
+        raise UserError(
+            f"the text has {len(tokens)} tokens, more than --max-context {max_context}; shorten it or raise the limit"
+        )
     caches = make_cache(lm)
     start = time.perf_counter()
     prefill(lm, caches, tokens, prefill_step_size)

@@ -37,7 +37,7 @@ PrefillStep = Annotated[
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")]
 MaxContext = Annotated[
     int | None,
-    typer.Option("--max-context", min=2, help="Most tokens of prompt and answer; default: what the model is made for."),
+    typer.Option("--max-context", min=2, help="Most tokens of prompt and answer; default: no limit."),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")]
 Wire = Annotated[

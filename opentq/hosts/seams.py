@@ -99,6 +99,14 @@ def plamo(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
     return layer.o_proj(flat(out))
 
 
+def latent_and_rotary(layer: Any, x: mx.array) -> tuple[mx.array, mx.array]:
+    """What a layer of latents caches of `x [B, L, E]`, the rotary part not yet turned: two `[B, 1, L, ...]`."""
+    latent, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
+    latent = layer.kv_a_layernorm(latent)[:, None]
+    scale = getattr(layer, "mla_scale_kv_lora", None)
+    return latent if scale is None else latent * scale, rotary[:, None]
+
+
 def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
     """Queries are taken into the latent's space, the output back; keys are `[latent | rotary]`, values the latent."""
     *scales, _mask, cache = rest
@@ -107,12 +115,9 @@ def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
     else:
         q = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x)))
     q = heads(q, getattr(layer, "num_heads", 0) or layer.num_attention_heads)
-    latent, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
-    latent, rotary = layer.kv_a_layernorm(latent)[:, None], rotary[:, None]
+    latent, rotary = latent_and_rotary(layer, x)
     if getattr(layer, "mla_scale_q_lora", None) is not None:
         q = q * layer.mla_scale_q_lora
-    if getattr(layer, "mla_scale_kv_lora", None) is not None:
-        latent = latent * layer.mla_scale_kv_lora
     q_plain, q_rotary = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
     if hasattr(layer, "rope"):
         offset = cache.offset

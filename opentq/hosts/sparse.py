@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .seams import flat, heads, latent_and_rotary
+
 INDEX = "keys of the indexer: all of them are scored at every step"
 """Why the second cache of a sparse layer stays native."""
 
@@ -33,14 +35,10 @@ def attend(
     """
     batch, length, _ = x.shape
     low = layer.q_a_layernorm(layer.q_a_proj(x))
-    heads = getattr(layer, "num_heads", 0) or layer.num_attention_heads
-    q = layer.q_b_proj(low).reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
-    latent, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
-    latent, rotary = layer.kv_a_layernorm(latent)[:, None], rotary[:, None]
+    q = heads(layer.q_b_proj(low), getattr(layer, "num_heads", 0) or layer.num_attention_heads)
+    latent, rotary = latent_and_rotary(layer, x)
     if getattr(layer, "mla_scale_q_lora", None) is not None:
         q = q * layer.mla_scale_q_lora
-    if getattr(layer, "mla_scale_kv_lora", None) is not None:
-        latent = latent * layer.mla_scale_kv_lora
     plain, rotated = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
     offset = latents.offset
     rotated, rotary = layer.rope(rotated, offset), layer.rope(rotary, offset)
@@ -69,7 +67,7 @@ def attend(
 
 def project(layer: Any, out: mx.array) -> mx.array:
     """`[B, H, L, Dv]` through the layer's output projection."""
-    return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
+    return layer.o_proj(flat(out))
 
 
 def deepseek(layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array:
