@@ -25,7 +25,8 @@ def test_architecture(name):
 
 
 def test_the_page_has_every_architecture(capsys):
-    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
+    own, *_ = PAGE.read_text().split("\n# Models of mlx-vlm\n")  # whose table test_vlm_architectures holds
+    rows = [line.split(" | ") for line in own.splitlines() if line.startswith("| ")][2:]
     assert [cells[0].removeprefix("| ") for cells in rows] == NAMES, STALE
     words = Counter(cells[1] for cells in rows)
     with capsys.disabled():

@@ -201,14 +201,14 @@ def test_a_template_without_tools_gets_them_as_text():
     call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": 3}}}
     messages = [
         {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "hi"},
+        {"role": "user", "content": "greetings"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "a star"},
     ]
     fitted, tools = Roles(Template(alternating), plain_tools=True).fit(messages, [tool])
     assert tools == [] and [m["role"] for m in fitted] == ["user", "assistant", "user"]
     text = fitted[0]["content"]
-    assert text.index('"name": "look"') < text.index("Be kind.") < text.index("hi")
+    assert text.index('"name": "look"') < text.index("Be kind.") < text.index("greetings")
     assert '{"name": "look", "arguments": {"at": 3}}' in fitted[1]["content"] and "a star" in fitted[2]["content"]
 
 
@@ -264,7 +264,7 @@ def test_aliases_and_any_model(folder, agent):
     options = ServeOptions("m/tiny", loadable=("m/other",))
     assert aliases(["claude", "gpt=other"], options) == (("claude", "tiny"), ("gpt", "other"))
     options.aliases = aliases(["claude=tiny"], options)
-    assert options.served_names == ("tiny", "m/tiny", "claude")
+    assert options.served_names == ("tiny", "m/tiny", "default_model", "claude")
     with pytest.raises(Exception, match="one of tiny, other"):
         aliases(["x=nobody"], options)
     answer = agent.post(messages=HI, model="claude-opus-9", max_tokens=2).json()
@@ -492,7 +492,9 @@ def test_tools_in_every_form():
     ]
     for choice in choices:
         request = openai_wire.read_chat(body | {"tool_choice": choice})
-        assert ([t["function"]["name"] for t in request.tools], request.tool_choice) == (["f"], "required")
+        # All tools stay in the prompt, and so its prefix; the grammar forces the one that is named.
+        assert [t["function"]["name"] for t in request.tools] == ["f", "look_up", "g"]
+        assert (list(request.tool_names), request.tool_choice) == (["f"], "required")
     history = {
         "role": "assistant",
         "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "g", "input": "x"}}],

@@ -65,7 +65,7 @@ def plant(request, monkeypatch, tmp_path):
     else:
         real = replace(real, attend=lambda args: None if args.mask is not None else tiled.attend(args))
         real = replace(real, layouts=lambda k, v, dims: (CANONICAL, CANONICAL), available=lambda: True)
-        real = replace(real, extend=lambda codecs, dense, fresh: None)
+        real = replace(real, extend=lambda codecs, dense, fresh: None, step=None, rotate=lambda x: None)
     monkeypatch.setattr(guard, "judging", True)
     monkeypatch.setattr(guard, "settled", {})
     monkeypatch.setattr(verdicts, "_known", {})

@@ -571,7 +571,10 @@ def test_silent_and_slow_connections_are_closed(folder, monkeypatch, caplog):
         address = ("127.0.0.1", server.port)
         asked = socket.create_connection(address)
         asked.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert b"200 OK" in asked.recv(1000)
+        answer = b""
+        while b"}" not in answer:  # head and body may come apart
+            answer += asked.recv(1000)
+        assert b"200 OK" in answer
         silent = [socket.create_connection(address) for _ in range(3)]
         silent[1].sendall(b"GET /health HTTP/1.1\r\n")
         silent[2].sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx: ")

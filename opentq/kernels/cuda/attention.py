@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ...contracts.attention import AttnArgs
 from ...contracts.backend import Backend, Finding
-from ...contracts.codec import Codec
+from ...contracts.codec import Codec, Halves
 from . import launch as cuda
 from . import pages
 from .geometry import Geometry
@@ -55,6 +55,8 @@ def extend(
 
 def hadamard(codec: Codec, dim: int) -> bool | None:
     """Whether `codec` applies the kernels' rotation to vectors of `dim` channels; None for any other rotation."""
+    if codec.format(dim) == Halves():  # which no kernel here reads
+        return None
     return {"none": False, "hadamard": True if cuda.rotates(dim) else None}.get(codec.basis)
 
 
