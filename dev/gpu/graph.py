@@ -146,7 +146,7 @@ def kernel_seconds(torch, shape: Shape, geometry: Geometry | None = None, splits
     out = torch.empty(shape.batch, heads, shape.length, shape.dim, device="cuda").half()
     scratch = torch.empty(blocks[1] * blocks[2], splits, geometry.row_tile, shape.dim + 2, device="cuda")
     sizes = (shape.n // 64, shape.n // 64, 64, heads, shape.kv_heads, shape.length)
-    scalars = (*sizes, 0, int(shape.length > 1), shape.n, 0, 0, float(shape.dim**-0.5), 0.0)
+    scalars = (*sizes, 0, int(shape.length > 1), shape.n, 0, 0, float(shape.dim**-0.5), 0.0, 0)
 
     def call(pair):
         launch(torch, source, [q, *pair, *dense, lens, sinks, tickets, out, scratch], scalars, blocks)

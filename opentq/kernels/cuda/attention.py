@@ -140,7 +140,7 @@ def scalars(args: AttnArgs) -> cuda.Scalars:
     k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
     shape = (k_blocks, v_blocks, args.dense_k.shape[2], args.q.shape[1], args.kv_heads, args.q.shape[2])
     lens = (-1, 0, 0) if ragged(args) else args.lens[0]
-    return (*shape, args.window, int(args.causal), *lens, cuda.single(args.scale), cuda.single(args.softcap))
+    return (*shape, args.window, int(args.causal), *lens, cuda.single(args.scale), cuda.single(args.softcap), 0)
 
 
 def ragged(args: AttnArgs) -> bool:

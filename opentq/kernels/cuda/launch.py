@@ -28,8 +28,8 @@ from .layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
 HERE = Path(__file__).parent
 FILES = (
-    *("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
-    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu", "pages.cu"),
+    *("warp.cuh", "vector.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
+    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu"),
 )
 
 

@@ -39,8 +39,9 @@ __device__ __forceinline__ void unpack(const u32* __restrict__ records, const f1
       fragments.tile(a, record, lane, i);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float unit_value = UNIT * F::STEP * (group ? F::SECOND : 1.f) / (r % 2 ? F::LIFT : 1.f);
-        float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
+        const float unit_value = F::STEP * (group ? F::SECOND : 1.f) / (r % 2 ? F::LIFT : 1.f);
+        float x = (low_half(a[r]) * UNIT - F::bias(group)) * unit_value;
+        float z = (high_half(a[r]) * UNIT - F::bias(group)) * unit_value;
         int token, dim;
         if constexpr (KEYS) {
           token = 16 * strip + g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
