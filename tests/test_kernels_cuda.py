@@ -106,7 +106,8 @@ def test_a_code_lies_where_the_contract_says():
 def test_layout_names_are_read_back_and_others_are_refused():
     for layout in filter(None, (layout_for(side, codec, 96) for side in "kv" for codec in codecs())):
         assert cuda_layout.layout_named(layout.name) == backends.layout_named(layout.name) == layout
-    assert layout_for("k", Prod(3), 128).name == "mma64-k-2t128+1s128-d128"
+    assert layout_for("k", Prod(3), 128).name == "mma64-k-2d128+1s128-d128"
+    assert cuda_layout.layout_named("mma64-k-3t128-d128") is None, "other bits under that name, once"
     assert cuda_layout.layout_named("canonical") is cuda_layout.layout_named("mma64-k-d128") is None
     assert cuda_layout.layouts(Affine(4), Turbo(6), (128, 128)) == PLAIN, "64 magnitudes do not fit the registers"
     assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) == PLAIN
