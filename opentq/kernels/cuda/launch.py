@@ -55,10 +55,10 @@ def architecture() -> str:
 
 
 def source_hash() -> str:
-    """Twelve digits that change whenever a CUDA source does; records in `results/` carry it."""
+    """Twelve digits that change whenever a kernel's code does, comments apart; records in `results/` carry it."""
     digest = hashlib.sha256()
     for name in FILES:
-        digest.update((HERE / name).read_bytes())
+        digest.update(text(name).encode())
     return digest.hexdigest()[:12]
 
 
@@ -362,6 +362,12 @@ def no_sinks() -> mx.array:
 def no_lens() -> mx.array:
     """Stands for the lengths where they travel with the call."""
     return mx.zeros((1,), dtype=mx.int32)
+
+
+@functools.cache
+def no_center() -> mx.array:
+    """Stands for the center of keys that have none."""
+    return mx.zeros((1,), dtype=mx.float16)
 
 
 @functools.cache
