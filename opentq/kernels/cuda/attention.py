@@ -48,7 +48,7 @@ def extend(
 ) -> tuple[mx.array, mx.array] | None:
     """Columns of keys and values with new vectors behind them, rotated as codecs do, or None: another rotation."""
     rotated = tuple(hadamard(codec, d.shape[-1]) for codec, d in zip(codecs, dense))
-    if not cuda.available() or None in rotated or not dense[0].size or fresh[0].dtype != fresh[1].dtype:
+    if not cuda.available() or None in rotated or fresh[0].dtype != fresh[1].dtype:
         return None
     return cuda.extend(bool(rotated[0]), bool(rotated[1]), dense, fresh)
 
@@ -150,7 +150,7 @@ def inputs(
         cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
         tickets,
     ]
-    return [*given, *fresh, cuda.no_center() if center is None else center] if fresh else given
+    return [*given, *fresh, cuda.no_halves() if center is None else center] if fresh else given
 
 
 def query(args: AttnArgs) -> mx.array:
@@ -222,14 +222,14 @@ def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
     """KV heads `heads` of sequence b: `[1, len(heads) * gqa, L, Dv]`."""
     dtype = args.q.dtype
     rows = slice(heads.start * args.gqa, heads.stop * args.gqa)
-    sides = []
+    stored = []
     for kv, dense in ((args.k, args.dense_k), (args.v, args.dense_v)):
         assert isinstance(kv.layout, MmaLayout)
-        records = kv.arrays[0] if kv.arrays else cuda.no_records()
-        if kv.layout.sketched:
-            sides.append(_unsketched(args, b, heads))
-        else:
-            sides.append(cuda.unpack(kv.layout, records, dense, args.lens[b], b, heads, dtype))
+        stored.append((kv.layout, kv.arrays[0] if kv.arrays else cuda.no_records(), dense))
+    if stored[0][0].sketched:
+        sides = [_unsketched(args, b, heads), *cuda.unpack(stored[1:], args.lens[b], b, heads, dtype)]
+    else:
+        sides = cuda.unpack(stored, args.lens[b], b, heads, dtype)
     return mx.fast.scaled_dot_product_attention(
         args.q[b : b + 1, rows],
         *sides,
@@ -249,7 +249,8 @@ def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
     dense = args.dense_k[b : b + 1, heads.start : heads.stop]
     parts = [dense[:, :, :sink], dense[:, :, tail_start:]]
     if packed:
-        codes = cuda.unpack(args.k.layout, args.k.arrays[0], args.dense_k, (packed, 0, 0), b, heads, mx.float16)
+        keys = (args.k.layout, args.k.arrays[0], args.dense_k)
+        (codes,) = cuda.unpack([keys], (packed, 0, 0), b, heads, mx.float16)
         projection = _projection(args.k.codec, args.k.layout, mx.float16)[:, -args.k.layout.channels :]
         parts.insert(1, codes @ projection.T)
     return mx.concatenate(parts, axis=2).astype(args.q.dtype)
