@@ -171,10 +171,10 @@ def step_margin(args: AttnArgs) -> tuple[mx.array, mx.array] | None:
     query = codecs[0].rotate(args.q.astype(mx.float32))
     exact = replace(args, q=query, dense_k=done[1], dense_v=done[2])
     ref = reference.attend(exact)
-    naive = mx.abs(_naive(replace(exact, q=query.astype(args.q.dtype))).astype(mx.float32) - ref).max()
-    out = codecs[1].rotate(done[0].astype(mx.float32))
-    worst = mx.abs(out - ref).max()
-    good = mx.isfinite(out).all() & (mx.maximum(*off) < 2e-2)
+    naive = _naive(replace(exact, q=query.astype(args.q.dtype)))
+    ref, naive = codecs[1].unrotate(ref), codecs[1].unrotate(naive.astype(mx.float32)).astype(args.q.dtype)
+    worst, naive = (mx.abs(x.astype(mx.float32) - ref).max() for x in (done[0], naive))
+    good = mx.isfinite(done[0]).all() & (mx.maximum(*off) < 2e-2)
     return mx.where(good, worst, float("nan")), 2 * naive + 2e-5
 
 

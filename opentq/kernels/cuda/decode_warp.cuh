@@ -60,10 +60,12 @@ struct Plan {
 };
 
 // Running softmax of one warp: rows 2t, 2t+1 of every row tile, equal in the 8 lanes that share t; l is a lane's own
-// part.
+// part. Probabilities are 2^(x - m), so they stop at 1 as long as m is no less than any score: where a score exceeds it,
+// m rises beyond by SLACK, which spares most of the rescaling that a running maximum would ask for.
 template <int NT, class V>
 struct Running {
   static constexpr int TILES = V::TILES;
+  static constexpr float SLACK = 2.f;
   float m[NT][2], l[NT][2];
   float o[TILES][NT][4];  // O^T: dims g, g+8 of a tile x rows 2t, 2t+1
   float oz[NT][4];        // zeros' share, groups g, g+8
@@ -100,8 +102,9 @@ struct Running {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float y = fmaxf(m[n][r], top[n][r]);
+          float y = top[n][r];
           y = fmaxf(y, shuffle_xor(y, 4)), y = fmaxf(y, shuffle_xor(y, 8)), y = fmaxf(y, shuffle_xor(y, 16));
+          y = y > m[n][r] ? y + SLACK : m[n][r];
           const float f = exp2_fast(m[n][r] - y);
           m[n][r] = y, l[n][r] *= f, oz[n][r] *= f, oz[n][r + 2] *= f;
 #pragma unroll

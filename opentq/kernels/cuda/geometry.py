@@ -72,15 +72,17 @@ class Geometry:
 
     @classmethod
     def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int, fused: Fused = Fused()) -> Geometry:
-        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; twelve warps where records are light, as
-        arithmetic then takes as long as bytes do. Fewer where shared memory ends, more stages where records are tiny.
+        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; more where arithmetic takes as long as bytes
+        do, which is where records are light or codes are looked up: sixteen, or twelve where code needs the registers.
+        Fewer where shared memory ends, more stages where records are tiny.
         """
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
         stage = 4 * (k.record_words + v.record_words)
-        warps = 12 if stage <= LIGHT and tiles == 1 else 8
-        while warps > 1 and 2 * warps * stage > 200 * 1024:
-            warps //= 2
+        busy = tiles == 1 and (stage <= LIGHT or not (k.zeroed and v.zeroed))
+        plain = len(k.runs) == len(v.runs) == 1 and max(k.query, v.channels) <= 128
+        wanted = 8 if not busy else 16 if plain else 12
+        warps = next(w for w in (wanted, 8, 4, 2, 1) if 2 * w * stage <= 200 * 1024 or w == 1)
         stages = max(2, min(4, -(-IN_FLIGHT // (warps * stage))))
         return cls(k, v, dtype, tiles, warps, stages, fused)
 
