@@ -107,7 +107,7 @@ def read_bandwidth(mebibytes: int = 512, rounds: int = 5) -> float:
     """Bytes per second that this machine reads: the best of several passes over a large array, all threads together."""
     if mx.default_device() == mx.Device(mx.gpu):
         # Far beyond any cache, and whole numbers: GPUs' reductions of floats don't keep up with their memory.
-        x = mx.ones((4 * mebibytes << 18,), mx.int32)
+        x = mx.ones((2 * mebibytes << 18,), mx.int32)
         mx.eval(x, x.sum())
         best = min(seconds(lambda: mx.eval([x.sum() for _ in range(4)])) / 4 for _ in range(rounds))
         return x.nbytes / best

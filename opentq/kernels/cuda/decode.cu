@@ -153,6 +153,7 @@ struct Block {
   int lane, warp, split, splits, gqa, length, all_rows, head, r0, rows, tile_index;
   int packed, sink, tail_start, row_base, low_row, high_row, workers, worker, u0, u1;
   size_t kv;
+  float first_sink;  // asked for at the start, looked at in the end
 
   __device__ __forceinline__ Block(const Tensors<T>& tensors, const Call& call) : in(tensors), call(call) {
     unsigned char* at = shared_memory() + P::AREA;
@@ -178,6 +179,7 @@ struct Block {
   __device__ __forceinline__ void locate() {
     const bool ragged = call.packed < 0;
     const int* lens = in.lens + 3 * blockIdx.z;
+    first_sink = in.sinks[0];
     packed = ragged ? lens[0] : call.packed, sink = ragged ? lens[1] : call.sink;
     tail_start = ragged ? lens[2] : call.tail_start;
     row_base = sink + packed + call.columns - length - tail_start;  // position of query token 0
@@ -309,7 +311,7 @@ struct Block {
   }
   // What numerators relative to `top` are multiplied with.
   __device__ __forceinline__ float finish(float sum, float top, int row) const {
-    if (in.sinks[0] == in.sinks[0]) {
+    if (first_sink == first_sink) {
       const float x = in.sinks[head * gqa + (r0 + row) / length] * LOG2E, y = fmaxf(top, x);
       const float shrink = exp2_fast(top - y);
       return shrink / (sum * shrink + exp2_fast(x - y));
