@@ -347,9 +347,7 @@ struct Block {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = warp * ROWS + 8 * n + 2 * t + r;
-        float l = d.run.l[n][r];
-        l += shuffle_xor(l, 4), l += shuffle_xor(l, 8), l += shuffle_xor(l, 16);
-        if (g == 0) warp_m[at] = d.run.m[n][r], warp_l[at] = l;
+        if (g == 0) warp_m[at] = d.run.m[n][r], warp_l[at] = d.run.l[n][r];
       }
     sync_block();  // also: every warp is done with its ring
     float mine[NT][2];

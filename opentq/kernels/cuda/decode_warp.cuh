@@ -59,14 +59,16 @@ struct Plan {
   static constexpr int BYTES = AREA + QUERY + SUMS + BARS + BIASES + FRESH + OUTPUT + SMALL;
 };
 
-// Running softmax of one warp: rows 2t, 2t+1 of every row tile, equal in the 8 lanes that share t; l is a lane's own
-// part. Probabilities are 2^(x - m), so they stop at 1 as long as m is no less than any score: where a score exceeds it,
-// m rises beyond by SLACK, which spares most of the rescaling that a running maximum would ask for.
+// Running softmax of one warp: rows 2t, 2t+1 of every row tile, equal in the 8 lanes that share t. Probabilities are
+// 2^(x - m), so they stop at 1 as long as m is no less than any score: where a score exceeds it, m rises beyond by SLACK,
+// which spares most of the rescaling that a running maximum would ask for. The tensor core adds up the same fp16
+// probabilities that multiply the values, so that their rounding cancels.
 template <int NT, class V>
 struct Running {
   static constexpr int TILES = V::TILES;
   static constexpr float SLACK = 2.f;
-  float m[NT][2], l[NT][2];
+  float m[NT][2];
+  float l[NT][4];         // as o: the sum of a row's probabilities in every dim
   float o[TILES][NT][4];  // O^T: dims g, g+8 of a tile x rows 2t, 2t+1
   float oz[NT][4];        // zeros' share, groups g, g+8
   float ob[V::BIASED ? V::GROUPS : 1][NT][4];  // less the bias's share, equal for all dims of a group
@@ -74,7 +76,7 @@ struct Running {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = 0.f;
+      m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = l[n][2] = l[n][3] = 0.f;
       oz[n][0] = oz[n][1] = oz[n][2] = oz[n][3] = 0.f;
 #pragma unroll
       for (int i = 0; V::BIASED && i < V::GROUPS; ++i) ob[i][n][0] = ob[i][n][1] = ob[i][n][2] = ob[i][n][3] = 0.f;
@@ -106,7 +108,7 @@ struct Running {
           y = fmaxf(y, shuffle_xor(y, 4)), y = fmaxf(y, shuffle_xor(y, 8)), y = fmaxf(y, shuffle_xor(y, 16));
           y = y > m[n][r] ? y + SLACK : m[n][r];
           const float f = exp2_fast(m[n][r] - y);
-          m[n][r] = y, l[n][r] *= f, oz[n][r] *= f, oz[n][r + 2] *= f;
+          m[n][r] = y, l[n][r] *= f, l[n][r + 2] *= f, oz[n][r] *= f, oz[n][r + 2] *= f;
 #pragma unroll
           for (int i = 0; V::BIASED && i < V::GROUPS; ++i) ob[i][n][r] *= f, ob[i][n][r + 2] *= f;
 #pragma unroll
@@ -118,10 +120,17 @@ struct Running {
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[s][n][i] = exp2_fast(x[s][n][i] - m[n][i & 1]);
-          l[n][i & 1] += x[s][n][i];
-        }
+        for (int i = 0; i < 4; ++i) x[s][n][i] = exp2_fast(x[s][n][i] - m[n][i & 1]);
+  }
+
+  // Probabilities of one strip (C fragments, keys x rows) as B operands (keys x rows) of the output product, and added up.
+  __device__ __forceinline__ void probabilities(u32 (&b)[NT][2], const float (&p)[NT][4]) {
+    const u32 ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      b[n][0] = transpose8x8(pack_half2(p[n][0], p[n][1])), b[n][1] = transpose8x8(pack_half2(p[n][2], p[n][3]));
+      mma(l[n], ones, b[n][0], b[n][1]);
+    }
   }
 
   // Takes the bias back from the outputs: every few records, before it outgrows them.
@@ -158,11 +167,6 @@ struct Columns {
   const f16 *k, *v, *fresh_k, *fresh_v;
   int old, tail_start, all;
 };
-
-// Probabilities of one strip (C fragment, keys x rows) as the B operand (keys x rows) of the output product.
-__device__ __forceinline__ void probabilities(u32 (&b)[2], const float (&p)[4]) {
-  b[0] = transpose8x8(pack_half2(p[0], p[1])), b[1] = transpose8x8(pack_half2(p[2], p[3]));
-}
 
 template <class T, class KF, class VF, int NT, int NW, int ST, class FUSED>
 struct Decode {
@@ -309,8 +313,7 @@ struct Decode {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       u32 b[NT][2];
-#pragma unroll
-      for (int n = 0; n < NT; ++n) probabilities(b[n], x[s][n]);
+      run.probabilities(b, x[s]);
       if constexpr (VF::ZEROED) {
         const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS) + 8 * t;
         a[0] = a[1] = a[2] = a[3] = 0u;
@@ -384,8 +387,7 @@ struct Decode {
       mask(x[0], i, column[i] < sink ? column[i] : sink + packed + column[i] - from.tail_start, exists[i]);
     run.softmax(x);
     u32 b[NT][2];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) probabilities(b[n], x[0][n]);
+    run.probabilities(b, x[0]);
 #pragma unroll
     for (int j = 0; j < VF::TILES; ++j) {
       u32 a[4];
