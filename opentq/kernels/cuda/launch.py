@@ -2,7 +2,7 @@
 
 A kernel is a `.cu` file of templates plus one line that instantiates it. `KernelSource` holds both and can spell itself
 in two ways: as a translation unit, which NVRTC compiles on first use (`nvrtc.py`) and nvcc checks on machines without a
-GPU, and as one for the warp emulator of the tests. The decode kernel's launches are in `cuda_geometry.py`.
+GPU, and as one for the warp emulator of the tests. The decode kernel's launches are in `geometry.py`.
 """
 
 from __future__ import annotations
