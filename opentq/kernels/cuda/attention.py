@@ -68,30 +68,34 @@ def prefers_prefill(args: AttnArgs) -> bool:
     )
 
 
-def step(
-    args: AttnArgs, fresh: tuple[mx.array, mx.array] | None = None, center: mx.array | None = None
-) -> tuple[mx.array, ...] | None:
+Pair = tuple[mx.array, mx.array]
+
+
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array] | None:
     """A whole decode step in one launch: queries rotated, new tokens appended, attention, the output turned back.
 
     Args:
         args: the call, but queries are as the model made them, and dense columns are those before this step.
-        fresh: keys and values `[B, Hkv, L, D]` of this step in q's dtype, as the model made them; None where the
-            columns have them already.
+        fresh: keys and values `[B, Hkv, L, D]` of this step in q's dtype, as the model made them.
         center: `[B, Hkv, 1, Dk]` float16, rotated: what is taken off new keys.
 
     Returns:
-        The output `[B, Hq, L, Dv]` as the model wants it and, with `fresh`, all columns of keys and of values. None for
-        what `attend` does not serve in one launch, rotations that are no Hadamard transform, sketches, and more
-        than eight tokens at once.
+        The output `[B, Hq, L, Dv]` as the model wants it, and all columns of keys and of values. None for what `attend`
+        does not serve in one launch, rotations that are no Hadamard transform, sketches, and more than eight tokens at
+        once.
     """
     k, v = args.k, args.v
-    turned = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
-    served = cuda.available() and args.mask is None and args.q.dtype in SERVED and None not in turned
-    if not served or not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
+    if not cuda.available() or args.mask is not None or args.pages is not None or args.q.dtype not in SERVED:
         return None
-    if args.q.shape[2] > Fused.LENGTH or (fresh and (not args.dense_k.size or any(x.dtype != args.q.dtype for x in fresh))):
+    if not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
         return None
-    return tuple(decode_step(args, Fused(fresh is not None, bool(turned[0]), bool(turned[1])), fresh, center))
+    rotate_k, rotate_v = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
+    if rotate_k is None or rotate_v is None or args.q.shape[2] > Fused.LENGTH:
+        return None
+    if any(x.dtype != args.q.dtype for x in fresh):
+        return None
+    out, dense_k, dense_v = decode_step(args, Fused(True, rotate_k, rotate_v), fresh, center)
+    return out, dense_k, dense_v
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,7 +110,7 @@ def decode(args: AttnArgs) -> mx.array:
 
 
 def decode_step(
-    args: AttnArgs, fused: Fused, fresh: tuple[mx.array, mx.array] | None = None, center: mx.array | None = None
+    args: AttnArgs, fused: Fused, fresh: Pair | None = None, center: mx.array | None = None
 ) -> list[mx.array]:
     """One launch of `decode.cu`: the output and, where it appends, the columns of keys and of values."""
     assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
@@ -136,7 +140,7 @@ def columns(args: AttnArgs, fused: Fused) -> int:
 def inputs(
     args: AttnArgs,
     tickets: mx.array,
-    fresh: tuple[mx.array, mx.array] | None = None,
+    fresh: Pair | None = None,
     center: mx.array | None = None,
 ) -> list[mx.array]:
     """The kernel's inputs in its order."""
@@ -144,8 +148,8 @@ def inputs(
         query(args),
         args.k.arrays[0] if args.k.arrays else cuda.no_records(),
         args.v.arrays[0] if args.v.arrays else cuda.no_records(),
-        args.dense_k,
-        args.dense_v,
+        args.dense_k if args.dense_k.size else cuda.no_halves(),
+        args.dense_v if args.dense_v.size else cuda.no_halves(),
         args.lens_array() if ragged(args) else cuda.no_lens(),
         cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
         tickets,
@@ -268,6 +272,7 @@ BACKEND = Backend(
     layouts,
     layout_named,
     extend,
+    step,
     rotate=cuda.rotate,
     choose=pages.choose,
     findings=findings,
