@@ -367,9 +367,7 @@ def test_a_step_in_one_launch_is_rotate_extend_attend_and_rotate(name):
     blocks = g.grid(batch, args.kv_heads, args.gqa * length, splits)
     inputs = fused_cuda.inputs(call, mx.zeros((blocks[1] * blocks[2],), mx.uint32), fresh, center)
     scalars = fused_cuda.scalars(call, fused, center is not None)
-    (out, _, *dense), left = emulator.run(
-        g.source(), blocks, inputs, fused_cuda.outputs(call, g, blocks), scalars
-    )
+    (out, _, *dense), left = emulator.run(g.source(), blocks, inputs, fused_cuda.outputs(call, g, blocks), scalars)
     assert not left[7].any(), "tickets must be zero after a launch"
     for mine, theirs in zip(dense, wanted):
         assert mx.allclose(mine, theirs, rtol=2e-3, atol=2e-2)

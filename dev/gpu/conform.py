@@ -248,9 +248,7 @@ def collect(log, jobs: list[subprocess.Popen]) -> None:
             log.failed += failed
             log.row("conformance", **row)
             share, seconds = row["worst_share_of_allowed"], row["seconds"]
-            said = (
-                f"{row['cases']} cases, {failed} failed, worst {share:.2f} of what is allowed, {seconds:.0f} s"
-            )
+            said = f"{row['cases']} cases, {failed} failed, worst {share:.2f} of what is allowed, {seconds:.0f} s"
             print(f"  {row['variant']}: {said}", *failures, sep="\n    ", flush=True)
             top, done, kernels = max(top, row["worst_share_of_allowed"]), done + row["cases"], kernels + 1
     print(f"{done} random cases over {kernels} variants, worst at {top:.2f} of the allowed error", flush=True)

@@ -178,8 +178,7 @@ def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
 
 
 def outputs(args: AttnArgs, geometry: Geometry, blocks: tuple[int, int, int]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-    """Shapes and dtypes of the output, of the scratch for partial results, and of the columns of a launch that appends.
-    """
+    """Shapes and dtypes of the output, of the scratch for partial results, and of the columns of a launch that appends."""
     out = (*args.q.shape[:3], args.v.head_dim)
     scratch = (blocks[1] * blocks[2], blocks[0], geometry.row_tile, args.v.head_dim + 2) if blocks[0] > 1 else (1,)
     dense = []

@@ -72,9 +72,9 @@ class Geometry:
 
     @classmethod
     def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int, fused: Fused = Fused()) -> Geometry:
-        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; more where arithmetic takes as long as bytes
-        do, which is where records are light or codes are looked up: sixteen, or twelve where code needs the registers.
-        Fewer where shared memory ends, more stages where records are tiny.
+        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; more warps where arithmetic takes as long
+        as bytes do, which is where records are light or codes are looked up: sixteen, or twelve where the code needs
+        the registers. Fewer where shared memory ends, more stages where records are tiny.
         """
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
@@ -127,7 +127,13 @@ class Geometry:
         t, sizes = self.dtype, f"{self.tiles}, {self.warps}, {self.stages}"
         name = f"opentq_decode_{short(t)}_{self.k.name}_{self.v.name}_{self.tiles}_{self.warps}_{self.stages}"
         calls = ", ".join(name for name, _ in CALL)
-        inputs = [("q", t), ("k", "unsigned"), ("v", "unsigned"), ("dense_k", "opentq::f16"), ("dense_v", "opentq::f16")]
+        inputs = [
+            ("q", t),
+            ("k", "unsigned"),
+            ("v", "unsigned"),
+            ("dense_k", "opentq::f16"),
+            ("dense_v", "opentq::f16"),
+        ]
         inputs += [("lens", "int"), ("sinks", "float"), ("tickets", "unsigned")]
         outputs = [("out", t), ("scratch", "float")]
         tensors = [name for name, _ in inputs + outputs]

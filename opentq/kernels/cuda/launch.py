@@ -232,12 +232,11 @@ def unpack_source(layouts: tuple[MmaLayout, ...], dtype: str) -> KernelSource:
     `layouts`: one side, or keys and values, which are then two of the grid's z.
     """
     sides = [layout.side for layout in layouts]
-    calls = [
-        f"  if (blockIdx.z == {z}) opentq::unpack<{format_type(layout)}, {'true' if layout.side == 'k' else 'false'}>(\n"
-        f"      records_{layout.side}, dense_{layout.side}, where, {layout.side}, blocks_{layout.side}, heads, columns,\n"
-        "      tokens);"
-        for z, layout in enumerate(layouts)
-    ]
+    calls = []
+    for z, (side, layout) in enumerate(zip(sides, layouts)):
+        types = f"{format_type(layout)}, {'true' if side == 'k' else 'false'}"
+        given = f"records_{side}, dense_{side}, where, {side}, blocks_{side}, heads, columns, tokens"
+        calls.append(f"  if (blockIdx.z == {z}) opentq::unpack<{types}>(\n      {given});")
     inputs = [x for side in sides for x in ((f"records_{side}", "unsigned"), (f"dense_{side}", "opentq::f16"))]
     names = (*UNPACK, *(f"blocks_{side}" for side in sides), "heads", "columns", "tokens")
     return KernelSource(
