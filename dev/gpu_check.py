@@ -1,10 +1,11 @@
 """Everything that only a GPU can prove about the CUDA kernels, in one go: right, clean, and how fast.
 
-    python dev/gpu_check.py [--quick] [--out results/cuda.jsonl] [--only check,model,time,ncu,rivals]
+    python dev/gpu_check.py [--quick] [--out results/cuda.jsonl] [--only check,model,time,ncu,full,rivals]
 
 Checks random cases against fp32 attention over the same decoded values while compute-sanitizer (memcheck, racecheck,
 synccheck) watches a small driver, generates with a model through the compressed cache, times decode, prefill and
-packing beside their rivals in this same process, and reads the decode kernel's bandwidth with ncu. One JSON row per
+packing beside their rivals in this same process, reads the decode kernel's bandwidth with ncu, and fills the card until
+allocations fail. One JSON row per
 figure, each with the device, versions, command, date and the hash of the kernel sources; one table of the figures
 against the goals. Ends with `N passed, 0 failed` (tests; a goal is not a test), and with status 1 if anything failed.
 CI holds the newest row's hash against the sources, so a kernel can't change without its proof being renewed.
@@ -33,7 +34,7 @@ from gpu import conform, driver, generate, goals, profile, timing  # noqa: E402
 
 from opentq.kernels.cuda import launch as cuda  # noqa: E402
 
-PARTS = ("check", "model", "time", "ncu", "rivals")
+PARTS = ("check", "model", "time", "ncu", "full", "rivals")
 
 
 class Log:
@@ -99,11 +100,20 @@ def main() -> int:
         conform.collect(log, conform.start(command, options.cases or (300 if options.quick else 10_000), options.quick))
         profile.collect(log, watched)
 
+    def full() -> None:
+        """A card without room, in a process of its own."""
+        done = subprocess.run([*command, "--driver", "exhaust"], capture_output=True, text=True, timeout=120)
+        print(done.stdout, flush=True)
+        log.test("allocations fail as errors", done.returncode == 0, done.stdout[-500:] + done.stderr[-1500:])
+        lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+        log.row("full card", clean=done.returncode == 0, errors=lines)
+
     steps = {
         "check": check,
         "model": lambda: generate.run(log),
         "time": lambda: timing.run(log, torch, options.quick),
         "ncu": lambda: profile.ncu(log, command),
+        "full": full,
         "rivals": lambda: timing.run_slow_rivals(log),
     }
     for part in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from opentq.kernels.cuda import geometry as cuda_geometry
 from opentq.kernels.cuda import launch as cuda
 from opentq.kernels.cuda import layout as cuda_layout
 from opentq.kernels.cuda import nvrtc
-from opentq.kernels.cuda.geometry import Geometry
+from opentq.kernels.cuda.geometry import Fused, Geometry
 from opentq.kernels.cuda.layout import BLOCK, BOOK, SIGNS, MmaLayout, Run, layout_for
 
 from .cuda import emulator
@@ -51,7 +52,8 @@ def test_the_newest_gpu_record_is_of_these_kernels():
     )
     served = [row for row in checks if getattr(mx, row["dtype"]) in fused_cuda.SERVED]
     assert {row["dtype"] for row in served} == {"float16", "bfloat16"}
-    assert sum(row["failed"] for row in served) == 0 and sum(row["cases"] for row in served) >= 100
+    failed = sum(row["failed"] + row.get("steps_failed", 0) for row in served)
+    assert failed == 0 and sum(row["cases"] for row in served) >= 100
 
 
 # ---- storage layout
@@ -106,7 +108,8 @@ def test_a_code_lies_where_the_contract_says():
 def test_layout_names_are_read_back_and_others_are_refused():
     for layout in filter(None, (layout_for(side, codec, 96) for side in "kv" for codec in codecs())):
         assert cuda_layout.layout_named(layout.name) == backends.layout_named(layout.name) == layout
-    assert layout_for("k", Prod(3), 128).name == "mma64-k-2t128+1s128-d128"
+    assert layout_for("k", Prod(3), 128).name == "mma64-k-2d128+1s128-d128"
+    assert cuda_layout.layout_named("mma64-k-3t128-d128") is None, "other bits under that name, once"
     assert cuda_layout.layout_named("canonical") is cuda_layout.layout_named("mma64-k-d128") is None
     assert cuda_layout.layouts(Affine(4), Turbo(6), (128, 128)) == PLAIN, "64 magnitudes do not fit the registers"
     assert cuda_layout.layouts(Affine(4), Affine(8), (128, 640)) == PLAIN
@@ -138,7 +141,7 @@ def test_every_shape_has_a_geometry_that_fits():
                     continue
                 g = geometry(k, Affine(8), (dim, dim), rows=rows)
                 assert g.shared <= cuda_geometry.SHARED_LIMIT
-                assert g.stages >= 2 and g.warps in (1, 2, 4, 8, 12)
+                assert g.stages >= 2 and g.warps in (1, 2, 4, 8, 12, 16)
                 # Output accumulators: D/16 tiles x row tiles x 4 registers of at most 255.
                 assert dim // 16 * g.tiles * 4 <= 128
                 assert g.resident * (g.shared + 1024) <= cuda_geometry.SHARED_LIMIT
@@ -150,7 +153,8 @@ def test_the_headline_shape_gets_what_was_measured_best():
     assert g.splits(8, 131072 // 32, 4, 132) == 16
     assert g.grid(1, 8, 8, 16) == (16, 8, 1)
     light = geometry(Turbo(3), Turbo(3))
-    assert (light.tiles, light.warps, light.stages, light.resident) == (1, 12, 2, 1)
+    assert (light.tiles, light.warps, light.stages, light.resident) == (1, 16, 2, 1)
+    assert geometry(Turbo(5), Turbo(3)).warps == 16 and geometry(Prod(3), Turbo(3)).warps == 12
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_a_source_spells_its_instance_and_its_signature():
     source = geometry().source()
     assert source.name == "opentq_decode_f16_mma64_k_4g32_d128_mma64_v_4g32_d128_1_8_2"
     instance = "opentq::decode<opentq::f16, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
-    assert f"{instance}{source.shared}>(" in source.body
+    assert f"{instance}{source.shared}, opentq::Fused<false, false, false>>(" in source.body
     unit = source.translation_unit()
     assert "//" not in unit and "#include" not in unit
     assert f'extern "C" __global__ __launch_bounds__(256, 2) void {source.name}(const opentq::f16* q, ' in unit
@@ -207,7 +211,7 @@ def half_book(bits: int) -> str:
 
 def test_the_source_hash_covers_every_kernel_file():
     folder = Path(cuda.__file__).parent
-    assert {p.name for p in folder.glob("*.cu*") if p.suffix in (".cu", ".cuh")} == set(cuda.FILES)
+    assert {p.name for p in folder.glob("*.cu*") if p.suffix in (".cu", ".cuh")} == {*cuda.FILES, *cuda.UNPROVEN}
     assert len(cuda.source_hash()) == 12
 
 
@@ -220,7 +224,7 @@ def test_nvcc_compiles_the_kernels_without_warnings(tmp_path):
         geometry(Affine(8, 64), Affine(3), (80, 112), "opentq::bf16", 20).source(),
         cuda.pack_source(layout_for("v", Affine(3, 64), 80), "opentq::f16"),
         cuda.pack_source(layout_for("k", Fractional(2.5), 128), "opentq::f16", norm=True),
-        cuda.unpack_source(layout_for("k", Turbo(4), 128), "opentq::bf16"),
+        cuda.unpack_source((layout_for("k", Turbo(4), 128), layout_for("v", INT4, 128)), "opentq::bf16"),
     ]
     for source in sources:
         (tmp_path / "k.cu").write_text(source.translation_unit())
@@ -286,7 +290,7 @@ def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
     dense = mx.random.normal((2, 3, columns, dim)).astype(mx.float16)
     tokens = packed + sink + columns - tail_start
     shape = (1, 2, tokens, dim)
-    source = cuda.unpack_source(layout, cuda.CTYPES[dtype])
+    source = cuda.unpack_source((layout,), cuda.CTYPES[dtype])
     scalars = (1, 1, packed, sink, tail_start, records.shape[2], 3, columns, tokens)
     (got,), _ = emulator.run(source, (2, 2, 1), [records, dense], [(shape, dtype)], scalars)
     middle = codec.decode(canonical, mx.float32, dim)[1:2, 1:, :packed]
@@ -309,6 +313,71 @@ def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
     )
     assert not left[-1].any(), "tickets must be zero after a launch"
     return outputs[0]
+
+
+STEPS = {
+    "one token": (3, lambda: packed_args(INT4, Turbo(3), (64, 128), (1, 8), 1, [(300, 4, 4)], 20), True, False),
+    "a batch, centred": (
+        2,
+        lambda: packed_args(Turbo(5), INT4, (128, 64), (2, 2), 1, [(100, 4, 9), (37, 4, 4), (0, 0, 30)], 40),
+        True,
+        True,
+    ),
+    "some tokens, unrotated keys": (
+        2,
+        lambda: packed_args(Affine(8, rotated=False), Turbo(2), (80, 64), (2, 3), 4, [(70, 2, 2)], 9, window=60),
+        True,
+        False,
+    ),
+    "the first tokens": (
+        1,
+        lambda: packed_args(INT4, Turbo(4), (64, 64), (1, 8), 2, [(0, 0, 0)], 2, mx.bfloat16),
+        True,
+        False,
+    ),
+    "one split, lent columns": (
+        1,
+        lambda: packed_args(INT4, INT4, (64, 64), (1, 8), 2, [(90, 0, 0)], 9, mx.bfloat16, sinks=mx.ones((8,))),
+        False,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_in_one_launch_is_rotate_extend_attend_and_rotate(name):
+    mx.random.seed(len(name))
+    splits, make, append, centered = STEPS[name]
+    args = make()
+    (batch, heads, held, _), length = args.dense_k.shape, args.q.shape[2]
+    codecs, dtype = (args.k.codec, args.v.codec), args.q.dtype
+    fresh, center = None, None
+    old = [args.dense_k, args.dense_v]
+    wanted = list(old)
+    if append:
+        old = [mx.contiguous(x[:, :, : held - length]) for x in old]
+        shapes = [(batch, heads, length, side.head_dim) for side in (args.k, args.v)]
+        fresh = tuple((mx.random.normal(shape) * 5).astype(dtype) for shape in shapes)
+        center = mx.random.normal((batch, heads, 1, args.k.head_dim)).astype(mx.float16) if centered else None
+        news = [single.shifted(single.dense(codecs[0], fresh[0]), center), single.dense(codecs[1], fresh[1])]
+        wanted = [mx.concatenate(pair, axis=2) for pair in zip(old, news)]
+    turned = [bool(fused_cuda.hadamard(codec, side.head_dim)) for codec, side in zip(codecs, (args.k, args.v))]
+    fused = Fused(append, *turned)
+    call = replace(args, dense_k=old[0], dense_v=old[1])
+    g = Geometry.choose(args.k.layout, args.v.layout, cuda.CTYPES[dtype], args.gqa * length, fused)
+    blocks = g.grid(batch, args.kv_heads, args.gqa * length, splits)
+    inputs = fused_cuda.inputs(call, mx.zeros((blocks[1] * blocks[2],), mx.uint32), fresh, center)
+    scalars = fused_cuda.scalars(call, fused, center is not None)
+    (out, _, *dense), left = emulator.run(g.source(), blocks, inputs, fused_cuda.outputs(call, g, blocks), scalars)
+    assert not left[7].any(), "tickets must be zero after a launch"
+    for mine, theirs in zip(dense, wanted):
+        assert mx.allclose(mine, theirs, rtol=2e-3, atol=2e-2)
+        assert mx.array_equal(mine[:, :, : held - length], theirs[:, :, : held - length])
+    if append:  # the judge takes the columns that the kernel made
+        args = replace(args, dense_k=dense[0], dense_v=dense[1])
+    turn = codecs[1].rotate if turned[1] else lambda x: x
+    query = codecs[0].rotate(args.q.astype(mx.float32)).astype(dtype) if turned[0] else args.q
+    judge_finite_part(replace(args, q=query), turn(out))
 
 
 def packed_args(k, v, dims, heads, length, lens, columns, dtype=mx.float16, **options) -> AttnArgs:
@@ -429,7 +498,7 @@ def test_who_extends():
     assert fused_cuda.hadamard(INT4, 80) is None and fused_cuda.hadamard(Turbo(4, "haar"), 64) is None
     assert fused_cuda.hadamard(Prod(3), 64) is True and fused_cuda.hadamard(Fractional(2.5), 64) is None
     assert fused_cuda.hadamard(QJL(2), 80) is False
-    assert fused_cuda.hadamard(Turbo(4, "none"), 80) is False and fused_cuda.hadamard(Raw(), 64) is None
+    assert fused_cuda.hadamard(Turbo(4, "none"), 80) is fused_cuda.hadamard(Raw(), 64) is False
     columns = (mx.zeros((1, 1, 1, 64), mx.float16),) * 2
     assert fused_cuda.extend((INT4, INT4), columns, columns) is None, "no GPU here"
 
@@ -440,7 +509,7 @@ def test_prefill_attends_some_heads_at_a_time(monkeypatch, at_once):
     monkeypatch.setattr(fused_cuda, "AT_ONCE", at_once)
     args = packed_args(Turbo(4), INT4, (64, 64), (4, 2), 70, [(90, 3, 3), (64, 3, 5)], 80)
     judge_finite_part(args, fused_cuda.prefill(args))
-    assert asked == ([4] * 4 if at_once else [1] * 16)
+    assert asked == ([4] * 2 if at_once else [1] * 8)
 
 
 def emulate_launches(monkeypatch) -> list[int]:

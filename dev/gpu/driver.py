@@ -16,8 +16,13 @@ from . import conform
 
 def run(what: str) -> None:
     """`profile`, `decode`, `prefill` (without the matrix products that sketches need), `small` (both, and those), or
-    `conform PART PARTS CASES QUICK`.
+    `conform PART PARTS CASES QUICK`, or `exhaust`.
     """
+    if what == "exhaust":
+        from . import exhaust
+
+        exhaust.run()
+        return
     if what.startswith("conform"):
         part, parts, cases, quick = map(int, what.split()[1:])
         conform.work(part, parts, cases, bool(quick))

@@ -99,8 +99,12 @@ def goals(rows: list[Row]) -> Iterator[Goal]:
         fp16, name = f.best_fp16(**changed)
         figure = f"decode {what}: {fp16 / f.us(**changed):.2f}x {name}, of read bandwidth"
         yield at_least(figure, f.share(**changed), 0.6 if f.bytes(**changed) > 1e8 else 0.0, percent)
+    for batch, dim in ((1, 128), (1, 64), (8, 128), (8, 64)):
+        for k, v in (("int4:g32", "int4:g32"), ("tq5:nc", "tq3:nc")):
+            what = f"decode {k} {v}, D {dim}, batch {batch}, 128K, of read bandwidth"
+            yield at_least(what, f.share(k=k, v=v, batch=batch, dim=dim), 0.85, percent)
     pairs = (("int8:g32", "int8:g32"), ("int8:g32", "int4:g32"), ("int2:g32", "int2:g32"))
-    for k, v in (*pairs, ("tq4", "tq4"), ("tq3", "tq3"), ("tq5", "tq3"), ("tq2", "tq2"), *OTHERS):
+    for k, v in (*pairs, ("tq4", "tq4"), ("tq3", "tq3"), ("tq5:nc", "tq3:nc"), ("tq2", "tq2"), *OTHERS):
         ratio = f.us(k=k, v=v) / f.us() / (f.bytes(k=k, v=v) / f.bytes())
         yield at_most(f"decode {k} {v}: time per byte, of int4's", ratio, 1.15, times)
     prefill = {(r["n"], r["engine"]): r for r in f.of("prefill")}

@@ -49,14 +49,6 @@ def chained(step: Step, first: mx.array, calls: int, runs: int = 9) -> float:
     return statistics.median(samples[3:])
 
 
-@functools.cache
-def read_bandwidth() -> float:
-    """Bytes per second of a read-only pass over 1 GiB (`mx.max`)."""
-    x = mx.random.normal((1 << 29,)).astype(mx.float16)
-    mx.eval(x)
-    return x.nbytes / repeated(lambda: mx.max(x))
-
-
 def repeated(call: Callable[[], mx.array], calls: int = 10, runs: int = 7) -> float:
     """Median seconds per call of independent calls."""
     mx.eval([call() for _ in range(3)])
@@ -162,7 +154,7 @@ def decode_row(log, torch, shape: Shape, rivals: bool = True) -> None:
     for engine in (ours, mlx_sdpa) if rivals else (ours,):
         times["mlx", engine.__name__] = chained(engine(shape), q, 30)
         mx.clear_cache()
-    read = read_bandwidth()
+    read = graph.read_bandwidth(torch)
     for (harness, name), seconds in times.items():
         size = shape.fp16_bytes if name.startswith(("mlx_sdpa", "torch")) else shape.bytes
         rate = size / seconds
@@ -174,6 +166,7 @@ def decode_row(log, torch, shape: Shape, rivals: bool = True) -> None:
 
 
 INT4 = Affine(4)
+RECOMMENDED = (Turbo(5, fit="norm"), Turbo(3, fit="norm"))
 OTHERS = [
     (Fractional(2.5), Fractional(2.5)),
     (Fractional(3.5), Fractional(3.5)),
@@ -185,15 +178,20 @@ OTHERS = [
 
 
 def run(log, torch, quick: bool) -> None:
-    log.row("read bandwidth", gb_per_s=round(read_bandwidth() / 1e9, 1))
-    print(f"  read {read_bandwidth() / 1e9:.0f} GB/s", flush=True)
+    read = graph.read_bandwidth(torch) / 1e9
+    log.row("read bandwidth", gb_per_s=round(read, 1), by="int32 sum over 4 GiB")
+    print(f"  read {read:.0f} GB/s", flush=True)
     row = functools.partial(decode_row, log, torch)
     for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
         row(Shape(n, INT4, INT4))
     for codecs in ((Affine(8), Affine(8)), (Affine(8), INT4), (Affine(2), Affine(2)), (Affine(4, 64), Affine(4, 64))):
         row(Shape(131072, *codecs), rivals=False)
-    for codecs in ((Turbo(4), Turbo(4)), (Turbo(3), Turbo(3)), (Turbo(5), Turbo(3)), (Turbo(2), Turbo(2))):
+    for codecs in ((Turbo(4), Turbo(4)), (Turbo(3), Turbo(3)), RECOMMENDED, (Turbo(2), Turbo(2))):
         row(Shape(131072, *codecs), rivals=False)
+    for batch, dim in ((1, 64), (8, 64), (8, 128)):
+        for codecs in ((INT4, INT4), RECOMMENDED):
+            if (batch, dim, codecs) != (1, 64, (INT4, INT4)):
+                row(Shape(131072, *codecs, batch=batch, dim=dim), rivals=False)
     for n in (32768, 131072):
         for codecs in OTHERS:
             row(Shape(n, *codecs), rivals=False)
@@ -234,30 +232,34 @@ def run_slow_rivals(log) -> None:
 
 
 def prefill_row(log, shape: Shape) -> None:
-    """A chunk of tokens after n packed ones, beside fp16 attention over all of them; time and peak memory."""
-    found = {}
+    """A chunk of tokens after n packed ones, beside fp16 attention over all of them; time and peak memory.
+
+    Times are taken in turn, because a card that multiplies for long slows down.
+    """
     whole = Shape(shape.n + shape.length, INT4, INT4, length=shape.length)
-    q = queries(shape)
-    for name in ("ours", "mlx_sdpa"):
+    q, steps, sizes, samples = queries(shape), {}, {}, {"ours": [], "mlx_sdpa": []}
+    for name in samples:
         mx.synchronize()
         mx.clear_cache()
         before = mx.get_active_memory()
-        step = ours(shape, packed_sets(shape, sets=1)) if name == "ours" else one_set_sdpa(whole)
+        steps[name] = step = ours(shape, packed_sets(shape, sets=1)) if name == "ours" else one_set_sdpa(whole)
         held = mx.get_active_memory() - before
         mx.eval(step(q))
         mx.synchronize()
         mx.reset_peak_memory()
         mx.eval(step(q))
-        peak = mx.get_peak_memory() - before
-        seconds = chained(step, q, 3, 6)
-        found[name] = seconds, peak
-        row = {"engine": name, "us": round(seconds * 1e6, 1), "kv_bytes": int(held), "scratch_bytes": int(peak - held)}
+        sizes[name] = held, mx.get_peak_memory() - before - held
+    for _ in range(4):
+        for name, step in steps.items():
+            samples[name].append(chained(step, q, 3, 3))
+    times = {name: statistics.median(found) for name, found in samples.items()}
+    for name, (held, scratch) in sizes.items():
+        row = {"engine": name, "us": round(times[name] * 1e6, 1), "kv_bytes": int(held), "scratch_bytes": int(scratch)}
         log.row("prefill", **row, **shape.row())
-        del step
-    (mine, my_bytes), (theirs, their_bytes) = found["ours"], found["mlx_sdpa"]
+    mine, theirs = times["ours"], times["mlx_sdpa"]
     print(f"  prefill {shape.length} rows after {shape.n}: ours {mine * 1e3:.2f} ms, fp16 {theirs * 1e3:.2f} ms, "
-          f"{theirs / mine:.2f}x its speed; K/V + scratch {my_bytes / 1e6:.0f} against {their_bytes / 1e6:.0f} MB",
-          flush=True)  # fmt: skip
+          f"{theirs / mine:.2f}x its speed; K/V + scratch {sum(sizes['ours']) / 1e6:.0f} against "
+          f"{sum(sizes['mlx_sdpa']) / 1e6:.0f} MB", flush=True)  # fmt: skip
 
 
 def error_row(log, shape: Shape) -> None:

@@ -106,9 +106,10 @@ def stolen() -> float:
 def read_bandwidth(mebibytes: int = 512, rounds: int = 5) -> float:
     """Bytes per second that this machine reads: the best of several passes over a large array, all threads together."""
     if mx.default_device() == mx.Device(mx.gpu):
-        x = mx.ones((mebibytes << 18,), mx.float32)
-        mx.eval(x, x.max())
-        best = min(seconds(lambda: mx.eval([x.max() for _ in range(8)])) / 8 for _ in range(rounds))
+        # Far beyond any cache, and whole numbers: GPUs' reductions of floats don't keep up with their memory.
+        x = mx.ones((2 * mebibytes << 18,), mx.int32)
+        mx.eval(x, x.sum())
+        best = min(seconds(lambda: mx.eval([x.sum() for _ in range(4)])) / 4 for _ in range(rounds))
         return x.nbytes / best
     data = np.ones(mebibytes << 18, np.float32)
     parts = np.array_split(data, threads())

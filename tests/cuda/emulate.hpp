@@ -176,6 +176,7 @@ inline u32 permute(u32 a, u32 b, u32 selector) {
   }
   return y;
 }
+inline u32 upper_half(u32 x) { return x >> 16 | (x & 0xffff0000u); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {

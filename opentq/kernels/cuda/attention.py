@@ -17,7 +17,7 @@ from ...contracts.backend import Backend, Finding
 from ...contracts.codec import Codec, Halves
 from . import launch as cuda
 from . import pages
-from .geometry import Geometry
+from .geometry import Fused, Geometry
 from .layout import RECORD, MmaLayout, layout_named, layouts
 
 AT_ONCE = 64 << 20
@@ -48,7 +48,7 @@ def extend(
 ) -> tuple[mx.array, mx.array] | None:
     """Columns of keys and values with new vectors behind them, rotated as codecs do, or None: another rotation."""
     rotated = tuple(hadamard(codec, d.shape[-1]) for codec, d in zip(codecs, dense))
-    if not cuda.available() or None in rotated or not dense[0].size or fresh[0].dtype != fresh[1].dtype:
+    if not cuda.available() or None in rotated or fresh[0].dtype != fresh[1].dtype:
         return None
     return cuda.extend(bool(rotated[0]), bool(rotated[1]), dense, fresh)
 
@@ -70,44 +70,93 @@ def prefers_prefill(args: AttnArgs) -> bool:
     )
 
 
+Pair = tuple[mx.array, mx.array]
+
+
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array] | None:
+    """A whole decode step in one launch: queries rotated, new tokens appended, attention, the output turned back.
+
+    Args:
+        args: the call, but queries are as the model made them, and dense columns are those before this step.
+        fresh: keys and values `[B, Hkv, L, D]` of this step in q's dtype, as the model made them.
+        center: `[B, Hkv, 1, Dk]` float16, rotated: what is taken off new keys.
+
+    Returns:
+        The output `[B, Hq, L, Dv]` as the model wants it, and all columns of keys and of values. None for what `attend`
+        does not serve in one launch, rotations that are no Hadamard transform, sketches, and more than eight tokens at
+        once.
+    """
+    k, v = args.k, args.v
+    if not cuda.available() or args.mask is not None or args.pages is not None or args.q.dtype not in SERVED:
+        return None
+    if not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
+        return None
+    rotate_k, rotate_v = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
+    if rotate_k is None or rotate_v is None or args.q.shape[2] > Fused.LENGTH:
+        return None
+    if any(x.dtype != args.q.dtype for x in fresh):
+        return None
+    out, dense_k, dense_v = decode_step(args, Fused(True, rotate_k, rotate_v), fresh, center)
+    return out, dense_k, dense_v
+
+
 @functools.lru_cache(maxsize=256)
-def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int) -> tuple[Geometry, cuda.Kernel]:
-    geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], rows)
+def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int, fused: Fused) -> tuple[Geometry, cuda.Kernel]:
+    geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], rows, fused)
     return geometry, cuda.compiled(geometry.source())
 
 
 def decode(args: AttnArgs) -> mx.array:
-    """One launch of `decode.cu`."""
+    """Attention alone, in one launch of `decode.cu`."""
+    return decode_step(args, Fused())[0]
+
+
+def decode_step(
+    args: AttnArgs, fused: Fused, fresh: Pair | None = None, center: mx.array | None = None
+) -> list[mx.array]:
+    """One launch of `decode.cu`: the output and, where it appends, the columns of keys and of values."""
     assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
     batch, _, length, _ = args.q.shape
     rows = args.gqa * length
-    geometry, kernel = _plan(args.k.layout, args.v.layout, args.q.dtype, rows)
+    geometry, kernel = _plan(args.k.layout, args.v.layout, args.q.dtype, rows, fused)
     tokens = args.max_packed
     if args.window:
         tokens = min(tokens, args.window + length)
     splits = geometry.splits(
         batch * args.kv_heads * -(-rows // geometry.row_tile),
         -(-tokens // RECORD),
-        -(-args.dense_k.shape[2] // 16),
+        -(-columns(args, fused) // 16),
         cuda.multiprocessors(),
     )
     blocks = geometry.grid(batch, args.kv_heads, rows, splits)
-    tickets = cuda.tickets(blocks[1] * blocks[2])
-    return kernel(inputs(args, tickets), outputs(args, geometry, blocks), scalars(args), blocks)[0]
+    given = inputs(args, cuda.tickets(blocks[1] * blocks[2]), fresh, center)
+    out, _, *dense = kernel(given, outputs(args, geometry, blocks), scalars(args, fused, center is not None), blocks)
+    return [out, *dense]
 
 
-def inputs(args: AttnArgs, tickets: mx.array) -> list[mx.array]:
+def columns(args: AttnArgs, fused: Fused) -> int:
+    """Dense columns that are attended."""
+    return args.dense_k.shape[2] + args.q.shape[2] * fused.append
+
+
+def inputs(
+    args: AttnArgs,
+    tickets: mx.array,
+    fresh: Pair | None = None,
+    center: mx.array | None = None,
+) -> list[mx.array]:
     """The kernel's inputs in its order."""
-    return [
+    given = [
         query(args),
         args.k.arrays[0] if args.k.arrays else cuda.no_records(),
         args.v.arrays[0] if args.v.arrays else cuda.no_records(),
-        args.dense_k,
-        args.dense_v,
+        args.dense_k if args.dense_k.size else cuda.no_halves(),
+        args.dense_v if args.dense_v.size else cuda.no_halves(),
         args.lens_array() if ragged(args) else cuda.no_lens(),
         cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
         tickets,
     ]
+    return [*given, *fresh, cuda.no_halves() if center is None else center] if fresh else given
 
 
 def query(args: AttnArgs) -> mx.array:
@@ -131,18 +180,23 @@ def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
 
 
 def outputs(args: AttnArgs, geometry: Geometry, blocks: tuple[int, int, int]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-    """Shapes and dtypes of the output and of the scratch for partial results."""
+    """Shapes and dtypes of the output, of the scratch for partial results, and of the columns of a launch that appends."""
     out = (*args.q.shape[:3], args.v.head_dim)
     scratch = (blocks[1] * blocks[2], blocks[0], geometry.row_tile, args.v.head_dim + 2) if blocks[0] > 1 else (1,)
-    return [(out, args.q.dtype), (scratch, mx.float32)]
+    dense = []
+    if geometry.fused.append:
+        lead = (*args.dense_k.shape[:2], columns(args, geometry.fused))
+        dense = [((*lead, side.head_dim), mx.float16) for side in (args.k, args.v)]
+    return [(out, args.q.dtype), (scratch, mx.float32), *dense]
 
 
-def scalars(args: AttnArgs) -> cuda.Scalars:
-    """`cuda_geometry.CALL` of this call."""
+def scalars(args: AttnArgs, fused: Fused = Fused(), centered: bool = False) -> cuda.Scalars:
+    """`geometry.CALL` of this call."""
     k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
-    shape = (k_blocks, v_blocks, args.dense_k.shape[2], args.q.shape[1], args.kv_heads, args.q.shape[2])
+    shape = (k_blocks, v_blocks, columns(args, fused), args.q.shape[1], args.kv_heads, args.q.shape[2])
     lens = (-1, 0, 0) if ragged(args) else args.lens[0]
-    return (*shape, args.window, int(args.causal), *lens, cuda.single(args.scale), cuda.single(args.softcap))
+    floats = cuda.single(args.scale), cuda.single(args.softcap)
+    return (*shape, args.window, int(args.causal), *lens, *floats, int(centered))
 
 
 def ragged(args: AttnArgs) -> bool:
@@ -173,14 +227,14 @@ def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
     """KV heads `heads` of sequence b: `[1, len(heads) * gqa, L, Dv]`."""
     dtype = args.q.dtype
     rows = slice(heads.start * args.gqa, heads.stop * args.gqa)
-    sides = []
+    stored = []
     for kv, dense in ((args.k, args.dense_k), (args.v, args.dense_v)):
         assert isinstance(kv.layout, MmaLayout)
-        records = kv.arrays[0] if kv.arrays else cuda.no_records()
-        if kv.layout.sketched:
-            sides.append(_unsketched(args, b, heads))
-        else:
-            sides.append(cuda.unpack(kv.layout, records, dense, args.lens[b], b, heads, dtype))
+        stored.append((kv.layout, kv.arrays[0] if kv.arrays else cuda.no_records(), dense))
+    if stored[0][0].sketched:
+        sides = [_unsketched(args, b, heads), *cuda.unpack(stored[1:], args.lens[b], b, heads, dtype)]
+    else:
+        sides = cuda.unpack(stored, args.lens[b], b, heads, dtype)
     return mx.fast.scaled_dot_product_attention(
         args.q[b : b + 1, rows],
         *sides,
@@ -200,7 +254,8 @@ def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
     dense = args.dense_k[b : b + 1, heads.start : heads.stop]
     parts = [dense[:, :, :sink], dense[:, :, tail_start:]]
     if packed:
-        codes = cuda.unpack(args.k.layout, args.k.arrays[0], args.dense_k, (packed, 0, 0), b, heads, mx.float16)
+        keys = (args.k.layout, args.k.arrays[0], args.dense_k)
+        (codes,) = cuda.unpack([keys], (packed, 0, 0), b, heads, mx.float16)
         projection = _projection(args.k.codec, args.k.layout, mx.float16)[:, -args.k.layout.channels :]
         parts.insert(1, codes @ projection.T)
     return mx.concatenate(parts, axis=2).astype(args.q.dtype)
@@ -218,6 +273,7 @@ BACKEND = Backend(
     layouts,
     layout_named,
     extend,
+    step,
     rotate=cuda.rotate,
     choose=pages.choose,
     findings=findings,

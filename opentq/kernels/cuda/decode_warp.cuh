@@ -8,7 +8,9 @@
 // whose B operand is split in a high and a low half to keep 22 bits. The C fragment of S^T becomes the B operand of the
 // second product by two 8 x 8 transposes. Output: O^T = V^T P^T with codes as A again; the scales multiply P (one fp16
 // multiply per key pair and group), the zeros are one mma into `oz`. Factors that the numbers carry (UNIT, STEP, LIFT)
-// are taken back in fp32. Queries are scaled by a power of two into [1, 2) per row, so that bf16's range fits fp16.
+// are taken back in fp32. Where numbers are biased, the sums of a score start with what the bias adds to them, and one mma
+// per strip and group with the bias as its codes says what it adds to the outputs. Queries are scaled by a power of two
+// into [1, 2) per row, so that bf16's range fits fp16.
 #include "record.cuh"
 
 namespace opentq {
@@ -17,6 +19,15 @@ struct Call {  // what the host knows: blocks allocated for k and v, dense colum
   int k_blocks, v_blocks, columns, q_heads, kv_heads, length, window, causal;
   int packed, sink, tail_start;  // of all sequences, where they agree; else packed is -1, and they are in memory
   float scale, softcap;
+  int centered;  // `Fused`: whether keys have a center
+};
+
+// What a launch does beside attending. APPEND: the newest `length` of `columns` come with it, and it writes all columns
+// anew; ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back.
+template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_>
+struct Fused {
+  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_;
+  static constexpr int LENGTH = 8;  // query tokens at most
 };
 
 __device__ __forceinline__ void add(float4& y, float w, const float4& x) {
@@ -27,7 +38,7 @@ __device__ __forceinline__ void put(T* y, const float4& x, float f) {
   assign(y[0], x.x * f), assign(y[1], x.y * f), assign(y[2], x.z * f), assign(y[3], x.w * f);
 }
 
-template <class T, class KF, class VF, int NT, int NW, int ST>
+template <class T, class KF, class VF, int NT, int NW, int ST, class FUSED>
 struct Plan {
   static constexpr int ROWS = 8 * NT;
   static constexpr int STAGE = KF::BYTES + VF::BYTES;
@@ -40,24 +51,35 @@ struct Plan {
   static constexpr int QUERY = KF::QUERY / 16 * NT * 64 * 4;                    // B fragments of q
   static constexpr int ZERO_PARTS = !KF::ZEROED ? 0 : KF::GROUPS > 8 ? 2 : 1;
   static constexpr int SUMS = NT * ZERO_PARTS * 64 * 4;                         // B fragments of group sums of q
+  static constexpr int BIASES = KF::BIASED ? KF::GROUPS * ROWS * 4 : 0;         // where the sums of a score start
+  static constexpr int FRESH = FUSED::APPEND ? FUSED::LENGTH * (KF::DENSE + VF::D) * 2 : 0;  // new keys and values
+  static constexpr int OUTPUT = FUSED::ROTATE_V ? ROWS * (VF::D + 4) * 4 : 0;   // outputs on their way to be rotated
   static constexpr int BARS = NW * ST * 8;
   static constexpr int SMALL = ROWS * 8 + 2 * NW * ROWS * 4 + 16;               // factors, positions, maxima, sums
-  static constexpr int BYTES = AREA + QUERY + SUMS + BARS + SMALL;
+  static constexpr int BYTES = AREA + QUERY + SUMS + BARS + BIASES + FRESH + OUTPUT + SMALL;
 };
 
-// Running softmax of one warp: rows 2t, 2t+1 of every row tile, equal in the 8 lanes that share t; l is a lane's own
-// part.
-template <int NT, int TILES>
+// Running softmax of one warp: rows 2t, 2t+1 of every row tile, equal in the 8 lanes that share t. Probabilities are
+// 2^(x - m), so they stop at 1 as long as m is no less than any score: where a score exceeds it, m rises beyond by SLACK,
+// which spares most of the rescaling that a running maximum would ask for. The tensor core adds up the same fp16
+// probabilities that multiply the values, so that their rounding cancels.
+template <int NT, class V>
 struct Running {
-  float m[NT][2], l[NT][2];
+  static constexpr int TILES = V::TILES;
+  static constexpr float SLACK = 2.f;
+  float m[NT][2];
+  float l[NT][4];         // as o: the sum of a row's probabilities in every dim
   float o[TILES][NT][4];  // O^T: dims g, g+8 of a tile x rows 2t, 2t+1
   float oz[NT][4];        // zeros' share, groups g, g+8
+  float ob[V::BIASED ? V::GROUPS : 1][NT][4];  // less the bias's share, equal for all dims of a group
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = 0.f;
+      m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = l[n][2] = l[n][3] = 0.f;
       oz[n][0] = oz[n][1] = oz[n][2] = oz[n][3] = 0.f;
+#pragma unroll
+      for (int i = 0; V::BIASED && i < V::GROUPS; ++i) ob[i][n][0] = ob[i][n][1] = ob[i][n][2] = ob[i][n][3] = 0.f;
 #pragma unroll
       for (int j = 0; j < TILES; ++j) o[j][n][0] = o[j][n][1] = o[j][n][2] = o[j][n][3] = 0.f;
     }
@@ -82,10 +104,13 @@ struct Running {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float y = fmaxf(m[n][r], top[n][r]);
+          float y = top[n][r];
           y = fmaxf(y, shuffle_xor(y, 4)), y = fmaxf(y, shuffle_xor(y, 8)), y = fmaxf(y, shuffle_xor(y, 16));
+          y = y > m[n][r] ? y + SLACK : m[n][r];
           const float f = exp2_fast(m[n][r] - y);
-          m[n][r] = y, l[n][r] *= f, oz[n][r] *= f, oz[n][r + 2] *= f;
+          m[n][r] = y, l[n][r] *= f, l[n][r + 2] *= f, oz[n][r] *= f, oz[n][r + 2] *= f;
+#pragma unroll
+          for (int i = 0; V::BIASED && i < V::GROUPS; ++i) ob[i][n][r] *= f, ob[i][n][r + 2] *= f;
 #pragma unroll
           for (int j = 0; j < TILES; ++j) o[j][n][r] *= f, o[j][n][r + 2] *= f;
         }
@@ -95,14 +120,37 @@ struct Running {
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[s][n][i] = exp2_fast(x[s][n][i] - m[n][i & 1]);
-          l[n][i & 1] += x[s][n][i];
-        }
+        for (int i = 0; i < 4; ++i) x[s][n][i] = exp2_fast(x[s][n][i] - m[n][i & 1]);
+  }
+
+  // Probabilities of one strip (C fragments, keys x rows) as B operands (keys x rows) of the output product, and added up.
+  __device__ __forceinline__ void probabilities(u32 (&b)[NT][2], const float (&p)[NT][4]) {
+    const u32 ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      b[n][0] = transpose8x8(pack_half2(p[n][0], p[n][1])), b[n][1] = transpose8x8(pack_half2(p[n][2], p[n][3]));
+      mma(l[n], ones, b[n][0], b[n][1]);
+    }
+  }
+
+  // Takes the bias back from the outputs: every few records, before it outgrows them.
+  __device__ __forceinline__ void unbias() {
+    if constexpr (V::BIASED) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int j = 0; j < TILES; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (V::bias(16 * j / V::GROUP)) o[j][n][i] += ob[16 * j / V::GROUP][n][i];
+#pragma unroll
+        for (int i = 0; i < V::GROUPS; ++i) ob[i][n][0] = ob[i][n][1] = ob[i][n][2] = ob[i][n][3] = 0.f;
+      }
+    }
   }
 
   // Outputs as numbers of the format V -> values, or the other way.
-  template <class V, bool BACK>
+  template <bool BACK>
   __device__ __forceinline__ void scale_output() {
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
@@ -114,14 +162,15 @@ struct Running {
   }
 };
 
-// Probabilities of one strip (C fragment, keys x rows) as the B operand (keys x rows) of the output product.
-__device__ __forceinline__ void probabilities(u32 (&b)[2], const float (&p)[4]) {
-  b[0] = transpose8x8(pack_half2(p[0], p[1])), b[1] = transpose8x8(pack_half2(p[2], p[3]));
-}
+// Dense columns of one KV head in logical order; from `old` on they are not in memory yet but in shared memory.
+struct Columns {
+  const f16 *k, *v, *fresh_k, *fresh_v;
+  int old, tail_start, all;
+};
 
-template <class T, class KF, class VF, int NT, int NW, int ST>
+template <class T, class KF, class VF, int NT, int NW, int ST, class FUSED>
 struct Decode {
-  using P = Plan<T, KF, VF, NT, NW, ST>;
+  using P = Plan<T, KF, VF, NT, NW, ST, FUSED>;
   static constexpr int ROWS = P::ROWS;
   static constexpr int QUERY_TILES = KF::QUERY / 16;
   static constexpr bool HELD = QUERY_TILES * NT <= 16;  // q in registers where it is small
@@ -130,11 +179,12 @@ struct Decode {
   int lane, warp, g, t;
   const u32 *query, *sums;                // shared
   const float* factor;                    // shared: score of a row in log2 units = factor * sum q' k
+  const float* biases;                    // shared: [group][row], where the sums of a score start
   const int* position;                    // shared: logical position of each row
   u32 held[HELD ? QUERY_TILES : 1][NT][2];
   float softcap, f[NT][2];
   int window, causal, packed, sink;
-  Running<NT, VF::TILES> run;
+  Running<NT, VF> run;
 
   __device__ __forceinline__ void load_query(u32 (&b)[2], int j, int n) const {
     if constexpr (HELD) {
@@ -221,6 +271,13 @@ struct Decode {
     for (int group = 0; group < KF::GROUPS; ++group) {
       float c[LINKS][2][NT][4] = {};
 #pragma unroll
+      for (int n = 0; n < NT && KF::bias(group); ++n) {
+        const float2 start = *reinterpret_cast<const float2*>(biases + group * ROWS + 8 * n + 2 * t);
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+          c[0][s][n][0] = c[0][s][n][2] = start.x, c[0][s][n][1] = c[0][s][n][3] = start.y;
+      }
+#pragma unroll
       for (int j = group * KF::GROUP / 16; j < KF::TILES && j < (group + 1) * KF::GROUP / 16; ++j) {
         u32 b[4];
         upper.tile(a, k, lane, j);
@@ -256,8 +313,7 @@ struct Decode {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       u32 b[NT][2];
-#pragma unroll
-      for (int n = 0; n < NT; ++n) probabilities(b[n], x[s][n]);
+      run.probabilities(b, x[s]);
       if constexpr (VF::ZEROED) {
         const u16* v_zeros = reinterpret_cast<const u16*>(v + VF::ZEROS) + 8 * t;
         a[0] = a[1] = a[2] = a[3] = 0u;
@@ -276,6 +332,11 @@ struct Decode {
         u32 w[NT][2];
 #pragma unroll
         for (int n = 0; n < NT; ++n) w[n][0] = mul_half2(b[n][0], scales.x), w[n][1] = mul_half2(b[n][1], scales.y);
+        if (VF::bias(group)) {
+          a[0] = a[1] = a[2] = a[3] = 0x80008000u | (u32)VF::bias(group) * 0x10001u;
+#pragma unroll
+          for (int n = 0; n < NT; ++n) mma(run.ob[VF::BIASED ? group : 0][n], a, w[n][0], w[n][1]);
+        }
 #pragma unroll
         for (int j = group * VF::GROUP / 16; j < VF::TILES && j < (group + 1) * VF::GROUP / 16; ++j) {
           values.tile(a, v, lane, s * VF::TILES + j);
@@ -286,17 +347,19 @@ struct Decode {
     }
   }
 
-  // 16 dense columns from `first`; those in [sink, tail_start) and from `columns` on do not exist.
-  __device__ __forceinline__ void dense(const f16* k, const f16* v, int first, int tail_start, int columns) {
+  // 16 dense columns from `first`; those in [sink, tail_start) and behind the last do not exist.
+  __device__ __forceinline__ void dense(const Columns& from, int first) {
     const int column[2] = {first + g, first + g + 8};
     bool exists[2];
     const u32 *k_row[2], *v_row[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      exists[i] = column[i] < sink || (column[i] >= tail_start && column[i] < columns);
-      const int safe = exists[i] ? column[i] : columns - 1;
-      k_row[i] = reinterpret_cast<const u32*>(k + (size_t)safe * KF::DENSE) + t;
-      v_row[i] = reinterpret_cast<const u32*>(v + (size_t)safe * VF::D) + t;
+      exists[i] = column[i] < sink || (column[i] >= from.tail_start && column[i] < from.all);
+      const int safe = exists[i] ? column[i] : from.all - 1;
+      const bool fresh = FUSED::APPEND && safe >= from.old;
+      const f16* key = fresh ? from.fresh_k + (safe - from.old) * KF::DENSE : from.k + (size_t)safe * KF::DENSE;
+      const f16* value = fresh ? from.fresh_v + (safe - from.old) * VF::D : from.v + (size_t)safe * VF::D;
+      k_row[i] = reinterpret_cast<const u32*>(key) + t, v_row[i] = reinterpret_cast<const u32*>(value) + t;
     }
     // All values are asked for before the first key is used, where registers allow it: one wait instead of two.
     constexpr int AHEAD = VF::TILES * NT <= 8 ? VF::TILES : 1;
@@ -321,11 +384,10 @@ struct Decode {
     to_scores(x, 1.f, 1.f);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      mask(x[0], i, column[i] < sink ? column[i] : sink + packed + column[i] - tail_start, exists[i]);
+      mask(x[0], i, column[i] < sink ? column[i] : sink + packed + column[i] - from.tail_start, exists[i]);
     run.softmax(x);
     u32 b[NT][2];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) probabilities(b[n], x[0][n]);
+    run.probabilities(b, x[0]);
 #pragma unroll
     for (int j = 0; j < VF::TILES; ++j) {
       u32 a[4];

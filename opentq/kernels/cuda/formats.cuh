@@ -26,8 +26,9 @@ struct Sizes {
   static constexpr int ZEROS = SCALES + 16 * GROUPS;
   static constexpr int RECORD = SCALES + 16 * GROUPS * NUMBERS;  // words
   static constexpr int BYTES = 4 * RECORD;
-  static constexpr bool ZEROED = NUMBERS == 2, TABLES = false;
+  static constexpr bool ZEROED = NUMBERS == 2, TABLES = false, BIASED = false;
   static constexpr float SECOND = 1.f;
+  static __device__ constexpr int bias(int) { return 0; }
   static constexpr int DENSE = D, QUERY = D, FIRST = 0;
   static_assert(D % 16 == 0, "head dims are multiples of 16");
 };
@@ -77,55 +78,95 @@ struct Affine : Sizes<DIM, BITS_ == 3 ? 2 : BITS_, BITS_ == 3, GROUP_, 2> {
   }
 };
 
-// Codebook codes: value = scale * STEP * book[code], the book odd and of signed bytes. A stored code is a sign (the
-// code's upper bit: 1 is positive) and the rank of its magnitude (the other bits, inverted where the sign is negative),
-// and the magnitudes are looked up four at a time in the registers M0..M3: a rank is a selector of `permute`.
-// Rank of element e = 2 r + h: nibble e of the word, in 2- and 3-bit codes of two tiles, the second two bits higher.
-// Signs: byte e%4 of a word for each half of the elements, bit 7 once it is shifted as `fragment` says; in 1-, 3- and
-// 5-bit codes the second plane (1 bit: the only one) holds four tiles of them.
+// Codebook codes: value = scale * STEP * book[code], the book odd and of signed bytes, its magnitudes in M0..M3. Bytes are
+// looked up by `permute`, four at a time: a nibble is a selector. Element e = 2 r + h of a tile.
+// 2 and 3 bits (DIRECT): the code itself is the selector, and what it selects is 128 + book[code]. Nibble e has two bits
+// of a code, those of the second tile of a word two bits higher; the third bit comes from the second plane, which holds
+// four tiles, once it is shifted as `selectors` says.
+// 1, 4 and 5 bits: a sign (the code's upper bit: 1 is positive) and the rank of a magnitude (the other bits, inverted where
+// the sign is negative). Nibble e is the rank. Signs: byte e%4 of a word for each half of the elements, bit 7 once it is
+// shifted as `fragment` says; in 1- and 5-bit codes the second plane (1 bit: the only one) holds four tiles of them.
+// Sixteen magnitudes are two lookups: with a selector's upper bit set `permute` gives the sign of a byte, 0 for those here,
+// so the upper eight, less what the lower eight lack of them.
 template <int DIM, int BITS, u32 M0, u32 M1, u32 M2, u32 M3, int STEP_2_31>
 struct Book : Sizes<DIM, BITS == 1 ? 1 : BITS / 2 * 2, BITS == 3 || BITS == 5, DIM, 1> {
   static constexpr float LIFT = 1.f, STEP = STEP_2_31 / 2147483648.f;
   static constexpr u32 RANKS = 1u << (BITS - 1);
+  static constexpr bool DIRECT = BITS == 2 || BITS == 3, BIASED = DIRECT;
   static_assert(BITS <= 5, "a register pair holds eight magnitudes, two pairs sixteen");
+  static __device__ constexpr int bias(int) { return DIRECT ? 128 : 0; }
+
+  // Entries [first, first + 4) of a book of 2 or 3 bits, biased.
+  static __device__ constexpr u32 entries(u32 first) {
+    u32 bytes = 0;
+    for (u32 i = 0; i < 4 && first + i < 2 * RANKS; ++i) {
+      const u32 code = first + i;
+      const u32 size = M0 >> (8 * (code < RANKS ? RANKS - 1 - code : code - RANKS)) & 0xffu;
+      bytes |= (code < RANKS ? 128 - size : 128 + size) << (8 * i);
+    }
+    return bytes;
+  }
 
   // A canonical code, which is the index of its entry, as it is stored; and the magnitude of a stored code's entry.
-  static __device__ __forceinline__ u32 ranked(u32 code) { return code >> (BITS - 1) ? code : code ^ (RANKS - 1); }
-  static __device__ __forceinline__ u32 entry(u32 code) { return magnitudes(code & (RANKS - 1)) & 0xffu; }
+  static __device__ __forceinline__ u32 ranked(u32 code) {
+    return DIRECT || code >> (BITS - 1) ? code : code ^ (RANKS - 1);
+  }
+  static __device__ __forceinline__ int entry(u32 code) {
+    if constexpr (DIRECT) return (int)(permute(entries(0), entries(4), code) & 0xffu) - 128;
+    return magnitudes(code & (RANKS - 1)) & 0xffu;
+  }
 
   static __device__ __forceinline__ u32 low(u32 code, int k, int h) {
-    const int i = k / 4, r = k % 4, sign = 8 * (2 * (r % 2) + h);
+    const int i = k / 4, r = k % 4, sign = 8 * (2 * (r % 2) + h), nibble = 4 * (2 * r + h);
     if constexpr (BITS == 1) return high(code, k, h);
-    const u32 rank = (code & (RANKS - 1)) << (4 * (2 * r + h) + (BITS > 3 ? 0 : 2 * i));
-    if constexpr (BITS == 3 || BITS == 5) return rank;
-    return rank | (code >> (BITS - 1)) << (sign + (BITS == 2 ? 5 + 2 * i : 7) - 4 * (r / 2));
+    if constexpr (DIRECT) return (code & 3u) << (nibble + 2 * i);
+    const u32 rank = (code & (RANKS - 1)) << nibble;
+    return BITS == 5 ? rank : rank | (code >> (BITS - 1)) << (sign + 7 - 4 * (r / 2));
   }
   static __device__ __forceinline__ u32 high(u32 code, int k, int h) {
     const int i = k / 4, r = k % 4;
+    if constexpr (DIRECT) return (code >> 2) << (4 * (2 * r + h) + (i < 3 ? 2 - i : 3));
     return (code >> (BITS - 1)) << (8 * (2 * (r % 2) + h) + 7 - 2 * i - r / 2);
+  }
+
+  // Selectors of the eight codes of a tile.
+  static __device__ __forceinline__ u32 selectors(u32 word, u32 more, int i) {
+    const u32 two = i % 2 ? word >> 2 : word;
+    if constexpr (BITS == 2) return two & 0x33333333u;
+    const u32 third = i % 4 == 3 ? more >> 1 : more << (i % 4);
+    return (two & 0x33333333u) | (third & 0x44444444u);
   }
 
   static __device__ __forceinline__ u32 magnitudes(u32 ranks) {  // of the four lower nibbles
     if constexpr (BITS == 1) return M0;
-    if constexpr (BITS == 5) return permute(M0, M1, ranks) | permute(M2, M3, ranks ^ 0x8888u);
+    if constexpr (BITS == 5) return permute(M2, M3, ranks & 0x7777u) - permute(M2 - M0, M3 - M1, ranks);
     return permute(M0, M1, ranks);
   }
 
   static __device__ __forceinline__ void fragment(u32 (&a)[4], u32 word, u32 more, int i) {
-    constexpr u32 MASK = BITS == 2 ? 0x11111111u : BITS == 3 ? 0x33333333u : BITS == 4 ? 0x77777777u : 0xffffffffu;
-    const u32 ranks = (BITS == 2 || BITS == 3 ? word >> (2 * (i % 2)) : word) & MASK;
+    if constexpr (DIRECT) {
+      const u32 lower = selectors(word, more, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 bytes = permute(entries(0), entries(4), half ? upper_half(lower) : lower);
+        a[2 * half] = permute(bytes, 0u, 0x4140u), a[2 * half + 1] = permute(bytes, 0u, 0x4342u);
+      }
+      return;
+    }
     u32 plus[2];  // signs in bit 7 of every byte: elements 0..3, and 4..7
     if constexpr (BITS == 4) {
       plus[0] = word, plus[1] = word << 4;
-    } else if constexpr (BITS == 2) {
-      plus[0] = word << (2 - 2 * (i % 2)), plus[1] = word << (6 - 2 * (i % 2));
     } else {
       const u32 signs = BITS == 1 ? word : more;
       plus[0] = signs << (2 * (i % 4)), plus[1] = signs << (2 * (i % 4) + 1);
     }
+    const u32 ranks = word & 0x77777777u;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const u32 size = magnitudes(ranks >> (16 * half)), minus = ~plus[half] & 0x80808080u;
+      const u32 mine = half ? upper_half(ranks) : ranks, minus = ~plus[half] & 0x80808080u;
+      u32 size = M0;
+      if constexpr (BITS == 4) size = permute(M0, M1, mine);
+      if constexpr (BITS == 5) size = permute(M2, M3, mine) - permute(M2 - M0, M3 - M1, word >> (16 * half));
       a[2 * half] = permute(size, minus, 0x5140u), a[2 * half + 1] = permute(size, minus, 0x7362u);
     }
   }
@@ -137,9 +178,10 @@ template <class F1, class F2, int DENSE_>
 struct Pair {
   static constexpr int D = F1::D + F2::D, GROUP = F1::D, GROUPS = 2, NUMBERS = 1, TILES = D / 16;
   static constexpr int SCALES = F1::SCALES + F2::SCALES, ZEROS = SCALES + 32, RECORD = ZEROS, BYTES = 4 * RECORD;
-  static constexpr bool ZEROED = false, TABLES = false;
+  static constexpr bool ZEROED = false, TABLES = false, BIASED = F1::BIASED || F2::BIASED;
   static constexpr float LIFT = 1.f, STEP = F1::STEP, SECOND = F2::STEP / F1::STEP;
   static constexpr int DENSE = DENSE_, QUERY = D, FIRST = 0;
+  static __device__ constexpr int bias(int group) { return group ? F2::bias(0) : F1::bias(0); }
   static_assert(F1::D == F2::D && F1::GROUPS == 1 && F2::GROUPS == 1 && F1::LIFT == 1.f && F2::LIFT == 1.f);
 };
 
@@ -162,9 +204,10 @@ template <int DIM, bool KEYS_, class L1, class L2, class L3, class L4>
 struct Polar {
   static constexpr int D = DIM, GROUP = 16, TILES = D / 16, GROUPS = TILES, NUMBERS = 1;
   static constexpr int SCALES = 48 * TILES, ZEROS = SCALES + 16 * GROUPS, RECORD = ZEROS, BYTES = 4 * RECORD;
-  static constexpr bool ZEROED = false, KEYS = KEYS_, TABLES = true;
+  static constexpr bool ZEROED = false, KEYS = KEYS_, TABLES = true, BIASED = false;
   static constexpr float LIFT = 1.f, STEP = 4.f / UNIT, SECOND = 1.f;
   static constexpr int DENSE = D, QUERY = D, FIRST = 0;
+  static __device__ constexpr int bias(int) { return 0; }
 
   struct Tables {
     float product[2][64];  // by which four channels of a half; six bits

@@ -26,8 +26,33 @@ CALL = (
     ),
     *((name, "int") for name in ("packed", "sink", "tail_start")),
     *((name, "float") for name in ("scale", "softcap")),
+    ("centered", "int"),
 )
 """Names and types of `opentq::Call`, decode's scalars."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a decode launch does beside attending: `opentq::Fused`.
+
+    `append`: new keys and values come with the call, and all dense columns go out. `rotate_k`, `rotate_v`: queries and
+    new keys are rotated, new values and the output back.
+    """
+
+    append: bool = False
+    rotate_k: bool = False
+    rotate_v: bool = False
+
+    LENGTH = 8
+    """Query tokens of a launch that appends, at most."""
+
+    @property
+    def type(self) -> str:
+        flags = (self.append, self.rotate_k, self.rotate_v)
+        return f"opentq::Fused<{', '.join('true' if flag else 'false' for flag in flags)}>"
+
+    def __str__(self) -> str:
+        return "append" * self.append + "_k" * self.rotate_k + "_v" * self.rotate_v
 
 
 @dataclass(frozen=True)
@@ -43,20 +68,23 @@ class Geometry:
     tiles: int
     warps: int
     stages: int
+    fused: Fused = Fused()
 
     @classmethod
-    def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int) -> Geometry:
-        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; twelve warps where records are light, as
-        arithmetic then takes as long as bytes do. Fewer where shared memory ends, more stages where records are tiny.
+    def choose(cls, k: MmaLayout, v: MmaLayout, dtype: str, rows: int, fused: Fused = Fused()) -> Geometry:
+        """Measured best (`dev/kernels/cuda.md`): eight warps and two stages; more warps where arithmetic takes as long
+        as bytes do, which is where records are light or codes are looked up: sixteen, or twelve where the code needs
+        the registers. Fewer where shared memory ends, more stages where records are tiny.
         """
         tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
         tiles = max(1, min(tiles, 512 // max(k.head_dim, v.head_dim)))
         stage = 4 * (k.record_words + v.record_words)
-        warps = 12 if stage <= LIGHT and tiles == 1 else 8
-        while warps > 1 and 2 * warps * stage > 200 * 1024:
-            warps //= 2
+        busy = tiles == 1 and (stage <= LIGHT or not (k.zeroed and v.zeroed))
+        plain = len(k.runs) == len(v.runs) == 1 and max(k.query, v.channels) <= 128
+        wanted = 8 if not busy else 16 if plain else 12
+        warps = next(w for w in (wanted, 8, 4, 2, 1) if 2 * w * stage <= 200 * 1024 or w == 1)
         stages = max(2, min(4, -(-IN_FLIGHT // (warps * stage))))
-        return cls(k, v, dtype, tiles, warps, stages)
+        return cls(k, v, dtype, tiles, warps, stages, fused)
 
     @property
     def row_tile(self) -> int:
@@ -71,8 +99,11 @@ class Geometry:
         area = max(ring, whole if whole <= max(ring, 49152) else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
         query = self.k.query // 16 * self.tiles * 256
         sums = self.tiles * (0 if not self.k.zeroed else 2 if self.k.groups > 8 else 1) * 256
+        biases = self.k.groups * rows * 4 * self.k.biased
+        fresh = Fused.LENGTH * (self.k.head_dim + self.v.head_dim) * 2 * self.fused.append
+        output = rows * (self.v.head_dim + 4) * 4 * self.fused.rotate_v
         small = rows * 8 + 2 * self.warps * rows * 4 + 16
-        return area + query + sums + self.warps * self.stages * 8 + small
+        return area + query + sums + self.warps * self.stages * 8 + biases + fresh + output + small
 
     @property
     def resident(self) -> int:
@@ -96,24 +127,29 @@ class Geometry:
         t, sizes = self.dtype, f"{self.tiles}, {self.warps}, {self.stages}"
         name = f"opentq_decode_{short(t)}_{self.k.name}_{self.v.name}_{self.tiles}_{self.warps}_{self.stages}"
         calls = ", ".join(name for name, _ in CALL)
-        body = (
-            f"  opentq::decode<{t}, {format_type(self.k)}, {format_type(self.v)}, {sizes}, {self.shared}>(\n"
-            f"      q, k, v, dense_k, dense_v, lens, sinks, tickets, out, scratch, {{{calls}}});"
-        )
+        inputs = [
+            ("q", t),
+            ("k", "unsigned"),
+            ("v", "unsigned"),
+            ("dense_k", "opentq::f16"),
+            ("dense_v", "opentq::f16"),
+        ]
+        inputs += [("lens", "int"), ("sinks", "float"), ("tickets", "unsigned")]
+        outputs = [("out", t), ("scratch", "float")]
+        tensors = [name for name, _ in inputs + outputs]
+        if self.fused.append:
+            inputs += [("fresh_k", t), ("fresh_v", t), ("center", "opentq::f16")]
+            outputs += [("new_k", "opentq::f16"), ("new_v", "opentq::f16")]
+            tensors += ["fresh_k", "fresh_v", "center", "new_k", "new_v"]
+        if self.fused != Fused():
+            name += f"_{self.fused}"
+        types = f"{t}, {format_type(self.k)}, {format_type(self.v)}, {sizes}, {self.shared}, {self.fused.type}"
+        body = f"  opentq::decode<{types}>(\n      {{{', '.join(tensors)}}}, {{{calls}}});"
         return KernelSource(
             name=re.sub(r"\W+", "_", name),
             file="decode.cu",
-            inputs=(
-                ("q", t),
-                ("k", "unsigned"),
-                ("v", "unsigned"),
-                ("dense_k", "opentq::f16"),
-                ("dense_v", "opentq::f16"),
-                ("lens", "int"),
-                ("sinks", "float"),
-                ("tickets", "unsigned"),
-            ),
-            outputs=(("out", t), ("scratch", "float")),
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
             scalars=CALL,
             body=body,
             threads=32 * self.warps,

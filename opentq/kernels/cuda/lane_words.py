@@ -43,15 +43,19 @@ def planes(bits: int, zeroed: bool) -> tuple[WordPlane, ...]:
         }.get(bits, plane(8, (0, 2, lambda i, r, h: 8 * i + 2 * r + 16 * h)))
         high = plane(16, (2, 1, lambda i, r, h: 4 * i + r // 2 + 2 * (r % 2) + 16 * h))
         return (low, high) if bits == 3 else (low,)
-    # Codebooks: ranks and signs; element e = 2 r + h, byte e % 4 for its sign.
+    # Codebooks; element e = 2 r + h. Two and three bits: the codes themselves.
+    if bits in (2, 3):
+        low = plane(8, (0, 2, lambda i, r, h: 4 * (2 * r + h) + 2 * i))
+        high = plane(16, (2, 1, lambda i, r, h: 4 * (2 * r + h) + (2, 1, 0, 3)[i]))
+        return (low,) if bits == 2 else (low, high)
+    # Otherwise ranks and signs; byte e % 4 for its sign.
     signs = plane(16, (bits - 1, 1, lambda i, r, h: 8 * (2 * (r % 2) + h) + 7 - 2 * i - r // 2))
     if bits == 1:
         return (signs,)
-    if bits in (2, 4):
-        top = 5 if bits == 2 else 7
-        sign = (bits - 1, 1, lambda i, r, h: 8 * (2 * (r % 2) + h) + top + 2 * i - 4 * (r // 2))
-        return (plane(16 // bits, (0, bits - 1, lambda i, r, h: 4 * (2 * r + h) + 2 * i), sign),)
-    return plane(16 // (bits - 1), (0, bits - 1, lambda i, r, h: 4 * (2 * r + h) + 2 * i)), signs
+    rank = (0, bits - 1, lambda i, r, h: 4 * (2 * r + h))
+    if bits == 4:
+        return (plane(4, rank, (3, 1, lambda i, r, h: 8 * (2 * (r % 2) + h) + 7 - 4 * (r // 2))),)
+    return plane(4, rank), signs
 
 
 def to_lane_words(codes: mx.array, plane: WordPlane) -> mx.array:

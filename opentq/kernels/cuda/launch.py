@@ -2,7 +2,7 @@
 
 A kernel is a `.cu` file of templates plus one line that instantiates it. `KernelSource` holds both and can spell itself
 in two ways: as a translation unit, which NVRTC compiles on first use (`nvrtc.py`) and nvcc checks on machines without a
-GPU, and as one for the warp emulator of the tests. The decode kernel's launches are in `cuda_geometry.py`.
+GPU, and as one for the warp emulator of the tests. The decode kernel's launches are in `geometry.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from .layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
 HERE = Path(__file__).parent
 FILES = (
-    *("warp.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
-    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu", "pages.cu"),
+    *("warp.cuh", "vector.cuh", "formats.cuh", "record.cuh", "decode_warp.cuh"),
+    *("decode.cu", "pack.cu", "unpack.cu", "rotate.cu"),
 )
+"""Sources that `dev/gpu_check.py` proves on a GPU."""
+UNPROVEN = ("pages.cu",)
+"""Sources that no GPU has run yet, so that no record speaks of them."""
 
 
 CTYPES = {mx.float16: "opentq::f16", mx.bfloat16: "opentq::bf16", mx.float32: "float", mx.uint32: "unsigned"}
@@ -55,10 +58,10 @@ def architecture() -> str:
 
 
 def source_hash() -> str:
-    """Twelve digits that change whenever a CUDA source does; records in `results/` carry it."""
+    """Twelve digits that change whenever a kernel's code does, comments apart; records in `results/` carry it."""
     digest = hashlib.sha256()
     for name in FILES:
-        digest.update((HERE / name).read_bytes())
+        digest.update(text(name).encode())
     return digest.hexdigest()[:12]
 
 
@@ -223,22 +226,28 @@ def _pack_run(layout: MmaLayout, i: int, flags: str, dtype: str) -> str:
 
 
 @functools.cache
-def unpack_source(layout: MmaLayout, dtype: str) -> KernelSource:
-    """Some KV heads of one sequence -> `[heads, tokens, D]` in logical order; four units of 32 tokens per block."""
-    keys = "true" if layout.side == "k" else "false"
+def unpack_source(layouts: tuple[MmaLayout, ...], dtype: str) -> KernelSource:
+    """Some KV heads of one sequence -> `[heads, tokens, D]` in logical order; four units of 32 tokens per block.
+
+    `layouts`: one side, or keys and values, which are then two of the grid's z.
+    """
+    sides = [layout.side for layout in layouts]
+    calls = []
+    for z, (side, layout) in enumerate(zip(sides, layouts)):
+        types = f"{format_type(layout)}, {'true' if side == 'k' else 'false'}"
+        given = f"records_{side}, dense_{side}, where, {side}, blocks_{side}, heads, columns, tokens"
+        calls.append(f"  if (blockIdx.z == {z}) opentq::unpack<{types}>(\n      {given});")
+    inputs = [x for side in sides for x in ((f"records_{side}", "unsigned"), (f"dense_{side}", "opentq::f16"))]
+    names = (*UNPACK, *(f"blocks_{side}" for side in sides), "heads", "columns", "tokens")
     return KernelSource(
-        name=re.sub(r"\W+", "_", f"opentq_unpack_{short(dtype)}_{layout.name}"),
+        name=re.sub(r"\W+", "_", f"opentq_unpack_{short(dtype)}_{'_'.join(layout.name for layout in layouts)}"),
         file="unpack.cu",
-        inputs=(("records", "unsigned"), ("dense", "opentq::f16")),
-        outputs=(("y", dtype),),
-        scalars=tuple((name, "int") for name in (*UNPACK, "blocks", "heads", "columns", "tokens")),
-        body=(
-            f"  const int where[] = {{{', '.join(UNPACK)}}};\n"
-            f"  opentq::unpack<{format_type(layout)}, {keys}>(\n"
-            "      records, dense, where, y, blocks, heads, columns, tokens);"
-        ),
+        inputs=tuple(inputs),
+        outputs=tuple((side, dtype) for side in sides),
+        scalars=tuple((name, "int") for name in names),
+        body="\n".join([f"  const int where[] = {{{', '.join(UNPACK)}}};", *calls]),
         threads=128,
-        shared=0,
+        shared=4 * 16 * 2 * (max(layout.channels for layout in layouts) + 8),
     )
 
 
@@ -260,27 +269,28 @@ def pack(layout: MmaLayout, form: Format | None, y: mx.array) -> mx.array:
     return compiled(source)(inputs, [(shape, mx.uint32)], (), (records, 1, 1))[0]
 
 
-def unpack(
-    layout: MmaLayout,
-    records: mx.array,
-    dense: mx.array,
-    lens: tuple[int, int, int],
-    b: int,
-    heads: range,
-    dtype: mx.Dtype,
-) -> mx.array:
-    """Keys or values of sequence `b` and some KV heads in logical order: `[1, heads, tokens, D]` of `dtype`.
+Stored = tuple[MmaLayout, mx.array, mx.array]
+"""One side of a cache: its layout, its records, its fp16 columns."""
 
-    Of sketches the packed tokens alone, in the basis of their codes.
+
+def unpack(
+    sides: Sequence[Stored], lens: tuple[int, int, int], b: int, heads: range, dtype: mx.Dtype
+) -> list[mx.array]:
+    """Keys or values of sequence `b` and some KV heads in logical order: `[1, heads, tokens, D]` of `dtype` each.
+
+    Both sides in one launch. Of sketches, which come alone, the packed tokens, in the basis of their codes.
     """
     packed, sink, tail_start = lens
-    columns = 0 if layout.sketched else dense.shape[2]
+    layouts, dense = tuple(layout for layout, _, _ in sides), sides[0][2]
+    columns = 0 if layouts[0].sketched else dense.shape[2]
     tokens = packed + sink + columns - tail_start
-    scalars = (b, heads.start, packed, sink, tail_start, records.shape[2], dense.shape[1], columns, tokens)
+    blocks = (records.shape[2] for _, records, _ in sides)
+    scalars = (b, heads.start, packed, sink, tail_start, *blocks, dense.shape[1], columns, tokens)
     units = -(-packed // RECORD) + -(-columns // RECORD)
-    shape = (1, len(heads), tokens, layout.channels)
-    kernel = compiled(unpack_source(layout, CTYPES[dtype]))
-    return kernel([records, dense], [(shape, dtype)], scalars, (-(-units // 4), len(heads), 1))[0]
+    shapes = [((1, len(heads), tokens, layout.channels), dtype) for layout in layouts]
+    kernel = compiled(unpack_source(layouts, CTYPES[dtype]))
+    arrays = [array for _, *pair in sides for array in pair]
+    return kernel(arrays, shapes, scalars, (-(-units // 4), len(heads), len(sides)))
 
 
 @functools.cache
@@ -349,7 +359,8 @@ def extend(
     kernel = compiled(extend_source(k, v, CTYPES[fresh[0].dtype]))
     shapes = [((batch, heads, columns + length, dim), mx.float16) for dim, _ in (k, v)]
     blocks = -(-batch * heads * (columns + length) // 4)
-    out = kernel([*dense, *fresh], shapes, (batch * heads, columns, length), (blocks, 2, 1))
+    old = dense if columns else (no_halves(), no_halves())  # a kernel takes no empty array
+    out = kernel([*old, *fresh], shapes, (batch * heads, columns, length), (blocks, 2, 1))
     return out[0], out[1]
 
 
@@ -362,6 +373,12 @@ def no_sinks() -> mx.array:
 def no_lens() -> mx.array:
     """Stands for the lengths where they travel with the call."""
     return mx.zeros((1,), dtype=mx.int32)
+
+
+@functools.cache
+def no_halves() -> mx.array:
+    """Stands for fp16 columns that do not exist, and for the center of keys that have none."""
+    return mx.zeros((1,), dtype=mx.float16)
 
 
 @functools.cache

@@ -48,19 +48,25 @@ class Run:
     def named(cls, name: str, head_dim: int) -> Run:
         """The inverse of `str`."""
         bits, kind, number = int(name[0]), name[1], int(name[2:])
-        return cls(bits, number, head_dim) if kind == "g" else cls(bits, {"t": BOOK, "s": SIGNS}[kind], number)
+        return cls(bits, number, head_dim) if kind == "g" else cls(bits, SIGNS if kind == "s" else BOOK, number)
 
     def __str__(self) -> str:
-        kind = {BOOK: f"t{self.dim}", SIGNS: f"s{self.dim}"}.get(self.group, f"g{self.group}")
-        return f"{self.bits}{kind}"
+        if self.zeroed:
+            return f"{self.bits}g{self.group}"
+        return f"{self.bits}{'d' if self.direct else 's' if self.group == SIGNS else 't'}{self.dim}"
+
+    @property
+    def direct(self) -> bool:
+        """Whether codes are stored as they are and looked up as biased bytes (formats.cuh)."""
+        return self.group == BOOK and self.bits in (2, 3)
 
     @property
     def zeroed(self) -> bool:
         return self.group > 0
 
     def ranked(self, codes: mx.array) -> mx.array:
-        """Codebook codes <-> sign and rank of the magnitude, its own inverse; affine codes are left alone."""
-        if self.zeroed:
+        """Codes <-> sign and rank of the magnitude, its own inverse; affine and direct codes are left alone."""
+        if self.zeroed or self.direct:
             return codes
         sign = 1 << (self.bits - 1)
         return mx.where(codes < sign, codes ^ (sign - 1), codes)
@@ -87,6 +93,11 @@ class MmaLayout:
     def zeroed(self) -> bool:
         """Whether groups have a zero beside their scale."""
         return self.runs[0].zeroed
+
+    @property
+    def biased(self) -> bool:
+        """Whether kernels take a bias back from their sums."""
+        return any(run.direct for run in self.runs)
 
     @property
     def sketched(self) -> bool:
@@ -285,10 +296,11 @@ def layout_for(side: str, codec: Codec, dim: int) -> MmaLayout | None:
 
 def layout_named(name: str) -> MmaLayout | None:
     """The layout that calls itself `name`, or None when it is none of these."""
-    found = re.fullmatch(r"mma64-([kv])-(polar|(?:\d[gts]\d+\+?)+)-d(\d+)", name)
+    found = re.fullmatch(r"mma64-([kv])-(polar|(?:\d[gtds]\d+\+?)+)-d(\d+)", name)
     if not found:
         return None
     dim = int(found[3])
     if found[2] == "polar":
         return PolarLayout(found[1], dim)
-    return MmaLayout(found[1], dim, tuple(Run.named(run, dim) for run in found[2].split("+")))
+    layout = MmaLayout(found[1], dim, tuple(Run.named(run, dim) for run in found[2].split("+")))
+    return layout if layout.name == name else None  # 3t128 and its like were other bits under that name

@@ -7,7 +7,9 @@
 // A block of 4 warps; warp i of the grid takes record i (32 tokens) of the packed region, then groups of 32 dense
 // columns. Codes come as mma fragments (record.cuh); x = number * scale + zero in fp32, rounded once to T, half or
 // bfloat16. In K a fragment register holds two neighbouring dims of a key; in V two keys of a dim, turned by one 8 x 8
-// transpose. Grid: (records and dense groups / 4, heads). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D]
+// transpose. A strip of 16 tokens meets in shared memory, the warp's own, and leaves in whole rows, 16 bytes a lane:
+// written from the fragments, every store would touch eight rows and fill half a sector of each.
+// Grid: (records and dense groups / 4, heads, sides). Inputs: records [B, H, blocks, 2 RECORD], dense [B, H, Td, D]
 // half, where int [8] = (sequence, first head, packed, sink, tail_start). Output: y [heads, tokens, D] T.
 // Bytes moved: the records read, tokens * D * sizeof(T) written.
 #include "record.cuh"
@@ -31,32 +33,41 @@ __device__ __forceinline__ void unpack(const u32* __restrict__ records, const f1
     const u16* scales = reinterpret_cast<const u16*>(record + F::SCALES);
     const u16* zeros = reinterpret_cast<const u16*>(record + F::ZEROS);
     auto zero = [&](int at) { return F::ZEROED ? half_bits(zeros[at]) : 0.f; };
+    constexpr int ROW = F::D / 2 + 4;  // words; + 4: rows start in other banks
+    u32* strip_rows = reinterpret_cast<u32*>(shared_memory()) + threadIdx.x / 32 * 16 * ROW;
     Fragments<F> fragments;
 #pragma unroll
-    for (int i = 0; i < 2 * F::TILES; ++i) {
-      const int strip = i / F::TILES, tile = i % F::TILES, group = tile * 16 / F::GROUP;
-      u32 a[4];
-      fragments.tile(a, record, lane, i);
+    for (int strip = 0; strip < 2; ++strip) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float unit_value = UNIT * F::STEP * (group ? F::SECOND : 1.f) / (r % 2 ? F::LIFT : 1.f);
-        float x = low_half(a[r]) * unit_value, z = high_half(a[r]) * unit_value;
-        int token, dim;
-        if constexpr (KEYS) {
-          token = 16 * strip + g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
-          const float s = half_bits(scales[token * F::GROUPS + group]), o = zero(token * F::GROUPS + group);
-          x = fmaf(x, s, o), z = fmaf(z, s, o);
-        } else {
-          const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
-          x = fmaf(x, half_bits(scales[at]), zero(at));
-          z = fmaf(z, half_bits(scales[at + 1]), zero(at + 1));
-          token = 16 * strip + g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
+      for (int tile = 0; tile < F::TILES; ++tile) {
+        const int group = tile * 16 / F::GROUP;
+        u32 a[4];
+        fragments.tile(a, record, lane, strip * F::TILES + tile);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float unit_value = F::STEP * (group ? F::SECOND : 1.f) / (r % 2 ? F::LIFT : 1.f);
+          float x = (low_half(a[r]) * UNIT - F::bias(group)) * unit_value;
+          float z = (high_half(a[r]) * UNIT - F::bias(group)) * unit_value;
+          int row, dim;
+          if constexpr (KEYS) {
+            row = g + 8 * (r % 2), dim = 16 * tile + 2 * t + 8 * (r / 2);
+            const int at = (16 * strip + row) * F::GROUPS + group;
+            x = fmaf(x, half_bits(scales[at]), zero(at)), z = fmaf(z, half_bits(scales[at]), zero(at));
+          } else {
+            row = g + 8 * (r / 2), dim = 16 * tile + 2 * t + 8 * (r % 2);
+            const int at = group * 32 + 8 * t + 4 * strip + 2 * (r / 2);
+            x = fmaf(x, half_bits(scales[at]), zero(at)), z = fmaf(z, half_bits(scales[at + 1]), zero(at + 1));
+          }
+          const u32 pair = pack_pair(y, x, z);
+          strip_rows[row * ROW + dim / 2] = KEYS ? pair : transpose8x8(pair);
         }
-        u32 pair = pack_pair(y, x, z);
-        if constexpr (!KEYS) pair = transpose8x8(pair);
-        token += 32 * unit;
-        if (token < packed) *reinterpret_cast<u32*>(y + (size_t)(sink + token) * F::D + dim) = pair;
       }
+      sync_warp();
+      const int token = 32 * unit + 16 * strip, rows = min(16, packed - token);
+      uint4* to = reinterpret_cast<uint4*>(y + (size_t)(sink + token) * F::D);
+      for (int i = lane; i < rows * (F::D / 8); i += 32)
+        to[i] = *reinterpret_cast<const uint4*>(strip_rows + i / (F::D / 8) * ROW + i % (F::D / 8) * 4);
+      sync_warp();  // before the next strip overwrites this one
     }
     return;
   }
