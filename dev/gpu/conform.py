@@ -159,7 +159,7 @@ STEP = "a step of "
 
 
 def step_margin(args: AttnArgs) -> tuple[mx.array, mx.array] | None:
-    """The same rule for a whole step in one launch, or None where a step takes several; and columns as caches make them."""
+    """The same rule for a whole step in one launch, and columns as caches make them; None where it takes several."""
     length = args.q.shape[2]
     old = [mx.contiguous(x[:, :, : x.shape[2] - length]) for x in (args.dense_k, args.dense_v)]
     fresh = tuple(mx.random.normal((*x.shape[:2], length, x.shape[3])).astype(args.q.dtype) for x in old)

@@ -20,7 +20,7 @@ CHUNK = 2048
 
 
 def run(rounds: int = 3) -> None:
-    """Prints a line per failure; raises where none came, where it was another error, or where a call is wrong after it."""
+    """Print a line per failure; raise where none came, it was another error, or a call is wrong after it."""
     import torch
 
     variant = conform.variants(quick=True)[0]
