@@ -175,9 +175,8 @@ def step_margin(args: AttnArgs) -> tuple[mx.array, mx.array] | None:
     exact = replace(args, q=query, dense_k=done[1], dense_v=done[2])
     ref = reference.attend(exact)
     naive = _naive(replace(exact, q=query.astype(args.q.dtype)))
-    # The rule speaks of the codec's basis; both outputs have been rounded in the model's.
-    naive = codecs[1].unrotate(naive.astype(mx.float32)).astype(args.q.dtype)
-    worst, naive = (mx.abs(codecs[1].rotate(x.astype(mx.float32)) - ref).max() for x in (done[0], naive))
+    ref, naive = codecs[1].unrotate(ref), codecs[1].unrotate(naive.astype(mx.float32)).astype(args.q.dtype)
+    worst, naive = (mx.abs(x.astype(mx.float32) - ref).max() for x in (done[0], naive))
     good = mx.isfinite(done[0]).all() & (mx.maximum(*off) < 2e-2)
     return mx.where(good, worst, float("nan")), 2 * naive + 2e-5
 

@@ -12,7 +12,7 @@ import functools
 
 import mlx.core as mx
 
-from ...contracts.attention import AttnArgs
+from ...contracts.attention import AttnArgs, Lengths
 from ...contracts.backend import Backend, Finding
 from ...contracts.codec import Codec, Halves
 from . import launch as cuda
@@ -86,77 +86,131 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[m
         does not serve in one launch, rotations that are no Hadamard transform, sketches, and more than eight tokens at
         once.
     """
-    k, v = args.k, args.v
-    if not cuda.available() or args.mask is not None or args.pages is not None or args.q.dtype not in SERVED:
+    q = args.q
+    key = q.dtype, q.shape, id(args.v)
+    memo = args.k.memo
+    if key not in memo:
+        memo[key] = _launch(args, fresh)
+    launch = memo[key]
+    if launch is None or args.mask is not None or args.pages is not None:
         return None
-    if not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
-        return None
-    rotate_k, rotate_v = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
-    if rotate_k is None or rotate_v is None or args.q.shape[2] > Fused.LENGTH:
-        return None
-    if any(x.dtype != args.q.dtype for x in fresh):
-        return None
-    out, dense_k, dense_v = decode_step(args, Fused(True, rotate_k, rotate_v), fresh, center)
+    out, dense_k, dense_v = launch(args, fresh, center)
     return out, dense_k, dense_v
 
 
+def _launch(args: AttnArgs, fresh: Pair) -> Launch | None:
+    """What makes such steps as long as the packed arrays are these; None where they are not served."""
+    k, v, q = args.k, args.v, args.q
+    turned = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
+    if not cuda.available() or q.dtype not in SERVED or None in turned or q.shape[2] > Fused.LENGTH:
+        return None
+    if not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
+        return None
+    if any(x.dtype != q.dtype for x in fresh):
+        return None
+    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1])))
+
+
+class Launch:
+    """Decode launches over packed arrays that do not change: what is the same in every step is made once."""
+
+    def __init__(self, args: AttnArgs, fused: Fused):
+        assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
+        self.batch, self.heads, self.length, _ = args.q.shape
+        self.kv_heads, self.rows = args.kv_heads, args.gqa * self.length
+        self.geometry = _geometry(args.k.layout, args.v.layout, args.q.dtype, self.rows, fused)
+        self.values = args.v  # by whose identity this launch is kept
+        self.packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (args.k, args.v)]
+        self.blocks = tuple(kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
+        self.dims = args.k.head_dim, args.v.head_dim
+        self.dtype, self.append = args.q.dtype, fused.append
+        self.grids: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def __call__(self, args: AttnArgs, fresh: Pair | None, center: mx.array | None) -> tuple[mx.array, ...]:
+        """The output and, where the launch appends, the columns of keys and of values."""
+        longest = _lens(args.lens)[0]
+        tokens = min(longest, args.window + self.length) if args.window else longest
+        grid = self.grid(-(-tokens // RECORD), -(-self.columns(args) // 16))
+        out, _, *dense = self.kernel(*self.call(args, fresh, center, grid), grid)
+        return (out, *dense)
+
+    @functools.cached_property
+    def kernel(self) -> cuda.Kernel:
+        return cuda.compiled(self.geometry.source())
+
+    def columns(self, args: AttnArgs) -> int:
+        """Dense columns that are attended."""
+        return args.dense_k.shape[2] + (self.length if self.append else 0)
+
+    def call(
+        self,
+        args: AttnArgs,
+        fresh: Pair | None,
+        center: mx.array | None,
+        grid: tuple[int, int, int],
+    ) -> tuple[list[mx.array], list[tuple[tuple[int, ...], mx.Dtype]], cuda.Scalars]:
+        """The kernel's inputs, outputs and scalars in its order."""
+        _, lens, numbers = _lens(args.lens)
+        dense_k, columns = args.dense_k, self.columns(args)
+        held = (dense_k, args.dense_v) if dense_k.shape[2] else (cuda.no_halves(), cuda.no_halves())
+        inputs = [query(args), *self.packed, *held, lens]
+        inputs += [cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32)]
+        inputs += [cuda.tickets(grid[1] * grid[2])]
+        if self.append:
+            assert fresh is not None
+            inputs += [*fresh, cuda.no_halves() if center is None else center]
+        shape = (*self.blocks, columns, self.heads, self.kv_heads, self.length)
+        floats = _single(args.scale), _single(args.softcap)
+        scalars = (*shape, args.window, int(args.causal), *numbers, *floats, int(center is not None))
+        return inputs, self.outputs(grid, columns), scalars
+
+    def grid(self, records: int, strips: int) -> tuple[int, int, int]:
+        """Blocks of a launch over so many records of packed tokens and strips of dense ones."""
+        if (records, strips) not in self.grids:
+            geometry = self.geometry
+            tiles = self.batch * self.kv_heads * -(-self.rows // geometry.row_tile)
+            splits = geometry.splits(tiles, records, strips, cuda.multiprocessors())
+            self.grids[records, strips] = geometry.grid(self.batch, self.kv_heads, self.rows, splits)
+        return self.grids[records, strips]
+
+    def outputs(self, grid: tuple[int, int, int], columns: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+        """Shapes and dtypes of the output, of the scratch for partial results, and of appended columns."""
+        key_dim, value_dim = self.dims
+        splits, rows = grid[0], grid[1] * grid[2]
+        scratch = (rows, splits, self.geometry.row_tile, value_dim + 2) if splits > 1 else (1,)
+        out: list[tuple[tuple[int, ...], mx.Dtype]] = [
+            ((self.batch, self.heads, self.length, value_dim), self.dtype),
+            (scratch, mx.float32),
+        ]
+        if self.append:
+            out += [((self.batch, self.kv_heads, columns, dim), mx.float16) for dim in (key_dim, value_dim)]
+        return out
+
+
+@functools.lru_cache(maxsize=64)
+def _lens(lens: tuple[Lengths, ...]) -> tuple[int, mx.array, Lengths]:
+    """The most packed tokens, and the lengths as the kernel takes them: with the call where all sequences have the
+    same, so that nobody waits for memory, else as an array.
+    """
+    ragged = any(one != lens[0] for one in lens)
+    array = mx.array(lens, dtype=mx.int32) if ragged else cuda.no_lens()
+    return max(packed for packed, _, _ in lens), array, (-1, 0, 0) if ragged else lens[0]
+
+
+_single = functools.lru_cache(maxsize=256)(cuda.single)
+
+
 @functools.lru_cache(maxsize=256)
-def _plan(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int, fused: Fused) -> tuple[Geometry, cuda.Kernel]:
-    geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], rows, fused)
-    return geometry, cuda.compiled(geometry.source())
+def _geometry(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int, fused: Fused) -> Geometry:
+    return Geometry.choose(k, v, cuda.CTYPES[dtype], rows, fused)
 
 
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
-    return decode_step(args, Fused())[0]
-
-
-def decode_step(
-    args: AttnArgs, fused: Fused, fresh: Pair | None = None, center: mx.array | None = None
-) -> list[mx.array]:
-    """One launch of `decode.cu`: the output and, where it appends, the columns of keys and of values."""
-    assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
-    batch, _, length, _ = args.q.shape
-    rows = args.gqa * length
-    geometry, kernel = _plan(args.k.layout, args.v.layout, args.q.dtype, rows, fused)
-    tokens = args.max_packed
-    if args.window:
-        tokens = min(tokens, args.window + length)
-    splits = geometry.splits(
-        batch * args.kv_heads * -(-rows // geometry.row_tile),
-        -(-tokens // RECORD),
-        -(-columns(args, fused) // 16),
-        cuda.multiprocessors(),
-    )
-    blocks = geometry.grid(batch, args.kv_heads, rows, splits)
-    given = inputs(args, cuda.tickets(blocks[1] * blocks[2]), fresh, center)
-    out, _, *dense = kernel(given, outputs(args, geometry, blocks), scalars(args, fused, center is not None), blocks)
-    return [out, *dense]
-
-
-def columns(args: AttnArgs, fused: Fused) -> int:
-    """Dense columns that are attended."""
-    return args.dense_k.shape[2] + args.q.shape[2] * fused.append
-
-
-def inputs(
-    args: AttnArgs,
-    tickets: mx.array,
-    fresh: Pair | None = None,
-    center: mx.array | None = None,
-) -> list[mx.array]:
-    """The kernel's inputs in its order."""
-    given = [
-        query(args),
-        args.k.arrays[0] if args.k.arrays else cuda.no_records(),
-        args.v.arrays[0] if args.v.arrays else cuda.no_records(),
-        args.dense_k if args.dense_k.size else cuda.no_halves(),
-        args.dense_v if args.dense_v.size else cuda.no_halves(),
-        args.lens_array() if ragged(args) else cuda.no_lens(),
-        cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32),
-        tickets,
-    ]
-    return [*given, *fresh, cuda.no_halves() if center is None else center] if fresh else given
+    key = args.q.dtype, args.q.shape, "attend", id(args.v)
+    if key not in args.k.memo:
+        args.k.memo[key] = Launch(args, Fused())
+    return args.k.memo[key](args, None, None)[0]
 
 
 def query(args: AttnArgs) -> mx.array:
@@ -177,31 +231,6 @@ def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
     projected = projected.astype(dtype)
     mx.eval(projected)
     return projected
-
-
-def outputs(args: AttnArgs, geometry: Geometry, blocks: tuple[int, int, int]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-    """Shapes and dtypes of the output, of the scratch for partial results, and of the columns of a launch that appends."""
-    out = (*args.q.shape[:3], args.v.head_dim)
-    scratch = (blocks[1] * blocks[2], blocks[0], geometry.row_tile, args.v.head_dim + 2) if blocks[0] > 1 else (1,)
-    dense = []
-    if geometry.fused.append:
-        lead = (*args.dense_k.shape[:2], columns(args, geometry.fused))
-        dense = [((*lead, side.head_dim), mx.float16) for side in (args.k, args.v)]
-    return [(out, args.q.dtype), (scratch, mx.float32), *dense]
-
-
-def scalars(args: AttnArgs, fused: Fused = Fused(), centered: bool = False) -> cuda.Scalars:
-    """`geometry.CALL` of this call."""
-    k_blocks, v_blocks = (kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
-    shape = (k_blocks, v_blocks, columns(args, fused), args.q.shape[1], args.kv_heads, args.q.shape[2])
-    lens = (-1, 0, 0) if ragged(args) else args.lens[0]
-    floats = cuda.single(args.scale), cuda.single(args.softcap)
-    return (*shape, args.window, int(args.causal), *lens, *floats, int(centered))
-
-
-def ragged(args: AttnArgs) -> bool:
-    """Whether sequences differ in length; otherwise their lengths go with the call, and nobody waits for memory."""
-    return len(args.lens) > 1 and any(lens != args.lens[0] for lens in args.lens)
 
 
 def prefill(args: AttnArgs) -> mx.array:
@@ -274,7 +303,7 @@ BACKEND = Backend(
     layout_named,
     extend,
     step,
-    rotate=cuda.rotate,
-    choose=pages.choose,
-    findings=findings,
+    cuda.rotate,
+    pages.choose,
+    findings,
 )
