@@ -1,4 +1,4 @@
-"""The choice of pages on the GPU: lists are judged by the softmax mass that they hold, beside the best that there are."""
+"""The choice of pages on the GPU: lists are judged by the softmax mass that they hold beside the best that exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(log) -> None:
                 held, most = (sum(mass[h, p] for p in picked if p < whole) for picked in (got, wanted))
                 short = 1 - held / most if most else 0.0
                 sound = got == sorted(set(got)) and got[-1] == there - 1
-                failed += not sound or short > TIES
+                failed += int(not sound or short > TIES)
                 worst = max(worst, float(short))
     log.test("pages of most weight", not failed, f"{failed} lists hold less than the best, by up to {worst:.1e}")
     log.row("pages", cases=len(CASES), failed=failed, worst_share_missed=worst)
