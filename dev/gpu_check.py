@@ -29,7 +29,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 
 import mlx.core as mx  # noqa: E402
 import torch  # noqa: E402
-from gpu import conform, driver, generate, goals, profile, timing  # noqa: E402
+from gpu import conform, driver, generate, goals, pages, profile, timing  # noqa: E402
 
 from opentq.kernels.cuda import launch as cuda  # noqa: E402
 
@@ -97,6 +97,7 @@ def main() -> int:
         """Sanitizers and conformance at the same time: neither is a timing."""
         watched = profile.start(command)
         conform.collect(log, conform.start(command, options.cases or (300 if options.quick else 10_000), options.quick))
+        pages.run(log)
         profile.collect(log, watched)
 
     steps = {
