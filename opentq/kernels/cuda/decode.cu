@@ -80,13 +80,15 @@ struct QueryStage {
       for (int i = 0; i < STEPS; ++i) {
         x[i] *= shrink;
         const int d = 32 * i + lane;
-        const u16 half = to_half_bits(x[i]);
+        const u16 half = to_half_bits(x[i]), low = ROTATE ? to_half_bits(x[i] - half_bits(half)) : 0;
         if constexpr (KF::ZEROED || KF::BIASED)
 #pragma unroll
           for (int group = 0; group < KF::GROUPS; ++group)
-            if ((KF::GROUP % 32 ? d : 32 * i) / KF::GROUP == group) sum[group] += half_bits(half);  // as it is multiplied
+            if ((KF::GROUP % 32 ? d : 32 * i) / KF::GROUP == group) sum[group] += half_bits(half) + half_bits(low);  // as multiplied
         const int target = 4 * (r % 8) + d % 8 / 2;
-        if (d < KF::QUERY) query[(((d / 16 * NT + r / 8) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2] = half;
+        const int at = (((d / 16 * NT + r / 8) * 32 + target) * 2 + d % 16 / 8) * 2 + d % 2;
+        if (d < KF::QUERY) query[at] = half;
+        if (ROTATE && d < KF::QUERY) query[at + KF::QUERY / 16 * NT * 128] = low;
       }
       if constexpr (KF::ZEROED || KF::BIASED)
 #pragma unroll

@@ -10,7 +10,8 @@
 // multiply per key pair and group), the zeros are one mma into `oz`. Factors that the numbers carry (UNIT, STEP, LIFT)
 // are taken back in fp32. Where numbers are biased, the sums of a score start with what the bias adds to them, and one mma
 // per strip and group with the bias as its codes says what it adds to the outputs. Queries are scaled by a power of two
-// into [1, 2) per row, so that bf16's range fits fp16.
+// into [1, 2) per row, so that bf16's range fits fp16; those that were rotated here come as a high and a low half, since
+// one would round away more of a score than attention in the model's own dtype does.
 #include "record.cuh"
 
 namespace opentq {
@@ -48,7 +49,8 @@ struct Plan {
   static constexpr int MERGE_ROW = CHUNK * 16 + 4;                              // floats; +4: no bank conflict
   static constexpr int MERGE = NW * ROWS * MERGE_ROW * 4;
   static constexpr int AREA = RING > MERGE ? RING : MERGE;
-  static constexpr int QUERY = KF::QUERY / 16 * NT * 64 * 4;                    // B fragments of q
+  static constexpr int PARTS = FUSED::ROTATE_K ? 2 : 1;                         // of a query: high, low
+  static constexpr int QUERY = PARTS * (KF::QUERY / 16) * NT * 64 * 4;          // B fragments of q
   static constexpr int ZERO_PARTS = !KF::ZEROED ? 0 : KF::GROUPS > 8 ? 2 : 1;
   static constexpr int SUMS = NT * ZERO_PARTS * 64 * 4;                         // B fragments of group sums of q
   static constexpr int BIASES = KF::BIASED ? KF::GROUPS * ROWS * 4 : 0;         // where the sums of a score start
@@ -173,7 +175,7 @@ struct Decode {
   using P = Plan<T, KF, VF, NT, NW, ST, FUSED>;
   static constexpr int ROWS = P::ROWS;
   static constexpr int QUERY_TILES = KF::QUERY / 16;
-  static constexpr bool HELD = QUERY_TILES * NT <= 16;  // q in registers where it is small
+  static constexpr bool HELD = QUERY_TILES * NT <= 16;  // high halves of q in registers where they are few
   static constexpr int LINKS = NT == 1 && KF::GROUP >= 64 ? 2 : 1;  // chains of mma per strip: a long one waits
 
   int lane, warp, g, t;
@@ -190,9 +192,12 @@ struct Decode {
     if constexpr (HELD) {
       b[0] = held[j][n][0], b[1] = held[j][n][1];
     } else {
-      const uint2 v = reinterpret_cast<const uint2*>(query)[(j * NT + n) * 32 + lane];
-      b[0] = v.x, b[1] = v.y;
+      load_part(b, j, n, 0);
     }
+  }
+  __device__ __forceinline__ void load_part(u32 (&b)[2], int j, int n, int part) const {
+    const uint2 v = reinterpret_cast<const uint2*>(query)[((part * QUERY_TILES + j) * NT + n) * 32 + lane];
+    b[0] = v.x, b[1] = v.y;
   }
 
   // Raw products -> scores in log2 units. `even`, `odd`: what the products of rows g and g+8 still lack.
@@ -288,6 +293,11 @@ struct Decode {
           load_query(w, KF::FIRST + j, n);
           mma(c[j % LINKS][0][n], a, w[0], w[1]);
           mma(c[j % LINKS][1][n], b, w[0], w[1]);
+          if constexpr (P::PARTS == 2) {
+            load_part(w, KF::FIRST + j, n, 1);
+            mma(c[j % LINKS][0][n], a, w[0], w[1]);
+            mma(c[j % LINKS][1][n], b, w[0], w[1]);
+          }
         }
       }
 #pragma unroll
@@ -379,6 +389,10 @@ struct Decode {
         u32 w[2];
         load_query(w, j, n);
         mma(x[0][n], a, w[0], w[1]);
+        if constexpr (P::PARTS == 2) {
+          load_part(w, j, n, 1);
+          mma(x[0][n], a, w[0], w[1]);
+        }
       }
     }
     to_scores(x, 1.f, 1.f);

@@ -97,7 +97,7 @@ class Geometry:
         ring = self.warps * self.stages * 4 * (self.k.record_words + self.v.record_words)
         whole = self.warps * rows * (self.v.head_dim + 4) * 4
         area = max(ring, whole if whole <= max(ring, 49152) else self.warps * rows * (min(64, self.v.head_dim) + 4) * 4)
-        query = self.k.query // 16 * self.tiles * 256
+        query = (1 + self.fused.rotate_k) * (self.k.query // 16) * self.tiles * 256
         sums = self.tiles * (0 if not self.k.zeroed else 2 if self.k.groups > 8 else 1) * 256
         biases = self.k.groups * rows * 4 * self.k.biased
         fresh = Fused.LENGTH * (self.k.head_dim + self.v.head_dim) * 2 * self.fused.append
