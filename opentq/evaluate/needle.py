@@ -117,5 +117,5 @@ def ask(
         stop = set(getattr(tokenizer, "eos_token_ids", []) or [])
         answers = greedy(model, rows[:, -own:], held, grid.answer, stop)
         tick(own * len(batch))
-        found += [n.answer in tokenizer.decode(a) for n, a in zip(batch, answers)]
+        found += [n.found(tokenizer.decode(a)) for n, a in zip(batch, answers)]
     return found
