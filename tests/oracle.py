@@ -60,16 +60,22 @@ def args_of(handles, q: mx.array, **options) -> AttnArgs:
     )
 
 
-def judge(args: AttnArgs, out: mx.array | None = None, atol: float = 2e-5, dtype: mx.Dtype | None = None) -> None:
+def judge(
+    args: AttnArgs, out: mx.array | None = None, atol: float = 2e-5, dtype: mx.Dtype | None = None, model: bool = False
+) -> None:
     """Hold the dispatched output to the rule: error to fp32 at most twice that of naive attention in the same dtype.
 
-    `dtype` is the numerical class where it is not q's: the CPU kernels are fp16-class for float32 queries, too.
+    Args:
+        dtype: the numerical class where it is not q's: the CPU kernels are fp16-class for float32 queries, too.
+        model: whether `out` is what the model gets, not in the values' own basis any more.
     """
     if out is None:
         out, _ = dispatch.attend(args)
     assert out.dtype == args.q.dtype
     ref = reference.attend(args)
     naive = _naive(args if dtype is None else replace(args, q=args.q.astype(dtype)))
+    if model:
+        ref, naive = args.v.codec.unrotate(ref), args.v.codec.unrotate(naive)
     worst = mx.abs(out.astype(mx.float32) - ref).max().item()
     allowed = 2 * mx.abs(naive.astype(mx.float32) - ref).max().item() + atol
     assert mx.isfinite(out).all().item(), "output has NaN or infinity"
@@ -114,3 +120,17 @@ def same_state(a: OpenTQCache, b: OpenTQCache) -> bool:
     for mine, theirs in zip(a.canonical(), b.canonical()):
         pairs += list(zip(mine, theirs))
     return all(mx.array_equal(x, y).item() for x, y in pairs)
+
+
+def held_arrays(value, seen=None) -> dict[int, mx.array]:
+    """Every mx.array reachable from an object."""
+    seen = {} if seen is None else seen
+    if isinstance(value, mx.array):
+        seen[id(value)] = value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            held_arrays(item, seen)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            held_arrays(item, seen)
+    return seen

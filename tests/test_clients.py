@@ -503,6 +503,96 @@ def test_tools_in_every_form():
     assert call["tool_calls"][0]["function"] == {"name": "g", "arguments": {"input": "x"}}
 
 
+def choices(tools):
+    """`tool_choice: none`, and one of two tools allowed, in the words of all three APIs; each with its reader."""
+    flat = [{"type": "function", **t["function"]} for t in tools]
+    claude = [{"name": t["name"], "input_schema": {"type": "object"}} for t in flat]
+    chat, items = {"messages": HI, "tools": tools}, {"input": "hi", "tools": flat}
+    allowed = {"mode": "auto", "tools": [{"type": "function", "name": flat[0]["name"]}]}
+    yield openai_wire.read_chat, chat, "none", "none"
+    yield anthropic.read, anthropic_body(tools=claude), {"type": "none"}, "none"
+    yield lambda body: wire.read(body, []).request, items, "none", "none"
+    yield openai_wire.read_chat, chat, {"type": "allowed_tools", "allowed_tools": allowed}, "auto"
+    yield lambda body: wire.read(body, []).request, items, {"type": "allowed_tools", **allowed}, "auto"
+
+
+def test_tools_that_must_not_be_called_stay_in_the_prompt(agent):
+    """What is forbidden is the call, by the grammar: the prompt, and so what is remembered of it, is the same."""
+    tools = [TOOL, {"type": "function", "function": {"name": "other"}}]
+    service = agent.service
+    marker = service.engine.tokenizer.encode("<tool_call>", add_special_tokens=False)[0]
+    for read, body, choice, mode in choices(tools):
+        request = service.grammars.fitted(read(body | {"tool_choice": choice}))
+        assert request.tool_choice == mode
+        assert service.prompter.encode(request) == service.prompter.encode(read(body))
+        matcher = service.grammars.constraint(request, "normal").matcher
+        calls = [f'x<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>y' for name in ("look_up", "other")]
+        calls[0] = calls[0].replace("{}", '{"word": "sun", "exact": true}')
+        taken = []
+        for call in calls:
+            tokens = service.engine.tokenizer.encode(call, add_special_tokens=False)
+            taken.append(matcher.validate_tokens(tokens) == len(tokens))
+        assert taken == [mode == "auto", False]
+    # Not even where nothing is likelier than the marker.
+    body = {"messages": HI, "tools": tools, "max_tokens": 8, "logit_bias": {str(marker): 100}}
+    answer = agent.post(**body, tool_choice="none").json()
+    assert "<tool_call>" not in answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"]
+    assert "<tool_call>" in agent.post(**body).json()["choices"][0]["message"]["content"]
+
+
+def test_a_marker_of_several_tokens_is_forbidden_as_text(agent, monkeypatch):
+    grammars = agent.service.grammars
+    monkeypatch.setattr(grammars, "_marker", str)
+    monkeypatch.setattr(grammars.tokenizer, "_tool_call_start", "</call.")
+    request = openai_wire.read_chat({"messages": HI, "tools": [TOOL], "tool_choice": "none"})
+    matcher = grammars.constraint(request, "normal").matcher
+    for text, whole in (("a </call b", True), ("<think>a</think>b", True), ("a</callx", True), ("a </call. b", False)):
+        tokens = grammars.tokenizer.encode(text, add_special_tokens=False)
+        assert (matcher.validate_tokens(tokens) == len(tokens)) == whole, text
+
+
+def test_without_grammars_forbidden_tools_are_not_shown(agent, monkeypatch):
+    monkeypatch.setattr("opentq.server.grammar.available", lambda: False)
+    for read, body, choice, mode in choices([TOOL, {"type": "function", "function": {"name": "other"}}]):
+        request = agent.service.grammars.fitted(read(body | {"tool_choice": choice}))
+        assert [t["function"]["name"] for t in request.tools] == ([] if mode == "none" else ["look_up"])
+        assert agent.service.grammars.constraint(request, "normal") is None
+
+
+# ---- an answer that the client began
+
+
+def test_an_answer_goes_on_with_what_the_client_began(agent):
+    begun = [*HI, {"role": "assistant", "content": "The answer is"}]
+    answer = agent.client.post("/v1/messages", json={"messages": begun, "max_tokens": 6}).json()
+    prompt = "<|user|>hi<|end|><|assistant|>The answer is"
+    same = agent.post("/v1/completions", prompt=prompt, max_tokens=6, temperature=0).json()
+    assert answer["content"][0]["text"] == same["choices"][0]["text"]
+    assert (
+        answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"] == same["usage"]["prompt_tokens"]
+    )
+    chat = agent.post(messages=begun, continue_final_message=True, max_tokens=6).json()
+    assert chat["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+    empty = anthropic.read(anthropic_body(messages=[*HI, {"role": "assistant", "content": ""}]))
+    assert len(empty.messages) == 1 and not empty.continue_last
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "param"),
+    [
+        ("Well ", {}, "messages[1].content"),
+        ("{", {"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
+        ([{"type": "thinking", "thinking": "hm"}], {}, "messages[1]"),
+    ],
+)
+def test_what_no_answer_can_go_on_with_is_refused(content, fields, param):
+    with pytest.raises(ApiError) as caught:
+        anthropic.read(anthropic_body(messages=[*HI, {"role": "assistant", "content": content}], **fields))
+    assert (caught.value.status, caught.value.param) == (400, param)
+    with pytest.raises(ApiError, match="go on"):
+        openai_wire.read_chat({"messages": HI, "continue_final_message": True})
+
+
 def test_custom_tools_are_called_with_text(agent):
     custom = {"type": "custom", "custom": {"name": "say"}}
     body = {"model": "tiny", "messages": HI, "tools": [custom], "tool_choice": "required", "max_tokens": 400}

@@ -19,7 +19,7 @@ from opentq.kernels.metal import attention as metal
 from opentq.spec.kv import KVSpec
 
 from .matrix import DIMS, NOT_SERVED, SHAPES, SPECS, Shape
-from .oracle import args_of, fill, judge, queries, same_state, vectors
+from .oracle import args_of, fill, held_arrays, judge, queries, same_state, vectors
 
 SMALL = Shape()
 
@@ -112,20 +112,6 @@ def test_an_old_step_still_sees_its_own_tokens():
 # ---- bytes
 
 
-def held_arrays(value, seen=None) -> dict[int, mx.array]:
-    """Every mx.array reachable from an object."""
-    seen = {} if seen is None else seen
-    if isinstance(value, mx.array):
-        seen[id(value)] = value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            held_arrays(item, seen)
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            held_arrays(item, seen)
-    return seen
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_reported_are_bytes_held(spec):
     shape = Shape(kv_heads=4, q_heads=4, key_dim=128, value_dim=128)
@@ -213,6 +199,22 @@ def test_mask_forms(spec, length, kernels):
 def test_window(spec, length, window, kernels):
     _, handles = filled(spec, 200, [200 - length, length])
     judge(args_of(handles, queries(SMALL, length, dtype=mx.float16), causal=True, window=window))
+
+
+@pytest.mark.parametrize("lengths", [(200,), (100, 200), (200, 70, 0)])
+def test_a_step_sees_what_a_window_forgets_in_it(lengths, kernels):
+    """The first rows of a long chunk look at tokens that are out of the last row's window."""
+    caches = [OpenTQCache("int4", window=150) for _ in lengths]
+    for cache, n in zip(caches, lengths):
+        fill(cache, *vectors(SMALL, max(n, 1)), [max(n, 1)])
+    cache = caches[0] if len(caches) == 1 else OpenTQCache.merge(caches)
+    shape = Shape(batch=len(lengths))
+    before = cache.update_and_fetch(*vectors(shape, 1))[0].step
+    seen = [side.decode(0, 64, mx.float32) for side in (before.k, before.v)]
+    step = cache.update_and_fetch(*vectors(shape, 300, seed=2))[0].step
+    assert step.lens[0][0] >= 64 and (cache.extents if len(caches) > 1 else [cache.extent])[0].base
+    for side, old in zip((step.k, step.v), seen):
+        assert mx.array_equal(side.decode(0, 64, mx.float32)[:1], old[:1]).item()
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])

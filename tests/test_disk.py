@@ -19,8 +19,9 @@ from opentq.caches.states import State
 from opentq.cli.cache import JOIN, app, resume
 from opentq.contracts.layout import CANONICAL
 from opentq.hosts import shim
+from opentq.hosts.generation import Request
 from opentq.hosts.hooks import compress
-from opentq.hosts.mlx_lm.generate import Request, encode_prompt, run
+from opentq.hosts.mlx_lm.generate import encode_prompt, run
 from opentq.hosts.mlx_lm.host import HOST
 from opentq.hosts.mlx_lm.load import load
 

@@ -17,6 +17,7 @@ from opentq.caches.single import OpenTQCache
 from opentq.cli import main as cli
 from opentq.errors import UserError
 from opentq.evaluate import agreement, contenders, corpus, fidelity, forward, layers, metrics, needle, show, tasks, use
+from opentq.evaluate.evaluation import Evaluation
 from opentq.evaluate.plot import heat_map
 from opentq.evaluate.simulate import SimulatedCache, coded
 from opentq.records import Records
@@ -239,13 +240,17 @@ def test_the_models_own_cache_is_simulated_exactly(kind, tmp_path):
 # ---- the evaluations, on a random model
 
 
+def evaluation(model, tokenizer, text, *names) -> Evaluation:
+    return Evaluation(model, {"name": "m"}, tokenizer, text, names, Records())
+
+
 def test_fidelity_orders_specs_by_bits_and_resumes(loaded, text, tmp_path):
     model, tokenizer = loaded
     protocol = fidelity.Protocol((200, 400), window=32, step=8, sequences=2, prefill=128)
     names = ["native", "int8", "int4", "int2"]
     path = tmp_path / "r.jsonl"
-    args = (model, {"name": "m"}, tokenizer, text, names, protocol)
-    first = fidelity.run(*args, Records(path))
+    on = Evaluation(model, {"name": "m"}, tokenizer, text, names, Records(path))
+    first = fidelity.run(on, protocol)
     assert [(r["settings"]["spec"], r["settings"]["depth"]) for r in first] == [
         (n, d) for n in names for d in (200, 400)
     ]
@@ -259,16 +264,17 @@ def test_fidelity_orders_specs_by_bits_and_resumes(loaded, text, tmp_path):
     def never(*_args, **_options):
         raise AssertionError("a finished run reads nothing again")
 
-    kept = Records(path)
-    assert [r["kl_mean"] for r in fidelity.run(never, *args[1:], kept)] == [list(r["kl_mean"]) for r in first]
+    kept = on._replace(model=never, records=Records(path))
+    assert [r["kl_mean"] for r in fidelity.run(kept, protocol)] == [list(r["kl_mean"]) for r in first]
     path.write_text("\n".join(lines[:-1]) + "\n")
-    assert len(fidelity.run(*args, Records(path))) == 8 and len(path.read_text().splitlines()) == 8
+    assert (
+        len(fidelity.run(on._replace(records=Records(path)), protocol)) == 8 and len(path.read_text().splitlines()) == 8
+    )
 
 
 def test_layer_errors_are_made_locally_and_pile_up(loaded, text):
-    model, tokenizer = loaded
     view = layers.View(context=300, window=16, sequences=1, prefill=128)
-    found = layers.run(model, {"name": "m"}, tokenizer, text, ["int8", "tq2"], view, Records())
+    found = layers.run(evaluation(*loaded, text, "int8", "tq2"), view)
     assert [(r["settings"]["spec"], r["settings"]["layer"]) for r in found] == [
         ("int8", 0), ("int8", 1), ("tq2", 0), ("tq2", 1),
     ]  # fmt: skip
@@ -276,8 +282,8 @@ def test_layer_errors_are_made_locally_and_pile_up(loaded, text):
     assert fine["key_cosine"] > 0.9999 and 0.92 < coarse["key_cosine"] < 0.96
     assert coarse["query_error"] < 1e-3 < found[3]["query_error"], "layer 0 sees the same tokens, layer 1 its output"
     assert coarse["output_error"] > 5 * fine["output_error"] > 0
-    again = layers.run(model, {"name": "m"}, tokenizer, text, ["tq2"], view, records := Records())
-    assert len(again) == len(records.all) == 2
+    again = layers.run(on := evaluation(*loaded, text, "tq2"), view)
+    assert len(again) == len(on.records.all) == 2
 
 
 def test_attention_kl_is_half_the_variance_of_the_logit_error():
@@ -289,9 +295,8 @@ def test_attention_kl_is_half_the_variance_of_the_logit_error():
 
 def test_agreement_is_the_length_of_the_common_beginning(loaded, text):
     assert agreement.agreement([1, 2, 3], [1, 2, 4]) == 2 and agreement.agreement([1, 2], [1, 2, 3]) == 2
-    model, tokenizer = loaded
     task = agreement.Task(context=150, tokens=12, prompts=2, questions=0)
-    found = agreement.run(model, {"name": "m"}, tokenizer, text, ["native", "int8", "int2"], task, Records())
+    found = agreement.run(evaluation(*loaded, text, "native", "int8", "int2"), task)
     assert found[0]["lengths"] == [12, 12] and found[0]["identical"] == 2
     assert found[2]["agreement"][0] <= found[1]["agreement"][0] <= 12
 
@@ -307,7 +312,7 @@ def trained():
 def test_a_trained_model_finds_needles_through_a_compressed_cache(trained):
     model, tokenizer = trained
     grid = needle.Grid((400,), (0.1, 0.5), trials=2, batch=4, simulate=True)
-    found = needle.run(model, {"name": "m"}, tokenizer, corpus.load(None), ["int4"], grid, Records())
+    found = needle.run(evaluation(model, tokenizer, corpus.load(None), "int4"), grid)
     assert [r["correct"] for r in found] == [2, 2] and found[0]["accuracy"][0] == 1
     asked = needle.make(tokenizer, corpus.load(None), grid, 400, 0.5, trial=0)
     other = replace(asked, answer="0" + asked.answer)
@@ -316,18 +321,16 @@ def test_a_trained_model_finds_needles_through_a_compressed_cache(trained):
 
 
 def test_recall_is_part_of_generate(trained):
-    model, tokenizer = trained
     task = agreement.Task(context=300, tokens=4, prompts=1, questions=1, distractors=1)
-    (record,) = agreement.run(model, {"name": "m"}, tokenizer, corpus.load(None), ["int4"], task, Records())
+    (record,) = agreement.run(evaluation(*trained, corpus.load(None), "int4"), task)
     assert record["recall"] == dict.fromkeys(corpus.KINDS, 1)
 
 
 def test_the_recommended_spec_beats_mlx_lms_int4_on_a_trained_model(trained):
     """The first goal of the study: at most a third of the divergence, in no more bytes."""
-    model, tokenizer = trained
     protocol = fidelity.Protocol((500,), window=64, sequences=2, simulate=True)
     reading = corpus.load(None)  # another text for every version of Python
-    mlx, ours = fidelity.run(model, {"name": "m"}, tokenizer, reading, ["mlx4", "tq5/tq3:nc"], protocol, Records())
+    mlx, ours = fidelity.run(evaluation(*trained, reading, "mlx4", "tq5/tq3:nc"), protocol)
     assert (mlx["bits"], ours["bits"]) == (4.5, 4.25)
     assert ours["kl_mean"][0] < mlx["kl_mean"][0] / 3
 
@@ -533,17 +536,16 @@ def test_choices_are_scored_as_one_by_one(loaded):
 
 
 def test_use_and_tasks_are_recorded_once(loaded):
-    model, tokenizer = loaded
-    records = Records()
+    on = evaluation(*loaded, None, "native", "tq1")
     job = use.Task(prompts=3, context=300, tokens=6, batch=2)
-    first = use.run(model, {"name": "m"}, tokenizer, None, ["native", "tq1"], job, records)
+    first = use.run(on, job)
     assert first[0]["equal"][0] == 1 and first[0]["diverged_at_median"] is None
-    assert first == use.run(model, {"name": "m"}, tokenizer, None, ["native", "tq1"], job, records)
+    assert first == use.run(on, job)
     assert "equal" in show.use(first, "md")
     task = tasks.Task(questions=4, context=300, batch=4)
-    found = tasks.run(model, {"name": "m"}, tokenizer, None, ["int8"], task, records)
+    found = tasks.run(on._replace(names=["int8"]), task)
     assert [r["settings"]["spec"] for r in found] == ["native", "int8"] and "difference" in found[1]
-    assert len(records.all) == 4 and "McNemar" in show.tasks(found, "md")
+    assert len(on.records.all) == 4 and "McNemar" in show.tasks(found, "md")
 
 
 def test_answers_end_where_the_reference_ends():

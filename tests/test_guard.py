@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +16,15 @@ import mlx.core as mx
 import pytest
 
 from opentq.attention import backends, dispatch, guard, judge, tiled, verdicts
+from opentq.attention.pages import PAGE, Selector, encode
+from opentq.caches import sketches
 from opentq.caches.single import OpenTQCache
+from opentq.codecs import rotation
 from opentq.contracts.layout import CANONICAL
 from opentq.errors import UserError
 from opentq.hosts import hooks
 from opentq.kernels import build
+from opentq.kernels.cpu.pages import shape_of
 from opentq.kernels.metal import launch as metal
 
 from . import oracle
@@ -66,6 +73,7 @@ def plant(request, monkeypatch, tmp_path):
         real = replace(real, attend=lambda args: None if args.mask is not None else tiled.attend(args))
         real = replace(real, layouts=lambda k, v, dims: (CANONICAL, CANONICAL), available=lambda: True)
         real = replace(real, extend=lambda codecs, dense, fresh: None, step=None, rotate=lambda x: None)
+        real = replace(real, choose=lambda *_: None)
     monkeypatch.setattr(guard, "judging", True)
     monkeypatch.setattr(guard, "settled", {})
     monkeypatch.setattr(verdicts, "_known", {})
@@ -89,13 +97,13 @@ def text(model) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=50, prompt_cache=cache)]
 
 
-def portable(monkeypatch) -> list[int]:
-    monkeypatch.setenv("OPENTQ_KERNELS", "tiled")
-    model = random_llama()
-    hooks.compress(model, "int4")
-    expected = text(model)
-    monkeypatch.delenv("OPENTQ_KERNELS")
-    return expected
+@functools.cache
+def portable(spec: str = "int4") -> list[int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENTQ_KERNELS", "tiled")
+        model = random_llama()
+        hooks.compress(model, spec)
+        return text(model)
 
 
 def lines(caplog) -> list[str]:
@@ -104,7 +112,7 @@ def lines(caplog) -> list[str]:
 
 @pytest.mark.parametrize("kernel", [wrong, refused, late], ids=lambda f: f.__name__)
 def test_generation_goes_on_with_the_portable_path(plant, monkeypatch, caplog, kernel):
-    expected = portable(monkeypatch)
+    expected = portable()
     backend = plant(attend=kernel)
     model = random_llama()
     hooks.compress(model, "int4")
@@ -213,18 +221,22 @@ def test_a_wrong_append_is_not_used(plant, caplog):
     assert oracle.same_state(cache, plain)
 
 
+def one_step(a, fresh, center):
+    """A decode step in one launch, by the portable path."""
+    new = [c.rotate(x.astype(mx.float32)) for c, x in zip((a.k.codec, a.v.codec), fresh)]
+    new[0] = new[0] if center is None else new[0] - center
+    dense = [mx.concatenate([d, n.astype(mx.float16)], axis=2) for d, n in zip((a.dense_k, a.dense_v), new)]
+    whole = replace(a, q=a.k.codec.rotate(a.q), dense_k=dense[0], dense_v=dense[1])
+    return a.v.codec.unrotate(tiled.attend(whole)), *dense
+
+
 @pytest.mark.parametrize("wrong_part", [0, 1, 2, None])
 @pytest.mark.parametrize("center", [None, mx.ones((1, 2, 1, 64), mx.float16)], ids=["", "centred"])
 def test_a_wrong_step_is_not_used(plant, caplog, wrong_part, center):
     """A decode step in one launch: its output, and either of the columns, may be wrong."""
 
     def launch(a, fresh, center):
-        new = [c.rotate(x.astype(mx.float32)) for c, x in zip((a.k.codec, a.v.codec), fresh)]
-        new[0] = new[0] if center is None else new[0] - center
-        dense = [mx.concatenate([d, n.astype(mx.float16)], axis=2) for d, n in zip((a.dense_k, a.dense_v), new)]
-        whole = replace(a, q=a.k.codec.rotate(a.q), dense_k=dense[0], dense_v=dense[1])
-        done = [a.v.codec.unrotate(tiled.attend(whole)), *dense]
-        return tuple(x * 1.03 if i == wrong_part else x for i, x in enumerate(done))
+        return tuple(x * 1.03 if i == wrong_part else x for i, x in enumerate(one_step(a, fresh, center)))
 
     backend = plant(step=lambda real: launch)
     a = args()
@@ -241,6 +253,104 @@ def test_a_wrong_rotation_is_not_used(plant, caplog):
     rotate = guard.rotation(backend)
     assert rotate(mx.ones((2, 64))) is None and rotate(mx.ones((2, 64))) is None
     assert len(lines(caplog)) == 1 and "rotation D=64" in lines(caplog)[0]
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
+def test_a_wrong_choice_of_pages_is_not_used(plant, caplog, sign):
+    """The pages of least weight: ascending, too, and the newest among them."""
+    backend = plant(choose=lambda real: lambda sketches, rows, *rest: by_sketch(sketches, sign * rows, *rest))
+    made = pages_of_a_cache()
+    for _ in range(2):
+        assert (guard.choose(backend, *made) is None) == (sign < 0)
+    assert len(lines(caplog)) == (sign < 0)
+    assert all(f"the {backend.name} kernel for pages by 8 of 64 channels" in line for line in lines(caplog))
+
+
+def by_sketch(sketches, rows, packed, count):
+    """The portable path as a back end's function."""
+    channels, _ = shape_of(sketches.shape[3], rows.shape[3])
+    return Selector(sketches, mx.zeros((*sketches.shape[:2], channels), mx.int32), count * PAGE).choose(rows, packed)
+
+
+def pages_of_a_cache():
+    """Arguments of `guard.choose`."""
+    channels = mx.broadcast_to(mx.arange(8, dtype=mx.int32), (1, 2, 8))
+    selector = Selector(encode(mx.random.normal((1, 2, 4 * PAGE, 64)), channels), channels, 2 * PAGE)
+    return selector, selector.queries(mx.random.normal((1, 4, 1, 64)), 0.125), (4 * PAGE,)
+
+
+def failing(after: int):
+    """A function of a back end that fails from its call number `after` on."""
+    calls = itertools.count()
+
+    def change(function):
+        def changed(*args):
+            if next(calls) >= after:
+                raise RuntimeError("[metal::Device] Unable to load function: no more registers")
+            return function(*args)
+
+        return changed
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose"])
+@pytest.mark.parametrize("plant", ["metal"], indirect=True)
+def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, monkeypatch, caplog, name):
+    """The call that fails is computed again, once, and nobody asks that function again."""
+    spec = "int4" if name in ("attend", "step") else "int4:pages=64"  # which a step in one launch does not serve
+    monkeypatch.setattr(sketches, "WARM", 64)  # or the prompt would be too short to choose channels
+    expected = portable(spec)
+    portably = {
+        "attend": lambda real: lambda args: None if args.mask is not None else tiled.attend(args),
+        "step": lambda real: one_step,
+        "extend": lambda real: (
+            lambda codecs, dense, fresh: tuple(
+                mx.concatenate([d, c.rotate(x.astype(mx.float32)).astype(mx.float16)], axis=2)
+                for c, d, x in zip(codecs, dense, fresh)
+            )
+        ),
+        "choose": lambda real: by_sketch,
+    }
+    backend = plant(**{name: lambda real: failing(60)(portably[name](real))})
+    model = random_llama()
+    hooks.compress(model, spec)
+    assert text(model) == expected
+    said = lines(caplog)
+    assert len(said) == 1 and "no more registers" in said[0] and "set aside" in said[0]
+    aside = [f.detail for f in verdicts.findings(backend.name) if f.name == "set aside"]
+    assert len(aside) == 1 and "in a generation" in aside[0]
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("plant", ["metal"], indirect=True)
+def test_a_rotation_that_fails_is_not_asked_again(plant, caplog, after):
+    backend = plant(rotate=lambda real: failing(after * 2)(rotation.plain))
+    rotate, x = guard.rotation(backend), mx.ones((2, 64))
+    assert [rotate(x) is None for _ in range(3)] == ([True] * 3 if not after else [False, True, True])
+    assert len(lines(caplog)) == 1 and "rotation D=64" in lines(caplog)[0]
+
+
+def test_verdicts_of_old_kernels_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    other = tmp_path / "verdicts-metal-0123abcd-5.jsonl"
+    other.write_text("")
+    for text in range(6):
+        monkeypatch.setattr(verdicts, "_known", {})
+        monkeypatch.setattr(verdicts, "identity", lambda name: str(text))  # noqa: B023
+        verdicts.keep("metal", "attention", "")
+        os.utime(verdicts.file("metal"), (text, text))
+    left = sorted(int(p.stem.rpartition("-")[2]) for p in tmp_path.glob("*.jsonl") if p != other)
+    assert left == [2, 3, 4, 5] and other.exists()  # the newest of this device, and another device's
+
+
+def test_damaged_verdicts_are_judged_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(verdicts, "_known", {})
+    monkeypatch.setattr(verdicts, "file", lambda name: tmp_path / name)
+    (tmp_path / "metal").write_text("{\nno\n")
+    assert verdicts.kept("metal") == {}
+    verdicts.keep("metal", "attention", "")
+    assert [f.detail for f in verdicts.findings("metal")] == ["1 variants right on this machine"]
 
 
 def test_memory_that_ran_out_is_no_verdict(plant):

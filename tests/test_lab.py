@@ -18,7 +18,7 @@ import pytest
 
 from opentq.errors import UserError
 from opentq.lab import page, record
-from opentq.lab.measures import MEASURES
+from opentq.lab.measures import defaults
 from opentq.lab.record import OPEN, REFUTED, SUPPORTED
 from opentq.lab.study import Study, key, load
 
@@ -88,7 +88,7 @@ def test_a_sweep_is_a_grid_with_defaults(tmp_path):
     study = load(write(tmp_path))
     assert len(study.trials) == 12
     assert study.trials[0] == {
-        **MEASURES["vectors"].settings,
+        **defaults("vectors"),
         "kv": "int4",
         "keys": "gaussian",
         "dim": 64,

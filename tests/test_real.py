@@ -18,6 +18,7 @@ import pytest
 
 from opentq.evaluate import contenders, corpus, fidelity, metrics, needle
 from opentq.evaluate.entries import entries
+from opentq.evaluate.evaluation import Evaluation
 from opentq.hosts.mlx_lm.generate import encode_prompt
 from opentq.hosts.mlx_lm.load import load, model_folder
 from opentq.hosts.mlx_lm.names import PACKAGED
@@ -64,7 +65,7 @@ def measured() -> dict[str, float]:
     model, tokenizer = load("smollm2")
     identity = model_name("smollm2", model_folder("smollm2"))
     protocol = fidelity.Protocol((256,), window=32, sequences=1, prefill=128)
-    found = fidelity.run(model, identity, tokenizer, documentation(), list(RECORDED), protocol, Records())
+    found = fidelity.run(Evaluation(model, identity, tokenizer, documentation(), list(RECORDED), Records()), protocol)
     return {record["settings"]["spec"]: record["kl_mean"][0] for record in found}
 
 
@@ -146,7 +147,7 @@ def test_the_recommended_spec_is_far_ahead_of_its_rivals(text, smollm2):
     """
     protocol = fidelity.Protocol((512, 2048), window=128, sequences=1, simulate=True)
     names = ["tq5/tq3:nc:center:sink=4", "q4_0", "mlx4"]
-    found = fidelity.run(*smollm2, corpus.load(Path(text)), names, protocol, Records())
+    found = fidelity.run(Evaluation(*smollm2, corpus.load(Path(text)), names, Records()), protocol)
     kl = {(r["settings"]["spec"], r["settings"]["depth"]): r["kl_mean"][0] for r in found}
     for depth in protocol.depths:
         own, q4, mlx = (kl[name, depth] for name in names)

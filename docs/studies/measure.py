@@ -20,6 +20,7 @@ import mlx.core as mx
 # isort: on
 from opentq.attention import tiled
 from opentq.evaluate import contenders, corpus, fidelity, layers, needle, show
+from opentq.evaluate.evaluation import Evaluation
 from opentq.hosts.mlx_lm.load import model_folder
 from opentq.records import Records, model_name
 from opentq.spec.kv import KVSpec
@@ -65,7 +66,9 @@ def codecs(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder)
         start = time.perf_counter()
         names = args.specs or CODECS
-        found = fidelity.run(model, identity(folder), tokenizer, corpus.load(args.text), names, protocol, records)
+        found = fidelity.run(
+            Evaluation(model, identity(folder), tokenizer, corpus.load(args.text), names, records), protocol
+        )
         for name, group in show.grouped(found).items():
             numbers = " ".join(f"{r['kl_mean'][0]:.2e}/{100 * r['top1'][0]:.1f}" for r in group)
             print(f"{folder} {name:<28} {group[0]['bits']:.3f} bits {numbers}")
@@ -80,7 +83,7 @@ def needles(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder)
         start = time.perf_counter()
         names = args.specs or NEEDLES
-        found = needle.run(model, identity(folder), tokenizer, corpus.load(args.text), names, grid, records)
+        found = needle.run(Evaluation(model, identity(folder), tokenizer, corpus.load(args.text), names, records), grid)
         for name, group in show.grouped(found).items():
             print(f"{folder} {name:<28} {sum(r['correct'] for r in group) / (len(group) * args.trials):.4f}")
         print(f"needles {folder} {time.perf_counter() - start:.0f} s", flush=True)
@@ -92,7 +95,9 @@ def depth(args: argparse.Namespace) -> None:
     view = layers.View(context=2048, window=32, sequences=2)
     for folder in args.models:
         model, tokenizer = load(folder)
-        layers.run(model, identity(folder), tokenizer, corpus.load(args.text), args.specs or PROBED, view, records)
+        layers.run(
+            Evaluation(model, identity(folder), tokenizer, corpus.load(args.text), args.specs or PROBED, records), view
+        )
         print("layers", folder, flush=True)
     view = layers.View(context=256, window=32, sequences=1)
     for count in (32, 60, 80):
@@ -143,8 +148,10 @@ def scale(args: argparse.Namespace) -> None:
             change(model, gain, alpha)
             changed = {**identity(folder), "change": title, "gain": gain, "alpha": alpha}
             for spec in ("int4", "tq3", "tq2"):
-                fidelity.run(model, changed, tokenizer, corpus.load(args.text), [spec], protocol, records)
-            layers.run(model, changed, tokenizer, corpus.load(args.text), ["int4", "tq3", "tq2"], view, records)
+                fidelity.run(Evaluation(model, changed, tokenizer, corpus.load(args.text), [spec], records), protocol)
+            layers.run(
+                Evaluation(model, changed, tokenizer, corpus.load(args.text), ["int4", "tq3", "tq2"], records), view
+            )
             change(model, 1 / gain, 1 / alpha)
             print("scale", folder, title, flush=True)
 

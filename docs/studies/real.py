@@ -24,6 +24,7 @@ from mlx_lm.utils import dequantize_model
 
 from opentq.attention import tiled
 from opentq.evaluate import corpus, fidelity, layers, needle, tasks, use
+from opentq.evaluate.evaluation import Evaluation
 from opentq.hosts.mlx_lm.load import model_folder
 from opentq.records import Records, model_name
 
@@ -70,6 +71,9 @@ class Study:
     def records(self, name: str) -> Records:
         return Records(self.results / f"{name}.jsonl")
 
+    def on(self, names: list[str], records: Records, text: corpus.Corpus | None = None) -> Evaluation:
+        return Evaluation(self.model, self.id, self.tokenizer, text, names, records)
+
     def say(self, *words: object) -> None:
         print(f"{time.perf_counter() - self.began:6.0f} s ", *words, flush=True)
 
@@ -81,7 +85,7 @@ class Study:
         records = self.records("fidelity")
         for text in self.texts:
             for some in (names[i : i + 8] for i in range(0, len(names), 8)):
-                for r in fidelity.run(self.model, self.id, self.tokenizer, text, some, protocol, records):
+                for r in fidelity.run(self.on(some, records, text), protocol):
                     settings = r["settings"]
                     self.say(text.name, settings["spec"], settings["depth"], f"{r['kl_mean'][0]:.2e}")
 
@@ -91,7 +95,7 @@ class Study:
         grid = needle.Grid(lengths, trials=trials, batch=self.batch, answer=24)
         records = self.records("needle")
         for name in ["native", *SHORT]:
-            found = needle.run(self.model, self.id, self.tokenizer, self.texts[0], [name], grid, records)
+            found = needle.run(self.on([name], records, self.texts[0]), grid)
             self.say("needles", name, [r["correct"] for r in found])
             if self.quick:
                 break
@@ -100,21 +104,21 @@ class Study:
         """Answers to 200 short prompts."""
         job = use.Task(prompts=4, tokens=8, batch=4) if self.quick else use.Task(batch=self.batch)
         for name in SHORT[:1] if self.quick else SHORT:
-            (r,) = use.run(self.model, self.id, self.tokenizer, None, [name], job, self.records("use"))
+            (r,) = use.run(self.on([name], self.records("use")), job)
             self.say("use", name, r["equal"])
 
     def tasks(self) -> None:
         """Multiple choice, paired with the model's own cache."""
         job = tasks.Task(questions=8, batch=4) if self.quick else tasks.Task(batch=self.batch)
         for name in SHORT[:1] if self.quick else SHORT:
-            first, r = tasks.run(self.model, self.id, self.tokenizer, None, [name], job, self.records("tasks"))
+            first, r = tasks.run(self.on([name], self.records("tasks")), job)
             self.say("tasks", name, first["accuracy"], r["accuracy"], r["difference"])
 
     def depth(self) -> None:
         """Error per layer."""
         view = layers.View(256, 16, 1) if self.quick else layers.View(context=2048, window=32, sequences=2)
         for name in ["int4"] if self.quick else ["int4", "tq3", "tq1", "qjl2/int4", "tq5/tq3:nc", "tq2"]:
-            layers.run(self.model, self.id, self.tokenizer, self.texts[0], [name], view, self.records("layers"))
+            layers.run(self.on([name], self.records("layers"), self.texts[0]), view)
             self.say("layers", name)
 
     def scale(self) -> None:
@@ -129,9 +133,8 @@ class Study:
         for gain, alpha, title in variants[:2] if self.quick else variants:
             measure.change(self.model, gain, alpha)
             changed = {**self.id, "change": title, "gain": gain, "alpha": alpha}
-            where = (self.model, changed, self.tokenizer, self.texts[0], specs)
-            fidelity.run(*where, protocol, self.records("scale"))
-            layers.run(*where, view, self.records("scale"))
+            for task, job in ((fidelity, protocol), (layers, view)):
+                task.run(self.on(specs, self.records("scale"), self.texts[0])._replace(model_id=changed), job)
             measure.change(self.model, 1 / gain, 1 / alpha)
             self.say("scale", title)
 

@@ -81,7 +81,7 @@ def choose(selector: pages.Selector, q: mx.array, scale: float, packed: tuple[in
     """The pages that queries `[B, Hq, L, D]` read, by a kernel where there is one: see `pages.Selector.choose`."""
     backend = backends.active() if kernel_mode() != "tiled" else None
     rows = selector.queries(q, scale)
-    found = backend.choose(selector.sketches, rows, packed, selector.budget // pages.PAGE) if backend else None
+    found = guard.choose(backend, selector, rows, packed) if backend else None
     return selector.choose(rows, packed) if found is None else found
 
 

@@ -5,10 +5,11 @@ cases: sequences of ragged length, and the model's own shape. What comes of it i
 device and system, so that a machine judges once. A variant that fails to compile, or differs, is set aside: the
 portable path serves, one line says so, and generation goes on; under `OPENTQ_KERNELS=native` it is an error. The first
 call of every kind, and the first at twice the length, is waited for: where it fails (a pipeline that can't be made at
-this shape), the variant is set aside in the same way and the portable path computes that very call.
+this shape), the variant is set aside in this process and the portable path computes that very call.
 
-Storage is judged when a cache begins, before anything is written: what a back end packs must decode like what the codec
-packs. Later calls cost one look-up.
+So it is with all that a back end offers: attention, decode steps in one launch, appends, rotations, the choice of
+pages. Storage is judged when a cache begins, before anything is written: what a back end packs must decode like what
+the codec packs. Later calls cost one look-up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -28,10 +29,13 @@ from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
 from ..errors import UserError
 from . import judge, tiled, verdicts
+from .pages import PAGE, Selector
 
 log = logging.getLogger("opentq")
 
 AttnFn = Callable[[AttnArgs], "mx.array | None"]
+
+T = TypeVar("T")
 
 settled: dict[Hashable, bool] = {}
 """What this process knows: whether a function may serve calls of a kind."""
@@ -54,7 +58,9 @@ def _guarded(backend: Backend) -> Backend:
 
 
 def guarded(backend: Backend) -> Backend:
-    """The back end with its storage, appends and steps believed once they were right here; `attend` is dispatch's."""
+    """The back end with its storage, appends and steps believed once they were right here; `attend` and `choose` are
+    dispatch's.
+    """
     return _guarded(backend) if judging else backend
 
 
@@ -65,46 +71,22 @@ def attend(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
     """`function(args)`, once it was right on this machine; None where it does not serve, or was set aside."""
     memo = args.k.memo
     key = (function, args.q.shape[2], args.causal, args.window > 0, args.pages is not None)
-    try:
-        if key in memo:  # believed since this cache last packed a block
+    if key in memo:  # believed since this cache last packed a block
+        try:
             return function(args)
-        out = _asked(name, function, args)
-    except RuntimeError as error:
-        if name == tiled.NAME or not judging or out_of_memory(error):
-            raise
-        # A kind that was right before, or right when small: set aside in this process, and the next candidate computes.
-        _say(name, f"attention {args.kind_words()}", f"fails at {args.max_packed} packed tokens: {_short(error)}")
-        settled[function, args.kind()] = False
-        memo.pop(key, None)
-        return None
+        except RuntimeError as error:
+            del memo[key]
+            _failed(name, (function, args.kind()), _attention(args), error)
+            return None
+    out = _first(
+        name,
+        (function, args.kind()),
+        functools.partial(_attention, args),
+        functools.partial(function, args),
+        functools.partial(judge.attention, function, args),
+    )
     if out is not None:
         memo[key] = True
-    return out
-
-
-def _asked(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
-    """The first call of a kind is judged, then waited for."""
-    kind = (function, args.kind())
-    if kind in settled:
-        return function(args) if settled[kind] else None
-    failure, out = None, None
-    try:
-        out = function(args)
-    except RuntimeError as error:
-        failure = error
-    if out is None and failure is None:
-        return None
-    if name != tiled.NAME and judging:
-        what = f"attention {args.kind_words()}"
-        if not _passes(name, what, lambda: judge.attention(function, args)):
-            settled[kind] = False
-            return None
-        if out is not None:
-            mx.eval(out)
-    if failure is not None:
-        raise failure
-    settled[kind] = True
-    log.info("attention by %s: %s", name, args.describe())
     return out
 
 
@@ -118,23 +100,23 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
     if launch is None:
         return None
     memo, key = args.k.memo, (launch, args.q.shape[2], args.causal, args.window > 0, center is None)
-    if key not in memo:
-        kind = (launch, center is None, args.kind())
-        if settled.get(kind) is False:
+    if key in memo:
+        try:
+            return launch(args, fresh, center)
+        except RuntimeError as error:
+            del memo[key]
+            _failed(backend.name, (launch, center is None, args.kind()), _step(args, center), error)
             return None
-        if kind not in settled:
-            done = launch(args, fresh, center)
-            if done is None:
-                return None
-            what = f"step {args.kind_words()}" + ("" if center is None else " centred")
-            settled[kind] = _passes(backend.name, what, lambda: judge.step(launch, args, center is not None))
-            if not settled[kind]:
-                return None
-            mx.eval(done)
-            log.info("decode step by %s: %s", backend.name, args.describe())
-            return done
+    out = _first(
+        backend.name,
+        (launch, center is None, args.kind()),
+        functools.partial(_step, args, center),
+        functools.partial(launch, args, fresh, center),
+        functools.partial(judge.step, launch, args, center is not None),
+    )
+    if out is not None:
         memo[key] = True
-    return launch(args, fresh, center)
+    return out
 
 
 def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
@@ -153,31 +135,93 @@ def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tupl
 
 def extend(backend: Backend, codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:
     """What the back end's `extend` gives, once it was right on this machine."""
-    done = backend.extend(codecs, dense, fresh)
-    if done is None:
-        return None
-    dims = dense[0].shape[3], dense[1].shape[3]
-    key = (backend.extend, codecs, dims, fresh[0].dtype)
-    if key not in settled:
-        what = f"appending {codecs[0]}/{codecs[1]} D={dims[0]}/{dims[1]} {fresh[0].dtype}"
-        verdict = functools.partial(judge.extend, backend, codecs, dims, fresh[0].dtype)
-        settled[key] = _passes(backend.name, what, verdict)
-    return done if settled[key] else None
+    dims, dtype = (dense[0].shape[3], dense[1].shape[3]), fresh[0].dtype
+    return _first(
+        backend.name,
+        (backend.extend, codecs, dims, dtype),
+        lambda: f"appending {codecs[0]}/{codecs[1]} D={dims[0]}/{dims[1]} {dtype}",
+        functools.partial(backend.extend, codecs, dense, fresh),
+        functools.partial(judge.extend, backend, codecs, dims, dtype),
+    )
 
 
 def rotation(backend: Backend) -> Callable[[mx.array], mx.array | None]:
     """The back end's `rotate`, believed of a head dim and dtype once it was right on this machine."""
 
     def rotate(x: mx.array) -> mx.array | None:
-        key = (backend.rotate, x.shape[-1], x.dtype)
-        known = settled.get(key)
-        if known is None and judging and backend.rotate(x) is not None:
-            verdict = functools.partial(judge.rotation, backend, x.shape[-1], x.dtype)
-            what = f"rotation D={x.shape[-1]} {x.dtype}"
-            known = settled[key] = _passes(backend.name, what, verdict)
-        return None if known is False else backend.rotate(x)
+        dim, dtype = x.shape[-1], x.dtype
+        return _first(
+            backend.name,
+            (backend.rotate, dim, dtype),
+            lambda: f"rotation D={dim} {dtype}",
+            functools.partial(backend.rotate, x),
+            functools.partial(judge.rotation, backend, dim, dtype),
+        )
 
     return rotate
+
+
+def choose(backend: Backend, selector: Selector, rows: mx.array, packed: tuple[int, ...]) -> mx.array | None:
+    """The back end's choice of pages for scaled `rows`, once it was right on this machine; None where it has none."""
+    channels, (heads, length, width) = selector.channels.shape[2], rows.shape[1:]
+    return _first(
+        backend.name,
+        (backend.choose, channels, heads, length, width),
+        lambda: f"pages by {channels} of {width - channels} channels, {length} queries of {heads} heads",
+        functools.partial(backend.choose, selector.sketches, rows, packed, selector.budget // PAGE),
+        functools.partial(judge.choice, backend, channels, heads, length, width - channels),
+    )
+
+
+def _first(
+    name: str, kind: Hashable, what: Callable[[], str], call: Callable[[], T | None], verdict: Callable[[], str]
+) -> T | None:
+    """What `call` gives once the verdict on its kind was good; None where it does not serve, or was set aside.
+
+    The first call of a kind is judged, then waited for; the portable path is what others are judged by.
+    """
+    known, failure, out = settled.get(kind), None, None
+    if known is False:
+        return None
+    try:
+        out = call()
+    except RuntimeError as error:
+        failure = error
+    if known is None and judging and name != tiled.NAME and (failure is not None or out is not None):
+        if not _passes(name, what(), verdict):
+            settled[kind] = False
+            return None
+        try:
+            mx.eval(out)
+        except RuntimeError as error:
+            failure = error
+    if failure is not None:
+        _failed(name, kind, what(), failure)
+        return None
+    if known is None and out is not None:
+        settled[kind] = True
+        log.info("%s by %s", what(), name)
+    return out
+
+
+def _failed(name: str, kind: Hashable, what: str, error: RuntimeError) -> None:
+    """A kind that was right before, or right when small, fails: set aside in this process. Raises what is no fault of a
+    kernel, and what nobody else could do better.
+    """
+    if name == tiled.NAME or not judging or out_of_memory(error):
+        raise error
+    why = f"fails: {_short(error)}"
+    settled[kind] = False
+    verdicts.keep(name, f"{what}, in a generation,", why)  # for `opentq doctor`; the next process tries again
+    _say(name, what, why)
+
+
+def _attention(args: AttnArgs) -> str:
+    return f"attention {args.kind_words()}"
+
+
+def _step(args: AttnArgs, center: mx.array | None) -> str:
+    return f"step {args.kind_words()}" + ("" if center is None else " centred")
 
 
 # ---- verdicts

@@ -17,6 +17,7 @@ from ..contracts.backend import Backend, Pair
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, FLUSH, Layout
 from . import tiled
+from .pages import PAGE, Selector, encode
 
 AttnFn = Callable[[AttnArgs], "mx.array | None"]
 
@@ -25,6 +26,8 @@ BOUND = {mx.bfloat16: 1e-2}
 BOUND_HALF = 5e-3
 PACKED_BOUND = 1.01
 """How much further from the vector than the codec's own bits a back end's may be."""
+COUNT = 3
+"""Pages of the cases that stand for a choice."""
 PREFILL = 24
 """Query tokens of the cases that stand for a prompt; shorter calls are judged as long as they are."""
 
@@ -128,6 +131,30 @@ def rotation(backend: Backend, dim: int, dtype: mx.Dtype) -> str:
     y = backend.rotate(x)
     error = float("inf") if y is None else _relative(y, rotation_of.plain(x))
     return "" if error <= BOUND.get(dtype, BOUND_HALF) else f"differs from the portable path by {error:.1e}"
+
+
+def choice(backend: Backend, channels: int, heads: int, length: int, dim: int) -> str:
+    """The share of the softmax that a back end's choice of pages has, in place of the pages: the last ones may tie."""
+    for packed, kv_heads in (((5 * PAGE, 3 * PAGE + 5), 1), ((7 * PAGE,), heads)):
+        batch, whole = len(packed), max(packed) // PAGE
+        index = mx.broadcast_to(mx.arange(0, 2 * channels, 2, dtype=mx.int32) % dim, (batch, kv_heads, channels))
+        keys, q = _draw(batch, kv_heads, whole * PAGE, dim), _draw(batch, kv_heads * length, 1, dim, seed=1)
+        case = Selector(encode(keys, index), index, COUNT * PAGE)
+        rows = case.queries(q, 4 * dim**-0.5)  # scores that differ from page to page
+        found = backend.choose(case.sketches, rows, packed, COUNT)
+        if found is None:
+            continue
+        newest = mx.array([-(-n // PAGE) - 1 for n in packed]).reshape(-1, 1, 1)
+        kept = mx.arange(whole) < mx.array([n // PAGE for n in packed]).reshape(-1, 1, 1)
+        share = mx.softmax(mx.where(kept[:, :, None], case.weights(rows, whole), -mx.inf), axis=-1).sum(2)
+        mine, theirs = (
+            float(mx.take_along_axis(share, mx.clip(chosen, 0, whole - 1), axis=-1).sum())
+            for chosen in (found, case.choose(rows, packed))
+        )
+        listed = (found[..., 1:] > found[..., :-1]).all() & (found >= 0).all() & (found <= newest).all()
+        if not (bool(listed & (found == newest).any(-1).all()) and mine >= (1 - BOUND_HALF) * theirs):
+            return f"reads {mine / theirs:.1%} of the softmax that the portable path reads"
+    return ""
 
 
 def _relative(out: mx.array, expected: mx.array) -> float:

@@ -56,8 +56,12 @@ class Buffer:
         return self.write(row, layout.store(joined), lanes)
 
     def forget(self, front: int, tokens: int, lanes: slice = EVERY) -> None:
-        """Drop the first `front` of `tokens` tokens; both whole rows."""
+        """Drop the first `front` of `tokens` tokens; both whole rows.
+
+        Whoever holds the arrays keeps all tokens: writing to an array changes it for all its holders.
+        """
         first, last = front // self.block, self.rows_of(tokens)
+        self.arrays = tuple(map(mx.array, self.arrays))
         if last > first:
             kept = tuple(own(a[lanes, :, first:last]) for a in self.arrays)
             self.arrays = tuple(_assign(a, k, 0, lanes) for a, k in zip(self.arrays, kept))

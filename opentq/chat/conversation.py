@@ -19,7 +19,8 @@ from ..dialogue.request import Delta, Draw, GenerationRequest
 from ..dialogue.sampling import make_sampler
 from ..errors import UserError
 from ..hosts import hooks
-from ..hosts.mlx_lm.load import cache_bytes, fp16_bytes, make_cache
+from ..hosts.generation import cache_bytes, fp16_bytes
+from ..hosts.mlx_lm.load import make_cache
 from ..hosts.mlx_lm.public import can_trim_prompt_cache, stream_generate, trim_prompt_cache
 
 

@@ -25,7 +25,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..caches.disk import Manifest
-    from ..hosts.mlx_lm.generate import Result
+    from ..hosts.generation import Result
 
 app = typer.Typer(
     name="cache",
@@ -126,7 +126,8 @@ def use(
     import time
 
     from ..caches import disk
-    from ..hosts.mlx_lm.generate import Request, run
+    from ..hosts.generation import Request
+    from ..hosts.mlx_lm.generate import run
     from ..hosts.mlx_lm.load import load
 
     manifest, _ = disk.read_manifest(file)

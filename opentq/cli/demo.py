@@ -16,7 +16,7 @@ from ..errors import UserError
 from .options import KV, ModelOption, one_model
 
 if TYPE_CHECKING:
-    from ..hosts.mlx_lm.generate import Result
+    from ..hosts.generation import Result
 
 DOCUMENT = "statistics.py"  # kept from the small models in training
 DOCUMENT_TOKENS = 7700
@@ -35,7 +35,7 @@ def demo(
     from rich.console import Console
     from rich.table import Table
 
-    from ..hosts.mlx_lm.generate import human_bytes
+    from ..hosts.generation import human_bytes
     from ..spec.text import asked
 
     spec = asked(kv)
@@ -142,7 +142,8 @@ def _run(model: Any, tokenizer: Any, tokens: list[int]) -> tuple[Result, list[in
     """The answer, and the most likely next token at each of the document's last, teacher-forced tokens."""
     import mlx.core as mx
 
-    from ..hosts.mlx_lm.generate import Request, run
+    from ..hosts.generation import Request
+    from ..hosts.mlx_lm.generate import run
     from ..hosts.mlx_lm.load import make_cache
 
     caches = make_cache(model)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,8 @@ from ..errors import UserError
 from .options import ModelArgument, ModelOption, Output, PrefillStep, RecordsFile, check_output, one_model, write
 
 if TYPE_CHECKING:
-    from ..evaluate.corpus import Corpus
-    from ..records import Record, Records
+    from ..evaluate.evaluation import Evaluation
+    from ..records import Record
 
 app = typer.Typer(name="eval", help="Measure what a compressed KV cache costs a model.", no_args_is_help=True)
 
@@ -56,9 +56,9 @@ def fidelity(
     from ..evaluate import show
 
     protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
-    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
-    passes = len(work.names) + ("native" not in work.names)
-    found = work.run(task, protocol, passes * protocol.sequences * (protocol.length - 1))
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    passes = len(on.names) + ("native" not in on.names)
+    found = _run(on, task, protocol, passes * protocol.sequences * (protocol.length - 1))
     write(show.fidelity(found, form), output)
 
 
@@ -94,8 +94,8 @@ def needle(
     grid = task.Grid(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
-    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
-    found = work.run(task, grid, len(work.names) * sum(whole) * len(parts) * trials)
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    found = _run(on, task, grid, len(on.names) * sum(whole) * len(parts) * trials)
     write(show.needle(found, form), output)
     if plot is not None:
         heat_map(found, plot)
@@ -123,8 +123,8 @@ def generate(
     from ..evaluate import show
 
     job = task.Task(context, tokens, prompts, questions, distractors, prefill_step_size, seed)
-    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
-    found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    found = _run(on, task, job, (len(on.names) + 1) * prompts * (context + tokens))
     write(show.agreement(found, form), output)
 
 
@@ -148,11 +148,11 @@ def layers(
     from ..evaluate import show
 
     view = task.View(context, window, sequences, prefill_step_size, seed)
-    work = _prepare(one_model(model, model_option), kv, text, form, output, records)
-    rivals = [n for n in work.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    rivals = [n for n in on.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
     if rivals:
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
-    found = work.run(task, view, (len(work.names) + 1) * sequences * context)
+    found = _run(on, task, view, (len(on.names) + 1) * sequences * context)
     write(show.layers(found, form), output)
 
 
@@ -175,8 +175,8 @@ def use(
     from ..evaluate import use as task
 
     job = task.Task(prompts, context, tokens, batch=batch, seed=seed)
-    work = _prepare(one_model(model, model_option), kv, None, form, output, records)
-    found = work.run(task, job, (len(work.names) + 1) * prompts * (context + tokens))
+    on = _prepare(one_model(model, model_option), kv, None, form, output, records)
+    found = _run(on, task, job, (len(on.names) + 1) * prompts * (context + tokens))
     write(show.use(found, form), output)
 
 
@@ -198,26 +198,20 @@ def tasks(
     from ..evaluate import tasks as task
 
     job = task.Task(questions, context, batch=batch, seed=seed)
-    work = _prepare(one_model(model, model_option), kv, None, form, output, records)
-    found = work.run(task, job, (len({*work.names, "native"})) * questions * context)
+    on = _prepare(one_model(model, model_option), kv, None, form, output, records)
+    found = _run(on, task, job, (len({*on.names, "native"})) * questions * context)
     write(show.tasks(found, form), output)
 
 
-class Work(NamedTuple):
-    """What every evaluation needs: (model, its identity, tokenizer), the text, the specs, the records."""
-
-    model: tuple[Any, dict, Any]
-    corpus: Corpus
-    names: list[str]
-    records: Records
-
-    def run(self, task: Any, job: Any, tokens: int) -> list[Record]:
-        """The records of `task.run` for `job`, with a progress bar over about that many tokens."""
-        with progress(task.__name__.rpartition(".")[2], tokens) as tick:
-            return task.run(*self.model, self.corpus, self.names, job, self.records, tick)
+def _run(on: Evaluation, task: Any, job: Any, tokens: int) -> list[Record]:
+    """The records of `task.run` for `job`, with a progress bar over about that many tokens."""
+    with progress(task.__name__.rpartition(".")[2], tokens) as tick:
+        return task.run(on._replace(tick=tick), job)
 
 
-def _prepare(model: str, kv: str, text: Path | None, form: str, output: Path | None, records: Path | None) -> Work:
+def _prepare(
+    model: str, kv: str, text: Path | None, form: str, output: Path | None, records: Path | None
+) -> Evaluation:
     """Check everything that is cheap to check, then load the model."""
     from ..evaluate.show import check_format
 
@@ -225,6 +219,7 @@ def _prepare(model: str, kv: str, text: Path | None, form: str, output: Path | N
     check_output(output)
     check_tokenizer(model)
     from ..evaluate import contenders, corpus
+    from ..evaluate.evaluation import Evaluation
     from ..records import Records, model_name
     from ..spec.text import split
 
@@ -236,7 +231,7 @@ def _prepare(model: str, kv: str, text: Path | None, form: str, output: Path | N
     from ..hosts.mlx_lm.load import load, model_folder
 
     loaded, tokenizer = load(model)
-    return Work((loaded, model_name(model, model_folder(model)), tokenizer), reading, names, kept)
+    return Evaluation(loaded, model_name(model, model_folder(model)), tokenizer, reading, names, kept)
 
 
 def check_tokenizer(model: str) -> None:

@@ -68,7 +68,8 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the per-layer report first.")] = False,
 ) -> None:
     """Generate text from a prompt: opentq generate MODEL PROMPT."""
-    from ..hosts.mlx_lm.generate import Request, check_context, check_draft, encode_prompt, run
+    from ..hosts.generation import Request
+    from ..hosts.mlx_lm.generate import check_context, check_draft, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
     from ..hosts.report import report
     from ..memory.wiring import needs, parse_wire, wired

@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..hosts.mlx_lm.generate import Request
+    from ..hosts.generation import Request
     from ..spec.text import Asked
 
 Images = Annotated[

@@ -91,7 +91,7 @@ class Prompter:
         tokenizer = self.tokenizer
         if request.messages is None:
             return "normal"
-        if tokenizer.response_initial_state:
+        if tokenizer.response_initial_state and not request.continue_last:
             return tokenizer.response_initial_state
         if tokenizer.has_thinking and tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens):
             return "reasoning"

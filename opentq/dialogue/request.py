@@ -49,8 +49,8 @@ class GenerationRequest:
         stop: texts that end the answer.
         logprobs: None for none, else how many alternatives to report per token (0: the chosen one alone).
         tools: OpenAI tool definitions that the model may call.
-        tool_choice: "auto" or "required".
-        tool_names: those that may be called when a call is required; empty for any.
+        tool_choice: "none", "auto" or "required".
+        tool_names: those that may be called; empty for any.
         custom: names of tools whose one argument, `input`, is text for the client.
         parallel_calls: False ends the answer after the first tool call.
         schema: JSON Schema that the answer must fit, or None.

@@ -7,7 +7,7 @@ strict measure, and exact answers to questions about the context (`recall`) are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..records import Record, Records
+from ..records import Record
 from . import metrics
-from .contenders import NATIVE, enter
-from .corpus import KINDS, Corpus, about
-from .forward import Tick, greedy, nothing, prefill
+from .contenders import NATIVE, Contender, enter
+from .corpus import KINDS
+from .evaluation import Evaluation
+from .forward import Tick, greedy, prefill
 from .needle import Grid, ask, make
 
 
@@ -40,46 +41,40 @@ class Task:
             raise UserError("generate needs at least one prompt, one token of context and one token to generate")
 
 
-def run(
-    model: Any,
-    model_id: Record,
-    tokenizer: Any,
-    corpus: Corpus,
-    names: Sequence[str],
-    task: Task,
-    records: Records,
-    tick: Tick = nothing,
-) -> list[Record]:
+def run(on: Evaluation, task: Task) -> list[Record]:
     """One record per contender; old ones where the file has them."""
-    settings = about("generate", model_id, corpus, task=asdict(task))
-    expected: list[list[int]] = []
-    found = []
-    for name in names:
-        key = {**settings, "spec": name}
-        record = records.find(key)
-        if record is None:
-            prompts = mx.array(corpus.tokens(tokenizer, task.prompts, task.context, task.seed))
-            expected = expected or _continue(model, prompts, enter(NATIVE, model).caches(), task, tick)
-            contender = enter(name, model)
-            rows = _continue(model, prompts, contender.caches(), task, tick)
-            same = [agreement(a, b) for a, b in zip(expected, rows)]
-            samples = np.array(same, dtype=np.float64)[:, None]
-            result: Record = {
-                "bits": round(contender.bits, 4),
-                "agreement": metrics.bootstrap(samples, lambda x: x.mean(-1)),
-                "identical": sum(n == task.tokens for n in same),
-                "lengths": same,
-            }
-            if task.questions:
-                result["recall"] = {}
-                for kind in KINDS:
-                    grid = Grid((task.context,), (0.5,), task.questions, kind, task.distractors, prefill=task.prefill)
-                    needles = [make(tokenizer, corpus, grid, task.context, 0.5, n) for n in range(task.questions)]
-                    right = ask(model, tokenizer, contender.caches, needles, grid)
-                    result["recall"][kind] = sum(right)
-            record = records.add(key, result)
-        found.append(record)
-    return found
+
+    @functools.cache
+    def prompts() -> mx.array:
+        return mx.array(on.text.tokens(on.tokenizer, task.prompts, task.context, task.seed))
+
+    @functools.cache
+    def expected() -> list[list[int]]:
+        return continued(enter(NATIVE, on.model))
+
+    def continued(contender: Contender) -> list[list[int]]:
+        return _continue(on.model, prompts(), contender.caches(), task, on.tick)
+
+    def measure(contender: Contender) -> Record:
+        same = [agreement(a, b) for a, b in zip(expected(), continued(contender))]
+        samples = np.array(same, dtype=np.float64)[:, None]
+        recall = {kind: _recall(on, task, contender, kind) for kind in KINDS} if task.questions else None
+        return {
+            "agreement": metrics.bootstrap(samples, lambda x: x.mean(-1)),
+            "identical": sum(n == task.tokens for n in same),
+            "lengths": same,
+            **({} if recall is None else {"recall": recall}),
+        }
+
+    settings = on.about("generate", task=asdict(task))
+    return list(on.each(settings, on.names, measure, task.prompts * (task.context + task.tokens)))
+
+
+def _recall(on: Evaluation, task: Task, contender: Contender, kind: str) -> int:
+    """Questions of one kind that are answered right."""
+    grid = Grid((task.context,), (0.5,), task.questions, kind, task.distractors, prefill=task.prefill)
+    needles = [make(on.tokenizer, on.text, grid, task.context, 0.5, n) for n in range(task.questions)]
+    return sum(ask(on.model, on.tokenizer, contender.caches, needles, grid))
 
 
 def _continue(model: Any, prompts: mx.array, caches: list[Any], task: Task, tick: Tick) -> list[list[int]]:

@@ -119,11 +119,18 @@ def opening(tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class Needle:
-    """One prompt with a planted fact: the ids of the text with its fact, of the question, and the answer as text."""
+    """One prompt with a planted fact: the ids of the text with its fact, of the question, and the answer as text.
+
+    Where two facts are asked for, `answer` has both values with a space between them (`found`).
+    """
 
     text: list[int]
     question: list[int]
     answer: str
+
+    def found(self, text: str) -> bool:
+        """Whether an answer has all that was asked for."""
+        return all(value in text for value in self.answer.split())
 
 
 def needle(
@@ -134,18 +141,20 @@ def needle(
     seed: int,
     kind: str = KINDS[0],
     distractors: int = 0,
+    asked: int = 1,
 ) -> Needle:
     """A prompt of exactly `length` tokens with a fact at `depth` (0 is its start, 1 its end) and a question at its end.
 
-    `distractors` facts of the same kind about other names stand at random depths. The haystack is whole lines but for
-    its end. Raises UserError when `length` is too short for the facts and the question.
+    `distractors` facts of the same kind about other names stand at random depths; with `asked` 2 the question is for
+    the first of them, too. The haystack is whole lines but for its end. Raises UserError when `length` is too short for
+    the facts and the question.
     """
     rng = random.Random(f"{seed} {length} {depth} {kind} {distractors}")
     facts = [_fact(rng, kind) for _ in range(1 + distractors)]
-    name, value = facts[0]
     before, after = template(tokenizer)
     lines = [tokenizer.encode(f"# {_sentence(kind, n, v)}\n", add_special_tokens=False) for n, v in facts]
-    question = tokenizer.encode(f"\n\nWhat is the {kind} of {name}?", add_special_tokens=False) + after
+    names = f" and the {kind} of ".join(name for name, _ in facts[:asked])
+    question = tokenizer.encode(f"\n\nWhat is the {kind} of {names}?", add_special_tokens=False) + after
     room = length - len(before) - len(question) - sum(map(len, lines))
     if room < 16:
         raise UserError(f"a needle prompt of {length} tokens is too short: use at least {length - room + 16}")
@@ -158,7 +167,7 @@ def needle(
     for at, i in cuts:
         text += hay[last:at] + lines[i]
         last = at
-    return Needle(text + hay[last:], question, value)
+    return Needle(text + hay[last:], question, " ".join(value for _, value in facts[:asked]))
 
 
 def _nearest(places: list[int], wanted: float) -> int:

@@ -9,7 +9,6 @@ those of a model that has attended to compressed tokens from the start.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..records import Record, Records
+from ..records import Record
 from . import metrics
 from .contenders import NATIVE, Contender, enter
-from .corpus import Corpus, about
-from .forward import Tick, forced, nothing, prefill
+from .evaluation import Evaluation
+from .forward import Tick, forced, prefill
 
 
 @dataclass(frozen=True)
@@ -69,46 +68,30 @@ class _Reading:
     cache_bytes: list[int]
 
 
-def run(
-    model: Any,
-    model_id: Record,
-    tokenizer: Any,
-    corpus: Corpus,
-    names: Sequence[str],
-    protocol: Protocol,
-    records: Records,
-    tick: Tick = nothing,
-) -> list[Record]:
+def run(on: Evaluation, protocol: Protocol) -> list[Record]:
     """Measure each contender at each depth; returns their records in order, old ones where the file has them."""
     described = asdict(protocol) | {"depths": list(protocol.depths)}
-    settings = about("fidelity", model_id, corpus, protocol=described)
-    missing = [n for n in names if any(not records.find(_key(settings, n, d)) for d in protocol.depths)]
+    settings = on.about("fidelity", protocol=described)
+    missing = [n for n in on.names if any(not on.records.find(_key(settings, n, d)) for d in protocol.depths)]
     if missing:
-        rows = corpus.tokens(tokenizer, protocol.sequences, protocol.length, protocol.seed)
+        rows = on.text.tokens(on.tokenizer, protocol.sequences, protocol.length, protocol.seed)
         tokens = mx.array(rows)
-        reference = _read(model, enter(NATIVE, model, protocol.simulate), tokens, protocol, tick)
+        reference = _read(on.model, enter(NATIVE, on.model, protocol.simulate), tokens, protocol, on.tick)
         for name in missing:
             start = time.perf_counter()
-            contender = enter(name, model, protocol.simulate)
+            contender = enter(name, on.model, protocol.simulate)
             # The first reading is both sides of the native row.
-            reading = reference if name == NATIVE else _read(model, contender, tokens, protocol, tick)
+            reading = reference if name == NATIVE else _read(on.model, contender, tokens, protocol, on.tick)
             seconds = time.perf_counter() - start
             for i, depth in enumerate(protocol.depths):
                 key = _key(settings, name, depth)
-                if records.find(key) is None:
+                if on.records.find(key) is None:
                     targets = tokens[:, depth + 1 : depth + protocol.window + 1]
                     result = compare(reference.log_probs[i], reading.log_probs[i], targets, protocol.step)
-                    records.add(
-                        key,
-                        {
-                            "bits": round(contender.bits, 4),
-                            **result,
-                            "cache_bytes": reading.cache_bytes[i],
-                            "native_bytes": reference.cache_bytes[i],
-                            "seconds": round(seconds, 2),
-                        },
-                    )
-    found = [records.find(_key(settings, n, d)) for n in names for d in protocol.depths]
+                    held = {"cache_bytes": reading.cache_bytes[i], "native_bytes": reference.cache_bytes[i]}
+                    bits = {"bits": round(contender.bits, 4)}
+                    on.records.add(key, {**bits, **result, **held, "seconds": round(seconds, 2)})
+    found = [on.records.find(_key(settings, n, d)) for n in on.names for d in protocol.depths]
     return [r for r in found if r is not None]
 
 

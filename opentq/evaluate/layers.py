@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..hosts import hooks
 from ..records import Record, Records
 from ..spec.kv import KVSpec
-from .corpus import Corpus, about
+from .evaluation import Evaluation
 from .forward import Tick, nothing, prefill
 from .simulate import SimulatedCache
 
@@ -69,20 +69,11 @@ class _ProbeStep:
         return out
 
 
-def run(
-    model: Any,
-    model_id: Record,
-    tokenizer: Any,
-    corpus: Corpus,
-    names: Sequence[str],
-    view: View,
-    records: Records,
-    tick: Tick = nothing,
-) -> list[Record]:
+def run(on: Evaluation, view: View) -> list[Record]:
     """One record per spec and compressed layer, in order; old ones where the file has them."""
-    rows = corpus.tokens(tokenizer, view.sequences, view.context, view.seed)
-    settings = about("layers", model_id, corpus, view=asdict(view))
-    return measure(model, mx.array(rows), [KVSpec.parse(n) for n in names], view, settings, records, tick)
+    tokens = mx.array(on.text.tokens(on.tokenizer, view.sequences, view.context, view.seed))
+    specs, settings = [KVSpec.parse(n) for n in on.names], on.about("layers", view=asdict(view))
+    return measure(on.model, tokens, specs, view, settings, on.records, on.tick)
 
 
 def measure(

@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..records import Record, Records
+from ..records import Record
 from .contenders import enter
-from .corpus import KINDS, Corpus, Needle, about, needle
+from .corpus import KINDS, Corpus, Needle, needle
+from .evaluation import Evaluation
 from .forward import Tick, greedy, nothing, prefill
 from .metrics import wilson
 
@@ -57,38 +58,29 @@ class Grid:
             raise UserError(f"needle depths are between 0 and 1, not {list(self.depths)}")
 
 
-def run(
-    model: Any,
-    model_id: Record,
-    tokenizer: Any,
-    corpus: Corpus,
-    names: Sequence[str],
-    grid: Grid,
-    records: Records,
-    tick: Tick = nothing,
-) -> list[Record]:
+def run(on: Evaluation, grid: Grid) -> list[Record]:
     """One record per contender, length and depth, in order; old ones where the file has them."""
     shared = {n: getattr(grid, n) for n in ("distractors", "trials", "prefill", "answer", "seed", "simulate")}
-    settings = about("needle", model_id, corpus, what=grid.kind, **shared)
+    settings = on.about("needle", what=grid.kind, **shared)
     found = []
     made: dict[tuple[int, float, int], Needle] = {}
-    for name in names:
+    for name in on.names:
         contender = None
         for length in grid.lengths:
             keys = {depth: {**settings, "spec": name, "length": length, "depth": depth} for depth in grid.depths}
-            missing = [depth for depth, key in keys.items() if records.find(key) is None]
+            missing = [depth for depth, key in keys.items() if on.records.find(key) is None]
             if missing:
-                contender = contender or enter(name, model, grid.simulate)
+                contender = contender or enter(name, on.model, grid.simulate)
                 asked = [(length, depth, trial) for depth in missing for trial in range(grid.trials)]
                 for key in asked:
-                    made[key] = made.get(key) or make(tokenizer, corpus, grid, *key)
-                right = ask(model, tokenizer, contender.caches, [made[key] for key in asked], grid, tick)
+                    made[key] = made.get(key) or make(on.tokenizer, on.text, grid, *key)
+                right = ask(on.model, on.tokenizer, contender.caches, [made[key] for key in asked], grid, on.tick)
                 for i, depth in enumerate(missing):
                     correct = sum(right[i * grid.trials : (i + 1) * grid.trials])
                     result = {"bits": round(contender.bits, 4), "correct": correct}
-                    records.add(keys[depth], {**result, "accuracy": wilson(correct, grid.trials)})
-            tick(length * grid.trials * (len(keys) - len(missing)))
-            found += [r for r in map(records.find, keys.values()) if r is not None]
+                    on.records.add(keys[depth], {**result, "accuracy": wilson(correct, grid.trials)})
+            on.tick(length * grid.trials * (len(keys) - len(missing)))
+            found += [r for r in map(on.records.find, keys.values()) if r is not None]
     return found
 
 
@@ -117,5 +109,5 @@ def ask(
         stop = set(getattr(tokenizer, "eos_token_ids", []) or [])
         answers = greedy(model, rows[:, -own:], held, grid.answer, stop)
         tick(own * len(batch))
-        found += [n.answer in tokenizer.decode(a) for n, a in zip(batch, answers)]
+        found += [n.found(tokenizer.decode(a)) for n, a in zip(batch, answers)]
     return found

@@ -18,11 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..records import Record, Records
+from ..records import Record
 from . import metrics
-from .contenders import NATIVE, enter
-from .corpus import Corpus, about
+from .contenders import NATIVE, Contender
 from .entries import documentation, entries, reference
+from .evaluation import Evaluation
 from .forward import Tick, nothing, prefill
 
 KINDS = ("read", "known")
@@ -75,30 +75,18 @@ def make(tokenizer: Any, task: Task) -> list[Question]:
     return made
 
 
-def run(
-    model: Any,
-    model_id: Record,
-    tokenizer: Any,
-    corpus: Corpus | None,
-    names: Sequence[str],
-    task: Task,
-    records: Records,
-    tick: Tick = nothing,
-) -> list[Record]:
-    """One record per contender, the model's own cache first; old ones where the file has them. `corpus` is not used."""
+def run(on: Evaluation, task: Task) -> list[Record]:
+    """One record per contender, the model's own cache first; old ones where the file has them."""
     shown = {k: v for k, v in asdict(task).items() if k != "batch"}
-    settings = about("tasks", model_id, documentation(), task=shown)
-    questions = make(tokenizer, task)
+    settings = on.about("tasks", documentation(), task=shown)
+    questions = make(on.tokenizer, task)
     found: list[Record] = []
-    for name in (NATIVE, *(n for n in names if n != NATIVE)):
-        key = {**settings, "spec": name}
-        record = records.find(key)
-        if record is None:
-            contender = enter(name, model)
-            right = answer(model, questions, contender.caches, task, tick)
-            record = records.add(key, {"bits": round(contender.bits, 4), **marks(questions, right, found[:1])})
-        else:
-            tick(task.questions * task.context)
+
+    def measure(contender: Contender) -> Record:
+        return marks(questions, answer(on.model, questions, contender.caches, task, on.tick), found[:1])
+
+    names = (NATIVE, *(n for n in on.names if n != NATIVE))
+    for record in on.each(settings, names, measure, task.questions * task.context):
         found.append(record)
     return found
 

@@ -7,8 +7,8 @@ its own cache.
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..records import Record, Records
+from ..records import Record
 from . import metrics
 from .agreement import agreement
-from .contenders import NATIVE, enter
-from .corpus import Corpus, about, template
+from .contenders import NATIVE, Contender, enter
+from .corpus import template
 from .entries import documentation, entries, reference
-from .forward import Tick, greedy, nothing, prefill
+from .evaluation import Evaluation
+from .forward import Tick, greedy, prefill
 
 INSTRUCTIONS = (
     "Explain what {name} is for.",
@@ -66,37 +67,27 @@ def make(tokenizer: Any, task: Task) -> list[list[int]]:
     return rows
 
 
-def run(
-    model: Any,
-    model_id: Record,
-    tokenizer: Any,
-    corpus: Corpus | None,
-    names: Sequence[str],
-    task: Task,
-    records: Records,
-    tick: Tick = nothing,
-) -> list[Record]:
-    """One record per contender; old ones where the file has them. `corpus` is not used."""
+def run(on: Evaluation, task: Task) -> list[Record]:
+    """One record per contender; old ones where the file has them."""
     shown = {k: v for k, v in asdict(task).items() if k != "batch"}
-    settings = about("use", model_id, documentation(), task=shown)
-    prompts = make(tokenizer, task)
-    stop = set(getattr(tokenizer, "eos_token_ids", None) or [])
-    expected: list[list[int]] = []
-    found = []
-    for name in names:
-        key = {**settings, "spec": name}
-        record = records.find(key)
-        if record is None:
-            if not expected:
-                expected = [until(row, stop) for row in _answers(model, prompts, enter(NATIVE, model), task, tick)]
-            contender = enter(name, model)
-            rows = _answers(model, prompts, contender, task, tick)
-            record = records.add(key, {"bits": round(contender.bits, 4), **compare(expected, rows)})
-        found.append(record)
-    return found
+    settings = on.about("use", documentation(), task=shown)
+    prompts = make(on.tokenizer, task)
+    stop = set(getattr(on.tokenizer, "eos_token_ids", None) or [])
+
+    def answers(contender: Contender) -> list[list[int]]:
+        return _answers(on.model, prompts, contender, task, on.tick)
+
+    @functools.cache
+    def expected() -> list[list[int]]:
+        return [until(row, stop) for row in answers(enter(NATIVE, on.model))]
+
+    def measure(contender: Contender) -> Record:
+        return compare(expected(), answers(contender))
+
+    return list(on.each(settings, on.names, measure, task.prompts * (task.context + task.tokens)))
 
 
-def _answers(model: Any, prompts: list[list[int]], contender: Any, task: Task, tick: Tick) -> list[list[int]]:
+def _answers(model: Any, prompts: list[list[int]], contender: Contender, task: Task, tick: Tick) -> list[list[int]]:
     rows: list[list[int]] = []
     for start in range(0, len(prompts), task.batch):
         batch = mx.array(prompts[start : start + task.batch])

@@ -1,58 +1,70 @@
-"""What a trial can measure: functions from settings to numbers, and the settings that each takes."""
+"""What a trial can measure: functions of its settings, which are their parameters, with the defaults that they have."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..evaluate.evaluation import Evaluation
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A kind of trial: what it does and the settings it takes, with their defaults."""
-
-    run: Callable[[Settings], Result]
-    settings: Settings
-
-    def takes(self) -> str:
-        return ", ".join(self.settings)
-
-
-def fidelity(s: Settings) -> Result:
+def fidelity(
+    model: str = "",
+    kv: str = "int4",
+    depth: int = 1024,
+    window: int = 64,
+    sequences: int = 2,
+    simulate: bool = True,
+    seed: int = 0,
+) -> Result:
     """KL, top-1 agreement and perplexity against the model's own cache at one depth.
 
     `simulate` keeps decoded values in fp16: the same errors, faster for codecs without fused kernels.
     """
-    from ..evaluate import corpus
     from ..evaluate import fidelity as evaluate
-    from ..records import Records
 
-    model, tokenizer = _loaded(s["model"])
-    protocol = evaluate.Protocol((s["depth"],), s["window"], 16, s["sequences"], 512, s["seed"], s["simulate"])
-    (found,) = evaluate.run(model, {"name": s["model"]}, tokenizer, corpus.load(None), [s["kv"]], protocol, Records())
+    protocol = evaluate.Protocol((depth,), window, 16, sequences, 512, seed, simulate)
+    (found,) = evaluate.run(_evaluation(model, kv), protocol)
     intervals = {k: found[k][0] for k in ("kl_mean", "kl_p99", "top1", "ppl_ratio")}
     return {"bits": found["bits"], **intervals, "kl_interval": list(found["kl_mean"])}
 
 
-def needle(s: Settings) -> Result:
+def needle(
+    model: str = "",
+    kv: str = "int4",
+    length: int = 1024,
+    trials: int = 4,
+    distractors: int = 0,
+    simulate: bool = True,
+    seed: int = 0,
+) -> Result:
     """Share of planted facts that are found."""
-    from ..evaluate import corpus
     from ..evaluate import needle as evaluate
-    from ..records import Records
 
-    model, tokenizer = _loaded(s["model"])
-    options = {k: s[k] for k in ("trials", "distractors", "seed", "simulate")}
-    grid = evaluate.Grid((s["length"],), (0.1, 0.5, 0.9), **options)
-    found = evaluate.run(model, {"name": s["model"]}, tokenizer, corpus.load(None), [s["kv"]], grid, Records())
-    return {"bits": found[0]["bits"], "accuracy": sum(r["correct"] for r in found) / (s["trials"] * len(found))}
+    grid = evaluate.Grid(
+        (length,), (0.1, 0.5, 0.9), trials=trials, distractors=distractors, seed=seed, simulate=simulate
+    )
+    found = evaluate.run(_evaluation(model, kv), grid)
+    return {"bits": found[0]["bits"], "accuracy": sum(r["correct"] for r in found) / (trials * len(found))}
 
 
-def vectors(s: Settings) -> Result:
+def vectors(
+    kv: str = "int4",
+    keys: str = "gaussian",
+    alpha: float = 1.0,
+    spread: float = 0.0,
+    size: float = 1.0,
+    dim: int = 128,
+    tokens: int = 512,
+    seed: int = 0,
+) -> Result:
     """Constructed queries, keys and values of one attention call: what a codec does to them.
 
     `keys` is gaussian, outliers (4 channels 20 times larger) or offset (4 channels with a constant added). `alpha` is
@@ -65,22 +77,32 @@ def vectors(s: Settings) -> Result:
     from ..evaluate.layers import attention_errors
     from ..spec.kv import KVSpec
 
-    rng = np.random.default_rng(s["seed"])
-    dim, tokens, rows = s["dim"], s["tokens"], 32
-    q, k, v = (rng.standard_normal((1, 1, n, dim)).astype(np.float32) * s["size"] for n in (rows, tokens, tokens))
-    if s["keys"] == "outliers":
+    rng = np.random.default_rng(seed)
+    rows = 32
+    q, k, v = (rng.standard_normal((1, 1, n, dim)).astype(np.float32) * size for n in (rows, tokens, tokens))
+    if keys == "outliers":
         k[..., 3:dim:32] *= 20
-    elif s["keys"] == "offset":
-        k[..., 3:dim:32] += 20 * s["size"]
-    scale = s["alpha"] / dim**0.5
-    if s["spread"]:
+    elif keys == "offset":
+        k[..., 3:dim:32] += 20 * size
+    scale = alpha / dim**0.5
+    if spread:
         logits = q[0, 0] @ k[0, 0].T * scale
-        q *= s["spread"] / logits.std(-1).mean()
-    found = attention_errors(mx.array(q), mx.array(k), mx.array(v), scale, KVSpec.parse(s["kv"]))
-    return {"bits": KVSpec.parse(s["kv"]).bits_per_value(dim), **found}
+        q *= spread / logits.std(-1).mean()
+    found = attention_errors(mx.array(q), mx.array(k), mx.array(v), scale, KVSpec.parse(kv))
+    return {"bits": KVSpec.parse(kv).bits_per_value(dim), **found}
 
 
-def speed(s: Settings) -> Result:
+def speed(
+    model: str = "",
+    kv: str = "native",
+    weights: int = 0,
+    dtype: str = "default",
+    pipeline: bool = True,
+    chunk: int = 512,
+    depth: int = 512,
+    count: int = 32,
+    seed: int = 0,
+) -> Result:
     """Prefill and decode tokens per second of a model, with one thing changed at a time.
 
     `weights` quantises linear layers (0: as they are), `dtype` is that of all other arithmetic, `pipeline` lets the
@@ -93,50 +115,62 @@ def speed(s: Settings) -> Result:
     from ..hosts.mlx_lm.load import load
     from ..hosts.mlx_lm.public import make_prompt_cache
 
-    model, _ = load(s["model"])
-    if s["weights"]:
-        nn.quantize(model, group_size=32, bits=s["weights"])
-    if s["kv"] != "native":
-        hooks.compress(model, s["kv"])
-    if s["dtype"] != "default":
-        model.set_dtype(getattr(mx, s["dtype"]))
-    tokens = mx.array([[5 + (s["seed"] + i) * 7919 % 1000 for i in range(s["depth"])]])
-    caches = make_prompt_cache(model)
-    mx.eval(model.parameters())
+    network, _ = load(model)
+    if weights:
+        nn.quantize(network, group_size=32, bits=weights)
+    if kv != "native":
+        hooks.compress(network, kv)
+    if dtype != "default":
+        network.set_dtype(getattr(mx, dtype))
+    tokens = mx.array([[5 + (seed + i) * 7919 % 1000 for i in range(depth)]])
+    caches = make_prompt_cache(network)
+    mx.eval(network.parameters())
     start = time.perf_counter()
-    for at in range(0, s["depth"], s["chunk"]):
-        model(tokens[:, at : at + s["chunk"]], cache=caches)
+    for at in range(0, depth, chunk):
+        network(tokens[:, at : at + chunk], cache=caches)
         mx.eval([c.state for c in caches])
     filled = time.perf_counter()
     token = tokens[:, -1:]
-    for _ in range(s["count"]):
-        token = mx.argmax(model(token, cache=caches)[:, -1:], axis=-1)
-        if s["pipeline"]:
+    for _ in range(count):
+        token = mx.argmax(network(token, cache=caches)[:, -1:], axis=-1)
+        if pipeline:
             mx.async_eval(token)
         else:
             token.item()
     mx.eval(token)
-    decode = s["count"] / (time.perf_counter() - filled)
-    return {"prefill_per_s": s["depth"] / (filled - start), "decode_per_s": decode}
+    decode = count / (time.perf_counter() - filled)
+    return {"prefill_per_s": depth / (filled - start), "decode_per_s": decode}
 
 
-def speculative(s: Settings) -> Result:
+def speculative(
+    model: str = "", draft: str = "", depth: int = 256, count: int = 32, drafts: int = 3, seed: int = 0
+) -> Result:
     """Speculative decoding: the share of tokens that the draft model got right, and speed against plain decoding."""
     import mlx.core as mx
 
     from ..evaluate import corpus
     from ..hosts.mlx_lm.public import generate_step, speculative_generate_step
 
-    (model, tokenizer), (draft, _) = _loaded(s["model"]), _loaded(s["draft"])
-    prompt = mx.array(corpus.load(None).tokens(tokenizer, 1, s["depth"], s["seed"])[0])
+    (network, tokenizer), (small, _) = _loaded(model), _loaded(draft)
+    prompt = mx.array(corpus.load(None).tokens(tokenizer, 1, depth, seed)[0])
     start = time.perf_counter()
-    plain = sum(1 for _ in generate_step(prompt, model, max_tokens=s["count"]))
+    plain = sum(1 for _ in generate_step(prompt, network, max_tokens=count))
     middle = time.perf_counter()
-    steps = speculative_generate_step(prompt, model, draft, num_draft_tokens=s["drafts"], max_tokens=s["count"])
+    steps = speculative_generate_step(prompt, network, small, num_draft_tokens=drafts, max_tokens=count)
     accepted = [bool(step[2]) for step in steps]
     speculated = time.perf_counter() - middle
     ratio = (len(accepted) / speculated) / (plain / (middle - start))
     return {"acceptance": sum(accepted) / len(accepted), "speedup": ratio}
+
+
+def _evaluation(model: str, kv: str) -> Evaluation:
+    """One contender on the held-out text, its result kept by nobody but the trial."""
+    from ..evaluate import corpus
+    from ..evaluate.evaluation import Evaluation
+    from ..records import Records
+
+    network, tokenizer = _loaded(model)
+    return Evaluation(network, {"name": model}, tokenizer, corpus.load(None), [kv], Records())
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,69 +180,15 @@ def _loaded(path: str) -> Any:
     return load(path)
 
 
-MEASURES = {
-    "fidelity": Measure(
-        fidelity,
-        {
-            "measure": "fidelity",
-            "model": "",
-            "kv": "int4",
-            "depth": 1024,
-            "window": 64,
-            "sequences": 2,
-            "simulate": True,
-            "seed": 0,
-        },
-    ),
-    "needle": Measure(
-        needle,
-        {
-            "measure": "needle",
-            "model": "",
-            "kv": "int4",
-            "length": 1024,
-            "trials": 4,
-            "distractors": 0,
-            "simulate": True,
-            "seed": 0,
-        },
-    ),
-    "vectors": Measure(
-        vectors,
-        {
-            "measure": "vectors",
-            "kv": "int4",
-            "keys": "gaussian",
-            "alpha": 1.0,
-            "spread": 0.0,
-            "size": 1.0,
-            "dim": 128,
-            "tokens": 512,
-            "seed": 0,
-        },
-    ),
-    "speed": Measure(
-        speed,
-        {
-            "measure": "speed",
-            "model": "",
-            "kv": "native",
-            "weights": 0,
-            "dtype": "default",
-            "pipeline": True,
-            "chunk": 512,
-            "depth": 512,
-            "count": 32,
-            "seed": 0,
-        },
-    ),
-    "speculative": Measure(
-        speculative,
-        {"measure": "speculative", "model": "", "draft": "", "depth": 256, "count": 32, "drafts": 3, "seed": 0},
-    ),
-}
+MEASURES: dict[str, Callable[..., Result]] = {f.__name__: f for f in (fidelity, needle, vectors, speed, speculative)}
+
+
+def defaults(measure: str) -> Settings:
+    """The settings that a measure takes, itself the first, as they are when nothing else is said."""
+    parameters = inspect.signature(MEASURES[measure]).parameters.values()
+    return {"measure": measure, **{p.name: p.default for p in parameters}}
 
 
 def run(settings: Settings) -> Result:
     """Measure one trial."""
-    return MEASURES[settings["measure"]].run(settings)
+    return MEASURES[settings["measure"]](**{name: value for name, value in settings.items() if name != "measure"})

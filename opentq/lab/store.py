@@ -19,7 +19,8 @@ from typing import Any
 
 from .. import records
 from ..errors import UserError
-from .study import Settings, Study, key
+from .measures import Settings, defaults
+from .study import Study, key
 
 HOST = socket.gethostname()
 
@@ -127,9 +128,7 @@ class Store:
         trial.set_user_attr("worker", [HOST, os.getpid(), born(os.getpid())])
         trial.set_user_attr("search", True)
         chosen = {name: trial.suggest_categorical(name, values) for name, values in search.parameters.items()}
-        from .measures import MEASURES
-
-        settings = {**MEASURES[search.fixed["measure"]].settings, **search.fixed, **chosen}
+        settings = {**defaults(search.fixed["measure"]), **search.fixed, **chosen}
         trial.set_user_attr("key", key(settings))
         return trial, settings
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .measures import MEASURES
-
-Settings = dict[str, Any]
+from .measures import MEASURES, Settings, defaults
 
 RELATIONS = ("<", ">")
 
@@ -102,14 +100,12 @@ def _grid(block: Settings, where: str) -> list[Settings]:
     measure = block.get("measure")
     if measure not in MEASURES:
         raise UserError(f"{where}: measure {measure!r} is not known: use {', '.join(MEASURES)}")
-    unknown = set(block) - {"measure"} - set(MEASURES[measure].settings)
-    if unknown:
-        raise UserError(
-            f"{where}: {measure} takes no {', '.join(sorted(unknown))}; it takes {MEASURES[measure].takes()}"
-        )
+    own = defaults(measure)
+    if unknown := set(block) - set(own):
+        raise UserError(f"{where}: {measure} takes no {', '.join(sorted(unknown))}; it takes {', '.join(own)}")
     axes = {k: v if isinstance(v, list) else [v] for k, v in block.items()}
     found = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    return [{**MEASURES[measure].settings, **s} for s in found]
+    return [{**own, **s} for s in found]
 
 
 def _hypothesis(table: Settings, path: Path) -> Hypothesis:

@@ -10,9 +10,10 @@ from ..dialogue.clearing import ClearTools
 from ..dialogue.errors import ApiError, bad, unsupported
 from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
 from .claude_tools import function
-from .openai import as_int, first, refuse_unsupported
+from .openai import as_int, check_continued, refuse_unsupported
 from .schema import CountRequest, MessagesRequest, check
 from .sse import frame
+from .tool_choice import choose
 
 log = logging.getLogger("opentq.serve")
 
@@ -27,19 +28,20 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     refuse_unsupported(body, IDLE)
     check(body, CountRequest if count_only else MessagesRequest)
     choice = body.get("tool_choice") or {"type": "auto"}
-    tools = tuple(function(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ()))
-    if choice["type"] == "none":
-        tools = ()
-    name = (choice.get("name") or "") if choice["type"] == "tool" else ""
-    named = [t for t in tools if t["function"]["name"] == name or choice["type"] == "any"]
-    if choice["type"] in ("any", "tool") and not named:
-        raise bad("tool_choice names no tool that is given in tools", "tool_choice")
+    tools = [function(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ())]
+    mode = {"any": "required", "tool": "required"}.get(choice["type"], choice["type"])
     messages: list[dict[str, Any]] = []
     if system := _blocks(body.get("system"), "system"):
         messages.append({"role": "system", "content": system})
     for i, turn in enumerate(body["messages"]):
         messages += _turn(turn, f"messages[{i}]")
     wanted = body.get("output_config") or {}
+    where = "output_format" if body.get("output_format") else "output_config.format"
+    form = body.get("output_format") or wanted.get("format")
+    if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()  # nothing to go on with
+    if goes_on := messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
+        check_continued(messages, form, where)
     template: dict[str, Any] = {}
     if (thinking := body.get("thinking")) is not None:
         template["enable_thinking"] = thinking["type"] != "disabled"
@@ -50,12 +52,9 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
         messages=tuple(messages),
         max_tokens=as_int(body.get("max_tokens")),
         stop=tuple(s for s in body.get("stop_sequences") or () if s),
-        tools=tools,
-        tool_choice="required" if choice["type"] in ("any", "tool") else "auto",
-        tool_names=frozenset([name] if name else ()),
         parallel_calls=not choice.get("disable_parallel_tool_use"),
-        schema=_format(first(body, "output_format"), "output_format")
-        or _format(wanted.get("format"), "output_config.format"),
+        schema=_format(form, where),
+        continue_last=goes_on,
         template=template,
         clear=_clearing(body.get("context_management") or {}),
         stream=bool(body.get("stream")),
@@ -64,6 +63,7 @@ def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
             top_p=body.get("top_p"),  # type: ignore[arg-type]
             top_k=as_int(body.get("top_k")),  # type: ignore[arg-type]
         ),
+        **choose(tools, mode, [choice.get("name")] if choice["type"] == "tool" else None),
     )
 
 

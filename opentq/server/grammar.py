@@ -6,7 +6,9 @@ The extra `opentq[schema]` brings llguidance. Without it a request for json_sche
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,11 +41,28 @@ class Grammars:
 
     def constraint(self, request: GenerationRequest, state: str) -> Constraint | None:
         """What holds the answer to `request` in its form, or None. Raises ApiError for a form that can't be held."""
-        if request.tool_choice == "required" and request.tools:
-            return self._make(self._calls(request), "tool_choice", state)
-        if request.schema is None:
+        limited = request.tool_choice == "none" or request.tool_names
+        if request.tools and request.tool_choice == "required":
+            return self._make(self._calls(request, "start: call"), "tool_choice", state)
+        if request.schema is not None:
+            return self._make(self._schema(request.schema), "response_format", state)
+        if not (request.tools and limited and self.tokenizer.tool_call_start):
             return None
-        return self._make(self._schema(request.schema), "response_format", state)
+        if request.tool_choice == "none":
+            return self._make(f"start: free\n{self._free()}", "tool_choice", state)
+        return self._make(self._calls(request, f"start: free (call free)*\n{self._free()}"), "tool_choice", state)
+
+    def fitted(self, request: GenerationRequest) -> GenerationRequest:
+        """`request`, without the tools that must not be called where no grammar can forbid that."""
+        if request.tool_choice == "none":
+            held = available() or not self.tokenizer.tool_call_start
+            return request if held else replace(request, tools=())
+        if request.tool_choice == "required" or not request.tool_names:
+            return request
+        if available() and self._form == JSON_CALLS and isinstance(self._start, int):
+            return request
+        named = tuple(t for t in request.tools if t["function"]["name"] in request.tool_names)
+        return replace(request, tools=named, tool_names=frozenset())
 
     def _make(self, grammar: str, param: str, state: str) -> Constraint:
         import llguidance
@@ -66,25 +85,44 @@ class Grammars:
                 f"response_format: the schema can't be used: {_first_line(str(error))}", "response_format"
             ) from error
 
-    def _calls(self, request: GenerationRequest) -> str:
-        """The markup of one tool call in the model's own form."""
+    def _calls(self, request: GenerationRequest, start: str) -> str:
+        """A grammar that begins with the rule `start`; `call` is the markup of one call in the model's form."""
         self._require("tool_choice")
-        parser = getattr(self.tokenizer.tool_parser, "__module__", "")
-        if parser != JSON_CALLS:
+        if self._form != JSON_CALLS:
             raise unsupported(
-                "tool_choice", f"this model writes calls in the form of {parser}; only 'auto' and 'none' work"
+                "tool_choice", f"this model writes calls in the form of {self._form}; only 'auto' and 'none' work"
             )
         functions = [t["function"] for t in request.tools]
         named = [f for f in functions if f["name"] in (request.tool_names or {f["name"]})]
         options = [_call_schema(f, i) for i, f in enumerate(named)]
         schema = {"x-guidance": STYLE, **(options[0] if len(options) == 1 else {"anyOf": options})}
-        start, end = (self._marker(t) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
-        return f"start: {start} gap call gap {end}\ngap: /\\n?/\ncall: %json {json.dumps(schema)}\n"
+        begin, end = (_quoted(self._marker(t)) for t in (self.tokenizer.tool_call_start, self.tokenizer.tool_call_end))
+        return f"{start}\ncall: {begin} gap json gap {end}\ngap: /\\n?/\njson: %json {json.dumps(schema)}\n"
 
-    def _marker(self, text: str) -> str:
-        """A marker in the grammar's syntax: its own token where it has one, else its characters."""
+    def _free(self) -> str:
+        """The rule `free`: any text, and no marker at which a call begins."""
+        if isinstance(self._start, int):
+            return f"free: <[^{self._start}]>*\n"
+        # Tokens with a name of their own are in no text: a thought may still be opened and closed.
+        ends: list[list[int]] = [
+            list(t or ()) for t in (self.tokenizer.think_start_tokens, self.tokenizer.think_end_tokens)
+        ]
+        thoughts = [ids[0] for ids in ends if len(ids) == 1]
+        more = f" (<{json.dumps(sorted(set(thoughts)))}> TEXT)*" if thoughts else ""
+        return f"free: TEXT{more}\nTEXT: /(?s:.*)/ & ~/(?s:.*){_pattern(self._start)}(?s:.*)/\n"
+
+    @property
+    def _form(self) -> str:
+        return getattr(self.tokenizer.tool_parser, "__module__", "")
+
+    @property
+    def _start(self) -> int | str:
+        return self._marker(self.tokenizer.tool_call_start)
+
+    def _marker(self, text: str) -> int | str:
+        """A marker as its own token, where it has one, else as its characters."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(text)
+        return ids[0] if len(ids) == 1 else text
 
     def _require(self, param: str) -> None:
         if not available():
@@ -167,6 +205,15 @@ def _call_schema(function: dict[str, Any], index: int) -> dict[str, Any]:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
+
+
+def _quoted(marker: int | str) -> str:
+    return f"<[{marker}]>" if isinstance(marker, int) else json.dumps(marker)
+
+
+def _pattern(text: str) -> str:
+    """A regular expression for `text`; the slash ends expressions in the grammar's syntax."""
+    return re.escape(text).replace("/", "\\/")
 
 
 def _first_line(text: str) -> str:

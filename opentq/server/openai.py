@@ -7,7 +7,7 @@ one can't serve are refused with a 400 that names them, unless their value asks 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from .schema import (
     check,
     parse_json,
 )
+from .tool_choice import choose
 
 # Known fields that are not served, with the values that ask for nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
@@ -82,18 +83,19 @@ def read_chat(body: dict[str, Any]) -> GenerationRequest:
     form = check(body, ChatRequest)
     if form.top_logprobs is not None and not form.logprobs:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-    tools, choice, names = choose_tools(form.tools or [], form.tool_choice or "auto")
+    messages = tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(form.messages))
+    if form.continue_final_message:
+        check_continued(messages, form.response_format, "response_format")
     return GenerationRequest(
-        messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(form.messages)),
+        messages=messages,
+        continue_last=bool(form.continue_final_message),
         max_tokens=form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens,
         logprobs=(form.top_logprobs or 0) if form.logprobs else None,
-        tools=tools,
         custom=frozenset(t.custom.name if t.custom else t.name or "" for t in form.tools or () if t.type == "custom"),
-        tool_choice=choice,
-        tool_names=names,
         n=form.n or 1,
         parallel_calls=form.parallel_tool_calls is not False,
         template=_template(form),
+        **choose_tools(form.tools or [], form.tool_choice or "auto"),
         **_common(form),
     )
 
@@ -120,31 +122,18 @@ def read_completion(body: dict[str, Any]) -> GenerationRequest:
     )
 
 
-def choose_tools(given: list[Tool], choice: str | ChosenTool) -> tuple[tuple[dict[str, Any], ...], str, frozenset[str]]:
-    """The tools as chat templates take them, whether one must be called, and which (empty: any). Raises ApiError."""
-    tools = tuple(_read_tool(t, f"tools[{i}]") for i, t in enumerate(given))
-    if choice == "none":
-        return (), "auto", frozenset()
-    if choice == "auto":
-        return tools, "auto", frozenset()
-    if not tools:
-        raise bad("tool_choice needs tools", "tool_choice")
+def choose_tools(given: list[Tool], choice: str | ChosenTool) -> dict[str, Any]:
+    """The tools as chat templates take them, and which of them may or must be called (`choose`). Raises ApiError."""
+    tools = [_read_tool(t, f"tools[{i}]") for i, t in enumerate(given)]
     if isinstance(choice, str):
-        return tools, choice, frozenset()
-    if choice.type == "allowed_tools":
-        if choice.allowed_tools is None:
-            raise bad("tool_choice.allowed_tools is missing", "tool_choice.allowed_tools")
-        allowed = [t.get(str(t.get("type"))) or t for t in choice.allowed_tools.tools]
-        names, mode = [a.get("name") for a in allowed if isinstance(a, dict)], choice.allowed_tools.mode
-    else:
+        return choose(tools, choice)
+    if choice.type != "allowed_tools":
         inner = choice.function or choice.custom
-        names, mode = [inner.name if inner else choice.name], "required"
-    known = [t["function"]["name"] for t in tools]
-    if unknown := [n for n in names if n not in known]:
-        raise bad(f"tool_choice names {unknown[0]!r}, which is not in tools", "tool_choice")
-    if mode == "required":  # the grammar sees to it, and the prompt stays the same
-        return tools, mode, frozenset(map(str, names))
-    return tuple(t for t in tools if t["function"]["name"] in names), mode, frozenset()
+        return choose(tools, "required", [inner.name if inner else choice.name])
+    if choice.allowed_tools is None:
+        raise bad("tool_choice.allowed_tools is missing", "tool_choice.allowed_tools")
+    allowed = [t.get(str(t.get("type"))) or t for t in choice.allowed_tools.tools]
+    return choose(tools, choice.allowed_tools.mode, [a.get("name") for a in allowed if isinstance(a, dict)])
 
 
 def _read_tool(tool: Tool, path: str) -> dict[str, Any]:
@@ -195,6 +184,17 @@ def read_content(content: str | list[Part] | None, path: str) -> str:
         if part.type not in ("text", "input_text", "output_text", "refusal") or text is None:
             raise unsupported(f"{path}[{i}].type", f"{part.type!r}; only text parts can be read")
     return "".join(part.text or part.refusal or "" for part in content)
+
+
+def check_continued(messages: Sequence[dict[str, Any]], form: Any, param: str) -> None:
+    """Raise ApiError unless an answer can go on with the last message; `form` is what `param` asks of an answer."""
+    last, path = messages[-1], f"messages[{len(messages) - 1}]"
+    if last["role"] != "assistant" or last.get("tool_calls") or not last["content"].strip():
+        raise bad(f"{path} is no text of the assistant's that an answer could go on with", path)
+    if last["content"] != last["content"].rstrip():
+        raise bad(f"{path}.content is to be gone on with, and so must not end with white space", f"{path}.content")
+    if form:
+        raise bad(f"{param} holds whole answers to a form; it can't be used where one was begun", param)
 
 
 def read_format(wanted: ResponseFormat | None) -> dict[str, Any] | None:
@@ -266,11 +266,6 @@ def _common(form: Common) -> dict[str, Any]:
             logit_bias=tuple((int(k), v) for k, v in bias.items()),
         ),
     }
-
-
-def first(body: dict[str, Any], *names: str) -> Any:
-    """The first of several fields that is given."""
-    return next((body[n] for n in names if body.get(n) is not None), None)
 
 
 def as_int(value: Any) -> int | None:

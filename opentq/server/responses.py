@@ -18,6 +18,7 @@ from ..dialogue.errors import bad, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
 from .openai import free_text_tool, refuse_unsupported
 from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Form, Int, JsonObject, Share, Tokens, check, parse_json
+from .tool_choice import choose
 
 log = logging.getLogger("opentq.serve")
 
@@ -113,7 +114,6 @@ def read(body: Item, earlier: list[Item]) -> Asked:
     if len(items) + len(earlier) > MAX_MESSAGES:
         raise bad(f"input must have at most {MAX_MESSAGES} items, with those of the responses before it", "input")
     tools, names = read_tools([*(form.tools or ()), *_added_tools(items)])
-    required, tools = _choose(form.tool_choice, tools, names)
     messages = [{"role": "system", "content": form.instructions}] if form.instructions else []
     messages += read_items([*earlier, *items], -len(earlier), names)
     template: dict[str, Any] = {}
@@ -127,13 +127,12 @@ def read(body: Item, earlier: list[Item]) -> Asked:
         messages=tuple(messages),
         max_tokens=form.max_output_tokens,
         logprobs=logprobs,
-        tools=tuple(tools),
-        tool_choice="required" if required else "auto",
         parallel_calls=form.parallel_tool_calls is not False,
         schema=_schema(form.text),
         template=template,
         stream=bool(form.stream),
         sampling=SamplingParams(form.temperature, form.top_p, None, None),  # type: ignore[arg-type]
+        **_choose(form.tool_choice, tools, names),
     )
     return Asked(request, body, [*earlier, *items], names)
 
@@ -191,35 +190,22 @@ def read_tools(tools: list[Item]) -> tuple[list[Item], dict[str, ToolName]]:
     return functions, names
 
 
-def _choose(choice: str | Item | None, tools: list[Item], names: dict[str, ToolName]) -> tuple[bool, list[Item]]:
-    """Whether a call is required, and the tools that are left to choose from."""
-    if choice is None or choice == "auto":
-        return False, tools
-    if choice == "none":
-        return False, []
-    if isinstance(choice, str):
-        if choice != "required":
+def _choose(choice: str | Item | None, tools: list[Item], names: dict[str, ToolName]) -> dict[str, Any]:
+    """Which of the tools may or must be called, by the names that they have in the prompt."""
+    if choice is None or isinstance(choice, str):
+        if choice not in (None, "auto", "none", "required"):
             raise bad("tool_choice must be none, auto, required, or an object that names a tool", "tool_choice")
-        wanted, required = list(names), True
-    elif choice.get("type") == "allowed_tools":
-        allowed = {t.get("name") for t in choice.get("tools") or () if isinstance(t, dict)}
-        wanted = [n for n, outside in names.items() if outside.name in allowed]
-        required = choice.get("mode") == "required"
-    elif choice.get("type") in ("function", "custom"):
-        namespace = choice.get("namespace") or ""
-        wanted = [
-            n
-            for n, outside in names.items()
-            if outside.name == choice.get("name") and namespace in ("", outside.namespace)
-        ]
-        required = True
-    else:
+        return choose(tools, choice or "auto")
+    mode, asked = "required", [choice]
+    if choice.get("type") == "allowed_tools":
+        mode = "required" if choice.get("mode") == "required" else "auto"
+        asked = [t for t in choice.get("tools") or () if isinstance(t, dict)]
+    elif choice.get("type") not in ("function", "custom"):
         raise unsupported(
             "tool_choice.type", f"{choice.get('type')!r}; function, custom and allowed_tools can be chosen"
         )
-    if required and not wanted:
-        raise bad("tool_choice names no tool that is given in tools", "tool_choice")
-    return required, [t for t in tools if t["function"]["name"] in wanted]
+    wanted = {(t.get("namespace") or out.namespace, t.get("name")) for t in asked for out in names.values()}
+    return choose(tools, mode, [n for n, out in names.items() if (out.namespace, out.name) in wanted])
 
 
 # ---- items

@@ -222,6 +222,7 @@ class ChatRequest(Common):
     n: Choices | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     chat_template_kwargs: JsonObject | None = None
+    continue_final_message: bool | None = None
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**22, fail_fast=True)]

@@ -178,6 +178,7 @@ class Service:
         self._check_model(request)
         self._check_open()
         check_choices(request, self.vocab)
+        request = self.grammars.fitted(request)
         loop = asyncio.get_running_loop()
         tokens = leader.tokens if leader else await self._encode(request, self.config.max_context)
         if not leader and (said := await loop.run_in_executor(None, self.watch.see, tokens)):
@@ -189,9 +190,8 @@ class Service:
         defaults = {k: v for k, v in self.config.sampling.items() if getattr(given, k) is None}
         sampling = replace(given, **defaults)
         tokenizer = self.engine.tokenizer
-        parser = Parser(
-            tokenizer, state, request.stop, request.tools, request.parallel_calls, raw=request.messages is None
-        )
+        tools = () if request.tool_choice == "none" else request.tools
+        parser = Parser(tokenizer, state, request.stop, tools, request.parallel_calls, raw=request.messages is None)
         job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
         return self._admit(job)
 
@@ -199,7 +199,7 @@ class Service:
         """Tokens of a prompt, also of one that is too long to be answered."""
         self._check_model(request)
         self._check_open()
-        return len(await self._encode(request, None))
+        return len(await self._encode(self.grammars.fitted(request), None))
 
     async def _encode(self, request: GenerationRequest, limit: int | None) -> list[int]:
         """The prompt's tokens, made in a worker thread that stops when this call is cancelled."""

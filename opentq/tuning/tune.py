@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluate import corpus, fidelity, needle
+from ..evaluate.evaluation import Evaluation
 from ..hosts import hooks
 from ..hosts.plan import LayerPlan
 from ..lab.store import need_optuna
@@ -95,6 +96,9 @@ class Tuner:
         size = -(-count // min(count, BLOCKS))
         self.blocks = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
 
+    def _evaluation(self, names: list[str]) -> Evaluation:
+        return Evaluation(self.model, self.id, self.tokenizer, self.text, names, self.records)
+
     def _plans(self, spec: Spec) -> list[LayerPlan]:
         return hooks.plan(self.model, spec)
 
@@ -112,7 +116,7 @@ class Tuner:
             )
         canonical = {name: str(parse(name)) for name in names}
         unique = list(dict.fromkeys(canonical.values()))
-        found = fidelity.run(self.model, self.id, self.tokenizer, self.text, unique, protocol, self.records)
+        found = fidelity.run(self._evaluation(unique), protocol)
         kl: dict[str, list[float]] = {}
         bits = {}
         for record in found:
@@ -230,9 +234,7 @@ class Tuner:
     def needles(self, name: str) -> dict[str, Any]:
         """Planted facts found with the recipe and with the model's own cache."""
         grid = needle.Grid((self.protocol.depths[-1],), (0.1, 0.5, 0.9), trials=4, seed=1000)
-        found = needle.run(
-            self.model, self.id, self.tokenizer, self.text, ["native", str(parse(name))], grid, self.records
-        )
+        found = needle.run(self._evaluation(["native", str(parse(name))]), grid)
         half = len(found) // 2
         asked = grid.trials * half
         return {

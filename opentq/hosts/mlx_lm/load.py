@@ -147,17 +147,5 @@ def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any
     return mlx_lm.generate(model, tokenizer, prompt=prompt, **options)
 
 
-def cache_bytes(caches: list[Any]) -> int:
-    """Bytes that a generation's caches hold now."""
-    return sum(c.nbytes for c in caches if not c.empty())
-
-
-def fp16_bytes(model: Any, tokens: int) -> int:
-    """Bytes that the same tokens would take in fp16, compressed layers only (2 bytes per value)."""
-    record = hooks.installed(model)
-    plans = record.plans if record else []
-    return sum(tokens * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans if p.compressed)
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
