@@ -186,10 +186,10 @@ def environment() -> Record:
 
 
 def _commit() -> str:
-    """The commit of the source tree that runs, with `+` when it is changed; "" for an installed package."""
+    """The commit of the source tree that runs, with `+` when it is changed; GITHUB_SHA or "" where there is no git."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return ""
+        return os.environ.get("GITHUB_SHA", "")[:12]
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()

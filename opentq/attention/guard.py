@@ -71,7 +71,7 @@ def attend(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
     """`function(args)`, once it was right on this machine; None where it does not serve, or was set aside."""
     memo = args.k.memo
     key = (function, args.q.shape[2], args.causal, args.window > 0, args.pages is not None)
-    if key in memo:  # believed since this cache last packed a block
+    if key in memo:  # this cache has believed it before
         try:
             return function(args)
         except RuntimeError as error:

@@ -50,10 +50,13 @@ class Buffer:
         row, inside = divmod(tokens, self.block)
         if not inside:
             return self.write(row, layout.encode(codec, y), lanes, lane_count)
-        # A trim left a block half full: reopen it in the canonical format, which is exact.
+        # A trim left a block half full: reopen it in the canonical format, which is exact, and close it.
         opened = tuple(a[:, :, :inside] for a in layout.load(tuple(a[lanes, :, row : row + 1] for a in self.arrays)))
-        joined = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(opened, codec.encode(y)))
-        return self.write(row, layout.store(joined), lanes)
+        rest = self.block - inside
+        joined = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(opened, codec.encode(y[:, :, :rest])))
+        self.write(row, layout.store(joined), lanes)
+        if y.shape[2] > rest:
+            self.write(row + 1, layout.encode(codec, y[:, :, rest:]), lanes)
 
     def forget(self, front: int, tokens: int, lanes: slice = EVERY) -> None:
         """Drop the first `front` of `tokens` tokens; both whole rows.

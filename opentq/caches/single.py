@@ -139,6 +139,9 @@ class OpenTQCache:
             # holding the old ones would make every write a copy.
             packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
             step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
+            del before, packed_k, packed_v
+            if count >= FLUSH and deferring:  # a GPU reads the prompt up to here while the host builds what follows
+                mx.async_eval(*self._arrays())
         if self.sketches is not None:
             stored = PackedKV(self.k_codec, self.k_layout, self.packed_k.arrays, self.dims[0])
             self.sketches.follow(stored, self._packed(batch))
@@ -155,9 +158,12 @@ class OpenTQCache:
         self, dense_k: mx.array, dense_v: mx.array, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """fp16 columns with new tokens behind them, rotated and centred."""
-        if self.backend is not None and self.center is None:
+        if self.backend is not None:
             codecs = self.k_codec, self.v_codec
             done = self.backend.extend(codecs, (dense_k, dense_v), (keys, values))
+            if done is not None and self.center is not None:
+                news = shifted(done[0][:, :, dense_k.shape[2] :], self.center)
+                return mx.concatenate([dense_k, news], axis=2), done[1]
             if done is not None:
                 return done
         new_k, new_v = shifted(dense(self.k_codec, keys), self.center), dense(self.v_codec, values)
@@ -187,8 +193,9 @@ class OpenTQCache:
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
         kept = self._kept
         if kept is None or kept[0] is not packed_k or kept[1] is not packed_v:
-            k = PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0])
-            v = PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1])
+            memos = (kept[2].memo, kept[3].memo) if kept else ({}, {})
+            k = PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0], memos[0])
+            v = PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1], memos[1])
             self._kept = kept = packed_k, packed_v, k, v
         return Step(
             kept[2], kept[3], dense_k, dense_v, lens, self.window, self.stats, self.spec.center, self.sketches

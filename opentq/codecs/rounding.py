@@ -26,8 +26,8 @@ def lengths(y: mx.array, runs: int = 1) -> mx.array:
 
     Pack kernels are given them, because a mean depends on the order of its sum.
     """
-    parts = mx.split(mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX), runs, axis=-1)
-    return mx.concatenate([rms(part) for part in parts], axis=-1)
+    clipped = mx.clip(y.astype(mx.float32), -FP16_MAX, FP16_MAX)
+    return rms(clipped.reshape(*y.shape[:-1], runs, -1)).squeeze(-1)
 
 
 def nearest(t: mx.array, book: codebooks.Codebook) -> mx.array:

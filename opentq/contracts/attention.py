@@ -20,7 +20,7 @@ from .layout import FLUSH, Layout
 class PackedKV:
     """Packed keys or values: storage arrays `[B, H, rows, ...]` (over-allocated), their codec, layout and head dim.
 
-    A cache hands out the same object until its arrays change; `memo` is what a back end keeps for it meanwhile.
+    `memo` is what a back end keeps for attention of this codec in this layout, whatever the arrays: a cache hands it on.
     """
 
     codec: Codec
@@ -42,7 +42,7 @@ class PackedKV:
         """The blocks of 64 tokens that `pages [B, H, P]` names, one behind the other, still packed."""
         rows = FLUSH // self.layout.block
         index = (pages[..., None] * rows + mx.arange(rows)).reshape(*pages.shape[:2], -1)
-        return replace(self, arrays=tuple(_take_rows(a, index) for a in self.arrays), memo={})
+        return replace(self, arrays=tuple(_take_rows(a, index) for a in self.arrays))
 
     def canonical(self, start: int, stop: int) -> Packed:
         """Tokens `[start, stop)` in the canonical format."""

@@ -53,6 +53,7 @@ def extend(
     return cuda.extend(bool(rotated[0]), bool(rotated[1]), dense, fresh)
 
 
+@functools.lru_cache(maxsize=64)
 def hadamard(codec: Codec, dim: int) -> bool | None:
     """Whether `codec` applies the kernels' rotation to vectors of `dim` channels; None for any other rotation."""
     if codec.format(dim) == Halves():  # which no kernel here reads
@@ -87,7 +88,7 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[m
         once.
     """
     q = args.q
-    key = q.dtype, q.shape, id(args.v)
+    key = q.dtype, q.shape, id(args.v.layout)
     memo = args.k.memo
     if key not in memo:
         memo[key] = _launch(args, fresh)
@@ -99,7 +100,7 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[m
 
 
 def _launch(args: AttnArgs, fresh: Pair) -> Launch | None:
-    """What makes such steps as long as the packed arrays are these; None where they are not served."""
+    """What makes such steps; None where they are not served."""
     k, v, q = args.k, args.v, args.q
     turned = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
     if not cuda.available() or q.dtype not in SERVED or None in turned or q.shape[2] > Fused.LENGTH:
@@ -112,16 +113,14 @@ def _launch(args: AttnArgs, fresh: Pair) -> Launch | None:
 
 
 class Launch:
-    """Decode launches over packed arrays that do not change: what is the same in every step is made once."""
+    """Decode launches for queries of one shape: what is the same in every step of a layer is made once."""
 
     def __init__(self, args: AttnArgs, fused: Fused):
         assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
         self.batch, self.heads, self.length, _ = args.q.shape
         self.kv_heads, self.rows = args.kv_heads, args.gqa * self.length
+        self.values = args.v.layout  # by whose identity this launch is kept
         self.geometry = _geometry(args.k.layout, args.v.layout, args.q.dtype, self.rows, fused)
-        self.values = args.v  # by whose identity this launch is kept
-        self.packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (args.k, args.v)]
-        self.blocks = tuple(kv.arrays[0].shape[2] if kv.arrays else 1 for kv in (args.k, args.v))
         self.dims = args.k.head_dim, args.v.head_dim
         self.dtype, self.append = args.q.dtype, fused.append
         self.grids: dict[tuple[int, int], tuple[int, int, int]] = {}
@@ -136,7 +135,7 @@ class Launch:
 
     @functools.cached_property
     def kernel(self) -> cuda.Kernel:
-        return cuda.compiled(self.geometry.source())
+        return _kernel(self.geometry)
 
     def columns(self, args: AttnArgs) -> int:
         """Dense columns that are attended."""
@@ -153,13 +152,14 @@ class Launch:
         _, lens, numbers = _lens(args.lens)
         dense_k, columns = args.dense_k, self.columns(args)
         held = (dense_k, args.dense_v) if dense_k.shape[2] else (cuda.no_halves(), cuda.no_halves())
-        inputs = [query(args), *self.packed, *held, lens]
+        packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (args.k, args.v)]
+        inputs = [query(args), *packed, *held, lens]
         inputs += [cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32)]
         inputs += [cuda.tickets(grid[1] * grid[2])]
         if self.append:
             assert fresh is not None
             inputs += [*fresh, cuda.no_halves() if center is None else center]
-        shape = (*self.blocks, columns, self.heads, self.kv_heads, self.length)
+        shape = (packed[0].shape[2], packed[1].shape[2], columns, self.heads, self.kv_heads, self.length)
         floats = _single(args.scale), _single(args.softcap)
         scalars = (*shape, args.window, int(args.causal), *numbers, *floats, int(center is not None))
         return inputs, self.outputs(grid, columns), scalars
@@ -205,9 +205,14 @@ def _geometry(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int, fused: Fus
     return Geometry.choose(k, v, cuda.CTYPES[dtype], rows, fused)
 
 
+@functools.lru_cache(maxsize=256)
+def _kernel(geometry: Geometry) -> cuda.Kernel:
+    return cuda.Kernel(geometry.source())
+
+
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
-    key = args.q.dtype, args.q.shape, "attend", id(args.v)
+    key = args.q.dtype, args.q.shape, "attend", id(args.v.layout)
     if key not in args.k.memo:
         args.k.memo[key] = Launch(args, Fused())
     return args.k.memo[key](args, None, None)[0]
@@ -234,7 +239,10 @@ def _projection(codec: Codec, layout: MmaLayout, dtype: mx.Dtype) -> mx.array:
 
 
 def prefill(args: AttnArgs) -> mx.array:
-    """Some KV heads of one sequence at a time: unpacked to q's dtype, attended by `mx.fast`, dropped."""
+    """Some KV heads of one sequence at a time: unpacked to q's dtype, attended by `mx.fast`, dropped.
+
+    Before anything is packed, the dense columns are all there is and are attended as they lie.
+    """
     done = []
     for b, (packed, sink, tail_start) in enumerate(args.lens):
         tokens = packed + sink + args.dense_k.shape[2] - tail_start
@@ -256,6 +264,10 @@ def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
     """KV heads `heads` of sequence b: `[1, len(heads) * gqa, L, Dv]`."""
     dtype = args.q.dtype
     rows = slice(heads.start * args.gqa, heads.stop * args.gqa)
+    packed, sink, tail_start = args.lens[b]
+    if not packed and sink == tail_start:
+        sides = [x[b : b + 1, heads.start : heads.stop].astype(dtype) for x in (args.dense_k, args.dense_v)]
+        return _sdpa(args, b, rows, sides)
     stored = []
     for kv, dense in ((args.k, args.dense_k), (args.v, args.dense_v)):
         assert isinstance(kv.layout, MmaLayout)
@@ -264,12 +276,16 @@ def _attend_heads(args: AttnArgs, b: int, heads: range) -> mx.array:
         sides = [_unsketched(args, b, heads), *cuda.unpack(stored[1:], args.lens[b], b, heads, dtype)]
     else:
         sides = cuda.unpack(stored, args.lens[b], b, heads, dtype)
+    return _sdpa(args, b, rows, sides)
+
+
+def _sdpa(args: AttnArgs, b: int, rows: slice, sides: list[mx.array]) -> mx.array:
     return mx.fast.scaled_dot_product_attention(
         args.q[b : b + 1, rows],
         *sides,
         scale=args.scale,
         mask="causal" if args.causal else None,
-        sinks=None if args.sinks is None else args.sinks[rows].astype(dtype),
+        sinks=None if args.sinks is None else args.sinks[rows].astype(args.q.dtype),
     )
 
 

@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,9 @@ class KernelSource:
     shared: int
     resident: int = 1  # blocks per multiprocessor that registers must leave room for
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def translation_unit(self) -> str:
         """For NVRTC and nvcc."""
         parameters = [f"const {ctype}* {name}" for name, ctype in self.inputs]
@@ -116,7 +119,11 @@ class KernelSource:
 
 
 class Kernel:
-    """A compiled `KernelSource`, ready to launch."""
+    """A compiled `KernelSource`, ready to launch.
+
+    MLX loads code once, under its kernel's name, and copies it in every call: it gets the code in the first call, which
+    is waited for, and an empty one from then on.
+    """
 
     def __init__(self, source: KernelSource):
         self.source = source
@@ -130,7 +137,7 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        return mx.fast.precompiled_cuda_kernel(
+        out = mx.fast.precompiled_cuda_kernel(
             name=self.source.name,
             compiled_source=self.code,
             inputs=inputs,
@@ -142,6 +149,10 @@ class Kernel:
             shared_memory=self.source.shared,
             ensure_row_contiguous=True,
         )
+        if self.code:
+            mx.eval(out)
+            self.code = b""
+        return out
 
 
 def single(x: float) -> float:
@@ -263,8 +274,14 @@ def pack(layout: MmaLayout, form: Format | None, y: mx.array) -> mx.array:
     shape = (batch, heads, tokens // BLOCK, 2 * layout.record_words)
     records = batch * heads * tokens // RECORD
     source = pack_source(layout, CTYPES[y.dtype], isinstance(form, Codebooks) and form.fit == "norm")
-    inputs = [y] if layout.zeroed else [y, lengths(y, layout.groups)]
+    inputs = [y] if layout.zeroed else [y, _fused_lengths(layout.groups)(y)]
     return compiled(source)(inputs, [(shape, mx.uint32)], (), (records, 1, 1))[0]
+
+
+@functools.cache
+def _fused_lengths(runs: int) -> Callable[[mx.array], mx.array]:
+    """`lengths` with its steps in as few launches as MLX makes of them."""
+    return mx.compile(functools.partial(lengths, runs=runs))
 
 
 Stored = tuple[MmaLayout, mx.array, mx.array]

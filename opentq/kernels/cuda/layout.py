@@ -9,6 +9,7 @@ canonical tokens (but for polar codes: 4 bits per channel where 3.875 are canoni
 from __future__ import annotations
 
 import re
+import functools
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -85,51 +86,58 @@ class MmaLayout:
 
     block = BLOCK
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.side, self.head_dim, self.runs))
+
+    @functools.cached_property
     def name(self) -> str:
         return f"mma64-{self.side}-{'+'.join(map(str, self.runs))}-d{self.head_dim}"
 
-    @property
+    @functools.cached_property
     def zeroed(self) -> bool:
         """Whether groups have a zero beside their scale."""
         return self.runs[0].zeroed
 
-    @property
+    @functools.cached_property
     def biased(self) -> bool:
         """Whether kernels take a bias back from their sums."""
         return any(run.direct for run in self.runs)
 
-    @property
+    @functools.cached_property
     def sketched(self) -> bool:
         """Whether codes are signs of projections, which multiply a projected query."""
         return self.runs[-1].group == SIGNS
 
-    @property
+    @functools.cached_property
     def channels(self) -> int:
         """Of what the codes of a token decode to."""
         return sum(run.dim for run in self.runs)
 
-    @property
+    @functools.cached_property
     def query(self) -> int:
         """Channels of a query: those for dense keys first, and those for the codes last, which may be the same."""
         return self.channels + self.head_dim if self.sketched and len(self.runs) == 1 else self.channels
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         """Scales of a token."""
         return -(-self.head_dim // self.runs[0].group) if self.zeroed else len(self.runs)
 
-    @property
+    @functools.cached_property
     def numbers(self) -> int:
         """fp16 numbers per group."""
         return 2 if self.zeroed else 1
 
-    @property
+    @functools.cached_property
     def code_words(self) -> int:
         """Words of the codes of 32 tokens."""
         return RECORD * sum(packing.words(run.dim, run.bits) for run in self.runs)
 
-    @property
+    @functools.cached_property
     def record_words(self) -> int:
         """Words of 32 tokens."""
         return self.code_words + RECORD // 2 * self.groups * self.numbers
