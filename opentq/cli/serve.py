@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model
+from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model, spec_for
 
 REFUSED = {
     "--draft-model": "answers of a batch can't wait for a draft; opentq generate takes one",
@@ -108,9 +108,6 @@ def serve(
         raise UserError(
             f"opentq serve needs the extra: pip install 'opentq[serve]' ({error.name} is missing)"
         ) from error
-    from ..memory.wiring import parse_wire, wired
-
-    wiring = parse_wire(wire)
     log_level = log_level.lower()
     given = (draft_model, num_draft_tokens, prompt_cache_size, prompt_concurrency, quantized_kv_start)
     for (name, why), value in zip(REFUSED.items(), given):
@@ -119,6 +116,7 @@ def serve(
     if log_level not in LEVELS:
         raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
     path = one_model(model, model_option)
+    spec = spec_for(path, kv, kv_bits, kv_group_size)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level == "info":  # of uvicorn and the rest of opentq, only warnings
         for name in ("uvicorn", "opentq", "httpx"):
@@ -126,15 +124,17 @@ def serve(
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
     from ..memory.device import parse_memory
+    from ..memory.wiring import parse_wire, wired
     from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, make_service
-    from ..spec.text import asked
+
+    wiring = parse_wire(wire)
 
     def size(text: str | None) -> int | None:
         return None if text is None else 0 if text == "0" else parse_memory(text)
 
     options = ServeOptions(
         model=path,
-        kv=asked(kv, kv_bits, kv_group_size),
+        kv=spec,
         names=tuple(served_model_name or ()),
         host=host,
         port=port,
