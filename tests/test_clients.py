@@ -42,7 +42,7 @@ def send(server, request):
         request["method"], request["path"], headers=request["headers"], json=request["body"]
     )
     assert response.status_code == 200, response.text
-    return [json.loads(e) for e in events(response.text.splitlines())]
+    return [json.loads(e) for e in events(response.text.splitlines()) if e != "[DONE]"]
 
 
 def cached(data):
@@ -156,6 +156,37 @@ def test_old_tool_results_are_cleared_when_asked(agent):
     assert count(context_management={"edits": [edit | {"exclude_tools": ["read"]}]}) == whole
     edit["trigger"]["value"] = 100_000
     assert count(context_management={"edits": [edit]}) == whole
+
+
+# ---- other clients: everything that they sent on the way from a request to a tool's result and an answer
+
+
+def without_lengths(request):
+    """A recorded request with a short answer; a form, which may need a longer one, keeps what it asked for."""
+    body = request["body"]
+    for name in ("max_tokens", "max_output_tokens", "max_completion_tokens"):
+        body.pop(name, None)
+    if not request["path"].endswith("count_tokens"):
+        body["max_output_tokens" if "input" in body else "max_tokens"] = 6
+    return request
+
+
+@pytest.mark.parametrize("client", ["opencode", "aider", "openai", "anthropic", "litellm", "langchain", "instructor"])
+def test_recorded_clients_are_answered(agent, client):
+    requests = [without_lengths(r) for r in recorded(client)]
+    assert sum(request["body"].pop("previous_response_id", "") != "" for request in requests) == (client == "openai")
+    for request in requests:
+        send(agent, request)
+
+
+@pytest.mark.parametrize("client", ["opencode", "aider"])
+def test_another_session_of_an_agent_finds_its_prompt_read(agent, client):
+    longest = max(recorded(client), key=lambda r: len(json.dumps(r["body"]["messages"])))
+    body = longest["body"] | {"max_tokens": 4, "stream": False}
+    agent.post(**body)
+    body["messages"][-1] = {"role": "user", "content": "Something else"}
+    usage = agent.post(**body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 0.75 * usage["prompt_tokens"]
 
 
 # ---- what templates can show

@@ -396,7 +396,7 @@ def test_defaults_of_the_server_and_of_requests(folder):
         assert answered == server.client.post("/v1/messages", json={"messages": HI, "max_tokens": 12}).json()["content"]
 
 
-@pytest.mark.parametrize("option", ["draft-model", "num-draft-tokens", "prompt-cache-size", "prompt-concurrency"])
+@pytest.mark.parametrize("option", ["quantized-kv-start", "prompt-cache-size", "prompt-concurrency"])
 def test_options_of_mlx_lms_server_are_refused_in_a_line(option):
     result = CliRunner().invoke(app, ["serve", "no/model", f"--{option}", "3"])
     assert isinstance(result.exception, UserError) and f"--{option} is an option of mlx-lm's" in str(result.exception)

@@ -13,8 +13,6 @@ from ..errors import UserError
 from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model, spec_for
 
 REFUSED = {
-    "--draft-model": "answers of a batch can't wait for a draft; opentq generate takes one",
-    "--num-draft-tokens": "there is no draft model",
     "--prompt-cache-size": "prompts are remembered by their bytes, see --prompt-cache-bytes",
     "--prompt-concurrency": "prompts take turns, a chunk each, see --prefill-step-size",
     "--quantized-kv-start": "caches are compressed from the first token on, see --kv",
@@ -50,6 +48,10 @@ def serve(
         bool,
         typer.Option(help="Guess a single answer's next tokens from its prompt, several a step; the text is the same."),
     ] = True,
+    draft_model: Annotated[
+        str, typer.Option(help="A small model of the same vocabulary that guesses the next tokens of single answers.")
+    ] = "",
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens that it guesses at once.", min=1)] = 3,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.", min=1)
     ] = None,
@@ -95,8 +97,6 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
     wire: Wire = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    draft_model: Refused = None,
-    num_draft_tokens: Refused = None,
     prompt_cache_size: Refused = None,
     prompt_concurrency: Refused = None,
     quantized_kv_start: Refused = None,
@@ -109,7 +109,7 @@ def serve(
             f"opentq serve needs the extra: pip install 'opentq[serve]' ({error.name} is missing)"
         ) from error
     log_level = log_level.lower()
-    given = (draft_model, num_draft_tokens, prompt_cache_size, prompt_concurrency, quantized_kv_start)
+    given = (prompt_cache_size, prompt_concurrency, quantized_kv_start)
     for (name, why), value in zip(REFUSED.items(), given):
         if value is not None:
             raise UserError(f"{name} is an option of mlx-lm's server, not of this one: {why}")
@@ -165,6 +165,8 @@ def serve(
         loadable=tuple(allow_model_loading or ()),
         any_model=any_model,
         lookup=lookup,
+        draft=draft_model,
+        drafts=num_draft_tokens,
         keep_volatile=keep_volatile,
     )
     options.aliases = aliases(alias or [], options)

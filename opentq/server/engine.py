@@ -30,6 +30,7 @@ from ..hosts.mlx_lm.private import StopSequences, _merge_caches
 from ..hosts.mlx_lm.public import make_prompt_cache
 from .admission import bucket
 from .decoding import Decoding, RowSampling
+from .draft import Draft
 from .grammar import Constraint
 from .lookup import LONGEST, Lookup
 from .pace import Pace
@@ -104,7 +105,8 @@ class Engine:
         self.at_work: Job | None = None
         self.unread: deque[Job] = deque()  # whose answers have whole blocks that were not read as prompts are
         self.tokens_read = 0
-        self.lookup = True  # whether a single answer's next tokens are guessed
+        self.lookup = True  # whether a single answer's next tokens are guessed from what is there
+        self.draft: Draft | None = None  # what else guesses them
         self.guessed = self.guessed_right = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
@@ -153,7 +155,7 @@ class Engine:
 
     def forget(self) -> None:
         """After `finish`: let model, prefixes and caches go. What is asked about the engine has an answer still."""
-        self.model = None
+        self.model = self.draft = None
         self.store = PrefixStore(self.store.block, 0)
         self.batches.clear()
 
@@ -167,6 +169,8 @@ class Engine:
         if not self.at_work:
             self.batches.clear()
         self.at_work = None
+        if self.draft:
+            self.draft.forget()
         self.reading = [j for j in self.reading if j not in failed]
         mx.clear_cache()
         for job in failed:
@@ -350,19 +354,30 @@ class Engine:
 
     def _next(self, batch: Decoding, jobs: list[Job]) -> Iterable[tuple[Job, Any]]:
         """The next token of every answer; of a single one the next few, where they can be guessed."""
-        if self.lookup and len(jobs) == len(self.batches) == 1 and not self.reading and (room := batch.room()):
-            job = jobs[0]
-            if job.lookup is None:
-                job.lookup = Lookup([*job.tokens, *job.answer])
-            for token in job.answer[len(job.lookup.tokens) - len(job.tokens) :]:
-                job.lookup.add(token)
-            if job.lookup.wanted and (guesses := job.lookup.guess(batch.newest, min(room, LONGEST))):
+        if (self.lookup or self.draft) and len(jobs) == len(self.batches) == 1 and not self.reading:
+            (job,) = jobs
+            guesses, lookup = self._guesses(job, batch)
+            if guesses:
                 responses, right = batch.verify(guesses)
-                job.lookup.outcome(len(guesses), right)
+                if lookup:
+                    lookup.outcome(len(guesses), right)
                 self.guessed += len(guesses)
                 self.guessed_right += right
                 return [(job, r) for r in responses]
         return zip(jobs, batch.next())
+
+    def _guesses(self, job: Job, batch: Decoding) -> tuple[list[int], Lookup | None]:
+        """Tokens that may follow in a single answer: what followed the same ones before, or else the draft model's."""
+        if not (room := batch.room()):
+            return [], None
+        if job.lookup is None:
+            job.lookup = Lookup([*job.tokens, *job.answer])
+        lookup = job.lookup
+        for token in job.answer[len(lookup.tokens) - len(job.tokens) :]:
+            lookup.add(token)
+        if self.lookup and lookup.wanted and (guesses := lookup.guess(batch.newest, min(room, LONGEST))):
+            return guesses, lookup
+        return self.draft.guess(lookup.tokens, batch.newest, room) if self.draft else [], None
 
     def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
         """A token with its log probability; JSON has no infinity, so an impossible token has OpenAI's -9999."""

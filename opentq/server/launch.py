@@ -16,15 +16,18 @@ import uvicorn
 from ..contracts.layout import FLUSH
 from ..errors import UserError
 from ..hosts import hooks
+from ..hosts.mlx_lm.generate import check_draft
 from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
 from ..memory.device import GIB
 from ..memory.loaded import model_context
 from ..records import fingerprint
+from ..spec.recipe import Recipe
 from ..spec.recommended import advice
 from ..spec.text import AUTO, Asked
 from . import connections
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
+from .draft import Draft
 from .engine import Engine
 from .pace import choose_chunk, fits_blocks
 from .prefix import PrefixStore
@@ -78,6 +81,8 @@ class ServeOptions:
     aliases: tuple[tuple[str, str], ...] = ()
     any_model: bool = False
     lookup: bool = True
+    draft: str = ""
+    drafts: int = 3
     keep_volatile: bool = False
 
     @property
@@ -153,6 +158,10 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         tokens["chat_template"] = options.chat_template
     adapter = {"adapter_path": options.adapter} if options.adapter else {}
     model, tokenizer = load(options.model, kv=options.kv, tokenizer_config=tokens, **adapter)
+    draft = None
+    if options.draft:
+        draft, own = load(options.draft, kv=AUTO if isinstance(options.kv, Recipe) else options.kv)
+        check_draft(model, tokenizer, draft, own)
     if options.prompt_cache_dir:
         record = hooks.installed(model)
         folders: list[Path | str] = [model_folder(options.model), *([options.adapter] if options.adapter else [])]
@@ -169,7 +178,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
             "--max-context %d is longer than the %d tokens that the model was made for", options.max_context, context
         )
     wanted = options.max_context or context or 32768
-    prices = appraise(model, step, options.memory, wanted)
+    prices = appraise(model, step, options.memory, wanted, draft)
     admission = Admission(prices.cached(), prices.budget, options.concurrency, options.queue)
     longest = admission.largest(wanted)
     if longest < wanted:
@@ -190,6 +199,8 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         store.files = PrefixFiles(here, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
     engine = Engine(model, tokenizer, store, step)
     engine.lookup = options.lookup
+    if draft:
+        engine.draft = Draft(draft, options.drafts, model_context(draft) or longest)
     vocab = int(model(mx.array([[0]])).shape[-1])
     config = ServiceConfig(
         names=options.served_names,
@@ -285,6 +296,8 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
             lines.append(line)
     else:
         lines.append("KV cache: mlx-lm's own, not compressed")
+    if engine.draft:
+        lines.append(f"draft: {options.draft} guesses {options.drafts} tokens of single answers at once")
     full = prices.price(config.max_context)
     lines += [
         f"context: {config.max_context} tokens, {full / 2**20:.0f} MiB each when full; "

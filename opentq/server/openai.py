@@ -56,7 +56,8 @@ IDLE: dict[str, tuple[Any, ...]] = {
 
 HINTS = {
     "xtc_probability": "it draws from a random state that all requests share; min_p and top_p don't",
-    "draft_model": "answers of a batch can't wait for a draft",
+    "draft_model": "start the server with --draft-model",
+    "num_draft_tokens": "start the server with --num-draft-tokens",
     "adapters": "start the server with --adapter-path",
     "role_mapping": "start the server with --chat-template",
     "best_of": "ask for n and choose",

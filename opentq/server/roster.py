@@ -51,7 +51,7 @@ class Roster:
         models = [
             options,
             *(
-                replace(options, model=folder, names=(), adapter=None, chat_template=None)
+                replace(options, model=folder, names=(), adapter=None, chat_template=None, draft="")
                 for folder in options.loadable
             ),
         ]
