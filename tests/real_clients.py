@@ -141,7 +141,7 @@ def test_assistants_from_a_request_to_a_tool_to_an_answer(served, home, client, 
     # Another session in the same folder finds almost all of it read.
     before = served.service.engine.tokens_read
     run(served, home, client, *args)
-    total = sum(len(served.service.prompter.encode(r)) for r in served.script.seen)
+    total = sum(len(served.service.prompter.encode(r).tokens) for r in served.script.seen)
     assert served.service.engine.tokens_read - before <= 0.1 * total + 1024
 
 

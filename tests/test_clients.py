@@ -102,7 +102,8 @@ def test_tools_that_the_client_runs_are_functions():
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+         "messages[0].content[0].source"),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "url"}}]}]},
          "messages[0].content[0].type"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
@@ -270,9 +271,9 @@ def test_volatile_lines_can_be_kept(folder):
 
     ask = GenerationRequest(messages=({"role": "system", "content": "x-anthropic-billing-header: a\nB"}, *HI))
     tokenizer = load(folder)
-    dropped = Prompter(tokenizer, 512).encode(ask)
+    dropped = Prompter(tokenizer, 512).encode(ask).tokens
     assert "billing" not in tokenizer.decode(dropped)
-    assert "billing" in tokenizer.decode(Prompter(tokenizer, 512, keep_volatile=True).encode(ask))
+    assert "billing" in tokenizer.decode(Prompter(tokenizer, 512, keep_volatile=True).encode(ask).tokens)
 
 
 def test_the_place_where_prompts_part_is_told():

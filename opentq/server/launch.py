@@ -157,7 +157,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     if options.chat_template:
         tokens["chat_template"] = options.chat_template
     adapter = {"adapter_path": options.adapter} if options.adapter else {}
-    model, tokenizer = load(options.model, kv=options.kv, tokenizer_config=tokens, **adapter)
+    model, tokenizer = load(options.model, kv=options.kv, images=not adapter, tokenizer_config=tokens, **adapter)
     draft = None
     if options.draft:
         draft, own = load(options.draft, kv=AUTO if isinstance(options.kv, Recipe) else options.kv)
@@ -197,6 +197,10 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         disk_bytes = options.prompt_cache_dir_bytes
         here = make_folder(folder / f"{NOTE}-{step}")
         store.files = PrefixFiles(here, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
+    images_bytes = 0
+    if getattr(model, "vision", None):
+        images_bytes = prices.budget // 8  # held until their prompts are read; taken from what requests may hold
+        admission.budget -= images_bytes
     engine = Engine(model, tokenizer, store, step)
     engine.lookup = options.lookup
     if draft:
@@ -213,6 +217,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         keep_alive=options.keep_alive,
         any_model=options.any_model,
         keep_volatile=options.keep_volatile,
+        images_bytes=images_bytes,
     )
     return Service(engine, admission, config, vocab, worker), prices
 
@@ -304,6 +309,7 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
         f"{prices.budget / GIB:.2f} GiB for requests and remembered prefixes",
         f"prompts are read in chunks of {engine.chunk} tokens; up to {service.admission.slots} requests run, "
         f"{service.admission.queue} wait",
+        "prompts may have images" if service.prompter.vision else "prompts are text",
         f"serving {', '.join(config.shown)} on http://{options.host}:{options.port}/v1",
     ]
     return "\n".join(lines)

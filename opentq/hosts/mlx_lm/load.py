@@ -18,13 +18,15 @@ from .gguf import model as gguf_model
 from .names import ModelError, check_folder, is_gguf, resolve
 
 
-def load(path: str, kv: Spec | str | None = None, **options: Any) -> tuple[Any, Any]:
+def load(path: str, kv: Spec | str | None = None, images: bool = False, **options: Any) -> tuple[Any, Any]:
     """Load a model; returns `(model, tokenizer)` as `mlx_lm.load` does.
 
     Args:
         path: a folder, a `.gguf` file, a known name such as `smollm2`, or a Hugging Face repository.
         kv: a KV spec or its text, such as `"int4"`; `"auto"` for what is recommended for the model's family; None or
             `"off"` leaves mlx-lm's own caches.
+        images: whether the model is to take images, if it is of a kind that does: it is then mlx-vlm's, and has
+            `vision`.
         options: passed on to `mlx_lm.load`.
 
     Raises:
@@ -36,7 +38,7 @@ def load(path: str, kv: Spec | str | None = None, **options: Any) -> tuple[Any, 
     if is_gguf(path):
         model, tokenizer = _load_gguf(path, options)
     else:
-        model, tokenizer = _load_folder(path, options)
+        model, tokenizer = _load_folder(path, options, images)
     floats.settle(model)
     if spec is not None:
         hooks.compress(model, spec)
@@ -56,14 +58,14 @@ def _load_gguf(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_folder(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_folder(path: str, options: dict[str, Any], images: bool) -> tuple[Any, Any]:
     check_folder(path)
-    from ..mlx_vlm.load import only_here
+    from ..mlx_vlm.load import only_here, takes_images
 
-    if only_here(path):
+    if only_here(path) or (images and ranks() == 1 and takes_images(path)):
         from ..mlx_vlm import text
 
-        return text.load(path, options.get("tokenizer_config"))
+        return text.load(path, options.get("tokenizer_config"), images)
     # Under mlx.launch every rank loads its share, and caches are compressed on each.
     read = sharded_load if ranks() > 1 else mlx_lm.load
     try:
