@@ -3,6 +3,8 @@
 The model is a small random one that is held to a script: to the first request that brings the wanted tool it answers
 with a call, to any other with a sentence. Everything else is as always: templates, parser, caches, HTTP. Clients get a
 clean home, keys that open nothing, and no network beyond this machine is needed.
+
+With OPENTQ_RECORD=FOLDER what each client sent is written there, in the form of `tests/clients/`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import pytest
 
 from opentq.cli.clients import CLIENTS, Target
 
+from .client_recorder import Recorder
 from .server_support import serving
 from .tiny_model import write
 
@@ -56,7 +59,36 @@ def served(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 1, "bos_token_id": 0}))
     with serving(folder, names=("small",), max_context=60_000, any_model=True, prefill_step=512) as running:
         running.service.grammars.constraint = running.script = Script(running.service.grammars)
+        running.recorder = Recorder(os.environ.get("OPENTQ_RECORD"))
+        app = running.server.config.loaded_app
+        running.server.config.loaded_app = running.recorder.around(app)
         yield running
+
+
+@pytest.fixture(autouse=True)
+def recorded(served, request):
+    yield
+    asked = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    client = asked.get("client") or asked.get("library") or "aider"
+    served.recorder.write(client, version(client) if served.recorder.folder else "")
+
+
+def version(client):
+    """What the client says of itself, or what its package does."""
+    python = TOOLS / "python" / "bin" / "python"
+    name = {"langchain": "langchain-openai"}.get(client, client)
+    command = [python, "-c", f"import importlib.metadata as m; print(m.version({name!r}))"]
+    if client in CLIENTS:
+        command = [program(client), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return next(word for word in said if word[:1].isdigit())
+
+
+def program(client):
+    """Where a client was installed. Skips the test where it was not."""
+    places = (TOOLS / "node_modules" / ".bin" / client, TOOLS / client / "bin" / client)
+    found = next((p for p in places if p.exists()), None)
+    return found or pytest.skip(f"{client} is not installed: make test-clients")
 
 
 @pytest.fixture
@@ -69,17 +101,12 @@ def home(tmp_path):
 def run(served, home, client, *args, tool="", arguments=None):
     """A client as `opentq launch` runs it; returns what it printed."""
     served.script.tool, served.script.arguments, served.script.seen = tool, arguments or {}, []
-    program = next(
-        (p for p in (TOOLS / "node_modules" / ".bin" / client, TOOLS / client / "bin" / client) if p.exists()), None
-    )
-    if program is None:
-        pytest.skip(f"{client} is not installed: make test-clients")
     folder = Path(home["HOME"])
     setup = CLIENTS[client].setup(Target(served.url, "small", 60_000), folder)
     for name, text in setup.files.items():
         (folder / name).write_text(text)
     environment = home | {k: v for k, v in setup.variables.items() if v is not None}
-    command = [str(program), *setup.arguments, *args]
+    command = [str(program(client)), *setup.arguments, *args]
     done = subprocess.run(
         command,
         cwd=folder / "work",
@@ -114,7 +141,7 @@ def test_assistants_from_a_request_to_a_tool_to_an_answer(served, home, client, 
     # Another session in the same folder finds almost all of it read.
     before = served.service.engine.tokens_read
     run(served, home, client, *args)
-    total = sum(len(served.service.prompter.encode(r)) for r in served.script.seen)
+    total = sum(len(served.service.prompter.encode(r).tokens) for r in served.script.seen)
     assert served.service.engine.tokens_read - before <= 0.1 * total + 1024
 
 
@@ -132,6 +159,15 @@ print(c.responses.create(model="any", input="hi").output_text)
 tool = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 with c.responses.stream(model="any", input="hi", tools=[tool], tool_choice="required", max_output_tokens=300) as s:
     assert [e for e in s][-1].type in ("response.completed", "response.incomplete")
+first = c.responses.create(model="any", input=hi, tools=[tool])
+(call,) = [i for i in first.output if i.type == "function_call"]
+result = {"type": "function_call_output", "call_id": call.call_id, "output": "42"}
+print(c.responses.create(model="any", input=[*hi, *first.output, result], tools=[tool]).output_text)
+print(c.responses.create(model="any", input=[result], previous_response_id=first.id, tools=[tool]).output_text)
+chat = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+said = c.chat.completions.create(model="any", messages=hi, tools=[chat]).choices[0].message
+result = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "42"}
+print(c.chat.completions.create(model="any", messages=[*hi, said, result], tools=[chat]).choices[0].message.content)
 """,
     "anthropic": """
 import anthropic
@@ -140,12 +176,26 @@ print(c.messages.create(model="any", max_tokens=100, messages=hi).content[0].tex
 with c.messages.stream(model="any", max_tokens=100, messages=hi) as s:
     print(s.get_final_text())
 assert c.messages.count_tokens(model="any", messages=hi).input_tokens
+tool = {"name": "look", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+k = dict(model="any", max_tokens=100, tools=[tool])
+first = c.messages.create(messages=hi, **k)
+(call,) = [b for b in first.content if b.type == "tool_use"]
+result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "42"}]}
+turns = [*hi, {"role": "assistant", "content": first.content}, result]
+print(c.messages.create(messages=turns, **k).content[0].text)
+print(c.messages.create(messages=turns, tool_choice={"type": "none"}, **k).content[0].text)
+print(c.messages.create(messages=[*hi, {"role": "assistant", "content": "Well,"}], model="any", max_tokens=9).content)
 """,
     "litellm": """
 import litellm
 k = dict(model="openai/any", api_base=url + "/v1", api_key="none")
 print(litellm.completion(messages=hi, **k).choices[0].message.content)
 print(litellm.responses(input="hi", **k).output[0].content[0].text)
+function = {"name": "look", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+k["tools"] = [{"type": "function", "function": function}]
+said = litellm.completion(messages=hi, **k).choices[0].message
+result = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "42"}
+print(litellm.completion(messages=[*hi, said, result], **k).choices[0].message.content)
 """,
     "langchain": """
 from langchain_openai import ChatOpenAI
@@ -157,6 +207,18 @@ class Line(BaseModel):
 m = ChatOpenAI(model="any", base_url=url + "/v1", api_key="none")
 print(m.invoke("hi").content)
 print(ChatOpenAI(model="any", base_url=url + "/v1", api_key="none", use_responses_api=True).invoke("hi").text)
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+@tool
+def look(x: int) -> str:
+    "Look."
+    return "42"
+for way in (m, ChatOpenAI(model="any", base_url=url + "/v1", api_key="none", use_responses_api=True)):
+    able, turns = way.bind_tools([look]), [HumanMessage("hi")]
+    turns.append(able.invoke(turns))
+    turns.append(look.invoke(turns[-1].tool_calls[0]))
+    assert isinstance(turns[-1], ToolMessage)
+    print(able.invoke(turns).text)
 for method in ("json_schema", "function_calling"):
     assert isinstance(m.with_structured_output(Line, method=method).invoke("a line"), Line)
 """,
@@ -181,7 +243,7 @@ def test_libraries(served, home, library):
     python = TOOLS / "python" / "bin" / "python"
     if not python.exists():
         pytest.skip("the libraries are not installed: make test-clients")
-    served.script.tool = ""
+    served.script.tool, served.script.arguments = "look", {"x": 42}
     code = f"url = {served.url!r}; hi = [{{'role': 'user', 'content': 'hi'}}]\n{LIBRARIES[library]}"
     done = subprocess.run([python, "-c", code], env=home, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and SAID in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]

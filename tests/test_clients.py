@@ -42,7 +42,7 @@ def send(server, request):
         request["method"], request["path"], headers=request["headers"], json=request["body"]
     )
     assert response.status_code == 200, response.text
-    return [json.loads(e) for e in events(response.text.splitlines())]
+    return [json.loads(e) for e in events(response.text.splitlines()) if e != "[DONE]"]
 
 
 def cached(data):
@@ -102,7 +102,8 @@ def test_tools_that_the_client_runs_are_functions():
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+         "messages[0].content[0].source"),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "url"}}]}]},
          "messages[0].content[0].type"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
@@ -156,6 +157,37 @@ def test_old_tool_results_are_cleared_when_asked(agent):
     assert count(context_management={"edits": [edit | {"exclude_tools": ["read"]}]}) == whole
     edit["trigger"]["value"] = 100_000
     assert count(context_management={"edits": [edit]}) == whole
+
+
+# ---- other clients: everything that they sent on the way from a request to a tool's result and an answer
+
+
+def without_lengths(request):
+    """A recorded request with a short answer; a form, which may need a longer one, keeps what it asked for."""
+    body = request["body"]
+    for name in ("max_tokens", "max_output_tokens", "max_completion_tokens"):
+        body.pop(name, None)
+    if not request["path"].endswith("count_tokens"):
+        body["max_output_tokens" if "input" in body else "max_tokens"] = 6
+    return request
+
+
+@pytest.mark.parametrize("client", ["opencode", "aider", "openai", "anthropic", "litellm", "langchain", "instructor"])
+def test_recorded_clients_are_answered(agent, client):
+    requests = [without_lengths(r) for r in recorded(client)]
+    assert sum(request["body"].pop("previous_response_id", "") != "" for request in requests) == (client == "openai")
+    for request in requests:
+        send(agent, request)
+
+
+@pytest.mark.parametrize("client", ["opencode", "aider"])
+def test_another_session_of_an_agent_finds_its_prompt_read(agent, client):
+    longest = max(recorded(client), key=lambda r: len(json.dumps(r["body"]["messages"])))
+    body = longest["body"] | {"max_tokens": 4, "stream": False}
+    agent.post(**body)
+    body["messages"][-1] = {"role": "user", "content": "Something else"}
+    usage = agent.post(**body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 0.75 * usage["prompt_tokens"]
 
 
 # ---- what templates can show
@@ -239,9 +271,9 @@ def test_volatile_lines_can_be_kept(folder):
 
     ask = GenerationRequest(messages=({"role": "system", "content": "x-anthropic-billing-header: a\nB"}, *HI))
     tokenizer = load(folder)
-    dropped = Prompter(tokenizer, 512).encode(ask)
+    dropped = Prompter(tokenizer, 512).encode(ask).tokens
     assert "billing" not in tokenizer.decode(dropped)
-    assert "billing" in tokenizer.decode(Prompter(tokenizer, 512, keep_volatile=True).encode(ask))
+    assert "billing" in tokenizer.decode(Prompter(tokenizer, 512, keep_volatile=True).encode(ask).tokens)
 
 
 def test_the_place_where_prompts_part_is_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from opentq.bench import device, kernel
 from opentq.cli import main as cli
 from opentq.errors import UserError
 from opentq.evaluate import contenders
+from opentq.hosts.mlx_lm import load, names
 from opentq.spec import text
 from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.recipe import Recipe
@@ -200,3 +202,53 @@ def test_where_results_go_is_checked_before_any_work(run, monkeypatch, tmp_path,
         code, _, err = run(*name.split(), *extra, option, str(place))
         assert code == 2 and str(place) in err and missing not in err and err.count("\n") == 1, err
         assert place.exists() == (place in places[:2])
+
+
+# ---- Ctrl-C, and models that are not there
+
+
+@pytest.mark.parametrize("name", [n for n in MODEL_REQUIRED if n not in ("plan", "bench model", "bench long")])
+def test_ctrl_c_while_a_model_loads_is_one_line(run, monkeypatch, tmp_path, name):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for module in (names, load):
+        monkeypatch.setattr(module, "resolve", interrupted)
+    code, _, err = run(*name.split(), *needs(name, "org/model"))
+    assert (code, err) == (130, "opentq: stopped\n")
+
+
+@pytest.mark.parametrize("module", ["opentq.cli.main", "typer", "opentq.cli.chat", "mlx"])
+def test_ctrl_c_while_a_module_loads_is_one_line(module):
+    """Whatever is being imported, from the first module of the command line to MLX."""
+    work = f"""
+import os, signal, sys
+class Ctrl:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+import opentq.__main__ as program
+sys.meta_path.insert(0, Ctrl())
+sys.argv = ["opentq", "generate", "models/tiny-llama", "hello"]
+program.main()
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "opentq: stopped\n", "")
+
+
+def test_a_missing_model_is_noticed_before_mlx_is_imported(tmp_path):
+    """Its first import compiles, and takes a second on any day."""
+    work = f"""
+import sys
+from opentq.cli import main
+for name, more in (("generate", ["hi"]), ("chat", []), ("cache build", ["f.cache", "--text", "hi"]), ("serve", [])):
+    sys.argv = ["opentq", *name.split(), {str(tmp_path / "gone")!r}, *more]
+    try:
+        main.main()
+    except SystemExit as stop:
+        print(name, stop.code, "mlx.core" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
+    assert done.stdout == "generate 2 False\nchat 2 False\ncache build 2 False\nserve 2 False\n", done.stderr
+    assert done.stderr.count("does not exist") == 4 == done.stderr.count("\n")

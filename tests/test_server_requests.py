@@ -53,7 +53,7 @@ def test_requests_are_read():
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]},
-         "messages[0].content[0].type"),
+         "messages[0].content[0].image_url"),
         ({"messages": HI, "temperature": "hot"}, "temperature"),
         ({"messages": HI, "temperature": 3}, "temperature"),
         ({"messages": HI, "max_tokens": 0}, "max_tokens"),

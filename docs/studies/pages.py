@@ -323,7 +323,9 @@ class Study:
                 self.records.add(keys[name], {**found, "cache_bytes": read.cache_bytes[0]})
                 self.say("caches", kind, name, f"{found['kl_mean'][0]:.4f}")
         length, trials = (900, 1) if self.args.quick else (self.args.lengths[-1], 10)
-        grid = needle.Grid((length,), (0.1, 0.3, 0.5, 0.7, 0.9), trials, distractors=3, batch=self.args.batch, seed=1)
+        grid = needle.Grid(
+            (length,), (0.1, 0.3, 0.5, 0.7, 0.9), trials, distractors=3, answer=24, batch=self.args.batch
+        )
         cells = [(length, d, t) for d in grid.depths for t in range(trials)]
         for name in (PACKED, f"{PACKED}, code"):
             key: Record = about("pages-cache-needle", self.id, self.judged["code"], length=length, spec=name)

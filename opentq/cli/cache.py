@@ -21,6 +21,7 @@ from .options import (
     Temp,
     check_output,
     one_model,
+    spec_for,
 )
 
 if TYPE_CHECKING:
@@ -53,12 +54,6 @@ def build(
     """Process a text with a model and write its cache to a file: opentq cache build MODEL FILE."""
     import time
 
-    from ..caches import disk
-    from ..hosts.hooks import installed
-    from ..hosts.mlx_lm.load import load, make_cache
-    from ..spec.recommended import advice
-    from ..spec.text import asked
-
     if model_option and model and file is None:
         model, file = "", Path(model)  # the only argument is the file where --model names the model
     path = one_model(model, model_option)
@@ -66,7 +61,12 @@ def build(
         raise UserError("no file given: opentq cache build MODEL FILE")
     check_output(file, "FILE")
     content = _read(text, text_file)
-    spec = asked(kv)
+    spec = spec_for(path, kv)
+    from ..caches import disk
+    from ..hosts.hooks import installed
+    from ..hosts.mlx_lm.load import load, make_cache
+    from ..spec.recommended import advice
+
     lm, tokenizer = load(path, kv=spec)
     record = installed(lm)
     if line := advice(lm, spec):

@@ -21,6 +21,7 @@ from .options import (
     TrustRemoteCode,
     Wire,
     one_model,
+    spec_for,
 )
 
 
@@ -44,6 +45,8 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a model in the terminal, on a compressed cache."""
+    path = one_model(model, model_option)
+    spec = spec_for(path, kv, kv_bits, kv_group_size)
     from pathlib import Path
 
     from ..chat.console import Console, use_history
@@ -52,11 +55,8 @@ def chat(
     from ..memory.loaded import model_context
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.recommended import advice
-    from ..spec.text import asked
 
-    path = one_model(model, model_option)
     wiring = parse_wire(wire)
-    spec = asked(kv, kv_bits, kv_group_size)
     options = {"trust_remote_code": trust_remote_code or None}
     lm, tokenizer = load(path, kv=spec, tokenizer_config=options)
     if line := advice(lm, spec):

@@ -32,6 +32,7 @@ from .options import (
     Wire,
     check_output,
     one_model,
+    spec_for,
     write,
 )
 
@@ -68,20 +69,20 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the per-layer report first.")] = False,
 ) -> None:
     """Generate text from a prompt: opentq generate MODEL PROMPT."""
+    if model_option and model is not None and prompt is None:
+        model, prompt = None, model  # the only argument is the prompt where --model names the model
+    path = one_model(model or "", model_option)
+    text = read_prompt(prompt, prompt_option, prompt_file)
+    check_output(output)
+    spec = spec_for(path, kv, kv_bits, kv_group_size)
     from ..hosts.generation import Request
     from ..hosts.mlx_lm.generate import check_context, check_draft, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
     from ..hosts.report import report
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.recommended import advice
-    from ..spec.text import asked
 
-    spec, wiring = asked(kv, kv_bits, kv_group_size), parse_wire(wire)
-    if model_option and model is not None and prompt is None:
-        model, prompt = None, model  # the only argument is the prompt where --model names the model
-    path = one_model(model or "", model_option)
-    text = read_prompt(prompt, prompt_option, prompt_file)
-    check_output(output)
+    wiring = parse_wire(wire)
     if images.wanted(path, image, prompt_cache, draft_model, ignore_chat_template):
         options = Request([], max_tokens, temp, top_p, top_k, min_p, seed, prefill_step_size, max_context)
         answer = images.generate(path, text, system_prompt, image or [], spec, options, wiring, as_json, verbose)
@@ -92,6 +93,7 @@ def generate(
         raise UserError("--prompt-cache decides the template and the system prompt, and works without a draft model")
     if prompt_cache:
         from ..caches.disk import read_manifest
+        from ..spec.text import asked
 
         spec = asked(read_manifest(prompt_cache)[0].spec) if kv is None and kv_bits is None else spec
     lm, tokenizer = load(path, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})

@@ -53,7 +53,8 @@ def main() -> None:
     heed_signals()
     try:
         _check_files()
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        sys.exit(code if code != 130 else _say("stopped", 130))  # what typer makes of Ctrl-C
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -78,6 +79,8 @@ def heed_signals() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _check_files() -> None:
@@ -90,7 +93,3 @@ def _check_files() -> None:
 def _say(message: str, code: int) -> int:
     print(f"opentq: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..spec.text import Asked
 
 ARGUMENT = typer.Argument(metavar="MODEL", help="Model folder or Hugging Face repository.")
 ModelArgument = Annotated[str, ARGUMENT]
@@ -82,6 +85,22 @@ def one_model(argument: str, option: str) -> str:
     if not (argument or option):
         raise UserError("no model given: name a folder, or a repository such as org/name")
     return argument or option
+
+
+def spec_for(model: str, kv: str | None, kv_bits: int | None = None, kv_group_size: int | None = None) -> Asked:
+    """The spec that is asked for, once the model's files were looked at.
+
+    Where none is given that happens before MLX is imported, which compiles on its first day. Raises UserError.
+    """
+    from ..hosts.mlx_lm.names import check_folder, resolve
+
+    if (kv, kv_bits, kv_group_size) == (None, None, None):
+        check_folder(resolve(model))
+    from ..spec.text import asked
+
+    spec = asked(kv, kv_bits, kv_group_size)
+    check_folder(resolve(model))
+    return spec
 
 
 def check_output(path: Path | None, option: str = "--output") -> None:

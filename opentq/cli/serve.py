@@ -10,11 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model
+from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model, spec_for
 
 REFUSED = {
-    "--draft-model": "answers of a batch can't wait for a draft; opentq generate takes one",
-    "--num-draft-tokens": "there is no draft model",
     "--prompt-cache-size": "prompts are remembered by their bytes, see --prompt-cache-bytes",
     "--prompt-concurrency": "prompts take turns, a chunk each, see --prefill-step-size",
     "--quantized-kv-start": "caches are compressed from the first token on, see --kv",
@@ -50,6 +48,10 @@ def serve(
         bool,
         typer.Option(help="Guess a single answer's next tokens from its prompt, several a step; the text is the same."),
     ] = True,
+    draft_model: Annotated[
+        str, typer.Option(help="A small model of the same vocabulary that guesses the next tokens of single answers.")
+    ] = "",
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens that it guesses at once.", min=1)] = 3,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer; longer requests get a 400.", min=1)
     ] = None,
@@ -95,8 +97,6 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
     wire: Wire = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    draft_model: Refused = None,
-    num_draft_tokens: Refused = None,
     prompt_cache_size: Refused = None,
     prompt_concurrency: Refused = None,
     quantized_kv_start: Refused = None,
@@ -108,17 +108,15 @@ def serve(
         raise UserError(
             f"opentq serve needs the extra: pip install 'opentq[serve]' ({error.name} is missing)"
         ) from error
-    from ..memory.wiring import parse_wire, wired
-
-    wiring = parse_wire(wire)
     log_level = log_level.lower()
-    given = (draft_model, num_draft_tokens, prompt_cache_size, prompt_concurrency, quantized_kv_start)
+    given = (prompt_cache_size, prompt_concurrency, quantized_kv_start)
     for (name, why), value in zip(REFUSED.items(), given):
         if value is not None:
             raise UserError(f"{name} is an option of mlx-lm's server, not of this one: {why}")
     if log_level not in LEVELS:
         raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
     path = one_model(model, model_option)
+    spec = spec_for(path, kv, kv_bits, kv_group_size)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level == "info":  # of uvicorn and the rest of opentq, only warnings
         for name in ("uvicorn", "opentq", "httpx"):
@@ -126,15 +124,17 @@ def serve(
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
     from ..memory.device import parse_memory
+    from ..memory.wiring import parse_wire, wired
     from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, make_service
-    from ..spec.text import asked
+
+    wiring = parse_wire(wire)
 
     def size(text: str | None) -> int | None:
         return None if text is None else 0 if text == "0" else parse_memory(text)
 
     options = ServeOptions(
         model=path,
-        kv=asked(kv, kv_bits, kv_group_size),
+        kv=spec,
         names=tuple(served_model_name or ()),
         host=host,
         port=port,
@@ -165,6 +165,8 @@ def serve(
         loadable=tuple(allow_model_loading or ()),
         any_model=any_model,
         lookup=lookup,
+        draft=draft_model,
+        drafts=num_draft_tokens,
         keep_volatile=keep_volatile,
     )
     options.aliases = aliases(alias or [], options)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from ..errors import UserError
 from ..hosts.mlx_lm import tool_form
+from . import pictures
 from .errors import ApiError, bad
 from .request import GenerationRequest
 from .roles import Roles
 from .volatile import without
+
+if TYPE_CHECKING:
+    from ..hosts.mlx_vlm.vision import ImagePrompt, Vision
 
 log = logging.getLogger("opentq.serve")
 
@@ -26,15 +32,33 @@ class Abandoned(Exception):
     """Nobody waits for this prompt any more."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, and its images, if it has any."""
+
+    tokens: list[int]
+    images: ImagePrompt | None = None
+
+
 class Prompter:
     """Encodes prompts with one tokenizer. Called from worker threads; one prompt at a time."""
 
-    def __init__(self, tokenizer: Any, vocab: int, template: dict[str, Any] | None = None, keep_volatile: bool = False):
-        """`template`: variables for the chat template; `keep_volatile`: render the lines that `volatile` drops."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab: int,
+        template: dict[str, Any] | None = None,
+        keep_volatile: bool = False,
+        vision: Vision | None = None,
+    ):
+        """`template`: variables for the chat template; `keep_volatile`: render the lines that `volatile` drops;
+        `vision`: what makes prompts of images, for a model that takes them.
+        """
         self.tokenizer = tokenizer
         self.vocab = vocab
         self.template = template or {}
         self.keep_volatile = keep_volatile
+        self.vision = vision
         self.roles = Roles(tokenizer, tool_form.lend(tokenizer))
         self._lock = threading.Lock()
 
@@ -43,8 +67,8 @@ class Prompter:
         request: GenerationRequest,
         limit: int | None = None,
         abandoned: Callable[[], bool] = lambda: False,
-    ) -> list[int]:
-        """Token ids of the prompt.
+    ) -> Prompt:
+        """The prompt as tokens.
 
         Raises ApiError when the model has no words for what is asked, or when the prompt is longer than `limit` tokens
         by far: that is found out without tokenizing all of it. Raises Abandoned soon after `abandoned()` is true.
@@ -53,14 +77,15 @@ class Prompter:
             if abandoned():
                 raise Abandoned
             self._bound(_characters(request), limit, request)
-            tokens = (
-                self._text(request, limit, abandoned)
-                if request.messages is None
-                else self._chat(request, limit, abandoned)
-            )
-        if not tokens:
+            if request.messages is None:
+                prompt = Prompt(self._text(request, limit, abandoned))
+            elif found := pictures.of(request.messages):
+                prompt = self._see(found, request, limit)
+            else:
+                prompt = Prompt(self._chat(request, limit, abandoned))
+        if not prompt.tokens:
             raise bad("the prompt is empty: it has no tokens", _where(request))
-        return tokens
+        return prompt
 
     @cached_property
     def longest(self) -> int:
@@ -105,11 +130,7 @@ class Prompter:
         return list(request.prompt)
 
     def _chat(self, request: GenerationRequest, limit: int | None, abandoned: Callable[[], bool]) -> list[int]:
-        if not self.tokenizer.has_chat_template:
-            raise bad("this model has no chat template; use /v1/completions with the bare prompt", "messages")
-        messages = [dict(m) for m in request.messages or ()]
-        if not self.keep_volatile:
-            messages = without(messages)
+        messages = self._messages(request)
         # What will be cleared is not counted against the limit.
         first = None if request.clear else limit
         tokens = self._encode(self._render(messages, request), first, abandoned, request, special=False)
@@ -118,6 +139,36 @@ class Prompter:
             tokens = self._encode(text, limit, abandoned, request, special=False)
         return tokens
 
+    def _see(self, found: list[pictures.Picture], request: GenerationRequest, limit: int | None) -> Prompt:
+        """A prompt with images. Images are decoded here: it takes time, and the largest are refused before."""
+        if self.vision is None:
+            raise bad(f"{found[0].where}: this model takes text only, no images", found[0].where, "no_images")
+        if len(found) > pictures.MOST:
+            raise bad(f"the prompt has {len(found)} images; {pictures.MOST} at most", "messages")
+        from ..hosts.mlx_vlm.images import ImageError, decode
+
+        images = []
+        for picture in found:
+            try:
+                images.append(decode(picture.data, picture.where))
+            except ImageError as error:
+                raise bad(str(error), picture.where, "invalid_image") from error
+        messages = self._messages(request)
+        text = self._render(request.clear.apply(messages) if request.clear else messages, request)
+        try:
+            prompt = self.vision.prompt(text, images, [picture.digest for picture in found])
+        except UserError as error:
+            raise bad(str(error), "messages", "invalid_image") from error
+        if limit is not None and len(prompt.tokens) > limit:
+            raise too_long(limit, str(len(prompt.tokens)), "messages")
+        return Prompt(prompt.tokens, prompt)
+
+    def _messages(self, request: GenerationRequest) -> list[dict[str, Any]]:
+        if not self.tokenizer.has_chat_template:
+            raise bad("this model has no chat template; use /v1/completions with the bare prompt", "messages")
+        messages = [dict(m) for m in request.messages or ()]
+        return messages if self.keep_volatile else without(messages)
+
     def _render(self, messages: list[dict[str, Any]], request: GenerationRequest) -> str:
         variables = self.template | request.template
         if request.continue_last:
@@ -125,6 +176,8 @@ class Prompter:
         else:
             variables |= {"add_generation_prompt": True}
         messages, tools = self.roles.fit(messages, list(request.tools))
+        if self.vision is not None:
+            messages = [self.vision.message(m) if isinstance(m["content"], list) else m for m in messages]
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **variables)
         except TemplateError as error:
@@ -139,7 +192,7 @@ def _characters(request: GenerationRequest) -> int:
     """Characters that are sure to be in the prompt, before anything is done for it."""
     if request.messages is None:
         return len(request.prompt) if isinstance(request.prompt, str) else 0
-    return 0 if request.clear else sum(len(m["content"]) for m in request.messages)
+    return 0 if request.clear else sum(pictures.characters(m["content"]) for m in request.messages)
 
 
 def _where(request: GenerationRequest) -> str:

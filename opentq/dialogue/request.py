@@ -40,7 +40,8 @@ class GenerationRequest:
     """One request for tokens.
 
     Attributes:
-        messages: chat messages in OpenAI's form with text contents, or None for a bare prompt.
+        messages: chat messages in OpenAI's form with text contents (those of a user may have images, see `pictures`),
+            or None for a bare prompt.
         prompt: text or token ids, when `messages` is None.
         prompts: all of several bare prompts, the first of them `prompt`.
         n: answers to each prompt.

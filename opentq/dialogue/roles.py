@@ -15,6 +15,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from . import pictures
+
 Message = dict[str, Any]
 
 log = logging.getLogger("opentq.serve")
@@ -124,5 +126,5 @@ def _joined_users(messages: list[Message]) -> list[Message]:
     return out
 
 
-def _paragraphs(messages: list[Message]) -> str:
-    return "\n\n".join(str(m["content"]) for m in messages)
+def _paragraphs(messages: list[Message]) -> pictures.Content:
+    return pictures.content([p for m in messages for p in pictures.parts(m["content"])], "\n\n")

@@ -6,6 +6,7 @@ import json
 import logging
 from typing import Any
 
+from ..dialogue import pictures
 from ..dialogue.clearing import ClearTools
 from ..dialogue.errors import ApiError, bad, unsupported
 from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
@@ -114,16 +115,21 @@ def _clear_tools(edit: dict[str, Any], path: str) -> ClearTools:
 
 
 def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
-    """One turn as OpenAI messages: tool results become messages of their own, in order."""
+    """One turn as OpenAI messages: tool results become messages of their own, in order, and the images in them a
+    message of the user's after them.
+    """
     if isinstance(turn["content"], str):
         return [{"role": turn["role"], "content": turn["content"]}]
     out: list[dict[str, Any]] = []
     current: dict[str, Any] = {"role": turn["role"], "content": ""}
+    said: list[str | pictures.Picture] = []
+    shown: list[str | pictures.Picture] = []
     for i, block in enumerate(turn["content"]):
         where, kind = f"{path}.content[{i}]", block["type"]
         if kind in TEXTS:
-            text = _text(block, where)
-            current["content"] += f"\n{text}" if current["content"] and text else text
+            said.append(_text(block, where))
+        elif kind == "image" and turn["role"] == "user":
+            said.append(_image(block, where))
         elif kind == "thinking":
             current["reasoning_content"] = current.get("reasoning_content", "") + _field(block, "thinking", where)
         elif kind == "tool_use":
@@ -132,28 +138,45 @@ def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
                 {"id": block.get("id") or "", "type": "function", "function": function}
             )
         elif kind == "tool_result":
-            if current["content"]:
-                out.append(current)
-                current = {"role": turn["role"], "content": ""}
-            result = _blocks(block.get("content"), f"{where}.content")
+            if any(said):
+                out.append(current | {"content": _joined(said)})
+                current, said = {"role": turn["role"], "content": ""}, []
+            content = block.get("content")
+            inner = content if isinstance(content, list) else []
+            shown += [_image(b, f"{where}.content[{j}]") for j, b in enumerate(inner) if b["type"] == "image"]
+            result = _blocks(content, f"{where}.content", skip=("image",))
             if block.get("is_error") and "error" not in result[:80].lower():
                 result = f"Error: {result}"
             out.append({"role": "tool", "tool_call_id": _field(block, "tool_use_id", where), "content": result})
         elif kind != "redacted_thinking":
-            raise unsupported(f"{where}.type", f"{kind!r}; only text, thinking, tool_use and tool_result can be read")
+            known = "only text, thinking, tool_use, tool_result, and images of the user's, can be read"
+            raise unsupported(f"{where}.type", f"{kind!r}; {known}")
+    current["content"] = _joined(shown + said)
     if len(current) > 2 or current["content"] or not out:
         out.append(current)
     return out
 
 
+def _joined(said: list[str | pictures.Picture]) -> pictures.Content:
+    return pictures.content([part for part in said if part], "\n")
+
+
+def _image(block: dict[str, Any], path: str) -> pictures.Picture:
+    """The image in a block. Raises ApiError: nothing is fetched for a request."""
+    source = block.get("source")
+    if not isinstance(source, dict) or source.get("type") != "base64" or not isinstance(source.get("data"), str):
+        raise unsupported(f"{path}.source", "images come in base64; nothing is fetched and no file is kept")
+    return pictures.from_base64(source["data"], f"{path}.source.data")
+
+
 TEXTS = ("text", "document", "search_result", "tool_reference")
 
 
-def _blocks(content: Any, path: str) -> str:
+def _blocks(content: Any, path: str, skip: tuple[str, ...] = ()) -> str:
     """The text of a string or of blocks, a paragraph each."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n\n".join(_text(block, f"{path}[{i}]") for i, block in enumerate(content))
+    return "\n\n".join(_text(b, f"{path}[{i}]") for i, b in enumerate(content) if b["type"] not in skip)
 
 
 def _text(block: dict[str, Any], path: str) -> str:

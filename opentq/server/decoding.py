@@ -26,11 +26,13 @@ class RowSampling:
         sampler: from log probabilities `[1, V]` to a token `[1]`; None is greedy.
         bias: (token, what is added to its logit).
         logprobs: whether log probabilities are reported.
+        shift: how far the sequence's positions are from its places in the cache, for its prompt's images.
     """
 
     sampler: Sampler | None = None
     bias: tuple[tuple[int, float], ...] = ()
     logprobs: bool = False
+    shift: int = 0
 
     @property
     def normalised(self) -> bool:
@@ -73,7 +75,7 @@ class Decoding(GenerationBatch):
     def _step(self) -> tuple[list[int], list[Any]]:
         """Start computing the next tokens, and return the last ones with their log probabilities, where asked for."""
         inputs, current = self._next_tokens, self._next_logprobs
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        logits = self._logits(inputs[:, None])[:, -1, :]
         bias = self._bias(logits)
         logits = logits if bias is None else logits + bias
         contexts: list[mx.array] = []
@@ -86,6 +88,10 @@ class Decoding(GenerationBatch):
         for seen, token in zip(self.tokens, tokens):
             seen.append(token)
         return tokens, current
+
+    def _logits(self, inputs: mx.array) -> mx.array:
+        shifts = [sampling.shift for sampling in self.samplers]
+        return self.model(inputs, cache=self.prompt_cache, **({"shifts": shifts} if any(shifts) else {}))
 
     # ---- several tokens a step, for one sequence
 
@@ -117,7 +123,7 @@ class Decoding(GenerationBatch):
         that step. A guess is right when it is that token, so greedy text is plain text and draws are plain draws.
         """
         (sampling,), last = self.samplers, self.newest
-        logits = self.model(mx.array([[last, *guesses]]), cache=self.prompt_cache)[0]
+        logits = self._logits(mx.array([[last, *guesses]]))[0]
         if (bias := self._bias(logits[:1])) is not None:
             logits = logits + bias
         chosen, keys = self._choose_each(logits)

@@ -17,23 +17,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..dialogue.errors import ApiError
+from ..dialogue.errors import ApiError, bad
 from ..dialogue.output import Parser
+from ..dialogue.prompt import Prompt
 from ..dialogue.request import Chosen, Done, Generated, Progress, SamplingParams, Usage
 from ..dialogue.sampling import KeyedSampler, Processor, make_processors
+from ..errors import UserError
 from ..hosts.mlx_lm.private import StopSequences, _merge_caches
 from ..hosts.mlx_lm.public import make_prompt_cache
 from .admission import bucket
 from .decoding import Decoding, RowSampling
+from .draft import Draft
 from .grammar import Constraint
 from .lookup import LONGEST, Lookup
 from .pace import Pace
 from .prefix import PrefixStore, exact_trim
+
+if TYPE_CHECKING:
+    from ..hosts.mlx_vlm.vision import ImagePrompt
 
 log = logging.getLogger("opentq.serve")
 
@@ -49,7 +55,7 @@ Event = Progress | Generated | Done | ApiError
 class Job:
     """One sequence on its way. The client's side fills in the first fields, the engine the rest."""
 
-    tokens: list[int]
+    prompt: Prompt
     max_tokens: int
     sampling: SamplingParams
     parser: Parser
@@ -74,8 +80,24 @@ class Job:
     followers: list[Job] = field(default_factory=list)  # jobs that wait for this one's prompt to be read
 
     @property
+    def tokens(self) -> list[int]:
+        return self.prompt.tokens
+
+    @property
+    def images(self) -> ImagePrompt | None:
+        return self.prompt.images
+
+    @property
     def total(self) -> int:
         return len(self.tokens) + self.max_tokens
+
+    @property
+    def marks(self) -> tuple[tuple[int, bytes], ...]:
+        return self.images.marks if self.images else ()
+
+    def sees(self, place: int) -> bool:
+        """Whether an image lies at or behind a place of the prompt."""
+        return self.images is not None and place < self.images.end
 
     def usage(self) -> Usage:
         now = time.perf_counter()
@@ -104,7 +126,8 @@ class Engine:
         self.at_work: Job | None = None
         self.unread: deque[Job] = deque()  # whose answers have whole blocks that were not read as prompts are
         self.tokens_read = 0
-        self.lookup = True  # whether a single answer's next tokens are guessed
+        self.lookup = True  # whether a single answer's next tokens are guessed from what is there
+        self.draft: Draft | None = None  # what else guesses them
         self.guessed = self.guessed_right = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
@@ -153,7 +176,7 @@ class Engine:
 
     def forget(self) -> None:
         """After `finish`: let model, prefixes and caches go. What is asked about the engine has an answer still."""
-        self.model = None
+        self.model = self.draft = None
         self.store = PrefixStore(self.store.block, 0)
         self.batches.clear()
 
@@ -167,6 +190,8 @@ class Engine:
         if not self.at_work:
             self.batches.clear()
         self.at_work = None
+        if self.draft:
+            self.draft.forget()
         self.reading = [j for j in self.reading if j not in failed]
         mx.clear_cache()
         for job in failed:
@@ -198,7 +223,15 @@ class Engine:
             self.at_work = None
             return
         self.store.give_way(room)
-        job.names = self.store.names(job.tokens)
+        if job.images:
+            try:
+                job.images.settle(self.model.model)
+            except UserError as error:
+                self.at_work = None
+                job.post(job, bad(str(error), "messages", "invalid_image"))
+                return
+        # What is read at once, images in sight of each other, is not cut into blocks again.
+        job.names = [] if job.images and job.images.whole else self.store.names(job.tokens, job.marks)
         job.known = len(job.names)
         hit = self.store.fetch(job.names)
         job.caches = hit.caches or make_prompt_cache(self.model)
@@ -222,9 +255,17 @@ class Engine:
         """One chunk of a prompt; after the last, in a turn of its own, the job joins a batch."""
         self.at_work = job
         tic, running = time.perf_counter(), bool(self.batches)
-        end = min(job.read + self.chunk, len(job.tokens) - 1)
+        end = job.read + self.chunk
+        if job.images and job.images.whole:
+            end = max(end, job.images.end)
+        end = min(end, len(job.tokens) - 1)
         if end > job.read:
-            self._read(job.tokens[job.read : end], job.caches or [])
+            try:
+                self._read(job, job.read, end, job.caches or [])
+            except UserError as error:
+                self._cancel(job, bad(str(error), "messages", "invalid_image"))
+                self.at_work = None
+                return
             job.read = end
             if end in job.snapshots:
                 names, last = job.names[: end // self.store.block], end == len(job.names) * self.store.block
@@ -237,10 +278,15 @@ class Engine:
             self.pace.owe(time.perf_counter() - tic, running)
         self.at_work = None
 
-    def _read(self, tokens: list[int], caches: list[Any]) -> None:
-        self.model(mx.array([tokens]), cache=caches)
+    def _read(self, job: Job, start: int, end: int, caches: list[Any]) -> None:
+        """Read prompt and answer of a job from `start` to `end`. Raises UserError where its images can't be."""
+        if job.images and job.sees(start):
+            job.images.read(self.model.model, caches, start, end)
+        else:
+            shifts = {"shifts": (job.images.shift,)} if job.images else {}
+            self.model(mx.array([[*job.tokens, *job.answer][start:end]]), cache=caches, **shifts)
         mx.eval([c.state for c in caches])
-        self.tokens_read += len(tokens)
+        self.tokens_read += end - start
 
     def _read_answer(self, job: Job) -> None:
         """One block of an answer, in chunks as a prompt's, so that the next turn finds it.
@@ -251,7 +297,7 @@ class Engine:
         """
         self.at_work = job
         tic, block, tokens = time.perf_counter(), self.store.block, [*job.tokens, *job.answer]
-        names = self.store.names([*tokens, 0])
+        names = self.store.names([*tokens, 0], job.marks)
         own = job.trims or job.known > len(job.names)  # else the point where the prompt ended is to stay
         while job.known < len(names) and self.store.knows(names[: job.known + 1]):
             job.known, own = job.known + 1, job.trims
@@ -262,7 +308,7 @@ class Engine:
                 job.known = len(tokens) + job.max_tokens  # it had to make room: no more of this one
             else:
                 for at in range(start, start + block, self.chunk):
-                    self._read(tokens[at : min(at + self.chunk, start + block)], caches)
+                    self._read(job, at, min(at + self.chunk, start + block), caches)
                 job.known += 1
                 self.store.remember(names[: job.known], tokens, caches)
         if job.known < len(names):
@@ -294,11 +340,15 @@ class Engine:
         processors: list[Processor] = make_processors(how, len(job.tokens))
         if job.constraint:
             processors.append(job.constraint)
-        row = RowSampling(None if how.greedy else KeyedSampler(how), how.logit_bias, job.logprobs is not None)
+        sampler = None if how.greedy else KeyedSampler(how)
+        shift = job.images.shift if job.images else 0
+        row = RowSampling(sampler, how.logit_bias, job.logprobs is not None, shift)
         caches = _merge_caches([single])
         batch = Decoding(self.model, id(job), job.tokens, caches, row, processors, self._eos, job.max_tokens)
         job.first = time.perf_counter()
         job.caches = None
+        if job.images:
+            job.images.release()
         key = bucket(job.total)
         if key in self.batches:
             self.batches[key][0].extend(batch)
@@ -339,7 +389,8 @@ class Engine:
                 done = "tool_calls" if job.parser.calls and reason == "stop" else reason
                 job.post(job, Done(done, job.usage(), job.parser.stop.matched))
             whole = len(job.tokens) + len(job.answer) >= (job.known + 1) * self.store.block
-            if whole and job.leader is None and job not in self.unread:
+            seen = job.images is not None and (job.images.whole or job.sees(job.known * self.store.block))
+            if whole and not seen and job.leader is None and job not in self.unread:
                 self.unread.append(job)
         if over:
             gone = {id(j) for j in over}
@@ -350,19 +401,30 @@ class Engine:
 
     def _next(self, batch: Decoding, jobs: list[Job]) -> Iterable[tuple[Job, Any]]:
         """The next token of every answer; of a single one the next few, where they can be guessed."""
-        if self.lookup and len(jobs) == len(self.batches) == 1 and not self.reading and (room := batch.room()):
-            job = jobs[0]
-            if job.lookup is None:
-                job.lookup = Lookup([*job.tokens, *job.answer])
-            for token in job.answer[len(job.lookup.tokens) - len(job.tokens) :]:
-                job.lookup.add(token)
-            if job.lookup.wanted and (guesses := job.lookup.guess(batch.newest, min(room, LONGEST))):
+        if (self.lookup or self.draft) and len(jobs) == len(self.batches) == 1 and not self.reading:
+            (job,) = jobs
+            guesses, lookup = self._guesses(job, batch)
+            if guesses:
                 responses, right = batch.verify(guesses)
-                job.lookup.outcome(len(guesses), right)
+                if lookup:
+                    lookup.outcome(len(guesses), right)
                 self.guessed += len(guesses)
                 self.guessed_right += right
                 return [(job, r) for r in responses]
         return zip(jobs, batch.next())
+
+    def _guesses(self, job: Job, batch: Decoding) -> tuple[list[int], Lookup | None]:
+        """Tokens that may follow in a single answer: what followed the same ones before, or else the draft model's."""
+        if not (room := batch.room()):
+            return [], None
+        if job.lookup is None:
+            job.lookup = Lookup([*job.tokens, *job.answer])
+        lookup = job.lookup
+        for token in job.answer[len(lookup.tokens) - len(job.tokens) :]:
+            lookup.add(token)
+        if self.lookup and lookup.wanted and (guesses := lookup.guess(batch.newest, min(room, LONGEST))):
+            return guesses, lookup
+        return self.draft.guess(lookup.tokens, batch.newest, room) if self.draft else [], None
 
     def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
         """A token with its log probability; JSON has no infinity, so an impossible token has OpenAI's -9999."""

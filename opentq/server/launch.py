@@ -16,15 +16,18 @@ import uvicorn
 from ..contracts.layout import FLUSH
 from ..errors import UserError
 from ..hosts import hooks
+from ..hosts.mlx_lm.generate import check_draft
 from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
 from ..memory.device import GIB
 from ..memory.loaded import model_context
 from ..records import fingerprint
+from ..spec.recipe import Recipe
 from ..spec.recommended import advice
 from ..spec.text import AUTO, Asked
 from . import connections
 from .admission import Admission
 from .app import MAX_HEADERS, Access, build
+from .draft import Draft
 from .engine import Engine
 from .pace import choose_chunk, fits_blocks
 from .prefix import PrefixStore
@@ -78,6 +81,8 @@ class ServeOptions:
     aliases: tuple[tuple[str, str], ...] = ()
     any_model: bool = False
     lookup: bool = True
+    draft: str = ""
+    drafts: int = 3
     keep_volatile: bool = False
 
     @property
@@ -152,7 +157,11 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     if options.chat_template:
         tokens["chat_template"] = options.chat_template
     adapter = {"adapter_path": options.adapter} if options.adapter else {}
-    model, tokenizer = load(options.model, kv=options.kv, tokenizer_config=tokens, **adapter)
+    model, tokenizer = load(options.model, kv=options.kv, images=not adapter, tokenizer_config=tokens, **adapter)
+    draft = None
+    if options.draft:
+        draft, own = load(options.draft, kv=AUTO if isinstance(options.kv, Recipe) else options.kv)
+        check_draft(model, tokenizer, draft, own)
     if options.prompt_cache_dir:
         record = hooks.installed(model)
         folders: list[Path | str] = [model_folder(options.model), *([options.adapter] if options.adapter else [])]
@@ -169,7 +178,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
             "--max-context %d is longer than the %d tokens that the model was made for", options.max_context, context
         )
     wanted = options.max_context or context or 32768
-    prices = appraise(model, step, options.memory, wanted)
+    prices = appraise(model, step, options.memory, wanted, draft)
     admission = Admission(prices.cached(), prices.budget, options.concurrency, options.queue)
     longest = admission.largest(wanted)
     if longest < wanted:
@@ -188,8 +197,14 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         disk_bytes = options.prompt_cache_dir_bytes
         here = make_folder(folder / f"{NOTE}-{step}")
         store.files = PrefixFiles(here, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
+    images_bytes = 0
+    if getattr(model, "vision", None):
+        images_bytes = prices.budget // 8  # held until their prompts are read; taken from what requests may hold
+        admission.budget -= images_bytes
     engine = Engine(model, tokenizer, store, step)
     engine.lookup = options.lookup
+    if draft:
+        engine.draft = Draft(draft, options.drafts, model_context(draft) or longest)
     vocab = int(model(mx.array([[0]])).shape[-1])
     config = ServiceConfig(
         names=options.served_names,
@@ -202,6 +217,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         keep_alive=options.keep_alive,
         any_model=options.any_model,
         keep_volatile=options.keep_volatile,
+        images_bytes=images_bytes,
     )
     return Service(engine, admission, config, vocab, worker), prices
 
@@ -285,12 +301,15 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
             lines.append(line)
     else:
         lines.append("KV cache: mlx-lm's own, not compressed")
+    if engine.draft:
+        lines.append(f"draft: {options.draft} guesses {options.drafts} tokens of single answers at once")
     full = prices.price(config.max_context)
     lines += [
         f"context: {config.max_context} tokens, {full / 2**20:.0f} MiB each when full; "
         f"{prices.budget / GIB:.2f} GiB for requests and remembered prefixes",
         f"prompts are read in chunks of {engine.chunk} tokens; up to {service.admission.slots} requests run, "
         f"{service.admission.queue} wait",
+        "prompts may have images" if service.prompter.vision else "prompts are text",
         f"serving {', '.join(config.shown)} on http://{options.host}:{options.port}/v1",
     ]
     return "\n".join(lines)

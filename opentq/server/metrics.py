@@ -18,7 +18,7 @@ class Metrics:
         self.read = Gauge(
             "opentq_read_tokens", "Tokens that the model read, answers included, since the start", registry=r
         )
-        self.guessed = Gauge("opentq_guessed_tokens", "Tokens guessed from the prompt, since the start", registry=r)
+        self.guessed = Gauge("opentq_guessed_tokens", "Tokens guessed, since the start", registry=r)
         self.guessed_right = Gauge("opentq_guessed_right_tokens", "Guesses that were right", registry=r)
         self.generated = Counter("opentq_generated_tokens", "Tokens generated", registry=r)
         self.running = Gauge("opentq_running", "Requests being read or answered", registry=r)

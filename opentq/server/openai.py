@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..dialogue import pictures
 from ..dialogue.errors import bad, unsupported
 from ..dialogue.request import Chosen, Delta, Done, GenerationRequest, SamplingParams, ToolCall, Usage
 from .schema import (
@@ -56,7 +57,8 @@ IDLE: dict[str, tuple[Any, ...]] = {
 
 HINTS = {
     "xtc_probability": "it draws from a random state that all requests share; min_p and top_p don't",
-    "draft_model": "answers of a batch can't wait for a draft",
+    "draft_model": "start the server with --draft-model",
+    "num_draft_tokens": "start the server with --num-draft-tokens",
     "adapters": "start the server with --adapter-path",
     "role_mapping": "start the server with --chat-template",
     "best_of": "ask for n and choose",
@@ -163,7 +165,8 @@ def free_text_tool(name: str, description: str, form: dict[str, Any] | None) -> 
 def read_message(message: Message, path: str) -> dict[str, Any]:
     """A message as chat templates take it: text content, developer as system, call arguments as objects."""
     role = "system" if message.role == "developer" else message.role
-    out: dict[str, Any] = {"role": role, "content": read_content(message.content, f"{path}.content")}
+    content = read_content(message.content, f"{path}.content", images=role == "user")
+    out: dict[str, Any] = {"role": role, "content": content}
     if message.name is not None:
         out["name"] = message.name
     if message.tool_call_id is not None:
@@ -175,15 +178,25 @@ def read_message(message: Message, path: str) -> dict[str, Any]:
     return out
 
 
-def read_content(content: str | list[Part] | None, path: str) -> str:
-    """The text of a content: a string, or text parts joined. Raises ApiError for images, audio and files."""
+def read_content(content: str | list[Part] | None, path: str, images: bool = False) -> pictures.Content:
+    """What a content holds: a string, or text parts joined; with `images`, those too. Raises ApiError for other parts
+    and for images elsewhere.
+    """
     if content is None or isinstance(content, str):
         return content or ""
+    found: list[str | pictures.Picture] = []
     for i, part in enumerate(content):
+        where = f"{path}[{i}]"
         text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in ("text", "input_text", "output_text", "refusal") or text is None:
-            raise unsupported(f"{path}[{i}].type", f"{part.type!r}; only text parts can be read")
-    return "".join(part.text or part.refusal or "" for part in content)
+        if part.type in ("text", "input_text", "output_text", "refusal") and text is not None:
+            found.append(text)
+        elif part.type in ("image_url", "input_image") and part.image_url is not None and images:
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            found.append(pictures.from_url(url, f"{where}.image_url"))
+        else:
+            known = "only text parts, and images of the user's, can be read"
+            raise unsupported(f"{where}.type", f"{part.type!r}; {known}")
+    return pictures.content(found)
 
 
 def check_continued(messages: Sequence[dict[str, Any]], form: Any, param: str) -> None:

@@ -3,7 +3,7 @@
 A prompt is always read in the same chunks, whatever else is going on. So what a cache holds after a whole number of
 chunks is a function of those tokens alone, and an answer on a remembered prefix equals a fresh one. Whole blocks of
 `block` tokens are remembered, a chunk or several (and at least the 64 that are packed together). A block is named by
-the hash of all tokens up to its end; disk uses the same names.
+the hash of all tokens up to its end, and of the images among them; disk uses the same names.
 
 A cache that can be trimmed serves all shorter prefixes of itself. One that can't (a sliding window, recurrent state)
 serves only its full length, so such models also keep a snapshot where two prompts were seen to part.
@@ -46,12 +46,17 @@ class Files(Protocol):
         """Keep a prefix."""
 
 
-def block_names(tokens: Sequence[int], block: int) -> list[str]:
-    """The names of the whole blocks of `tokens`: each the hash of all tokens up to the block's end."""
+def block_names(tokens: Sequence[int], block: int, marks: Sequence[tuple[int, bytes]] = ()) -> list[str]:
+    """The names of the whole blocks of `tokens`: each the hash of all tokens up to the block's end, and of the images
+    that begin there: `marks` has the place and the content of each.
+    """
     ids = np.asarray(tokens, dtype="<u4")
     digest = hashlib.blake2b(f"{block}:".encode(), digest_size=DIGEST)
     found = []
     for end in range(block, len(ids) + 1, block):
+        for place, content in marks:
+            if end - block <= place < end:
+                digest.update(b"\xff\xff\xff\xff" + f"{place}:{len(content)}:".encode() + content)  # no token's id
         digest.update(ids[end - block : end].tobytes())
         found.append(digest.hexdigest())
     return found
@@ -91,9 +96,9 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def names(self, tokens: Sequence[int]) -> list[str]:
+    def names(self, tokens: Sequence[int], marks: Sequence[tuple[int, bytes]] = ()) -> list[str]:
         """The names of the whole blocks of a prompt. The last token is never remembered: it makes the first answer."""
-        return block_names(tokens[:-1], self.block)
+        return block_names(tokens[:-1], self.block, marks)
 
     def fetch(self, names: Sequence[str]) -> Hit:
         """The longest usable prefix. Its caches are a copy that shares memory until it is written to."""

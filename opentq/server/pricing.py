@@ -15,6 +15,7 @@ from ..hosts.plan import LayerPlan
 from ..memory import plan
 from ..memory.device import GIB, here
 from ..memory.loaded import layer_plans, weight_bytes
+from .draft import CHUNK as DRAFT_CHUNK
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,20 @@ class Prices:
         return price
 
 
-def appraise(model: Any, chunk: int, memory: int | None, context: int) -> Prices:
+def appraise(model: Any, chunk: int, memory: int | None, context: int, draft: Any = None) -> Prices:
     """The prices for a loaded model within `memory` bytes (None: what this machine allows a process).
 
+    A `draft` model counts with its weights, and with its cache of one full context, which it may hold at any time.
     Runs one chunk of a prompt to learn what reading takes. Raises UserError when no request would fit.
     """
     device = here()
     plans = tuple(layer_plans(model))
-    weights = weight_bytes(model)
+    weights = weight_bytes(model) + (weight_bytes(draft) if draft else 0)
     limit = device.usable if memory is None else memory
     growing = max((plan.held(p, context, device.float_bytes, chunk) for p in plans), default=0)
     reading = measure_reading(model, chunk) + SCRATCH + growing
-    budget = limit - weights - reading - plan.RESERVE
+    drafting = plan.price(layer_plans(draft), context, device.float_bytes, DRAFT_CHUNK) if draft else 0
+    budget = limit - weights - reading - drafting - plan.RESERVE
     prices = Prices(plans, weights, budget, device.float_bytes, chunk)
     if budget < prices.price(1024):
         raise UserError(

@@ -51,7 +51,7 @@ class Roster:
         models = [
             options,
             *(
-                replace(options, model=folder, names=(), adapter=None, chat_template=None)
+                replace(options, model=folder, names=(), adapter=None, chat_template=None, draft="")
                 for folder in options.loadable
             ),
         ]
@@ -129,6 +129,7 @@ class Roster:
         """Let the old model go, wait for what it writes to disk, and load the other. A worker thread."""
         self.service.close()
         self.service.engine.forget()
+        self.service.prompter.vision = None  # it holds the model, too
         gc.collect()
         mx.clear_cache()
         return self._load(wanted)

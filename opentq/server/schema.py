@@ -73,10 +73,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
+class ImageUrl(Form):
+    url: str
+    detail: str | None = None
+
+
 class Part(Form):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: (
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[ImageUrl, Tag("<object>")],
+            _by_type("a data URL, or an object with one"),
+        ]
+        | None
+    ) = None
 
 
 Content = Annotated[
@@ -266,6 +278,12 @@ class Block(Form):
     tool_use_id: str | None = None
     tool_name: str | None = None
     title: str | None = None
+    source: (
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[JsonObject, Tag("<object>")], _by_type("a string or an object")
+        ]
+        | None
+    ) = None
     content: Content | None = None
     is_error: bool | None = None
 

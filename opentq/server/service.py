@@ -20,7 +20,8 @@ import mlx.core as mx
 
 from ..dialogue.errors import ApiError, overloaded
 from ..dialogue.output import Parser
-from ..dialogue.prompt import Prompter, check_choices, too_long
+from ..dialogue.pictures import MOST
+from ..dialogue.prompt import Prompt, Prompter, check_choices, too_long
 from ..dialogue.request import Done, Generated, GenerationRequest, Progress
 from .admission import Admission
 from .diverge import Watch
@@ -51,6 +52,7 @@ class ServiceConfig:
     keep_alive: float = 5.0
     any_model: bool = False
     keep_volatile: bool = False
+    images_bytes: int = 0  # what the images of prompts that are not read yet may hold
 
 
 class Stream:
@@ -86,7 +88,8 @@ class Service:
         self.admission = admission
         self.config = config
         self.metrics = Metrics()
-        self.prompter = Prompter(engine.tokenizer, vocab, config.template, config.keep_volatile)
+        vision = getattr(engine.model, "vision", None)
+        self.prompter = Prompter(engine.tokenizer, vocab, config.template, config.keep_volatile, vision)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # in their order; who goes away is not even begun
         self.watch = Watch()
         self.grammars = Grammars(engine.tokenizer, vocab)
@@ -160,8 +163,11 @@ class Service:
 
     @property
     def max_body(self) -> int:
-        """Bytes beyond which no body can hold a prompt that fits: 12 for a character escaped as two surrogates."""
-        return (1 << 20) + 12 * self.prompter.longest * self.config.max_context
+        """Bytes beyond which no body can hold a prompt that fits: 12 for a character escaped as two surrogates, and
+        the largest images in base64.
+        """
+        images = MOST * self.prompter.vision.largest * 4 // 3 if self.prompter.vision else 0
+        return (1 << 20) + 12 * self.prompter.longest * self.config.max_context + images
 
     @property
     def busy(self) -> bool:
@@ -180,7 +186,8 @@ class Service:
         check_choices(request, self.vocab)
         request = self.grammars.fitted(request)
         loop = asyncio.get_running_loop()
-        tokens = leader.tokens if leader else await self._encode(request, self.config.max_context)
+        prompt = await self._encode(request, self.config.max_context) if not leader else leader.prompt
+        tokens = prompt.tokens
         if not leader and (said := await loop.run_in_executor(None, self.watch.see, tokens)):
             log.info("%s", said)
         max_tokens = self._answer_room(request, len(tokens))
@@ -192,17 +199,17 @@ class Service:
         tokenizer = self.engine.tokenizer
         tools = () if request.tool_choice == "none" else request.tools
         parser = Parser(tokenizer, state, request.stop, tools, request.parallel_calls, raw=request.messages is None)
-        job = Job(tokens, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
+        job = Job(prompt, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
         return self._admit(job)
 
     async def count(self, request: GenerationRequest) -> int:
         """Tokens of a prompt, also of one that is too long to be answered."""
         self._check_model(request)
         self._check_open()
-        return len(await self._encode(self.grammars.fitted(request), None))
+        return len((await self._encode(self.grammars.fitted(request), None)).tokens)
 
-    async def _encode(self, request: GenerationRequest, limit: int | None) -> list[int]:
-        """The prompt's tokens, made in a worker thread that stops when this call is cancelled."""
+    async def _encode(self, request: GenerationRequest, limit: int | None) -> Prompt:
+        """The prompt, made in a worker thread that stops when this call is cancelled."""
         gone = threading.Event()
         try:
             return await asyncio.get_running_loop().run_in_executor(
@@ -234,6 +241,10 @@ class Service:
 
     def _admit(self, job: Job) -> Stream:
         self._check_open()
+        held = sum(j.images.nbytes for j in (*self._streams, job) if j.images and not j.leader)
+        if held > self.config.images_bytes:
+            self.metrics.requests.labels("refused").inc()
+            raise overloaded(f"no room for more images now: they would hold {held / 2**20:.0f} MiB", 10)
         verdict = self.admission.offer(job, job.total)
         if verdict == "full":
             self.metrics.requests.labels("refused").inc()

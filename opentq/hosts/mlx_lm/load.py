@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,22 @@ import mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import sharded_load
 
-from ...errors import UserError
 from ...spec.text import Spec, asked
 from .. import floats, hooks
 from .gguf import header as gguf_header
 from .gguf import model as gguf_model
-from .names import is_gguf, resolve
-
-WEIGHTS = ("*.safetensors", "*.npz")
+from .names import ModelError, check_folder, is_gguf, resolve
 
 
-class ModelError(UserError):
-    """The model can't be loaded; the message says what is missing and what to do."""
-
-
-def load(path: str, kv: Spec | str | None = None, **options: Any) -> tuple[Any, Any]:
+def load(path: str, kv: Spec | str | None = None, images: bool = False, **options: Any) -> tuple[Any, Any]:
     """Load a model; returns `(model, tokenizer)` as `mlx_lm.load` does.
 
     Args:
         path: a folder, a `.gguf` file, a known name such as `smollm2`, or a Hugging Face repository.
         kv: a KV spec or its text, such as `"int4"`; `"auto"` for what is recommended for the model's family; None or
             `"off"` leaves mlx-lm's own caches.
+        images: whether the model is to take images, if it is of a kind that does: it is then mlx-vlm's, and has
+            `vision`.
         options: passed on to `mlx_lm.load`.
 
     Raises:
@@ -44,7 +38,7 @@ def load(path: str, kv: Spec | str | None = None, **options: Any) -> tuple[Any, 
     if is_gguf(path):
         model, tokenizer = _load_gguf(path, options)
     else:
-        model, tokenizer = _load_folder(path, options)
+        model, tokenizer = _load_folder(path, options, images)
     floats.settle(model)
     if spec is not None:
         hooks.compress(model, spec)
@@ -64,14 +58,14 @@ def _load_gguf(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_folder(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_folder(path: str, options: dict[str, Any], images: bool) -> tuple[Any, Any]:
     check_folder(path)
-    from ..mlx_vlm.load import only_here
+    from ..mlx_vlm.load import only_here, takes_images
 
-    if only_here(path):
+    if only_here(path) or (images and ranks() == 1 and takes_images(path)):
         from ..mlx_vlm import text
 
-        return text.load(path, options.get("tokenizer_config"))
+        return text.load(path, options.get("tokenizer_config"), images)
     # Under mlx.launch every rank loads its share, and caches are compressed on each.
     read = sharded_load if ranks() > 1 else mlx_lm.load
     try:
@@ -93,38 +87,6 @@ def ranks() -> int:
 def is_first_rank() -> bool:
     """Whether this process speaks for all ranks."""
     return ranks() == 1 or mx.distributed.init().rank() == 0
-
-
-def check_folder(path: str) -> None:
-    """Raise ModelError for a folder or file that can't hold a model, and for a local path that does not exist."""
-    folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not folder.exists():
-        if looks_local:
-            raise ModelError(f"model folder {path!r} does not exist; give a folder or a repository like org/name")
-        if len(folder.parts) == 2 and Path(folder.parts[0]).is_dir():
-            raise ModelError(f"model folder {path!r} does not exist, though {folder.parts[0]!r} does; check the name")
-        return
-    if is_gguf(path):
-        gguf_header.read(path)
-        return
-    if not folder.is_dir():
-        raise ModelError(f"{path!r} is a file; give the folder that holds config.json and the weights, or a .gguf file")
-    config = folder / "config.json"
-    if not config.exists():
-        raise ModelError(f"{path!r} is not a model folder: it has no config.json")
-    try:
-        json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{config} is damaged ({error}); download the model again") from error
-    present = {p.name for pattern in WEIGHTS for p in folder.glob(pattern)}
-    if not present:
-        raise ModelError(f"{path!r} has no weights (*.safetensors); the download is not complete")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        wanted = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        if wanted - present:
-            raise ModelError(f"{path!r} lacks {', '.join(sorted(wanted - present))}; the download is not complete")
 
 
 def model_folder(model: str) -> Path:

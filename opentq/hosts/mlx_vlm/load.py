@@ -17,14 +17,32 @@ EXTRA = "pip install 'opentq[vlm]'"
 
 def only_here(path: str) -> bool:
     """Whether a model folder is of a type that mlx-vlm knows and mlx-lm does not; mlx-vlm is not imported for it."""
-    config = Path(resolve(path)).expanduser() / "config.json"
+    kind = str(_config(path).get("model_type"))
+    return _known(kind) and not _has("mlx_lm", kind)
+
+
+def takes_images(path: str) -> bool:
+    """Whether a model folder is of a model with eyes that mlx-vlm knows; mlx-vlm is not imported for it."""
+    config = _config(path)
+    whole = any((_folder(path) / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+    return bool(config.get("vision_config")) and whole and _known(str(config.get("model_type")))
+
+
+def _folder(path: str) -> Path:
+    return Path(resolve(path)).expanduser()
+
+
+def _config(path: str) -> dict[str, Any]:
+    """What config.json says; nothing where there is none."""
     try:
-        kind = str(json.loads(config.read_text()).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return False
-    if not kind.isidentifier() or importlib.util.find_spec("mlx_vlm") is None:
-        return False
-    return _has("mlx_vlm", kind) and not _has("mlx_lm", kind)
+        config = json.loads((_folder(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _known(kind: str) -> bool:
+    return kind.isidentifier() and importlib.util.find_spec("mlx_vlm") is not None and _has("mlx_vlm", kind)
 
 
 def _has(package: str, kind: str) -> bool:
