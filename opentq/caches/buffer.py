@@ -49,7 +49,8 @@ class Buffer:
         """Encode rotated vectors `y [lanes, H, T, D]` and write them after the `tokens` that are there."""
         row, inside = divmod(tokens, self.block)
         if not inside:
-            return self.write(row, layout.encode(codec, y), lanes, lane_count)
+            self.write(row, layout.encode(codec, y), lanes, lane_count)
+            return
         # A trim left a block half full: reopen it in the canonical format, which is exact, and close it.
         opened = tuple(a[:, :, :inside] for a in layout.load(tuple(a[lanes, :, row : row + 1] for a in self.arrays)))
         rest = self.block - inside

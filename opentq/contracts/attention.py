@@ -20,7 +20,7 @@ from .layout import FLUSH, Layout
 class PackedKV:
     """Packed keys or values: storage arrays `[B, H, rows, ...]` (over-allocated), their codec, layout and head dim.
 
-    `memo` is what a back end keeps for attention of this codec in this layout, whatever the arrays: a cache hands it on.
+    `memo` is what a back end keeps for attention of this codec in this layout, whatever the arrays; caches hand it on.
     """
 
     codec: Codec

@@ -8,8 +8,8 @@ canonical tokens (but for polar codes: 4 bits per channel where 3.875 are canoni
 
 from __future__ import annotations
 
-import re
 import functools
+import re
 from dataclasses import dataclass, field
 
 import mlx.core as mx
