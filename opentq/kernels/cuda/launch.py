@@ -119,11 +119,7 @@ class KernelSource:
 
 
 class Kernel:
-    """A compiled `KernelSource`, ready to launch.
-
-    MLX loads code once, under its kernel's name, and copies it in every call: it gets the code in the first call, which
-    is waited for, and an empty one from then on.
-    """
+    """A compiled `KernelSource`, ready to launch."""
 
     def __init__(self, source: KernelSource):
         self.source = source
@@ -137,7 +133,7 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        out = mx.fast.precompiled_cuda_kernel(
+        return mx.fast.precompiled_cuda_kernel(
             name=self.source.name,
             compiled_source=self.code,
             inputs=inputs,
@@ -149,10 +145,6 @@ class Kernel:
             shared_memory=self.source.shared,
             ensure_row_contiguous=True,
         )
-        if self.code:
-            mx.eval(out)
-            self.code = b""
-        return out
 
 
 def single(x: float) -> float:
