@@ -208,7 +208,7 @@ class BatchOpenTQCache(OpenTQCache):
             raise ValueError(f"caches of different specs can't share a batch: {self.spec} and {other.spec}")
 
     def _join(self, parts: Sequence[tuple[Sequence[Extent], OpenTQCache]]) -> None:
-        self._lent = None
+        self._lent = self._kept = None
         extents = tuple(e for part, _ in parts for e in part)
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
@@ -240,7 +240,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the given sequences, in the given order; none at all is allowed."""
-        keep, self._lent = _ints(batch_indices), None
+        keep, self._lent, self._kept = _ints(batch_indices), None, None
         self.extents = tuple(self.extents[i] for i in keep)
         self.centered = [self.centered[i] for i in keep]
         if self.todo is not None:

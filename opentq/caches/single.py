@@ -139,6 +139,8 @@ class OpenTQCache:
             # holding the old ones would make every write a copy.
             packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
             step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
+            if moved:
+                self._kept = None  # the old rows are the step's alone
         if self.sketches is not None:
             stored = PackedKV(self.k_codec, self.k_layout, self.packed_k.arrays, self.dims[0])
             self.sketches.follow(stored, self._packed(batch))
