@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from opentq.attention import dispatch, pages, reference
-from opentq.attention.channels import count
+from opentq.attention.channels import count as kept
 from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.single import OpenTQCache
 from opentq.contracts.rotary import Rotary
@@ -388,7 +388,7 @@ def test_the_planner_counts_sketches():
 @pytest.mark.parametrize(("dim", "limit"), [(64, 0.06), (128, 0.035)])
 def test_sketches_are_a_small_part_of_what_is_held(dim, limit):
     spec = KVSpec.parse("tq5/tq3:nc:center:sink=4:pages=128")
-    cache = OpenTQCache(replace(spec, channels=(tuple(range(count(dim))),) * 2))
+    cache = OpenTQCache(replace(spec, channels=(tuple(range(kept(dim))),) * 2))
     fill(cache, *vectors(replace(SHAPE, key_dim=dim, value_dim=dim), 2000), [1500, 500])
     packed = sum(a[:, :, : -(-1984 // layout.block)].nbytes for a, layout in stored(cache))
     own = cache.sketches.buffer.arrays[0][:, :, : cache.sketches.sketched[0]].nbytes
