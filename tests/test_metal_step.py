@@ -198,7 +198,10 @@ def test_no_reduction_per_key_and_head(monkeypatch):
 
 def test_the_order_of_lanes_does_not_matter():
     """A different schedule of simdgroups and lanes gives the same bits."""
-    args = [step("int4", Shape(batch=3, q_heads=6, kv_heads=3, key_dim=192, value_dim=128), 150, 1), step("int4", Shape(), 150, 20, causal=True)]
+    args = [
+        step("int4", Shape(batch=3, q_heads=6, kv_heads=3, key_dim=192, value_dim=128), 150, 1),
+        step("int4", Shape(), 150, 20, causal=True),
+    ]
     outs = []
     for order in (0, 3):
         metal.kernel.cache_clear()
