@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..caches.composite import members
 from ..hosts import hooks
+from ..hosts.mlx_lm.files import context_length
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..hosts.plan import LayerPlan
 from ..hosts.policy import shaped
@@ -31,8 +32,6 @@ def layer_plans(model: Any) -> list[LayerPlan]:
 
 
 def model_context(model: Any) -> int:
-    """Tokens that the model was made for; 0 when its arguments don't say."""
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None)
-    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
-    return int(found or getattr(args, "max_position_embeddings", None) or 0)
+    """Tokens that the model was made for; 0 when neither its config.json nor its arguments say."""
+    known = getattr(model, "context_length", None)
+    return known if known is not None else context_length(vars(model.args) if hasattr(model, "args") else {})
