@@ -49,8 +49,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-CONTEXT = """max_position_embeddings n_positions max_sequence_length max_seq_len max_seq_length max_context_length
-model_max_length seq_length n_ctx block_size""".split()
+CONTEXT = [
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_seq_length",
+    "max_context_length",
+    "model_max_length",
+    "seq_length",
+    "n_ctx",
+    "block_size",
+]
 """Names that configurations give the number of tokens that a model was made for."""
 PARTS = ("text_config", "language_config", "llm_config")
 UNBOUNDED = 1 << 40
