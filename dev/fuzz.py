@@ -55,6 +55,8 @@ class Stopped(Exception):
 
 
 def _stop(number: int, frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # one is enough
     raise Stopped(number)
 
 

@@ -69,6 +69,26 @@ def test_merge_then_extract_gives_the_same_caches(spec):
     check(merged(spec, LENGTHS), [single(spec, n, seed) for seed, n in enumerate(LENGTHS)])
 
 
+@pytest.mark.parametrize("first", ["tiled", ""])
+@pytest.mark.parametrize("spec", ["int4", "qjl4/int4", "tq5/tq3:center:sink=4", "k8tq4:out=2"])
+def test_sequences_of_several_layouts_share_a_batch(spec, first, monkeypatch):
+    """A cache outlives the kernel that it was made for, where that is set aside."""
+    lengths = [200, 0, 64, 130, 1]
+    truth = [single(spec, n, seed) for seed, n in enumerate(lengths)]
+    monkeypatch.setenv("OPENTQ_KERNELS", first)
+    old = [single(spec, n, seed) for seed, n in enumerate(lengths[:3])]
+    monkeypatch.setenv("OPENTQ_KERNELS", "" if first else "tiled")
+    new = [single(spec, n, 3 + seed) for seed, n in enumerate(lengths[3:])]
+    together = OpenTQCache.merge([*old, *new])
+    extended = OpenTQCache.merge(old)
+    extended.extend(OpenTQCache.merge(new))
+    for batch in (together, extended):
+        check(batch, truth)
+        shape = Shape(batch=5)
+        handles = batch.update_and_fetch(*vectors(shape, 1))
+        judge(args_of(handles, queries(shape, 1, dtype=mx.float16)))
+
+
 def test_sequences_that_come_and_go_leave_no_old_arrays():
     batch = merged("int4", [200, 300])
     batch.update_and_fetch(*vectors(Shape(batch=2), 1))

@@ -16,12 +16,12 @@ import mlx.core as mx
 
 from ..codecs import Packed
 from ..contracts.attention import Lengths
-from ..contracts.layout import FLUSH
+from ..contracts.layout import FLUSH, Layout
 from ..spec.kv import KVSpec
 from .buffer import EVERY, Buffer, joined, own
 from .extent import Extent, grow
 from .mask import CausalMask, causal_mask
-from .single import OpenTQCache, mean_key, shifted
+from .single import OpenTQCache, mean_key, relay, shifted
 from .sketches import Sketches
 from .states import BatchState
 from .step import Handle, LayerStats
@@ -216,12 +216,10 @@ class BatchOpenTQCache(OpenTQCache):
             self.backend = like.backend
             self.latent, self.k_codec, self.v_codec = like.latent, like.k_codec, like.v_codec
             pairs = []
-            for side in ("packed_k", "packed_v"):
-                block = getattr(like, side).block
-                buffer = Buffer(block)
+            for side, layout in (("packed_k", self.k_layout), ("packed_v", self.v_layout)):
+                buffer = Buffer(layout.block)
                 rows = buffer.capacity(max(buffer.rows_of(e.packed) for e in extents))
-                held = [(len(part), max((buffer.rows_of(e.packed) for e in part), default=0), c) for part, c in parts]
-                buffer.arrays = joined([(n, getattr(c, side).truncated(used)) for n, used, c in held], rows)
+                buffer.arrays = joined([(len(part), _stored(c, part, side, layout)) for part, c in parts], rows)
                 pairs.append(buffer)
             width = _width([range(e.sink) for e in extents], [range(e.tail) for e in extents])
             dense_k, dense_v = (_join_dense(parts, side, width, like) for side in ("dense_k", "dense_v"))
@@ -354,6 +352,13 @@ def _join_dense(
             out[rows, :, width - tail :] = dense[:, :, dense.shape[2] - tail :]
         start += len(part)
     return out
+
+
+def _stored(cache: OpenTQCache, part: Sequence[Extent], side: str, layout: Layout) -> tuple[mx.array, ...]:
+    """A cache's packed rows in `layout`: one that is older than the failure of a kernel has another."""
+    buffer, its = getattr(cache, side), cache.k_layout if side == "packed_k" else cache.v_layout
+    arrays = buffer.truncated(buffer.rows_of(max((e.packed for e in part), default=0)))
+    return relay(arrays, its.name, layout) if arrays else ()
 
 
 def _sketches(cache: OpenTQCache, lanes: int) -> Sketches:
