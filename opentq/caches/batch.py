@@ -165,10 +165,11 @@ class BatchOpenTQCache(OpenTQCache):
         columns = mx.array(index, dtype=mx.int32).reshape(len(index), 1, width, 1)
         self.dense_k, self.dense_v = (mx.take_along_axis(d, columns, axis=2) for d in (dense_k, dense_v))
 
-    def trim(self, n: int) -> int:
-        """Drop the newest n tokens of every sequence (all that it has, where it has fewer)."""
+    def trim(self, n: int | Sequence[int]) -> int:
+        """Drop the newest n tokens of every sequence, or of each as many as its own n says; all, where it has fewer."""
         before, self._lent = self.extents, None
-        self.extents = tuple(e.trim(n) for e in before)
+        counts = [n] * len(before) if isinstance(n, int) else n
+        self.extents = tuple(e.trim(count) for e, count in zip(before, counts))
         if self.dense_k is not None and self.dense_v is not None:
             columns = self.dense_k.shape[2]
             starts = [columns - e.tail for e in before]

@@ -45,8 +45,11 @@ def run(model: Any, tokenizer: Any, request: Request, on_text: Callable[[str], N
         options |= {"prompt_cache": caches, "prompt_progress_callback": progress()}
     sampler = make_sampler(request.temp, request.top_p, request.min_p, top_k=request.top_k)
     meter = Meter(request.seed, on_text)
+    speaker, read = model, 0
+    if request.images:
+        speaker, read = request.images.begin(model, caches, request.prefill_step_size)
     for response in stream_generate(
-        model, tokenizer, request.tokens, max_tokens=request.max_tokens, sampler=sampler, **options
+        speaker, tokenizer, request.tokens[read:], max_tokens=request.max_tokens, sampler=sampler, **options
     ):
         reason = response.finish_reason
         meter.take(response.text, None if reason == "stop" else response.token, reason)

@@ -28,8 +28,7 @@ def load(path: str, kv: Spec | str | None = None, images: bool = False, **option
         path: a folder, a `.gguf` file, a known name such as `smollm2`, or a Hugging Face repository.
         kv: a KV spec or its text, such as `"int4"`; `"auto"` for what is recommended for the model's family; None or
             `"off"` leaves mlx-lm's own caches.
-        images: whether the model is to take images, if it is of a kind that does: it is then mlx-vlm's, and has
-            `vision`.
+        images: whether the model is to take images: it is then mlx-vlm's, with `vision` if it has eyes.
         options: passed on to `mlx_lm.load`.
 
     Raises:
@@ -68,9 +67,9 @@ def _load_gguf(header: gguf_header.Header, options: dict[str, Any]) -> tuple[Any
 
 def _load_folder(path: str, options: dict[str, Any], images: bool) -> tuple[Any, Any]:
     check_folder(path)
-    from ..mlx_vlm.load import only_here, takes_images
+    from ..mlx_vlm.load import only_here
 
-    if only_here(path) or (images and ranks() == 1 and takes_images(path)):
+    if images or only_here(path):
         from ..mlx_vlm import text
 
         return text.load(path, options.get("tokenizer_config"), images)
