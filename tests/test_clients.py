@@ -11,6 +11,7 @@ import pytest
 from opentq.dialogue.errors import ApiError
 from opentq.dialogue.roles import Roles
 from opentq.dialogue.volatile import without
+from opentq.errors import UserError
 from opentq.server import anthropic
 from opentq.server import openai as openai_wire
 from opentq.server import responses as wire
@@ -264,7 +265,7 @@ def test_aliases_and_any_model(folder, agent):
     assert aliases(["claude", "gpt=other"], options) == (("claude", "tiny"), ("gpt", "other"))
     options.aliases = aliases(["claude=tiny"], options)
     assert options.served_names == ("tiny", "m/tiny", "default_model", "claude")
-    with pytest.raises(Exception, match="one of tiny, other"):
+    with pytest.raises(UserError, match="one of tiny, other"):
         aliases(["x=nobody"], options)
     answer = agent.post(messages=HI, model="claude-opus-9", max_tokens=2).json()
     assert answer["model"] == "claude-opus-9"
