@@ -68,14 +68,19 @@ def _ready(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 def _called(real: Callable[..., Any]) -> Callable[..., list[mx.array]]:
     """A kernel whose node is made and thrown away: what comes back was computed before."""
 
-    known: dict[tuple, list[mx.array]] = {}
+    known: dict[Any, Any] = {}
 
     def call(**given: Any) -> list[mx.array]:
         real(**given)
-        shapes = tuple(given["output_shapes"])
-        if shapes not in known:
-            known[shapes] = [_ready(tuple(s), d) for s, d in zip(shapes, given["output_dtypes"])]
-        return known[shapes]
+        shapes = given["output_shapes"]
+        if id(shapes) in known:
+            return known[id(shapes)][1]
+        key = tuple(shapes)
+        if key not in known:
+            known[key] = [_ready(tuple(s), d) for s, d in zip(shapes, given["output_dtypes"])]
+        if len(known) < 4096:  # of callers that keep their shapes, which cost no time then
+            known[id(shapes)] = shapes, known[key]
+        return known[key]
 
     return call
 
@@ -175,6 +180,7 @@ def measure(batch: int, layers: int, steps: int, paths: dict[str, Any] = PATHS) 
                 for _ in range(steps):
                     for path, spec in arms:
                         switch(path)
+                        step(made[path, spec], batch, not spec)  # whose code the last arm has pushed out of caches
                         us = step(made[path, spec], batch, not spec)
                         if kept:
                             taken[path, spec].append(us)
@@ -232,7 +238,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the rows to results/host-time.jsonl")
     parser.add_argument("--profile", metavar=("PATH", "SPEC", "BATCH"), nargs=3, help='path "" is mlx-lm\'s own cache')
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=128, help="steps of every arm: two blocks of 64")
+    parser.add_argument("--steps", type=int, default=64, help="steps of every arm, each behind an uncounted one")
     args = parser.parse_args()
     if args.profile:
         path, spec, batch = args.profile

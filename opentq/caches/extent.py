@@ -95,6 +95,19 @@ class Extent(NamedTuple):
         return self._replace(tail=self.tail - from_tail, packed=self.packed - from_packed, sink=self.sink - from_sink)
 
 
+_last: tuple[Extent | None, int, Limits | None, Extent | None] = (None, 0, None, None)
+
+
+def quietly(extent: Extent, count: int, limits: Limits) -> Extent | None:
+    """`Extent.append` where no token has to move, else None; all layers of a step ask it of the same objects."""
+    global _last
+    last = _last
+    if last[0] is not extent or last[1] != count or last[2] is not limits:
+        grown, move = extent.append(count, limits)
+        _last = last = extent, count, limits, None if move.forget or move.skip or move.flush else grown
+    return last[3]
+
+
 class Growth(NamedTuple):
     """What an append does to a batch: the new extents, a move for each, and whether nothing moves at all."""
 

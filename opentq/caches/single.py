@@ -8,6 +8,7 @@ Nothing here decodes more than the block it is working on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ..errors import UserError
 from ..spec.kv import KVSpec
 from . import alive
 from .buffer import Buffer, own
-from .extent import Extent, Limits
+from .extent import Extent, Limits, quietly
 from .mask import CausalMask, causal_mask
 from .sketches import Sketches
 from .states import BatchState, State
@@ -64,6 +65,7 @@ class OpenTQCache:
         self.v_layout: Layout = CANONICAL
         self.packed_k, self.packed_v = Buffer(1), Buffer(1)
         self.extent = Extent()
+        self.limits = _limits(self.spec.sink, self.spec.recent, self.window)
         self._dense_k: mx.array | None = None
         self._dense_v: mx.array | None = None
         self.backend: Backend | None = None
@@ -76,11 +78,6 @@ class OpenTQCache:
 
     def _codecs(self) -> tuple[Codec, Codec]:
         return self.spec.codecs()
-
-    @property
-    def limits(self) -> Limits:
-        """What is asked of `extent`."""
-        return Limits(self.spec.sink, self.spec.recent, self.window)
 
     @property
     def n_packed(self) -> int:
@@ -180,11 +177,10 @@ class OpenTQCache:
 
     def _grow_quietly(self, count: int) -> bool:
         """Take `count` tokens into the tail where that is all there is to do; else change nothing."""
-        extent, move = self.extent.append(count, self.limits)
-        if move.forget or move.skip or move.flush:
-            return False
-        self.extent = extent
-        return True
+        grown = quietly(self.extent, count, self.limits)
+        if grown is not None:
+            self.extent = grown
+        return grown is not None
 
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
         kept = self._kept
@@ -227,7 +223,7 @@ class OpenTQCache:
         self.packed_k, self.packed_v = Buffer(self.k_layout.block), Buffer(self.v_layout.block)
 
     def _lengths(self, batch: int) -> tuple[Lengths, ...]:
-        return ((self.extent.packed, self.extent.sink, self.extent.sink),) * batch
+        return _lens(self.extent.packed, self.extent.sink, batch)
 
     def _packed(self, batch: int) -> list[int]:
         """Packed tokens of every sequence."""
@@ -415,6 +411,14 @@ class OpenTQCache:
         """Packed keys and values in use as canonical arrays of `n_packed` tokens."""
         tokens = self.extent.packed
         return self.packed_k.canonical(self.k_layout, tokens), self.packed_v.canonical(self.v_layout, tokens)
+
+
+_limits = functools.lru_cache(maxsize=64)(Limits)
+
+
+@functools.lru_cache(maxsize=64)
+def _lens(packed: int, sink: int, batch: int) -> tuple[Lengths, ...]:
+    return ((packed, sink, sink),) * batch
 
 
 def dense(codec: Codec, x: mx.array) -> mx.array:

@@ -35,22 +35,12 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array
 
 def launch_of(args: AttnArgs, stepping: bool) -> Launch | None:
     """What makes such calls as long as the packed arrays are these; None where they are not served."""
-    q, memo, tune = args.q, args.k.memo, metal.tuning()
     if args.mask is not None or args.pages is not None:
         return None
-    key = (
-        stepping,
-        q.shape,
-        q.dtype,
-        args.window,
-        args.causal,
-        args.scale,
-        args.softcap,
-        args.sinks is None,
-        id(args.v),
-    )
+    q, memo, tune = args.q, args.k.memo, metal.tuning()
+    key = stepping, q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None
     launch: Launch | None = memo.get(key, _UNKNOWN)
-    if launch is _UNKNOWN or (launch is not None and launch.tune is not tune):
+    if launch is _UNKNOWN or (launch is not None and (launch.values is not args.v or launch.tune is not tune)):
         launch = memo[key] = _launch(args, stepping, tune)
     return launch
 

@@ -91,21 +91,20 @@ class Geometry:
             *(("KE", k.width), ("QE", k.query), ("WIN", bool(window)), ("CAP", bool(softcap))),
         ]
         self.known: dict[tuple[int, int], tuple[Call, Call | None]] = {}
+        self.appends: dict[tuple[int, bool], Call] = {}  # by columns, and whether keys are centred
         self.new = False
 
     def calls(self, columns: int, longest: int) -> tuple[Call, Call | None]:
         """Attention over so many fp16 columns and packed tokens, and what merges its splits where there are several."""
-        found = self.known.get((columns, longest))
-        if found is None:
-            if len(self.known) >= KEPT:
-                self.known.clear()
-            meta = ints((*self.meta[0], columns, *self.meta[1]))
-            make = self._in_lanes if self.lanes else self._in_matrices
-            found = self.known[columns, longest] = make(columns + longest, (meta, self.real))
-            kinds = {c.kernel for c in found if c}
-            self.new = not kinds <= _pipelines
-            _pipelines.update(kinds)
-        return found
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        meta = ints((*self.meta[0], columns, *self.meta[1]))
+        make = self._in_lanes if self.lanes else self._in_matrices
+        made = self.known[columns, longest] = make(columns + longest, (meta, self.real))
+        kinds = {c.kernel for c in made if c}
+        self.new = not kinds <= _pipelines
+        _pipelines.update(kinds)
+        return made
 
     def _in_lanes(self, tokens: int, numbers: tuple[mx.array, mx.array]) -> tuple[Call, Call]:
         """Partials `[rows, splits, Dv]` float32 and their (max, sum) `[rows, splits, 2]`, rows = B * Hq * L."""
@@ -169,7 +168,7 @@ class Launch:
     """
 
     def __init__(self, args: AttnArgs, k: Side, v: Side, rotated: tuple[bool, bool] | None, tune: metal.Tuning) -> None:
-        self.values = args.v  # by whose identity this launch is kept
+        self.values = args.v  # which belong to the keys that keep this launch
         self.tune, self.rotated, self.codec = tune, rotated, args.v.codec
         self.sketch = k.sketch
         self.geometry: Geometry = _geometry(
@@ -189,26 +188,42 @@ class Launch:
             metal.cores(),
         )
         self.packed = [array for kv in (args.k, args.v) for array in _packed(kv)]
+        self.no_halves, self.no_sinks = nothing(mx.float16), nothing(mx.float32)
         self.books = books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
 
     def attend(self, args: AttnArgs) -> mx.array:
         """`[B, Hq, L, Dv]` in q's dtype."""
         # Contiguous as they are, unless a caller sliced them.
-        return self._attend(args, mx.contiguous(args.q), mx.contiguous(args.dense_k), mx.contiguous(args.dense_v))
+        q, k, v = (mx.contiguous(x) for x in (args.q, args.dense_k, args.dense_v))
+        return self._attend(args, q, k, v, k.shape[2])
 
     def step(self, args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
         """The output, rotated back, and the columns with the new tokens behind them."""
-        assert self.rotated is not None
-        q, k, v = append(args.q, self.rotated, (args.dense_k, args.dense_v), fresh, center)
-        return self._attend(args, q, k, v), k, v
+        dense_k, dense_v, geometry = args.dense_k, args.dense_v, self.geometry
+        columns, centred = dense_k.shape[2], center is not None
+        call = geometry.appends.get((columns, centred)) or self._appends(args, fresh, centred)
+        if not columns:
+            dense_k = dense_v = self.no_halves
+        inputs = [args.q, *fresh, dense_k, dense_v, center if centred else self.no_halves, *call.numbers]
+        q, k, v = call(inputs)
+        return self._attend(args, q, k, v, columns + geometry.length), k, v
 
-    def _attend(self, args: AttnArgs, q: mx.array, dense_k: mx.array, dense_v: mx.array) -> mx.array:
+    def _appends(self, args: AttnArgs, fresh: Pair, centred: bool) -> Call:
+        assert self.rotated is not None
+        shape, known = args.dense_k.shape, self.geometry.appends
+        if len(known) >= KEPT:
+            known.clear()
+        made = append_call(args.q.shape, args.q.dtype, shape, args.v.head_dim, fresh[0].shape[2], self.rotated, centred)
+        known[shape[2], centred] = made
+        return made
+
+    def _attend(self, args: AttnArgs, q: mx.array, dense_k: mx.array, dense_v: mx.array, columns: int) -> mx.array:
         longest, lens = _lens(args.lens)
         geometry = self.geometry
-        call, merge = geometry.calls(dense_k.shape[2], longest)
+        call, merge = geometry.known.get((columns, longest)) or geometry.calls(columns, longest)
         if self.sketch:  # behind a query its sketch, where packed keys are the codes of one
             q = mx.concatenate([q, args.k.codec.project(q)[..., -self.sketch :]], axis=-1)
-        sinks = nothing(mx.float32) if args.sinks is None else args.sinks.astype(mx.float32)
+        sinks = self.no_sinks if args.sinks is None else args.sinks.astype(mx.float32)
         inputs = [q, *self.packed, dense_k, dense_v, lens, *call.numbers, self.books]
         if not geometry.lanes:
             inputs.append(sinks)
@@ -229,7 +244,7 @@ def append(
     """`q [..., Dk]` rotated, and the fp16 columns with `fresh` behind them, `center` taken off new keys."""
     dense_k, dense_v = dense
     shape, v_dim = dense_k.shape, dense_v.shape[3]
-    call = _append(q.shape, q.dtype, shape, v_dim, fresh[0].shape[2], rotated, center is not None)
+    call = append_call(q.shape, q.dtype, shape, v_dim, fresh[0].shape[2], rotated, center is not None)
     if not shape[2]:
         dense_k = dense_v = nothing(mx.float16)
     queries, k, v = call(
@@ -238,8 +253,7 @@ def append(
     return queries, k, v
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _append(
+def append_call(
     q: tuple[int, ...],
     dtype: mx.Dtype,
     dense: tuple[int, int, int, int],
