@@ -367,11 +367,14 @@ def test_memory_that_ran_out_is_no_verdict(plant):
 
 
 def test_what_a_verdict_depends_on(monkeypatch):
-    names = [verdicts.identity(name) for name in ("cpu", "cuda", "metal")]
-    assert len(set(names)) == 3
-    verdicts.identity.cache_clear()
+    before = [verdicts.file(name).name for name in ("cpu", "cuda", "metal")]
+    assert len({verdicts.identity(name) for name in ("cpu", "cuda", "metal")}) == 3
     monkeypatch.setattr(verdicts.machine, "device", lambda: ("mac", "Apple M9"))
-    assert verdicts.identity("metal") != names[2]
+    assert verdicts.file("metal").name != before[2]
+    verdicts.identity.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(verdicts.platform, "platform", lambda: "macOS 27")
+    assert verdicts.file("metal").name != before[2]
     verdicts.identity.cache_clear()
 
 
