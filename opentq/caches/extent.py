@@ -27,6 +27,10 @@ class Limits(NamedTuple):
     window: int = 0
 
 
+limits = functools.lru_cache(maxsize=64)(Limits)
+"""The same object for the same limits: layers share what is asked of it."""
+
+
 class Move(NamedTuple):
     """What an append does to the tail (new tokens included), oldest first, and to the packed tokens.
 

@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..spec.kv import KVSpec
 from . import alive
 from .buffer import Buffer, own
-from .extent import Extent, Limits, quietly
+from .extent import Extent, Limits, limits, quietly
 from .mask import CausalMask, causal_mask
 from .sketches import Sketches
 from .states import BatchState, State
@@ -65,7 +65,7 @@ class OpenTQCache:
         self.v_layout: Layout = CANONICAL
         self.packed_k, self.packed_v = Buffer(1), Buffer(1)
         self.extent = Extent()
-        self.limits = _limits(self.spec.sink, self.spec.recent, self.window)
+        self.limits = self._limits()
         self._dense_k: mx.array | None = None
         self._dense_v: mx.array | None = None
         self.backend: Backend | None = None
@@ -78,6 +78,10 @@ class OpenTQCache:
 
     def _codecs(self) -> tuple[Codec, Codec]:
         return self.spec.codecs()
+
+    def _limits(self) -> Limits:
+        """What is asked of `extent`."""
+        return limits(self.spec.sink, self.spec.recent, self.window)
 
     @property
     def n_packed(self) -> int:
@@ -411,9 +415,6 @@ class OpenTQCache:
         """Packed keys and values in use as canonical arrays of `n_packed` tokens."""
         tokens = self.extent.packed
         return self.packed_k.canonical(self.k_layout, tokens), self.packed_v.canonical(self.v_layout, tokens)
-
-
-_limits = functools.lru_cache(maxsize=64)(Limits)
 
 
 @functools.lru_cache(maxsize=64)

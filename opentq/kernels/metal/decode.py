@@ -256,7 +256,7 @@ def append(
 def append_call(
     q: tuple[int, ...],
     dtype: mx.Dtype,
-    dense: tuple[int, int, int, int],
+    dense: tuple[int, ...],
     v_dim: int,
     length: int,
     rotated: tuple[bool, bool],
