@@ -126,8 +126,8 @@ def heads(rows: Rows, markdown: Markdown) -> str:
     links = [np.corrcoef(gap.reshape(-1), a.reshape(-1))[0, 1] for a in (spread, energy, lost)]
     head = ["KV head", "missed by the oracle", "by sketches", "pages looked at", "energy in the sketch, %"]
     note = (
-        f"\n\nThe worst tenth of the heads has {100 * share:.0f} % of what sketches miss beyond the oracle. It goes with"
-        f" the pages looked at by {links[0]:.2f}, with the energy in the sketch by {links[1]:.2f}, with what the oracle"
+        f"\n\nThe worst tenth of the heads has {100 * share:.0f} % of what sketches miss beyond the oracle. It goes"
+        f" with the pages looked at by {links[0]:.2f}, the energy in the sketch by {links[1]:.2f}, and what the oracle"
         f" misses by {links[2]:.2f} (correlation)."
     )
     return table(head, body, done, markdown) + note
