@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from opentq.cli.main import app
 from opentq.dialogue.errors import ApiError
 from opentq.dialogue.output import StopText
-from opentq.dialogue.prompt import SLICE, Abandoned, Prompter
+from opentq.dialogue.prompt import Abandoned, Prompter
 from opentq.dialogue.request import Draw, GenerationRequest
 from opentq.dialogue.sampling import make_processors, make_sampler
 from opentq.errors import UserError
+from opentq.hosts.mlx_lm.tokens import SLICE
 from opentq.server import anthropic, connections, openai, pace, schema
 from opentq.server.launch import ServeOptions
 

@@ -79,6 +79,7 @@ def generate(
     from ..hosts.mlx_lm.generate import check_context, check_draft, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
     from ..hosts.report import report
+    from ..memory.loaded import model_context
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.recommended import advice
 
@@ -103,16 +104,17 @@ def generate(
     if verbose and speaks:
         print(report(lm), file=sys.stderr)
     caches, cached, sight, started = None, 0, None, time.perf_counter()
+    context = max_context or model_context(lm)
     if prompt_cache:
         from .cache import first_token, resume
 
-        caches, tokens = resume(prompt_cache, lm, tokenizer, path, text)
+        caches, tokens = resume(prompt_cache, lm, tokenizer, path, text, context)
         cached = max(c.size() for c in caches)
     elif seen:
         sight = images.prompt(lm, tokenizer, text, system_prompt, seen)
         tokens = sight.tokens
     else:
-        tokens = encode_prompt(tokenizer, text, system=system_prompt, raw=ignore_chat_template)
+        tokens = encode_prompt(tokenizer, text, system_prompt, ignore_chat_template, context)
     ready = time.perf_counter() - started
     request = Request(
         tokens=tokens,
@@ -130,11 +132,11 @@ def generate(
         num_draft_tokens=num_draft_tokens,
         images=sight,
     )
-    check_context(request)
+    check_context(request, context)
     if speaks and (line := advice(lm, spec)):
         print(line, file=sys.stderr)
     on_text = (lambda piece: print(piece, end="", flush=True)) if speaks else None
-    models, length = [m for m in (lm, draft) if m is not None], cached + len(tokens) + max_tokens
+    models, length = [m for m in (lm, draft) if m is not None], cached + len(tokens) + request.max_tokens
     with wired(lambda: needs(models, length, prefill_step_size), wiring):
         result = run(lm, tokenizer, request, on_text=on_text)
     if not speaks:

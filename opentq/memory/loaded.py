@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..caches.composite import members
+from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.mlx_lm.files import context_length
 from ..hosts.mlx_lm.public import make_prompt_cache
@@ -29,6 +30,16 @@ def layer_plans(model: Any) -> list[LayerPlan]:
     mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
     slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
     return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
+
+
+def check_length(model: Any, tokens: int) -> None:
+    """Raise UserError for texts of more tokens than the model was made for: what is measured there says nothing."""
+    made_for = model_context(model)
+    if made_for and tokens > made_for:
+        raise UserError(
+            f"{tokens:,} tokens are asked for, and the model was made for {made_for:,}: beyond them it answers badly "
+            "with any cache; ask for fewer"
+        )
 
 
 def model_context(model: Any) -> int:

@@ -20,7 +20,7 @@ from ..hosts.plan import LayerPlan
 from ..lab.store import need_optuna
 from ..memory import plan
 from ..memory.device import GIB, here
-from ..memory.loaded import weight_bytes
+from ..memory.loaded import check_length, weight_bytes
 from ..records import Records, model_name
 from ..spec.kv import KVSpec
 from ..spec.recipe import Recipe
@@ -93,6 +93,7 @@ class Tuner:
         from ..hosts.mlx_lm.load import load, model_folder
 
         self.model, self.tokenizer = load(path)
+        check_length(self.model, protocol.length)
         self.id = model_name(path, model_folder(path))
         self.goal, self.protocol, self.say = goal, protocol, say
         self.records = Records(records)
