@@ -56,7 +56,7 @@ test-clients: $(STAMPS)/dev  ## coding assistants and libraries from npm and PyP
 	@$(BIN)/python -m pytest tests/real_clients.py
 
 test-msl-full: $(STAMPS)/dev  ## every Metal case in the emulator (long)
-	@$(QUIET_BLAS) $(BIN)/python -m pytest tests/test_metal.py tests/msl -m "slow or not slow" -n $(WORKERS)
+	@$(QUIET_BLAS) $(BIN)/python -m pytest tests/test_metal*.py tests/msl -m "slow or not slow" -n $(WORKERS)
 
 docs-models: $(STAMPS)/dev  ## write docs/models.md from the models that run
 	@$(BIN)/python -m tests.models_page

@@ -1,23 +1,31 @@
 """Host time of one layer's cache and attention in a decode step, on any machine: what Python and MLX's graph cost.
 
-The graph of a step is built as a model would build it, layer by layer, and never evaluated: device calls are replaced
-by arrays of the right shapes. So the figure is the time during which a GPU would wait for the host.
+The graph of a step is built as a model would build it, layer by layer, and never evaluated, so the figure is the time
+during which a GPU would wait for the host. Kernels are MLX's own kernel objects, called as they are on the device while
+MLX traces, which needs no GPU; what they return is replaced by arrays of the right shapes. An MLX without CUDA can't
+make the nodes of that path: there a Metal kernel with the same inputs and outputs stands in for the call.
 
-    python dev/host_time.py                  # prints a table
-    python dev/host_time.py --record         # and appends rows to results/host-time.jsonl
-    python dev/host_time.py --profile int4   # where the time goes, by function
+All arms take turns, step by step, and a ratio is the median of the ratios of neighbours, so that other work on the
+machine moves it little. Times are CPU time of this thread.
+
+    python dev/host_time.py                              # prints a table
+    python dev/host_time.py --record                     # and appends rows to results/host-time.jsonl
+    python dev/host_time.py --profile metal int4 1       # samples one path, spec and batch: where the time goes
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import cProfile
-import pstats
+import dataclasses
+import functools
+import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +37,7 @@ from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attenti
 from mlx_lm.models.cache import BatchKVCache, KVCache  # noqa: E402
 
 from opentq import records  # noqa: E402
-from opentq.attention import backends  # noqa: E402
+from opentq.attention import backends, guard  # noqa: E402
 from opentq.caches.single import OpenTQCache  # noqa: E402
 from opentq.hosts import shim  # noqa: E402
 from opentq.hosts.mlx_lm.host import HOST  # noqa: E402
@@ -39,58 +47,82 @@ from opentq.kernels.metal import attention as metal_attention  # noqa: E402
 from opentq.kernels.metal import launch as metal  # noqa: E402
 
 RESULTS = ROOT / "results" / "host-time.jsonl"
-LAYERS, HEADS, KV_HEADS, DIM, DEPTH, STEPS = 32, 32, 8, 128, 512, 130
+HEADS, KV_HEADS, DIM, DEPTH = 32, 8, 128, 192
 SPECS = ("int4", "tq5/tq3:nc", "tq5/tq3:nc:center:sink=4")
+PATHS = {"cuda": cuda_attention.BACKEND, "metal": metal_attention.BACKEND}
+BATCHES = (1, 8)
 
 
+@functools.cache
 def tokens(batch: int, heads: int, length: int) -> mx.array:
-    x = mx.zeros((batch, heads, length, DIM), mx.float16)
+    return _ready((batch, heads, length, DIM), mx.float16)
+
+
+@functools.cache
+def _ready(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    x = mx.zeros(shape, dtype)
     mx.eval(x)
     return x
 
 
-class _Stub:
-    """A kernel that does nothing: outputs of the shapes asked for, made before."""
+def _called(real: Callable[..., Any]) -> Callable[..., list[mx.array]]:
+    """A kernel whose node is made and thrown away: what comes back was computed before."""
 
-    made: dict[tuple, mx.array] = {}  # noqa: RUF012
+    known: dict[Any, Any] = {}
 
-    def outputs(self, shapes: Any, dtypes: Any) -> list[mx.array]:
-        return [self._array(tuple(shape), dtype) for shape, dtype in zip(shapes, dtypes)]
+    def call(**given: Any) -> list[mx.array]:
+        real(**given)
+        shapes = given["output_shapes"]
+        if id(shapes) in known:
+            return known[id(shapes)][1]
+        key = tuple(shapes)
+        if key not in known:
+            known[key] = [_ready(tuple(s), d) for s, d in zip(shapes, given["output_dtypes"])]
+        if len(known) < 4096:  # of callers that keep their shapes, which cost no time then
+            known[id(shapes)] = shapes, known[key]
+        return known[key]
 
-    def _array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        if (shape, dtype) not in self.made:
-            self.made[shape, dtype] = mx.zeros(shape, dtype)
-            mx.eval(self.made[shape, dtype])
-        return self.made[shape, dtype]
+    return call
+
+
+@functools.cache
+def _stand_in(inputs: int, outputs: int) -> Callable[..., Any]:
+    names = [f"x{i}" for i in range(inputs)], [f"y{i}" for i in range(outputs)]
+    make: Any = mx.fast.metal_kernel
+    return make(name="stand_in", input_names=names[0], output_names=names[1], source="", ensure_row_contiguous=False)
+
+
+def _cuda_kernel(**given: Any) -> Any:
+    names = "inputs", "output_shapes", "output_dtypes", "grid", "threadgroup"
+    real = _stand_in(len(given["inputs"]), len(given["output_shapes"]))
+    return real(**{name: given[name] for name in names})
 
 
 @contextlib.contextmanager
-def stubbed(dialect: str) -> Iterator[None]:
-    """`dialect`'s call path on this machine: everything but the device call itself."""
-    stub = _Stub()
-    saved: list[tuple[Any, str, Any]] = []
-
-    def put(module: Any, name: str, value: Any) -> None:
-        saved.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    if dialect == "cuda":
-        put(cuda, "available", lambda: True)
-        put(cuda, "multiprocessors", lambda: 132)
-        put(cuda, "architecture", lambda: "sm_90")
-        put(cuda.nvrtc, "cubin", lambda *_: b"")
-        put(mx.fast, "precompiled_cuda_kernel", lambda **k: stub.outputs(k["output_shapes"], k["output_dtypes"]))
-        cuda.compiled.cache_clear()
-        backend = cuda_attention.BACKEND
-    else:
-        put(metal, "make", lambda **_: lambda **k: stub.outputs(k["output_shapes"], k["output_dtypes"]))
-        put(metal, "cores", lambda: 40)
-        metal.kernel.cache_clear()
-        backend = metal_attention.BACKEND
-    put(backends, "active", lambda: backend)
-    backends.backend(dialect)
+def stubbed() -> Iterator[Callable[[str], None]]:
+    """Both call paths on this machine, without devices, verdicts passed; gives what switches between them."""
+    active = [backends.active()]
+    make = mx.fast.metal_kernel
+    changes: list[tuple[Any, str, Any]] = [
+        (cuda, "available", lambda: True),
+        (cuda, "multiprocessors", lambda: 132),
+        (cuda, "architecture", lambda: "sm_90"),
+        (cuda.nvrtc, "cubin", lambda *_: b""),
+        (mx.fast, "precompiled_cuda_kernel", _called(_cuda_kernel)),
+        (metal, "make", lambda **creation: _called(make(**creation))),
+        (metal, "cores", lambda: 40),
+        (guard, "_passes", lambda *_: True),
+        (guard, "settled", {}),
+        (backends, "active", lambda: active[0]),
+    ]
+    saved = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    ready = {name: dataclasses.replace(backend, available=lambda: True) for name, backend in PATHS.items()}
     try:
-        yield
+        for module, name, value in changes:
+            setattr(module, name, value)
+        cuda.compiled.cache_clear()
+        metal.kernel.cache_clear()
+        yield lambda path: active.__setitem__(0, ready.get(path))
     finally:
         for module, name, value in reversed(saved):
             setattr(module, name, value)
@@ -98,11 +130,11 @@ def stubbed(dialect: str) -> Iterator[None]:
         metal.kernel.cache_clear()
 
 
-def caches(spec: str, batch: int) -> list[Any]:
+def caches(spec: str, batch: int, layers: int) -> list[Any]:
     """One cache per layer, `DEPTH` tokens in each; `spec` "" is mlx-lm's own."""
     made: list[Any] = []
     prompt = tokens(1, KV_HEADS, DEPTH)
-    for _ in range(LAYERS):
+    for _ in range(layers):
         lanes = [KVCache() if not spec else OpenTQCache(spec) for _ in range(batch)]
         for cache in lanes:
             cache.update_and_fetch(prompt, prompt)
@@ -111,65 +143,111 @@ def caches(spec: str, batch: int) -> list[Any]:
     return made
 
 
-def measure(spec: str, batch: int, steps: int = STEPS) -> float:
-    """Median microseconds per layer and step."""
-    layers = caches(spec, batch)
-    q, kv = tokens(batch, HEADS, 1), tokens(batch, KV_HEADS, 1)
-    taken = []
-    for _ in range(steps):
-        outs = []
-        start = time.thread_time()
-        mask = create_attention_mask(q[:, 0], layers[0])
-        for cache in layers:
-            keys, values = cache.update_and_fetch(kv, kv)
-            outs.append(scaled_dot_product_attention(q, keys, values, cache=cache, scale=DIM**-0.5, mask=mask))
-        taken.append((time.thread_time() - start) / len(layers))
-        if not spec:
-            mx.eval([c.state for c in layers])  # or the graph of all steps would be kept
-    return statistics.median(taken) * 1e6
+def step(layers: list[Any], batch: int, own: bool) -> float:
+    """One step through all layers: microseconds per layer."""
+    q, kv, outs = tokens(batch, HEADS, 1), tokens(batch, KV_HEADS, 1), []
+    start = time.thread_time()
+    mask = create_attention_mask(q[:, 0], layers[0])
+    for cache in layers:
+        keys, values = cache.update_and_fetch(kv, kv)
+        outs.append(scaled_dot_product_attention(q, keys, values, cache=cache, scale=DIM**-0.5, mask=mask))
+    taken = (time.thread_time() - start) / len(layers) * 1e6
+    if own:
+        mx.eval([c.state for c in layers])  # or the graph of all steps would be kept
+    return taken
 
 
-def table(steps: int = STEPS) -> list[dict[str, Any]]:
-    """Every arm, and its ratio to mlx-lm's own cache in the same batch."""
+def traced(work: Callable[[], None]) -> None:
+    """Run `work` while MLX traces, when kernels without a device are made."""
+    with tempfile.TemporaryDirectory() as folder:
+        mx.export_function(str(Path(folder) / "nothing.mlxfn"), lambda x: (work(), x + 1)[1], mx.zeros((1,)))
+
+
+def measure(batch: int, layers: int, steps: int, paths: dict[str, Any] = PATHS) -> list[dict[str, Any]]:
+    """Every arm, taking turns: microseconds per layer and step, and the ratio to mlx-lm's own cache."""
     shim.install(HOST)
-    rows = []
-    for batch in (1, 8):
-        own = measure("", batch, steps)
-        rows.append({"arm": "mlx-lm", "path": "", "batch": batch, "us": round(own, 2), "ratio": 1.0})
-        for dialect in ("cuda", "metal"):
-            with stubbed(dialect):
-                for spec in SPECS:
-                    us = measure(spec, batch, steps)
-                    row = {
-                        "arm": spec,
-                        "path": dialect,
-                        "batch": batch,
-                        "us": round(us, 2),
-                        "ratio": round(us / own, 3),
-                    }
-                    rows.append(row)
-    return rows
+    arms = [("", ""), *((path, spec) for path in paths for spec in SPECS)]
+    taken: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+
+    def work() -> None:
+        with stubbed() as switch:
+            # One layer first, to the end: it makes the arrays that kernels are said to return.
+            for size, kept in ((1, False), (layers, True)):
+                made = {}
+                for path, spec in arms:
+                    switch(path)
+                    made[path, spec] = caches(spec, batch, size)
+                for _ in range(steps):
+                    for path, spec in arms:
+                        switch(path)
+                        step(made[path, spec], batch, not spec)  # whose code the last arm has pushed out of caches
+                        us = step(made[path, spec], batch, not spec)
+                        if kept:
+                            taken[path, spec].append(us)
+
+    traced(work)
+    own = taken["", ""]
+    return [
+        {
+            "arm": spec or "mlx-lm",
+            "path": path,
+            "batch": batch,
+            "us": round(statistics.median(times), 2),
+            "ratio": round(statistics.median(t / o for t, o in zip(times, own)), 3),
+        }
+        for (path, spec), times in taken.items()
+    ]
+
+
+def profile(path: str, spec: str, batch: int, steps: int = 600) -> str:
+    """Samples of a path, one every millisecond of CPU time: a table of lines by their share."""
+    shim.install(HOST)
+    own, whole = Counter[str](), [0]
+
+    def sample(_: int, frame: Any) -> None:
+        code = frame.f_code
+        file = code.co_filename.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
+        whole[0] += 1
+        own[f"| `{file}` | `{code.co_name}` | {frame.f_lineno}"] += 1
+
+    def work() -> None:
+        with stubbed() as switch:
+            switch(path)
+            layers = caches(spec, batch, 32)
+            signal.signal(signal.SIGPROF, sample)
+            for _ in range(steps):
+                signal.setitimer(signal.ITIMER_PROF, 1e-3, 1e-3)
+                step(layers, batch, not spec)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                if not spec:
+                    mx.eval([c.state for c in layers])
+
+    traced(work)
+    rows = [f"{where} | {n / whole[0]:.1%} |" for where, n in own.most_common(24)]
+    return "\n".join(["| file | function | line | share |", "| --- | --- | ---: | ---: |", *rows])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| cache | path | batch | us per layer and step | of mlx-lm's |", "| --- | --- | ---: | ---: | ---: |"]
+    lines += [f"| {r['arm']} | {r['path']} | {r['batch']} | {r['us']:.1f} | {r['ratio']:.2f} |" for r in rows]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="append the rows to results/host-time.jsonl")
-    parser.add_argument("--profile", metavar="SPEC", help="profile one spec and print its functions")
-    parser.add_argument("--path", default="cuda", choices=["cuda", "metal"], help="call path, with --profile")
-    parser.add_argument("--batch", type=int, default=1, help="sequences, with --profile")
+    parser.add_argument("--profile", metavar=("PATH", "SPEC", "BATCH"), nargs=3, help='path "" is mlx-lm\'s own cache')
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=64, help="steps of every arm, each behind an uncounted one")
     args = parser.parse_args()
     if args.profile:
-        shim.install(HOST)
-        with stubbed(args.path), cProfile.Profile() as profile:
-            measure(args.profile, args.batch, 60)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(28)
+        path, spec, batch = args.profile
+        print(profile(path, spec, int(batch)))
         return
-    rows = table()
-    print(f"{'cache':<28}{'path':<8}{'batch':>6}{'us per layer':>14}{'ratio':>8}")
-    for row in rows:
-        print(f"{row['arm']:<28}{row['path']:<8}{row['batch']:>6}{row['us']:>14.1f}{row['ratio']:>8.2f}")
+    rows = [row for batch in BATCHES for row in measure(batch, args.layers, args.steps)]
+    print(table(rows))
     if args.record:
-        records.append(RESULTS, [records.record("host-time", layers=LAYERS, depth=DEPTH, **row) for row in rows])
+        records.append(RESULTS, [records.record("host-time", layers=args.layers, depth=DEPTH, **r) for r in rows])
 
 
 if __name__ == "__main__":

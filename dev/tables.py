@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import community
+import page_tables
 import study_tables as study
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -362,6 +363,10 @@ def real_scale() -> str:
 @table
 def real_cpu() -> str:
     return study.cpu(records("real-cpu"), markdown)
+
+
+for _name, (_study, _make) in page_tables.TABLES.items():
+    TABLES[_name] = lambda study=_study, make=_make: make(records(study), markdown)
 
 
 def main() -> int:

@@ -12,6 +12,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """A library's error in one line; what is no text of its own (a KeyError's key) after the error's name."""
+    said = str(error).strip().partition("\n")[0]
+    return said if said and type(error) in (ValueError, RuntimeError, OSError) else f"{type(error).__name__}: {said}"
+
+
 def explained(error: BaseException) -> UserError | None:
     """What a library's error means for the user, where that is known: its own words are about the library's insides."""
     text = str(error)

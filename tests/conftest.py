@@ -43,6 +43,15 @@ def server(folder):
         wait_for(running.quiet)
 
 
+@pytest.fixture(scope="module")
+def agent(folder):
+    """A server with room for what coding assistants send."""
+    from .server_support import serving
+
+    with serving(folder, names=("tiny",), max_context=20_000, any_model=True, prefill_step=256) as running:
+        yield running
+
+
 @pytest.fixture
 def tiny_llama():
     """A random 2-layer Llama with grouped queries: fast, and it exercises the whole seam."""

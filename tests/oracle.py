@@ -9,7 +9,12 @@ import numpy as np
 
 from opentq.attention import dispatch, reference
 from opentq.caches.single import OpenTQCache
+from opentq.codecs import Codec
 from opentq.contracts.attention import AttnArgs
+from opentq.contracts.layout import CANONICAL
+from opentq.kernels.cpu import attention as cpu
+from opentq.kernels.cuda import layout as cuda_layout
+from opentq.kernels.metal import attention as metal
 
 from .matrix import Shape
 
@@ -83,33 +88,49 @@ def judge(
 
 
 def _naive(args: AttnArgs) -> mx.array:
-    """Plain attention with every intermediate in q's dtype, over the same decoded values."""
+    """Plain attention with every intermediate in q's dtype, over the same decoded values.
+
+    Products are added up in float32 and then rounded, as GPUs do it; a CPU is slow at any other dtype's.
+    """
     dtype = args.q.dtype
     outs = []
+
+    def rounded(x: mx.array) -> mx.array:
+        return x.astype(dtype).astype(mx.float32)
+
     for b in range(args.q.shape[0]):
         packed, sink, tail_start = args.lens[b]
 
         def logical(kv, dense, b=b, packed=packed, sink=sink, tail_start=tail_start):
             middle = kv.decode(0, packed, dtype)[b : b + 1] if packed else dense[b : b + 1, :, :0]
             parts = [dense[b : b + 1, :, :sink], middle, dense[b : b + 1, :, tail_start:]]
-            return mx.repeat(mx.concatenate([p.astype(dtype) for p in parts], axis=2), args.gqa, axis=1)
+            return mx.repeat(mx.concatenate([rounded(p) for p in parts], axis=2), args.gqa, axis=1)
 
-        scores = (args.q[b : b + 1] @ logical(args.k, args.dense_k).swapaxes(-1, -2)) * args.scale
+        keys, values = logical(args.k, args.dense_k), logical(args.v, args.dense_v)
+        scores = rounded(rounded(rounded(args.q[b : b + 1]) @ keys.swapaxes(-1, -2)) * args.scale)
         if args.softcap:
-            scores = mx.tanh(scores / args.softcap) * args.softcap
+            scores = rounded(mx.tanh(scores / args.softcap) * args.softcap)
         seen = reference.visible(args, b)
         if args.mask is not None and args.mask.dtype == mx.bool_:
             seen = seen & args.mask
         elif args.mask is not None:
-            scores = scores + args.mask.astype(dtype)
+            scores = rounded(scores + args.mask)
         scores = mx.where(seen, scores, mx.finfo(dtype).min)
         if args.sinks is not None:
-            extra = mx.broadcast_to(args.sinks.astype(dtype).reshape(1, -1, 1, 1), (*scores.shape[:3], 1))
+            extra = mx.broadcast_to(rounded(args.sinks).reshape(1, -1, 1, 1), (*scores.shape[:3], 1))
             scores = mx.concatenate([scores, extra], axis=-1)
-        weights = mx.softmax(scores, axis=-1)
-        values = logical(args.v, args.dense_v)
-        outs.append(weights[..., : values.shape[2]] @ values)
+        weights = rounded(mx.softmax(scores, axis=-1))
+        outs.append((weights[..., : values.shape[2]] @ values).astype(dtype))
     return mx.concatenate(outs)
+
+
+def kernels_serve(backend: str, codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> bool:
+    """Whether a back end's kernels serve keys and values of these codecs and dims; the same on every machine."""
+    k, v = codecs
+    if backend == "cuda":
+        return CANONICAL not in cuda_layout.layouts(k, v, dims)
+    side = cpu._layout if backend == "cpu" else lambda _, codec, dim: metal.codec_side(codec, dim)
+    return None not in (side("k", k, dims[0]), side("v", v, dims[1]))
 
 
 def same_state(a: OpenTQCache, b: OpenTQCache) -> bool:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -16,6 +17,7 @@ import openai
 from opentq.server.launch import ServeOptions, Server, make_service
 from opentq.spec.kv import KVSpec
 
+RECORDED = Path(__file__).parent / "clients"
 LONG = "".join(random.Random(7).choices("abcdefghij \n", k=3000))
 TOOL = {
     "type": "function",
@@ -149,3 +151,24 @@ def reachable(url):
         return httpx.get(url + "/health").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def recorded(name, **changes):
+    requests = json.loads((RECORDED / f"{name}.json").read_text())["requests"]
+    for request in requests:
+        request["body"] |= changes
+    return requests
+
+
+def send(server, request):
+    response = server.client.request(
+        request["method"], request["path"], headers=request["headers"], json=request["body"]
+    )
+    assert response.status_code == 200, response.text
+    return [json.loads(e) for e in events(response.text.splitlines()) if e != "[DONE]"]
+
+
+def cached(data):
+    """Tokens remembered and in all, of an Anthropic stream."""
+    usage = next(d["usage"] for d in data if d["type"] == "message_delta")
+    return usage["cache_read_input_tokens"], usage["cache_read_input_tokens"] + usage["input_tokens"]

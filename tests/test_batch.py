@@ -20,7 +20,7 @@ from opentq.hosts.hooks import compress
 from .architectures import build
 from .conftest import random_llama
 from .matrix import Shape
-from .oracle import args_of, fill, judge, queries, same_state, vectors
+from .oracle import args_of, fill, held_arrays, judge, queries, same_state, vectors
 
 SMALL = Shape()
 SPECS = ["int4", "k8v4:g64", "int3:g64:sink=5:recent=33", "f16", "int2:sink=70"]
@@ -67,6 +67,36 @@ def step(batch: BatchOpenTQCache, truth: list[OpenTQCache], new: list[int], pad:
 @pytest.mark.parametrize("spec", SPECS)
 def test_merge_then_extract_gives_the_same_caches(spec):
     check(merged(spec, LENGTHS), [single(spec, n, seed) for seed, n in enumerate(LENGTHS)])
+
+
+@pytest.mark.parametrize("first", ["tiled", ""])
+@pytest.mark.parametrize("spec", ["int4", "qjl4/int4", "tq5/tq3:center:sink=4", "k8tq4:out=2"])
+def test_sequences_of_several_layouts_share_a_batch(spec, first, monkeypatch):
+    """A cache outlives the kernel that it was made for, where that is set aside."""
+    lengths = [200, 0, 64, 130, 1]
+    truth = [single(spec, n, seed) for seed, n in enumerate(lengths)]
+    monkeypatch.setenv("OPENTQ_KERNELS", first)
+    old = [single(spec, n, seed) for seed, n in enumerate(lengths[:3])]
+    monkeypatch.setenv("OPENTQ_KERNELS", "" if first else "tiled")
+    new = [single(spec, n, 3 + seed) for seed, n in enumerate(lengths[3:])]
+    together = OpenTQCache.merge([*old, *new])
+    extended = OpenTQCache.merge(old)
+    extended.extend(OpenTQCache.merge(new))
+    for batch in (together, extended):
+        check(batch, truth)
+        shape = Shape(batch=5)
+        handles = batch.update_and_fetch(*vectors(shape, 1))
+        judge(args_of(handles, queries(shape, 1, dtype=mx.float16)))
+
+
+def test_sequences_that_come_and_go_leave_no_old_arrays():
+    batch = merged("int4", [200, 300])
+    batch.update_and_fetch(*vectors(Shape(batch=2), 1))
+    batch.extend(merged("int4", [130]))
+    assert batch.nbytes == sum(a.nbytes for a in held_arrays(batch).values())
+    batch.update_and_fetch(*vectors(Shape(batch=3), 1))
+    batch.filter([2, 0])
+    assert batch.nbytes == sum(a.nbytes for a in held_arrays(batch).values())
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -10,16 +10,12 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from opentq.attention import dispatch, reference
 from opentq.caches.single import OpenTQCache
-from opentq.contracts.layout import CANONICAL
 from opentq.hosts import shim
 from opentq.hosts.mlx_lm.host import HOST
-from opentq.kernels.cpu import attention as cpu
-from opentq.kernels.cuda import layout as cuda_layout
-from opentq.kernels.metal import attention as metal
 from opentq.spec.kv import KVSpec
 
 from .matrix import DIMS, NOT_SERVED, SHAPES, SPECS, Shape
-from .oracle import args_of, fill, held_arrays, judge, queries, same_state, vectors
+from .oracle import args_of, fill, held_arrays, judge, kernels_serve, queries, same_state, vectors
 
 SMALL = Shape()
 
@@ -212,6 +208,7 @@ def test_a_step_sees_what_a_window_forgets_in_it(lengths, kernels):
     before = cache.update_and_fetch(*vectors(shape, 1))[0].step
     seen = [side.decode(0, 64, mx.float32) for side in (before.k, before.v)]
     step = cache.update_and_fetch(*vectors(shape, 300, seed=2))[0].step
+    assert cache.nbytes == sum(a.nbytes for a in held_arrays(cache).values()), "old rows are the step's alone"
     assert step.lens[0][0] >= 64 and (cache.extents if len(caches) > 1 else [cache.extent])[0].base
     for side, old in zip((step.k, step.v), seen):
         assert mx.array_equal(side.decode(0, 64, mx.float32)[:1], old[:1]).item()
@@ -226,14 +223,9 @@ def test_attention_sinks(length, kernels):
 
 def test_the_table_says_what_kernels_leave_to_the_portable_path():
     """Layouts decide it, and they are the same on every machine; a call with an array as its mask is nobody's."""
-    served = {
-        "cpu": lambda k, v, dim: None not in (cpu._layout("k", k, dim), cpu._layout("v", v, dim)),
-        "cuda": lambda k, v, dim: CANONICAL not in cuda_layout.layouts(k, v, (dim, dim)),
-        "metal": lambda k, v, dim: None not in (metal.codec_side(k, dim), metal.codec_side(v, dim)),
-    }
-    for backend, serves in served.items():
-        left = {(s, d) for s in SPECS for d in DIMS if not serves(*KVSpec.parse(s).codecs(), d)}
-        assert left == NOT_SERVED[backend], backend
+    for backend, left in NOT_SERVED.items():
+        pairs = [(spec, dim) for spec in SPECS for dim in DIMS]
+        assert {p for p in pairs if not kernels_serve(backend, KVSpec.parse(p[0]).codecs(), (p[1], p[1]))} == left
 
 
 def test_array_masks_are_left_to_the_portable_path(kernels, monkeypatch):

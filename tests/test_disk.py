@@ -224,7 +224,7 @@ def test_build_info_use(tmp_path):
     document = tmp_path / "text.txt"
     document.write_text("".join(f"The {i}th box holds {i * i % 89} red balls. " for i in range(30)))
     file = tmp_path / "box.cache"
-    with pytest.raises(ValueError, match="more than --max-context 20"):
+    with pytest.raises(ValueError, match="the context is 20 tokens"):
         command("build", str(model), str(file), "--text-file", str(document), "--max-context", "20")
     assert not file.exists()
     command("build", str(model), str(file), "--text-file", str(document), "--kv", "int8")

@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from opentq.attention import dispatch, pages, reference
+from opentq.attention.channels import count as kept
 from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.single import OpenTQCache
 from opentq.contracts.rotary import Rotary
@@ -92,7 +93,7 @@ def lists(cache: OpenTQCache, q: mx.array, lens: list[int]) -> mx.array:
 
 def test_sketches_are_of_the_packed_keys():
     cache = sketched("int4:pages=128", 700)
-    assert cache.sketches.ready == [True] or cache.sketches.seen == [700]
+    assert cache.sketches.ready == [True] and cache.sketches.seen == [600]
     step(cache)
     assert cache.sketches.ready == [True] and cache.sketches.sketched == [10]
     keys = cache.k_codec.unrotate(cache.k_codec.decode(cache.canonical()[0], mx.float32, 64))
@@ -365,6 +366,8 @@ def test_layers_that_are_read_whole_say_why():
     assert "read whole: latents" in str(report(model))
     plans = hooks.compress(build("gemma3_text"), "int4:pages=128:window=compress")
     assert {p.whole for p in plans} == {"", "a window is short"}
+    plans = [p for p in hooks.compress(build("afm7"), "int4:pages=128") if p.compressed]
+    assert plans and {p.whole for p in plans} == {"other layers attend to its tokens, too"}
 
 
 def test_the_planner_counts_sketches():
@@ -380,6 +383,22 @@ def test_the_planner_counts_sketches():
         assert held(plan, 2000, step=700) == pytest.approx(cache.nbytes, rel=0.02)
         bare = replace(plan, spec=replace(given, pages=0))
         assert 0.02 < 1 - held(bare, 2000, step=700) / cache.nbytes < 0.065
+
+
+@pytest.mark.parametrize(("dim", "limit"), [(64, 0.06), (128, 0.035)])
+def test_sketches_are_a_small_part_of_what_is_held(dim, limit):
+    spec = KVSpec.parse("tq5/tq3:nc:center:sink=4:pages=128")
+    cache = OpenTQCache(replace(spec, channels=(tuple(range(kept(dim))),) * 2))
+    fill(cache, *vectors(replace(SHAPE, key_dim=dim, value_dim=dim), 2000), [1500, 500])
+    packed = sum(a[:, :, : -(-1984 // layout.block)].nbytes for a, layout in stored(cache))
+    own = cache.sketches.buffer.arrays[0][:, :, : cache.sketches.sketched[0]].nbytes
+    assert cache.sketches.sketched == [31] and own <= limit * (packed + own)
+
+
+def stored(cache: OpenTQCache) -> list:
+    """Packed arrays with their layouts."""
+    sides = (cache.packed_k, cache.k_layout), (cache.packed_v, cache.v_layout)
+    return [(a, layout) for buffer, layout in sides for a in buffer.arrays]
 
 
 def test_generate_says_what_it_read(folder):

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from opentq.errors import UserError
 from opentq.server import anthropic, schema
 from opentq.server.launch import ServeOptions, check
 
@@ -305,7 +306,7 @@ def test_keys_hosts_and_limits(folder, caplog):
 
 
 def test_other_addresses_need_a_key():
-    with pytest.raises(Exception, match="api-key"):
+    with pytest.raises(UserError, match="api-key"):
         check(ServeOptions("m", host="0.0.0.0"))
     check(ServeOptions("m", host="0.0.0.0", insecure=True))
     check(ServeOptions("m", host="0.0.0.0", api_key="k"))

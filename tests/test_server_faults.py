@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import resource
 import socket
 import threading
@@ -15,140 +13,21 @@ from pathlib import Path
 import httpx
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 from opentq.cli.main import app
 from opentq.dialogue.errors import ApiError
 from opentq.dialogue.output import StopText
-from opentq.dialogue.prompt import SLICE, Abandoned, Prompter
+from opentq.dialogue.prompt import Abandoned, Prompter
 from opentq.dialogue.request import Draw, GenerationRequest
 from opentq.dialogue.sampling import make_processors, make_sampler
 from opentq.errors import UserError
-from opentq.server import anthropic, connections, grammar, openai, pace, schema
-from opentq.server.grammar import Grammars
+from opentq.hosts.mlx_lm.tokens import SLICE
+from opentq.server import anthropic, connections, openai, pace, schema
 from opentq.server.launch import ServeOptions
-from opentq.server.prefix import PrefixStore
-from opentq.server.prefix_files import NOTE, Identity, PrefixFiles, kept_chunk
 
-from .server_support import HI, TOOL, Streaming, content, serving, wait_for
+from .server_support import HI, Streaming, content, serving, wait_for
 from .tiny_model import write
-
-# ---- grammars
-
-
-@pytest.fixture(scope="module")
-def grammars(folder):
-    from mlx_lm.tokenizer_utils import load
-
-    tokenizer = load(folder)
-    return Grammars(tokenizer, len(tokenizer))
-
-
-def forced(*parameters, name=""):
-    tools = tuple(
-        {"type": "function", "function": {"name": f"f{i}", "parameters": p}} for i, p in enumerate(parameters)
-    )
-    return GenerationRequest(
-        messages=tuple(HI), tools=tools, tool_choice="required", tool_names=frozenset([name] if name else ())
-    )
-
-
-def takes(grammars, request, value, name="f0"):
-    """Whether the grammar of a forced call takes `value` as the arguments."""
-    matcher = grammars.constraint(request, "normal").matcher
-    call = f"<tool_call>{json.dumps({'name': name, 'arguments': value})}</tool_call>"
-    tokens = grammars.tokenizer.encode(call, add_special_tokens=False)
-    return matcher.validate_tokens(tokens) == len(tokens)
-
-
-PERSON = {
-    "type": "object",
-    "properties": {"age": {"type": "integer"}},
-    "required": ["age"],
-    "additionalProperties": False,
-}
-REFERENCES = {
-    "$defs": {"$defs": {"P": PERSON}, "type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}},
-    "definitions": {"definitions": {"P": PERSON}, "type": "object", "properties": {"p": {"$ref": "#/definitions/P"}}},
-    "another property": {"type": "object", "properties": {"q": PERSON, "p": {"$ref": "#/properties/q"}}},
-    "items": {"$defs": {"P": PERSON}, "type": "object", "properties": {"p": {"anyOf": [{"$ref": "#/$defs/P"}]}}},
-    "an id of its own": {"$id": "http://x/y", "$defs": {"P": PERSON}, "properties": {"p": {"$ref": "#/$defs/P"}}}
-    | {"type": "object"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REFERENCES)
-def test_references_in_a_tool_count_from_its_own_parameters(grammars, kind):
-    parameters = REFERENCES[kind]
-    for request, name in ((forced(parameters), "f0"), (forced(PERSON, parameters), "f1")):
-        assert takes(grammars, request, {"p": {"age": 3}}, name)
-        assert not takes(grammars, request, {"p": {"age": "x"}}, name)
-        assert not takes(grammars, request, {"p": {"name": "f0", "arguments": {}}}, name)
-
-
-def test_a_tool_that_refers_to_itself(grammars):
-    tree = {"type": "object", "properties": {"left": {"$ref": "#"}}, "additionalProperties": False}
-    assert takes(grammars, forced(tree), {"left": {"left": {}}})
-    assert not takes(grammars, forced(tree), {"left": {"name": "f0", "arguments": {}}})
-
-
-def test_a_named_tool_is_forced_by_the_grammar_and_the_prompt_stays(grammars):
-    request = forced(PERSON, PERSON, name="f1")
-    assert takes(grammars, request, {"age": 1}, "f1") and not takes(grammars, request, {"age": 1}, "f0")
-    both = [TOOL, {"type": "function", "function": {"name": "other"}}]
-    choice = {"type": "function", "function": {"name": "look_up"}}
-    asked = openai.read_chat({"messages": HI, "tools": both, "tool_choice": choice})
-    assert [t["function"]["name"] for t in asked.tools] == ["look_up", "other"] and asked.tool_names == {"look_up"}
-    claude = [{"name": n, "input_schema": {"type": "object"}} for n in ("a", "b")]
-    body = {"messages": HI, "max_tokens": 1, "tools": claude, "tool_choice": {"type": "tool", "name": "b"}}
-    asked = anthropic.read(body)
-    assert [t["function"]["name"] for t in asked.tools] == ["a", "b"] and asked.tool_names == {"b"}
-    with pytest.raises(ApiError, match="tool_choice"):
-        anthropic.read(body | {"tool_choice": {"type": "tool", "name": "c"}})
-
-
-HEAVY = {"type": "string", "pattern": "^(a?){500}a{500}$"}
-HOPELESS = {
-    "itself": {"$ref": "#"},
-    "a circle": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-    "all of itself": {"allOf": [{"$ref": "#"}]},
-    "too large a pattern": HEAVY,
-    "nothing": {"enum": []},
-    "an empty range": {"type": "integer", "minimum": 5, "maximum": 4},
-}
-
-
-@pytest.mark.parametrize("kind", HOPELESS)
-def test_schemas_that_no_answer_fits_are_refused(grammars, kind):
-    form = GenerationRequest(messages=tuple(HI), schema=HOPELESS[kind])
-    tool = forced({"type": "object", "properties": {"x": HOPELESS[kind]}, "required": ["x"]})
-    with pytest.raises(ApiError) as caught:
-        grammars.constraint(form, "normal")
-    assert (caught.value.status, caught.value.param) == (400, "response_format")
-    if kind not in ("itself", "all of itself", "too large a pattern"):  # in a tool these mean something, or come late
-        with pytest.raises(ApiError) as caught:
-            grammars.constraint(tool, "normal")
-        assert (caught.value.status, caught.value.param) == (400, "tool_choice")
-
-
-LATE = {"type": "string", "pattern": "^b{30}(c|d){2}(a?){150}a{150}$"}
-
-
-def test_a_grammar_that_fails_late_is_an_error_and_nobody_elses(server, monkeypatch):
-    monkeypatch.setattr(grammar, "PROBE_STEPS", 0)
-    alone = Streaming(server, "steady", max_tokens=120).rest()
-    steady = Streaming(server, "steady", max_tokens=120)
-    form = {"type": "json_schema", "json_schema": {"schema": LATE}}
-    failed = server.chat("go", response_format=form, max_tokens=100)
-    assert failed.status_code == 400 and "grammar failed" in failed.json()["error"]["message"]
-    lines = list(Streaming(server, "go", response_format=form, max_tokens=100, logit_bias=None).lines)
-    assert any("grammar failed" in line for line in lines) and not any(
-        'finish_reason": "stop' in line for line in lines
-    )
-    assert len(alone) > 50 and steady.rest() == alone
-    wait_for(server.quiet)
-
 
 # ---- work that grows with what a client sends
 
@@ -426,139 +305,6 @@ def test_chunks_are_never_smaller_than_what_is_packed_together(monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks) ** 3)  # a machine that is slower every time
     assert pace.choose_chunk(model) == 64 and max(asked) == 128
-
-
-# ---- prefixes on disk
-
-BLOCK = 64
-
-
-def opened(folder):
-    return PrefixFiles(folder, Identity("m", "r", "off"), BLOCK, 1 << 30, 1 << 30, lambda: [KVCache()])
-
-
-def kept(folder, tokens=range(200)):
-    """A store with one prefix on disk, and the names of its blocks."""
-    cache = KVCache()
-    x = mx.arange(192 * 4, dtype=mx.float32).reshape(1, 1, 192, 4)
-    cache.update_and_fetch(x, -x)
-    files = opened(folder)
-    names = PrefixStore(BLOCK, 1 << 30).names(list(tokens))
-    files.save(names, list(tokens)[:192], [cache])
-    if files.waiting:
-        files.write_one()
-    return files, names
-
-
-def held(files, names):
-    """What is given back for a prompt: None, or the number of tokens, after a look at the values."""
-    found = files.find(names)
-    caches = files.load(names[:found]) if found else None
-    if caches is None:
-        return None
-    keys = caches[0].state[0][0, 0, : caches[0].offset, 0]
-    assert keys.tolist() == [4.0 * i for i in range(caches[0].offset)]
-    return caches[0].offset
-
-
-def damage(path, kind):
-    data = path.read_bytes()
-    path.unlink()
-    made = {
-        "empty": b"",
-        "cut": data[: len(data) // 2],
-        "garbage": b"\xff\xfe\x00garbage",
-        "a bit": data[:-20] + bytes([data[-20] ^ 4]) + data[-19:],
-        "deep": b"[" * 100_000,
-        "another file": b'{"names": ["' + b"a" * 40 + b'"], "nbytes": 1, "trimmable": true}',
-        "a path": b'{"names": ["../../x"], "nbytes": 1, "trimmable": true}',
-        "other types": b'{"names": 3, "nbytes": [], "trimmable": {}}',
-    }
-    if kind == "a folder":
-        path.mkdir()
-    elif kind != "gone":
-        path.write_bytes(made[kind])
-
-
-KINDS = ["gone", "a folder", "empty", "cut", "garbage", "a bit", "deep", "another file", "a path", "other types"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("which", ["json", "safetensors"])
-def test_no_damage_to_a_prefix_file_reaches_a_request(tmp_path, which, kind):
-    files, names = kept(tmp_path)
-    assert held(files, names) == 192 and held(files, names[:2]) == 128
-    damage(next(tmp_path.glob(f"*.{which}")), kind)
-    for again in (files, opened(tmp_path), opened(tmp_path)):
-        whole = held(again, names)
-        assert whole == (192 if which == "json" else None)
-        assert again.nbytes == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors") if p.is_file())
-    if which == "safetensors" and kind != "a folder":
-        assert not list(tmp_path.iterdir()), "nothing is left of what can't be used"
-    kept(tmp_path)
-
-
-def test_a_disk_that_takes_nothing_costs_nothing_else(tmp_path, monkeypatch, caplog):
-    files, names = kept(tmp_path)
-
-    def fail(*_, **__):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    for name in ("utime", "replace", "unlink", "mkdir"):
-        monkeypatch.setattr(os, name, fail)
-    monkeypatch.setattr(Path, "unlink", fail)
-    for _ in range(3):
-        assert held(files, names) == 192
-        files.save(names[:1], list(range(64)), [KVCache()])
-        kept(tmp_path, range(1, 201))
-    again = opened(tmp_path)
-    assert held(again, names) == 192
-    again.max_bytes = 0
-    again._remove(next(iter(again.files.values())))
-    assert again.nbytes == 0 and again.find(names) == 0
-    assert sum("could not be noted" in r.message for r in caplog.records if r.levelname == "WARNING") == 2
-
-
-def test_a_prefix_without_index_is_counted_and_used(tmp_path):
-    files, names = kept(tmp_path)
-    files._index(next(iter(files.files.values()))).unlink()
-    again = opened(tmp_path)
-    assert again.nbytes > 0 and held(again, names) == 192
-    assert held(opened(tmp_path), names) == 192 and len(list(tmp_path.glob("*.json"))) == 1
-
-
-def test_the_same_prefix_twice_is_one(tmp_path):
-    files, names = kept(tmp_path)
-    for _ in range(2):
-        kept(tmp_path)
-    files._add(files.files[names[-1]])
-    files._remove(files.files[names[-1]])
-    assert files.find(names) == 0 and files.nbytes == 0 and not files._by_name
-
-
-@pytest.mark.parametrize("note", [b"\xff\xfe", b"0", "²".encode(), b"", b"17", b"-64", b"9" * 5000, b"64.0"])
-def test_a_damaged_note_of_the_chunk_size_is_written_anew(tmp_path, note):
-    (tmp_path / NOTE).write_bytes(note)
-    assert kept_chunk(tmp_path, lambda: 128, None) == 128
-    assert kept_chunk(tmp_path, lambda: 256, None) == 128
-
-
-def test_a_full_disk_at_the_start(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    assert kept_chunk(tmp_path, lambda: 128, None) == 128
-    files = opened(tmp_path)
-    names = PrefixStore(BLOCK, 1 << 30).names(list(range(200)))
-    cache = KVCache()
-    cache.update_and_fetch(mx.zeros((1, 1, 192, 4)), mx.zeros((1, 1, 192, 4)))
-    files.save(names, list(range(192)), [cache])
-    files.write_one()
-    assert files.find(names) == 0 and not files.waiting and not list(tmp_path.iterdir())
-    monkeypatch.setattr(Path, "mkdir", fail)
-    with pytest.raises(UserError, match="No space left"):
-        Identity("m", "r", "off").folder(tmp_path)
 
 
 # ---- connections

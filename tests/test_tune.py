@@ -12,7 +12,7 @@ from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.recipe import Recipe, text
 from opentq.spec.text import parse
 from opentq.tuning.sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
-from opentq.tuning.tune import Goal, Tuner
+from opentq.tuning.tune import Goal, Tuner, free
 
 from .conftest import random_llama
 
@@ -74,6 +74,15 @@ def test_the_frontier_spends_bits_where_they_matter():
     assert recipes[0] == [Choice(8, 8)] * 2 and recipes[-1] == [Choice(2, 2)] * 2
     middle = [r for r in recipes if r[0].keys == 8 and r[1].keys == 2]
     assert middle and any(r[0].values == 2 for r in middle)
+
+
+def test_recipes_have_what_is_free():
+    model = random_llama(layers=2)
+    assert free(model) == ":center:sink=4"
+    lines = "|".join(f"{c}{free(model)}" for c in ("tq5/tq3:nc", "int8"))
+    assert [p.codec for p in hooks.compress(model, lines)] == lines.split("|")
+    model.model_type = "unknown"
+    assert free(model) == ""
 
 
 def width(codec: str) -> int:

@@ -84,3 +84,10 @@ def test_an_image_for_a_text_model_is_refused(picture):
 
 def test_what_images_exclude_is_refused(folder, picture):
     refused("can't be used with images", "--model", folder, "--image", picture, "--ignore-chat-template")
+
+
+def test_a_system_prompt_a_limit_and_a_file_go_with_images(folder, picture, tmp_path):
+    out = tmp_path / "answer.txt"
+    result = generate("--model", folder, "--image", picture, "--system-prompt", "Be short.", "--output", str(out))
+    assert result.exit_code == 0 and out.read_text().strip() == result.stdout.strip()
+    refused("together more than --max-context 20", "--model", folder, "--image", picture, "--max-context", "20")

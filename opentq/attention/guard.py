@@ -248,12 +248,12 @@ _said: set[str] = set()
 
 def _say(name: str, what: str, why: str) -> None:
     """One line per back end and process, or SetAside; the others are for the log, and `opentq doctor` shows all."""
-    line = f"opentq: the {name} kernel for {what} {why}"
+    line = f"the {name} kernel for {what} {why}"
     if os.environ.get("OPENTQ_KERNELS") == "native":
         raise SetAside(f"{line}; unset OPENTQ_KERNELS=native and the portable path serves")
     level = logging.INFO if name in _said else logging.WARNING
     _said.add(name)
-    log.log(level, "%s; set aside, the portable path serves. To report it: opentq doctor --bench", line)
+    log.log(level, "opentq: %s; set aside, the portable path serves. To report it: opentq doctor --bench", line)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

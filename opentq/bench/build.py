@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 
 from ..errors import UserError
 from ..hosts.floats import settle
+from ..hosts.mlx_lm.files import context_length
 from ..memory import skeleton, source
 from ..memory.device import here
 from ..memory.loaded import weight_bytes
@@ -105,4 +106,4 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
 def _sizes(config: dict[str, Any]) -> tuple[int, int]:
     """(vocabulary, tokens the model was made for; 0 when it does not say)."""
     text = {**config, **(config.get("text_config") or {})}
-    return int(text["vocab_size"]), int(text.get("max_position_embeddings") or 0)
+    return int(text["vocab_size"]), context_length(config)

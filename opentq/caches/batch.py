@@ -16,12 +16,12 @@ import mlx.core as mx
 
 from ..codecs import Packed
 from ..contracts.attention import Lengths
-from ..contracts.layout import FLUSH
+from ..contracts.layout import FLUSH, Layout
 from ..spec.kv import KVSpec
 from .buffer import EVERY, Buffer, joined, own
 from .extent import Extent, grow
 from .mask import CausalMask, causal_mask
-from .single import OpenTQCache, mean_key, shifted
+from .single import OpenTQCache, mean_key, relay, shifted
 from .sketches import Sketches
 from .states import BatchState
 from .step import Handle, LayerStats
@@ -165,10 +165,11 @@ class BatchOpenTQCache(OpenTQCache):
         columns = mx.array(index, dtype=mx.int32).reshape(len(index), 1, width, 1)
         self.dense_k, self.dense_v = (mx.take_along_axis(d, columns, axis=2) for d in (dense_k, dense_v))
 
-    def trim(self, n: int) -> int:
-        """Drop the newest n tokens of every sequence (all that it has, where it has fewer)."""
+    def trim(self, n: int | Sequence[int]) -> int:
+        """Drop the newest n tokens of every sequence, or of each as many as its own n says; all, where it has fewer."""
         before, self._lent = self.extents, None
-        self.extents = tuple(e.trim(n) for e in before)
+        counts = [n] * len(before) if isinstance(n, int) else n
+        self.extents = tuple(e.trim(count) for e, count in zip(before, counts))
         if self.dense_k is not None and self.dense_v is not None:
             columns = self.dense_k.shape[2]
             starts = [columns - e.tail for e in before]
@@ -208,7 +209,7 @@ class BatchOpenTQCache(OpenTQCache):
             raise ValueError(f"caches of different specs can't share a batch: {self.spec} and {other.spec}")
 
     def _join(self, parts: Sequence[tuple[Sequence[Extent], OpenTQCache]]) -> None:
-        self._lent = None
+        self._lent = self._kept = None
         extents = tuple(e for part, _ in parts for e in part)
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
@@ -216,12 +217,10 @@ class BatchOpenTQCache(OpenTQCache):
             self.backend = like.backend
             self.latent, self.k_codec, self.v_codec = like.latent, like.k_codec, like.v_codec
             pairs = []
-            for side in ("packed_k", "packed_v"):
-                block = getattr(like, side).block
-                buffer = Buffer(block)
+            for side, layout in (("packed_k", self.k_layout), ("packed_v", self.v_layout)):
+                buffer = Buffer(layout.block)
                 rows = buffer.capacity(max(buffer.rows_of(e.packed) for e in extents))
-                held = [(len(part), max((buffer.rows_of(e.packed) for e in part), default=0), c) for part, c in parts]
-                buffer.arrays = joined([(n, getattr(c, side).truncated(used)) for n, used, c in held], rows)
+                buffer.arrays = joined([(len(part), _stored(c, part, side, layout)) for part, c in parts], rows)
                 pairs.append(buffer)
             width = _width([range(e.sink) for e in extents], [range(e.tail) for e in extents])
             dense_k, dense_v = (_join_dense(parts, side, width, like) for side in ("dense_k", "dense_v"))
@@ -240,7 +239,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the given sequences, in the given order; none at all is allowed."""
-        keep, self._lent = _ints(batch_indices), None
+        keep, self._lent, self._kept = _ints(batch_indices), None, None
         self.extents = tuple(self.extents[i] for i in keep)
         self.centered = [self.centered[i] for i in keep]
         if self.todo is not None:
@@ -354,6 +353,13 @@ def _join_dense(
             out[rows, :, width - tail :] = dense[:, :, dense.shape[2] - tail :]
         start += len(part)
     return out
+
+
+def _stored(cache: OpenTQCache, part: Sequence[Extent], side: str, layout: Layout) -> tuple[mx.array, ...]:
+    """A cache's packed rows in `layout`: one that is older than the failure of a kernel has another."""
+    buffer, its = getattr(cache, side), cache.k_layout if side == "packed_k" else cache.v_layout
+    arrays = buffer.truncated(buffer.rows_of(max((e.packed for e in part), default=0)))
+    return relay(arrays, its.name, layout) if arrays else ()
 
 
 def _sketches(cache: OpenTQCache, lanes: int) -> Sketches:

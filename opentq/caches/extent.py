@@ -27,6 +27,10 @@ class Limits(NamedTuple):
     window: int = 0
 
 
+limits = functools.lru_cache(maxsize=64)(Limits)
+"""The same object for the same limits: layers share what is asked of it."""
+
+
 class Move(NamedTuple):
     """What an append does to the tail (new tokens included), oldest first, and to the packed tokens.
 
@@ -93,6 +97,19 @@ class Extent(NamedTuple):
         from_packed = min(count - from_tail, self.packed)
         from_sink = 0 if self.base else min(count - from_tail - from_packed, self.sink)
         return self._replace(tail=self.tail - from_tail, packed=self.packed - from_packed, sink=self.sink - from_sink)
+
+
+_last: tuple[Extent | None, int, Limits | None, Extent | None] = (None, 0, None, None)
+
+
+def quietly(extent: Extent, count: int, limits: Limits) -> Extent | None:
+    """`Extent.append` where no token has to move, else None; all layers of a step ask it of the same objects."""
+    global _last
+    last = _last
+    if last[0] is not extent or last[1] != count or last[2] is not limits:
+        grown, move = extent.append(count, limits)
+        _last = last = extent, count, limits, None if move.forget or move.skip or move.flush else grown
+    return last[3]
 
 
 class Growth(NamedTuple):

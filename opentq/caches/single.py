@@ -8,6 +8,7 @@ Nothing here decodes more than the block it is working on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ..errors import UserError
 from ..spec.kv import KVSpec
 from . import alive
 from .buffer import Buffer, own
-from .extent import Extent, Limits
+from .extent import Extent, Limits, limits, quietly
 from .mask import CausalMask, causal_mask
 from .sketches import Sketches
 from .states import BatchState, State
@@ -64,6 +65,7 @@ class OpenTQCache:
         self.v_layout: Layout = CANONICAL
         self.packed_k, self.packed_v = Buffer(1), Buffer(1)
         self.extent = Extent()
+        self.limits = self._limits()
         self._dense_k: mx.array | None = None
         self._dense_v: mx.array | None = None
         self.backend: Backend | None = None
@@ -77,10 +79,9 @@ class OpenTQCache:
     def _codecs(self) -> tuple[Codec, Codec]:
         return self.spec.codecs()
 
-    @property
-    def limits(self) -> Limits:
+    def _limits(self) -> Limits:
         """What is asked of `extent`."""
-        return Limits(self.spec.sink, self.spec.recent, self.window)
+        return limits(self.spec.sink, self.spec.recent, self.window)
 
     @property
     def n_packed(self) -> int:
@@ -139,6 +140,8 @@ class OpenTQCache:
             # holding the old ones would make every write a copy.
             packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
             step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
+            if moved:
+                self._kept = None  # the old rows are the step's alone
             del before, packed_k, packed_v
             if count >= FLUSH and deferring:  # a GPU reads the prompt up to here while the host builds what follows
                 mx.async_eval(*self._arrays())
@@ -184,11 +187,10 @@ class OpenTQCache:
 
     def _grow_quietly(self, count: int) -> bool:
         """Take `count` tokens into the tail where that is all there is to do; else change nothing."""
-        extent, move = self.extent.append(count, self.limits)
-        if move.forget or move.skip or move.flush:
-            return False
-        self.extent = extent
-        return True
+        grown = quietly(self.extent, count, self.limits)
+        if grown is not None:
+            self.extent = grown
+        return grown is not None
 
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
         kept = self._kept
@@ -232,7 +234,7 @@ class OpenTQCache:
         self.packed_k, self.packed_v = Buffer(self.k_layout.block), Buffer(self.v_layout.block)
 
     def _lengths(self, batch: int) -> tuple[Lengths, ...]:
-        return ((self.extent.packed, self.extent.sink, self.extent.sink),) * batch
+        return _lens(self.extent.packed, self.extent.sink, batch)
 
     def _packed(self, batch: int) -> list[int]:
         """Packed tokens of every sequence."""
@@ -420,6 +422,11 @@ class OpenTQCache:
         """Packed keys and values in use as canonical arrays of `n_packed` tokens."""
         tokens = self.extent.packed
         return self.packed_k.canonical(self.k_layout, tokens), self.packed_v.canonical(self.v_layout, tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def _lens(packed: int, sink: int, batch: int) -> tuple[Lengths, ...]:
+    return ((packed, sink, sink),) * batch
 
 
 def dense(codec: Codec, x: mx.array) -> mx.array:

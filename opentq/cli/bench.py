@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import ModelOption, Output, PrefillStep, RecordsFile, Specs, check_output, one_model, write
+from .options import ModelOption, Output, PrefillStep, RecordsFile, Specs, check_output, finite, one_model, write
 from .plan import counts, parse_count
 
 bench = typer.Typer(help="Measure attention kernels and whole models; every row is a record.", no_args_is_help=True)
@@ -27,10 +27,12 @@ def kernel(
     kv: Specs = "f16,int4,k8v4",
     against: Annotated[str, typer.Option(help="Rivals: mlx, mlx-lm, llama.cpp, ort.")] = "",
     windows: Annotated[int, typer.Option(min=2, help="Timed windows per arm.")] = 7,
-    warm: Annotated[float, typer.Option(min=0, help="Seconds of warm-up per arm.")] = 1.0,
-    window: Annotated[float, typer.Option(min=0, help="Least seconds per window.")] = 0.25,
-    budget: Annotated[float, typer.Option(min=0, help="Seconds an arm may take; slower ones are timed once.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = 0,
+    warm: Annotated[float, typer.Option(min=0, callback=finite, help="Seconds of warm-up per arm.")] = 1.0,
+    window: Annotated[float, typer.Option(min=0, callback=finite, help="Least seconds per window.")] = 0.25,
+    budget: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Seconds of an arm; slower ones run once.")
+    ] = 20.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random vectors.")] = 0,
     form: Form = "md",
     output: Output = None,
     records: RecordsFile = None,
@@ -76,7 +78,7 @@ def model(
     prefill_step_size: PrefillStep = 2048,
     memory_limit: Annotated[str, typer.Option(help="Stop an arm that needs more, such as 64GB.")] = "",
     against: Annotated[str, typer.Option(help="llama.cpp: the same .gguf file there, f16, q8_0 and q4_0.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
     form: Form = "md",
     output: Output = None,
     records: RecordsFile = None,
@@ -124,7 +126,7 @@ def long_context(
     start: Annotated[str, typer.Option(help="First context; it doubles.")] = "1k",
     stop: Annotated[str, typer.Option(help="Last context; default: the model's limit.")] = "",
     memory_limit: Annotated[str, typer.Option(help="End an arm that needs more, such as 64GB.")] = "",
-    max_seconds: Annotated[float, typer.Option(min=1, help="End an arm whose row takes longer.")] = 600.0,
+    max_seconds: Annotated[float, typer.Option(min=1, callback=finite, help="Most seconds of an arm's row.")] = 600.0,
     weights: Annotated[str, typer.Option(help="random-4bit or random-f16; for shapes.")] = "",
     layers: Annotated[int, typer.Option(min=0, help="With random weights: only so many layers; 0 is all.")] = 0,
     prefill_step_size: PrefillStep = 2048,

@@ -65,18 +65,15 @@ def build(
     from ..caches import disk
     from ..hosts.hooks import installed
     from ..hosts.mlx_lm.load import load, make_cache
+    from ..memory.loaded import model_context
     from ..spec.recommended import advice
 
     lm, tokenizer = load(path, kv=spec)
     record = installed(lm)
+    prompt = {"text": content, "system": system_prompt, "raw": ignore_chat_template}
+    tokens = shared_tokens(tokenizer, prompt, max_context or model_context(lm))
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
-    prompt = {"text": content, "system": system_prompt, "raw": ignore_chat_template}
-    tokens = shared_tokens(tokenizer, prompt)
-    if max_context is not None and len(tokens) > max_context:
-        raise UserError(
-            f"the text has {len(tokens)} tokens, more than --max-context {max_context}; shorten it or raise the limit"
-        )
     caches = make_cache(lm)
     start = time.perf_counter()
     prefill(lm, caches, tokens, prefill_step_size)
@@ -119,6 +116,7 @@ def use(
     question: Annotated[str, typer.Option("--prompt", "-p", help="What follows the cached text.")] = "",
     model: Annotated[str, typer.Option("--model", help="The model, if it is not where it was.")] = "",
     max_tokens: MaxTokens = 256,
+    max_context: MaxContext = None,
     temp: Temp = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
 ) -> None:
@@ -127,15 +125,19 @@ def use(
 
     from ..caches import disk
     from ..hosts.generation import Request
-    from ..hosts.mlx_lm.generate import run
+    from ..hosts.mlx_lm.generate import check_context, run
     from ..hosts.mlx_lm.load import load
+    from ..memory.loaded import model_context
 
     manifest, _ = disk.read_manifest(file)
     lm, tokenizer = load(model or manifest.model, kv=manifest.spec)
     start = time.perf_counter()
-    caches, rest = resume(file, lm, tokenizer, model or manifest.model, question)
+    context = max_context or model_context(lm)
+    caches, rest = resume(file, lm, tokenizer, model or manifest.model, question, context)
     ready = time.perf_counter() - start
-    request = Request(rest, max_tokens=max_tokens, temp=temp, caches=caches)
+    request = Request(rest, max_tokens=max_tokens, temp=temp, caches=caches, max_context=max_context)
+    request.cached = max(c.size() for c in caches)
+    check_context(request, context)
     result = run(lm, tokenizer, request, on_text=lambda piece: print(piece, end="", flush=True))
     print()
     line, times = first_token(result, ready, len(manifest.tokens))
@@ -152,14 +154,17 @@ def first_token(result: Result, ready: float, cached: int) -> tuple[str, dict[st
     return line, {"cached_tokens": cached, **times}
 
 
-def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> tuple[list[Any], list[int]]:
+def resume(
+    file: Path, model: Any, tokenizer: Any, path: str, question: str, limit: int = 0
+) -> tuple[list[Any], list[int]]:
     """Caches filled from `file`, and the tokens of `cached text + question` that are left to process.
 
     Args:
         question: what follows the cached text; it may begin with the whole of that text.
         path: where `model` was loaded from, to check that the file belongs to it.
+        limit: tokens that the context has room for; 0: any number.
 
-    Raises CacheFileError when the file is not for this model, spec and template.
+    Raises CacheFileError when the file is not for this model, spec and template; UserError for too long a prompt.
     """
     from ..caches import disk
     from ..hosts.hooks import installed
@@ -177,15 +182,18 @@ def resume(file: Path, model: Any, tokenizer: Any, path: str, question: str) -> 
     prompt = cached.manifest.prompt
     # A question may bring the text along, as in a run without the file.
     whole = question if question.startswith(prompt["text"]) else prompt["text"] + (question and JOIN + question)
-    return cached.fit(encode_prompt(tokenizer, whole, system=prompt["system"], raw=prompt["raw"]))
+    return cached.fit(encode_prompt(tokenizer, whole, prompt["system"], prompt["raw"], limit))
 
 
-def shared_tokens(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
-    """The tokens that every prompt beginning with this text has: the last ones may depend on what follows."""
+def shared_tokens(tokenizer: Any, prompt: dict[str, Any], limit: int) -> list[int]:
+    """The tokens that every prompt beginning with this text has: the last ones may depend on what follows.
+
+    Raises UserError for a text of more than `limit` tokens (0: any number).
+    """
     from ..hosts.mlx_lm.generate import encode_prompt
 
     variants = [
-        encode_prompt(tokenizer, prompt["text"] + JOIN + ending, system=prompt["system"], raw=prompt["raw"])
+        encode_prompt(tokenizer, prompt["text"] + JOIN + ending, prompt["system"], prompt["raw"], limit)
         for ending in ("What?", "7 names", "(and so on)")
     ]
     shared = []

@@ -19,7 +19,7 @@ def calibrate(
     tokens: Annotated[str, typer.Option(help="Tokens to read, such as 8k.")] = "8k",
     context: Annotated[str, typer.Option(help="Tokens of each text.")] = "2k",
     text: Annotated[Path | None, typer.Option(help="Text file or folder to read instead of Python's library.")] = None,
-    seed: Annotated[int, typer.Option(help="Which texts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which texts.")] = 0,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 512,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("calibrated.toml"),
 ) -> None:
@@ -35,6 +35,7 @@ def calibrate(
     check_output(output)
     from ..evaluate import corpus as corpora
     from ..hosts.mlx_lm.load import load
+    from ..memory.loaded import check_length
     from ..spec.recommended import recommend
     from ..tuning.calibrate import Calibrator, Reading, texts
     from .evaluate import check_tokenizer, progress
@@ -43,6 +44,7 @@ def calibrate(
     check_tokenizer(name)
     corpus = corpora.standard_library(corpora.CALIBRATION) if text is None else corpora.load(text)
     loaded, tokenizer = load(name)
+    check_length(loaded, reading.context)
     rows = texts(corpus, tokenizer, reading)
     calibrator = Calibrator(
         loaded, recommend(loaded).spec if spec == AUTO else spec, reading, output.with_suffix(".partial")

@@ -56,7 +56,7 @@ def fidelity(
     from ..evaluate import show
 
     protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records, protocol.length)
     passes = len(on.names) + ("native" not in on.names)
     found = _run(on, task, protocol, passes * protocol.sequences * (protocol.length - 1))
     write(show.fidelity(found, form), output)
@@ -94,7 +94,7 @@ def needle(
     grid = task.Grid(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records, max(whole))
     found = _run(on, task, grid, len(on.names) * sum(whole) * len(parts) * trials)
     write(show.needle(found, form), output)
     if plot is not None:
@@ -123,7 +123,7 @@ def generate(
     from ..evaluate import show
 
     job = task.Task(context, tokens, prompts, questions, distractors, prefill_step_size, seed)
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records, context + tokens)
     found = _run(on, task, job, (len(on.names) + 1) * prompts * (context + tokens))
     write(show.agreement(found, form), output)
 
@@ -148,7 +148,7 @@ def layers(
     from ..evaluate import show
 
     view = task.View(context, window, sequences, prefill_step_size, seed)
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records)
+    on = _prepare(one_model(model, model_option), kv, text, form, output, records, context)
     rivals = [n for n in on.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
     if rivals:
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
@@ -175,7 +175,7 @@ def use(
     from ..evaluate import use as task
 
     job = task.Task(prompts, context, tokens, batch=batch, seed=seed)
-    on = _prepare(one_model(model, model_option), kv, None, form, output, records)
+    on = _prepare(one_model(model, model_option), kv, None, form, output, records, context + tokens)
     found = _run(on, task, job, (len(on.names) + 1) * prompts * (context + tokens))
     write(show.use(found, form), output)
 
@@ -198,7 +198,7 @@ def tasks(
     from ..evaluate import tasks as task
 
     job = task.Task(questions, context, batch=batch, seed=seed)
-    on = _prepare(one_model(model, model_option), kv, None, form, output, records)
+    on = _prepare(one_model(model, model_option), kv, None, form, output, records, context)
     found = _run(on, task, job, (len({*on.names, "native"})) * questions * context)
     write(show.tasks(found, form), output)
 
@@ -210,9 +210,9 @@ def _run(on: Evaluation, task: Any, job: Any, tokens: int) -> list[Record]:
 
 
 def _prepare(
-    model: str, kv: str, text: Path | None, form: str, output: Path | None, records: Path | None
+    model: str, kv: str, text: Path | None, form: str, output: Path | None, records: Path | None, longest: int
 ) -> Evaluation:
-    """Check everything that is cheap to check, then load the model."""
+    """Check everything that is cheap to check, then load the model, which must be made for `longest` tokens."""
     from ..evaluate.show import check_format
 
     check_format(form)
@@ -220,6 +220,7 @@ def _prepare(
     check_tokenizer(model)
     from ..evaluate import contenders, corpus
     from ..evaluate.evaluation import Evaluation
+    from ..memory.loaded import check_length
     from ..records import Records, model_name
     from ..spec.text import split
 
@@ -231,6 +232,7 @@ def _prepare(
     from ..hosts.mlx_lm.load import load, model_folder
 
     loaded, tokenizer = load(model)
+    check_length(loaded, longest)
     return Evaluation(loaded, model_name(model, model_folder(model)), tokenizer, reading, names, kept)
 
 

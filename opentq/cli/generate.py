@@ -79,16 +79,13 @@ def generate(
     from ..hosts.mlx_lm.generate import check_context, check_draft, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
     from ..hosts.report import report
+    from ..memory.loaded import model_context
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.recommended import advice
 
     wiring = parse_wire(wire)
-    if images.wanted(path, image, prompt_cache, draft_model, ignore_chat_template):
-        options = Request([], max_tokens, temp, top_p, top_k, min_p, seed, prefill_step_size, max_context)
-        answer = images.generate(path, text, system_prompt, image or [], spec, options, wiring, as_json, verbose)
-        if output:
-            write(answer, output)
-        return
+    if image and (prompt_cache or draft_model or ignore_chat_template):
+        raise UserError("--prompt-cache, --draft-model and --ignore-chat-template can't be used with images")
     if prompt_cache and (draft_model or system_prompt or ignore_chat_template):
         raise UserError("--prompt-cache decides the template and the system prompt, and works without a draft model")
     if prompt_cache:
@@ -96,7 +93,9 @@ def generate(
         from ..spec.text import asked
 
         spec = asked(read_manifest(prompt_cache)[0].spec) if kv is None and kv_bits is None else spec
-    lm, tokenizer = load(path, kv=spec, tokenizer_config={"trust_remote_code": trust_remote_code or None})
+    seen = images.read(image) if image else []
+    options = {"trust_remote_code": trust_remote_code or None}
+    lm, tokenizer = load(path, kv=spec, images=bool(seen), tokenizer_config=options)
     draft = None
     if draft_model:
         draft, own = load(draft_model, kv=spec)
@@ -104,14 +103,18 @@ def generate(
     speaks = is_first_rank()
     if verbose and speaks:
         print(report(lm), file=sys.stderr)
-    caches, cached, started = None, 0, time.perf_counter()
+    caches, cached, sight, started = None, 0, None, time.perf_counter()
+    context = max_context or model_context(lm)
     if prompt_cache:
         from .cache import first_token, resume
 
-        caches, tokens = resume(prompt_cache, lm, tokenizer, path, text)
+        caches, tokens = resume(prompt_cache, lm, tokenizer, path, text, context)
         cached = max(c.size() for c in caches)
+    elif seen:
+        sight = images.prompt(lm, tokenizer, text, system_prompt, seen)
+        tokens = sight.tokens
     else:
-        tokens = encode_prompt(tokenizer, text, system=system_prompt, raw=ignore_chat_template)
+        tokens = encode_prompt(tokenizer, text, system_prompt, ignore_chat_template, context)
     ready = time.perf_counter() - started
     request = Request(
         tokens=tokens,
@@ -127,12 +130,13 @@ def generate(
         max_context=max_context,
         draft=draft,
         num_draft_tokens=num_draft_tokens,
+        images=sight,
     )
-    check_context(request)
+    check_context(request, context)
     if speaks and (line := advice(lm, spec)):
         print(line, file=sys.stderr)
     on_text = (lambda piece: print(piece, end="", flush=True)) if speaks else None
-    models, length = [m for m in (lm, draft) if m is not None], cached + len(tokens) + max_tokens
+    models, length = [m for m in (lm, draft) if m is not None], cached + len(tokens) + request.max_tokens
     with wired(lambda: needs(models, length, prefill_step_size), wiring):
         result = run(lm, tokenizer, request, on_text=on_text)
     if not speaks:
@@ -140,7 +144,7 @@ def generate(
     print(flush=True)
     if output:
         write(result.text, output)
-    times: dict[str, float] = {}
+    times: dict[str, float] = {"images": len(seen)} if seen else {}
     line = result.summary()
     if prompt_cache:
         line, times = first_token(result, ready, cached)

@@ -40,7 +40,7 @@ PrefillStep = Annotated[
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")]
 MaxContext = Annotated[
     int | None,
-    typer.Option("--max-context", min=2, help="Most tokens of prompt and answer; default: no limit."),
+    typer.Option("--max-context", min=2, help="Most tokens of prompt and answer; default: the model's own."),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the tokenizer's own code.")]
 Wire = Annotated[
@@ -57,7 +57,8 @@ RecordsFile = Annotated[
 ]
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
+    """A callback for every option that is a float: not-a-number is within all bounds."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -65,15 +66,13 @@ def _finite(value: float) -> float:
 
 Temp = Annotated[
     float,
-    typer.Option("--temp", "--temperature", min=0, max=2, callback=_finite, help="Sampling temperature; 0 is greedy."),
+    typer.Option("--temp", "--temperature", min=0, max=2, callback=finite, help="Sampling temperature; 0 is greedy."),
 ]
-TopP = Annotated[
-    float, typer.Option("--top-p", min=0, max=1, callback=_finite, help="Nucleus sampling; 0 or 1 is off.")
-]
+TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, callback=finite, help="Nucleus sampling; 0 or 1 is off.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k most likely; 0 is off.")]
 MinP = Annotated[
     float,
-    typer.Option("--min-p", min=0, max=1, callback=_finite, help="Least probability relative to the best; 0 is off."),
+    typer.Option("--min-p", min=0, max=1, callback=finite, help="Least probability relative to the best; 0 is off."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Random seed.")]
 

@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import KV, KVBits, KVGroupSize, ModelArgument, ModelOption, TrustRemoteCode, Wire, one_model, spec_for
+from .options import (
+    KV,
+    KVBits,
+    KVGroupSize,
+    MinP,
+    ModelArgument,
+    ModelOption,
+    Temp,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Wire,
+    finite,
+    one_model,
+    spec_for,
+)
 
 REFUSED = {
     "--prompt-cache-size": "prompts are remembered by their bytes, see --prompt-cache-bytes",
@@ -69,14 +84,13 @@ def serve(
     decode_concurrency: Annotated[int, typer.Option(help="Most requests that run at once.", min=1)] = 64,
     queue: Annotated[int, typer.Option(help="Most requests that wait for memory; further ones get a 503.", min=0)] = 64,
     prefill_step_size: Annotated[
-        int | None, typer.Option(help="Tokens read between two decode steps; default: what at most triples their time.")
+        int | None,
+        typer.Option(min=1, help="Tokens read between two decode steps; default: at most triples their time."),
     ] = None,
-    temp: Annotated[
-        float, typer.Option("--temp", "--temperature", help="Temperature when a request gives none.", min=0, max=2)
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="top_p when a request gives none.", min=0, max=1)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="top_k when a request gives none; 0: all tokens.", min=0)] = 0,
-    min_p: Annotated[float, typer.Option(help="min_p when a request gives none.", min=0, max=1)] = 0.0,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
     adapter_path: Annotated[str | None, typer.Option(help="Folder of adapter weights (LoRA) for the model.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="Chat template in place of the model's own.")] = None,
     chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
@@ -87,9 +101,11 @@ def serve(
         list[str] | None, typer.Option(help="Name this server may be called by; may be repeated.")
     ] = None,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "32MB",
-    keep_alive: Annotated[float, typer.Option(help="Seconds of silence before a keep-alive is sent.", min=0.1)] = 5.0,
+    keep_alive: Annotated[
+        float, typer.Option(help="Seconds of silence before a keep-alive.", min=0.1, callback=finite)
+    ] = 5.0,
     drain: Annotated[
-        float, typer.Option(help="Seconds that running answers get when the server is stopped.", min=0)
+        float, typer.Option(help="Seconds that running answers get when the server is stopped.", min=0, callback=finite)
     ] = 30.0,
     allow_model_loading: Annotated[
         list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")

@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .options import ModelArgument, ModelOption, RecordsFile, check_output, one_model
+from .options import ModelArgument, ModelOption, RecordsFile, check_output, finite, one_model
 from .plan import counts, parse_count
 
 
 def tune(
     model: ModelArgument = "",
     model_option: ModelOption = "",
-    max_kl: Annotated[float, typer.Option(help="Largest mean KL to the model's own cache, nats per token.")] = 0.02,
+    max_kl: Annotated[float, typer.Option(min=0, callback=finite, help="Largest mean KL, nats per token.")] = 0.02,
     memory: Annotated[str, typer.Option(help="Weights, cache and reserve must stay within this, such as 64GB.")] = "",
     context: Annotated[str, typer.Option(help="Context for --memory, such as 128k.")] = "",
-    min_speed: Annotated[float, typer.Option(min=0, help="Least decode tokens per second.")] = 0.0,
+    min_speed: Annotated[float, typer.Option(min=0, callback=finite, help="Least decode tokens per second.")] = 0.0,
     depths: Annotated[str, typer.Option(help="Tokens of context before what is measured.")] = "1k",
     sequences: Annotated[int, typer.Option(min=1, help="Texts read together.")] = 4,
     window: Annotated[str, typer.Option(help="Sliding-window layers: native or compress.")] = "native",

@@ -6,13 +6,13 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from ..errors import UserError
 from ..hosts.mlx_lm import tool_form
+from ..hosts.mlx_lm.tokens import Encoder, TooLong
 from . import pictures
 from .errors import ApiError, bad
 from .request import GenerationRequest
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from ..hosts.mlx_vlm.vision import ImagePrompt, Vision
 
 log = logging.getLogger("opentq.serve")
-
-SLICE = 1 << 16
-"""Characters that are tokenized between two looks at whether anybody still waits for the prompt."""
 
 
 class Abandoned(Exception):
@@ -55,6 +52,7 @@ class Prompter:
         `vision`: what makes prompts of images, for a model that takes them.
         """
         self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
         self.vocab = vocab
         self.template = template or {}
         self.keep_volatile = keep_volatile
@@ -76,40 +74,19 @@ class Prompter:
         with self._lock:
             if abandoned():
                 raise Abandoned
-            self._bound(_characters(request), limit, request)
-            if request.messages is None:
-                prompt = Prompt(self._text(request, limit, abandoned))
-            elif found := pictures.of(request.messages):
-                prompt = self._see(found, request, limit)
-            else:
-                prompt = Prompt(self._chat(request, limit, abandoned))
+            try:
+                self.encoder.bound(_characters(request), limit)
+                if request.messages is None:
+                    prompt = Prompt(self._text(request, limit, abandoned))
+                elif found := pictures.of(request.messages):
+                    prompt = self._see(found, request, limit)
+                else:
+                    prompt = Prompt(self._chat(request, limit, abandoned))
+            except TooLong as error:
+                raise too_long(limit or 0, str(error), _where(request)) from error
         if not prompt.tokens:
             raise bad("the prompt is empty: it has no tokens", _where(request))
         return prompt
-
-    @cached_property
-    def longest(self) -> int:
-        """Characters of the longest token: no text of more than `n * longest` has only `n` tokens."""
-        return max((len(t) for t in self.tokenizer.get_vocab()), default=1)
-
-    def _bound(self, characters: int, limit: int | None, request: GenerationRequest) -> None:
-        if limit is not None and characters > limit * self.longest:
-            raise too_long(limit, f"{characters} characters", _where(request))
-
-    def _encode(
-        self, text: str, limit: int | None, abandoned: Callable[[], bool], request: GenerationRequest, special: bool
-    ) -> list[int]:
-        """`text` as tokens. A long text is counted in slices first, so that one far too long is left early."""
-        self._bound(len(text), limit, request)
-        if len(text) > SLICE:
-            count = 0
-            for start in range(0, len(text), SLICE):
-                if abandoned():
-                    raise Abandoned
-                if limit is not None and count > 1.1 * limit:  # cuts between slices may add a few
-                    raise too_long(limit, f"more than {limit}", _where(request))
-                count += len(self.tokenizer.encode(text[start : start + SLICE], add_special_tokens=False))
-        return list(self.tokenizer.encode(text, add_special_tokens=special))
 
     def initial_state(self, request: GenerationRequest, tokens: list[int]) -> str:
         """The state in which an answer begins: reasoning when the template itself opened the thought."""
@@ -124,7 +101,7 @@ class Prompter:
 
     def _text(self, request: GenerationRequest, limit: int | None, abandoned: Callable[[], bool]) -> list[int]:
         if isinstance(request.prompt, str):
-            return self._encode(request.prompt, limit, abandoned, request, special=True)
+            return self._encode(request.prompt, limit, abandoned, special=True)
         if wrong := next((t for t in request.prompt if t >= self.vocab), None):
             raise bad(f"prompt has the token id {wrong}, but the model's ids end at {self.vocab - 1}", "prompt")
         return list(request.prompt)
@@ -133,11 +110,18 @@ class Prompter:
         messages = self._messages(request)
         # What will be cleared is not counted against the limit.
         first = None if request.clear else limit
-        tokens = self._encode(self._render(messages, request), first, abandoned, request, special=False)
+        tokens = self._encode(self._render(messages, request), first, abandoned, special=False)
         if request.clear and request.clear.due(len(tokens), messages):
             text = self._render(request.clear.apply(messages), request)
-            tokens = self._encode(text, limit, abandoned, request, special=False)
+            tokens = self._encode(text, limit, abandoned, special=False)
         return tokens
+
+    def _encode(self, text: str, limit: int | None, abandoned: Callable[[], bool], special: bool) -> list[int]:
+        def look() -> None:
+            if abandoned():
+                raise Abandoned
+
+        return self.encoder.encode(text, limit, special, look)
 
     def _see(self, found: list[pictures.Picture], request: GenerationRequest, limit: int | None) -> Prompt:
         """A prompt with images. Images are decoded here: it takes time, and the largest are refused before."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..records import Record
+from ..text import read
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 HELD_OUT, CALIBRATION = 8, 9
@@ -73,8 +74,8 @@ def load(path: Path | None) -> Corpus:
         raise UserError(f"text {str(path)!r} does not exist")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py")) if path.is_dir() else [path]
     names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
-    texts = tuple(sorted((n, p.read_bytes().decode("utf-8", errors="ignore")) for n, p in zip(names, files)))
-    if not any(text.strip() for _, text in texts):
+    texts = tuple(sorted((n, read(p, "the text")) for n, p in zip(names, files)))
+    if not any(content.strip() for _, content in texts):
         raise UserError(f"text {str(path)!r} is empty")
     return Corpus(path.name, texts)
 

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..attention import dispatch
-from ..caches.extent import Limits
+from ..caches.extent import Limits, limits
 from ..caches.single import OpenTQCache, mean_key, shifted
 from ..caches.step import Handle, Step
 from ..codecs import Affine
@@ -73,9 +73,8 @@ class SimulatedCache(OpenTQCache):
         super().__init__(spec, window=window)
         self.eager = eager
 
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.spec.sink, self.spec.recent)
+    def _limits(self) -> Limits:
+        return limits(self.spec.sink, self.spec.recent)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         """Append `[B, H, L, D]` keys and values; the handles attend to fp16 columns only."""

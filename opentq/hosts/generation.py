@@ -5,16 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from . import hooks
 
+if TYPE_CHECKING:
+    from .mlx_vlm.vision import ImagePrompt
+
 
 @dataclass
 class Request:
-    """What to generate: `tokens` is the encoded prompt, after the `cached` tokens that `caches` hold already."""
+    """What to generate: `tokens` is the encoded prompt, after the `cached` tokens that `caches` hold already; `images`
+    is the same prompt, where it has any.
+    """
 
     tokens: list[int]
     max_tokens: int = 256
@@ -29,6 +34,7 @@ class Request:
     num_draft_tokens: int = 3
     caches: list[Any] | None = None
     cached: int = 0
+    images: ImagePrompt | None = None
 
 
 @dataclass

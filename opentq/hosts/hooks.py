@@ -74,7 +74,7 @@ def prepare(model: Any, spec: Spec, self_test: bool = True) -> Installation:
     host, own = host_of(model), own_caches(model)
     decoder = host.decoder(model)
     traits = host.traits(decoder)
-    plans = decide(own(), spec, host.caches, traits)
+    plans = decide(_traced(decoder, own), spec, host.caches, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
     record = Installation(host, spec, plans, stats, decoder.__dict__.get("make_cache"), own, traits)
     floats.settle(model)
@@ -91,13 +91,19 @@ def plan(model: Any, spec: Spec) -> list[LayerPlan]:
 
     Raises NothingCompressed.
     """
-    host, caches = host_of(model), own_caches(model)()
+    host = host_of(model)
     decoder = host.decoder(model)
-    traits = host.traits(decoder)
+    traits, caches = host.traits(decoder), _traced(decoder, own_caches(model))
     plans = decide(caches, spec, host.caches, traits)
-    decoder(mx.array([[0]]), cache=caches)
     held = [members(caches[p.index])[p.part] for p in plans]
     return [shaped(_used(p, cache, traits.unused), cache) for p, cache in zip(plans, held)]
+
+
+def _traced(decoder: Any, make: Callable[[], list[Any]]) -> list[Any]:
+    """Caches through which a token was traced, uncomputed, so that they show their shapes."""
+    caches = make()
+    decoder(mx.array([[0]]), cache=caches)
+    return caches
 
 
 def own_caches(model: Any) -> Callable[[], list[Any]]:

@@ -25,7 +25,8 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
     """One plan per cache (and per member of a CacheList). Raises NothingCompressed.
 
     Args:
-        caches: what the model's own factory makes.
+        caches: what the model's own factory makes, after a token was traced through them, so that their shapes show
+            what the codecs are asked for.
         kinds: the module of the host's cache classes.
         traits: what is special about the model (`seams.traits`).
     """
@@ -50,13 +51,37 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
             elif traits.latent:
                 own = latent_spec(own)
             latent = traits.latent and not window
-            plans.append(LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole))
-    if not compressible:
+            plan = LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole)
+            if refusal := _refused(shaped(plan, cache)):
+                plan = LayerPlan(i, kind, None, refusal, part, bound=window)
+            plans.append(plan)
+    packed = [p for p in plans if p.spec and p.spec.compresses]
+    if spec.compresses and not packed and any(p.compressed for p in plans):
+        raise NothingCompressed(
+            f"--kv {spec} would compress nothing in this model: skip leaves all {len(compressible)} layers in fp16; "
+            "skip fewer, or use --kv f16"
+        )
+    if not any(p.compressed for p in plans):
         found = ", ".join(sorted({f"{p.kind}: {p.reason}" for p in plans})) or "the model has no caches"
         windows = any(native_bound(c) for _, _, c in slots if isinstance(c, kinds.RotatingKVCache))
-        remedy = f"use --kv {spec}:window=compress" if windows and spec.window == "native" else "use it without --kv"
+        remedy = "use --kv off"
+        if windows and spec.window == "native":
+            remedy = f"use --kv {spec}:window=compress"
+        elif compressible:
+            remedy = "use --kv f16, or --kv off"
         raise NothingCompressed(f"--kv {spec} would compress nothing in this model ({found}); {remedy}")
     return plans
+
+
+def _refused(plan: LayerPlan) -> str:
+    """Why the plan's codecs can't serve its vectors; "" when they can, or where its shape is not known."""
+    try:
+        for codec, dim in zip(plan.codecs, (plan.key_dim, plan.value_dim)):
+            if dim:
+                codec.check(dim)
+    except ValueError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def _read_whole(spec: KVSpec, window: int, traits: Traits) -> str:

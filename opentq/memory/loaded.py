@@ -7,7 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..caches.composite import members
+from ..errors import UserError
 from ..hosts import hooks
+from ..hosts.mlx_lm.files import context_length
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..hosts.plan import LayerPlan
 from ..hosts.policy import shaped
@@ -30,9 +32,17 @@ def layer_plans(model: Any) -> list[LayerPlan]:
     return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
 
 
+def check_length(model: Any, tokens: int) -> None:
+    """Raise UserError for texts of more tokens than the model was made for: what is measured there says nothing."""
+    made_for = model_context(model)
+    if made_for and tokens > made_for:
+        raise UserError(
+            f"{tokens:,} tokens are asked for, and the model was made for {made_for:,}: beyond them it answers badly "
+            "with any cache; ask for fewer"
+        )
+
+
 def model_context(model: Any) -> int:
-    """Tokens that the model was made for; 0 when its arguments don't say."""
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None)
-    found = (text or {}).get("max_position_embeddings") if isinstance(text, dict) else None
-    return int(found or getattr(args, "max_position_embeddings", None) or 0)
+    """Tokens that the model was made for; 0 when neither its config.json nor its arguments say."""
+    known = getattr(model, "context_length", None)
+    return known if known is not None else context_length(vars(model.args) if hasattr(model, "args") else {})

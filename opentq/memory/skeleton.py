@@ -18,11 +18,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..caches.composite import members
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..hosts.host import host_of
+from ..hosts.mlx_lm.files import WRONG, context_length
 from ..hosts.plan import LayerPlan
 from ..hosts.policy import decide, shaped
 from ..spec.text import Spec
+
+HEADS = ("num_attention_heads", "num_query_heads", "num_heads", "n_heads", "n_head")
+HIDDEN = ("hidden_size", "model_dim", "hidden_dim", "d_model", "n_embd")
+"""Names that configurations give their query heads (a list has one number per layer) and their width."""
 
 
 class ConfigError(UserError):
@@ -55,7 +60,7 @@ class Skeleton:
     @property
     def context_limit(self) -> int:
         """Tokens the model was made for; 0 when the config does not say."""
-        return int(self.text.get("max_position_embeddings") or 0)
+        return context_length(self.config)
 
     @cached_property
     def modules(self) -> list[tuple[str, Any]]:
@@ -71,19 +76,20 @@ class Skeleton:
     def widths(self) -> tuple[int, int, int]:
         """(hidden size, widest inner projection, query heads): what the activations of a chunk are made of."""
         text = self.text
-        hidden, vocabulary = int(text.get("hidden_size") or 0), int(text.get("vocab_size") or 0)
         linear = [m for _, m in self.modules if hasattr(m, "to_quantized")]
+        hidden, vocabulary = self._said(HIDDEN), self._said(("vocab_size", "num_vocab"))
         inner = max(
             (m.weight.shape[0] for m in linear if m.weight.ndim == 2 and m.weight.shape[0] != vocabulary), default=0
         )
         # A mixture's experts see every token several times over.
         repeats = int(text.get("num_experts_per_tok") or text.get("top_k_experts") or 1)
         experts = max((m.weight.shape[1] for m in linear if m.weight.ndim == 3), default=0)
-        return (
-            hidden,
-            max(inner, repeats * (experts + 2 * hidden // 3) if experts else 0),
-            int(text["num_attention_heads"]),
-        )
+        return hidden, max(inner, repeats * (experts + 2 * hidden // 3) if experts else 0), self._said(HEADS)
+
+    def _said(self, names: tuple[str, ...]) -> int:
+        """The number that the config gives under one of `names`, the largest of a list; 0 where it gives none."""
+        found = next((self.text[name] for name in names if self.text.get(name)), 0)
+        return int(max(found) if isinstance(found, list) else found)
 
     @property
     def has_sinks(self) -> bool:
@@ -130,20 +136,32 @@ class Skeleton:
 def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
     """The skeleton of a config in floats of 2 or 4 bytes. Raises ConfigError naming the wrong field or model type."""
     model_class, args_class, notes = classes(config)
+    zero = mx.array(0, mx.bfloat16 if float_bytes == 2 else mx.float32)
     try:
         model = model_class(args_class.from_dict(copy.deepcopy(config)))
-    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError) as error:
+        tie(model)
+        # Models that look at numbers while they are traced (routers) must not find that out from true products.
+        model.update(tree_map(lambda p: mx.broadcast_to(zero, p.shape), model.parameters()))
+        for _, module in flat(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module)):
+            if type(module) is nn.Linear:
+                module.__class__ = _Weightless
+        caches = _caches(model)
+        model(mx.array([[0]]), cache=caches)
+        return Skeleton(name, config, model, caches, notes)
+    except WRONG as error:
         raise ConfigError(
-            f"the config of {name!r} can't be used: {error} (model type {config.get('model_type')!r}); "
+            f"the config of {name!r} can't be used: {first_line(error)} (model type {config.get('model_type')!r}); "
             "give the model's whole config.json"
         ) from error
-    tie(model)
-    # Broadcast zeros: should a model evaluate something while it is traced, it costs nothing.
-    zero = mx.array(0, mx.bfloat16 if float_bytes == 2 else mx.float32)
-    model.update(tree_map(lambda p: mx.broadcast_to(zero, p.shape), model.parameters()))
-    caches = _caches(model)
-    model(mx.array([[0]]), cache=caches)
-    return Skeleton(name, config, model, caches, notes)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} can't be planned on this machine: {first_line(error)}") from error
+
+
+class _Weightless(nn.Linear):
+    """A linear layer whose output has the right shape and costs nothing."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.broadcast_to(mx.array(0, x.dtype), (*x.shape[:-1], self.weight.shape[0]))
 
 
 def flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
@@ -153,7 +171,7 @@ def flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
 def tie(model: Any) -> None:
     """Gemma 3 learns only from its weights that the output layer is the embedding: without weights, tell it."""
     text = getattr(model, "language_model", model)
-    if text.model_type == "gemma3_text" and "lm_head" in text:
+    if getattr(text, "model_type", "") == "gemma3_text" and "lm_head" in text:
         text.tie_word_embeddings = True
         text.pop("lm_head")
 
@@ -168,9 +186,7 @@ def _caches(model: Any) -> list[Any]:
 
 def classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
     """mlx-lm's classes for a config; an unknown model type is read as a Llama, and a note says so."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise ConfigError("the config has no 'model_type', so it is not a model's config.json")
+    kind = str(config.get("model_type"))
     try:
         arch = importlib.import_module(f"mlx_lm.models.{kind}")
     except ModuleNotFoundError:
@@ -182,4 +198,6 @@ def classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
             llama = importlib.import_module("mlx_lm.models.llama")
             note = f"model type {kind!r} is not known to mlx-lm: read as a Llama with full attention in every layer"
             return llama.Model, llama.ModelArgs, (note,)
+    except SystemExit as error:  # it has printed which
+        raise ConfigError(f"mlx-lm's model type {kind!r} needs a package that is not installed") from error
     return arch.Model, arch.ModelArgs, ()

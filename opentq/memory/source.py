@@ -4,14 +4,14 @@ repository.
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..hosts import floats
+from ..hosts.mlx_lm import files
 from ..hosts.mlx_lm.gguf import architectures, header, tensors
 from ..hosts.mlx_lm.names import is_gguf, resolve
 from . import shapes
@@ -37,17 +37,22 @@ class Source:
         return bool(self.folder or self.gguf)
 
     def weight_bytes(self, float_bytes: int) -> int | None:
-        """Bytes that the weights take once loaded with floats of `float_bytes`; None without weights."""
+        """Bytes that the weights take once loaded with floats of `float_bytes`; None without weights.
+
+        Raises ModelError when some are missing or damaged.
+        """
         if self.gguf:
             return tensors.loaded_bytes(self.gguf, float_bytes)
-        files = sorted(self.folder.glob("*.safetensors")) if self.folder else []
-        return sum(_loaded_bytes(f, float_bytes) for f in files) if files else None
+        if self.folder is None or not files.weights(self.folder):
+            return None
+        entries = files.tensors(self.folder).values()
+        return sum(math.prod(e["shape"]) * _width(e["dtype"], float_bytes) for e in entries)
 
     @property
     def quantization(self) -> tuple[int, int] | None:
         """(bits, group) of the weights as the config or the name says."""
         said = self.config.get("quantization") or self.config.get("quantization_config") or {}
-        if isinstance(said.get("bits"), int):
+        if isinstance(said, dict) and isinstance(said.get("bits"), int):
             return said["bits"], int(said.get("group_size") or 64)
         return (self.promised_bits, 64) if self.promised_bits else None
 
@@ -67,16 +72,16 @@ def find(model: str) -> Source:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{model!r} is not a model folder: it has no config.json")
-        return Source(path.resolve().name, _read(path / "config.json"), path)
+        return Source(path.resolve().name, files.read_config(path / "config.json"), path)
     if path.is_file():
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return Source(name, _read(path))
+        return Source(name, files.read_config(path))
     named = shapes.find(model)
     if named:
         return Source(model, named[1], promised_bits=shapes.bits_in_name(model))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"model {model!r} is no folder, config.json or known shape; shapes: {', '.join(shapes.NAMED)}")
-    return Source(model, _read(_download_config(model)), promised_bits=shapes.bits_in_name(model))
+    return Source(model, files.read_config(_download_config(model)), promised_bits=shapes.bits_in_name(model))
 
 
 def _download_config(repository: str) -> Path:
@@ -92,31 +97,6 @@ def _download_config(repository: str) -> Path:
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object, so it is not a model's config")
-    return config
-
-
-def _loaded_bytes(path: Path, float_bytes: int) -> int:
-    """Bytes of a safetensors file's arrays, from its header alone."""
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise UserError(f"{path} is empty or cut off; download it again")
-        try:
-            header = json.loads(file.read(struct.unpack("<Q", head)[0]))
-        except (json.JSONDecodeError, UnicodeDecodeError, OverflowError) as error:
-            raise UserError(f"{path} is damaged ({error}); download it again") from error
-    header.pop("__metadata__", None)
-    total = 0
-    for entry in header.values():
-        count = 1
-        for n in entry["shape"]:
-            count *= n
-        total += count * (float_bytes if entry["dtype"] in FLOATS else BYTES.get(entry["dtype"], 1))
-    return total
+def _width(dtype: str, float_bytes: int) -> int:
+    """Bytes of a number once loaded."""
+    return float_bytes if dtype in FLOATS else BYTES.get(dtype, 1)

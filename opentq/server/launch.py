@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.mlx_lm.generate import check_draft
 from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
+from ..hosts.mlx_vlm.load import takes_images
 from ..memory.device import GIB
 from ..memory.loaded import model_context
 from ..records import fingerprint
@@ -157,7 +158,8 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     if options.chat_template:
         tokens["chat_template"] = options.chat_template
     adapter = {"adapter_path": options.adapter} if options.adapter else {}
-    model, tokenizer = load(options.model, kv=options.kv, images=not adapter, tokenizer_config=tokens, **adapter)
+    images = not adapter and takes_images(options.model)
+    model, tokenizer = load(options.model, kv=options.kv, images=images, tokenizer_config=tokens, **adapter)
     draft = None
     if options.draft:
         draft, own = load(options.draft, kv=AUTO if isinstance(options.kv, Recipe) else options.kv)

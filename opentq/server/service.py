@@ -167,7 +167,7 @@ class Service:
         the largest images in base64.
         """
         images = MOST * self.prompter.vision.largest * 4 // 3 if self.prompter.vision else 0
-        return (1 << 20) + 12 * self.prompter.longest * self.config.max_context + images
+        return (1 << 20) + 12 * self.prompter.encoder.longest * self.config.max_context + images
 
     @property
     def busy(self) -> bool:

@@ -20,10 +20,11 @@ from ..hosts.plan import LayerPlan
 from ..lab.store import need_optuna
 from ..memory import plan
 from ..memory.device import GIB, here
-from ..memory.loaded import weight_bytes
+from ..memory.loaded import check_length, weight_bytes
 from ..records import Records, model_name
 from ..spec.kv import KVSpec
 from ..spec.recipe import Recipe
+from ..spec.recommended import recommend
 from ..spec.text import Spec, parse
 from .sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
 
@@ -71,6 +72,12 @@ class Winner:
         return 1 - self.bits / self.uniform_bits
 
 
+def free(model: Any) -> str:
+    """What every spec of this model has because it takes no bits: centred keys and sinks, where recommended."""
+    best = recommend(model).spec
+    return (":center" if best.center else "") + (f":sink={best.sink}" if best.sink else "")
+
+
 class Tuner:
     """One model, its measurements and its goal."""
 
@@ -86,11 +93,12 @@ class Tuner:
         from ..hosts.mlx_lm.load import load, model_folder
 
         self.model, self.tokenizer = load(path)
+        check_length(self.model, protocol.length)
         self.id = model_name(path, model_folder(path))
         self.goal, self.protocol, self.say = goal, protocol, say
         self.records = Records(records)
         self.text = corpus.load(None)
-        self.suffix = ":window=compress" if window == "compress" else ""
+        self.suffix = free(self.model) + (":window=compress" if window == "compress" else "")
         self.plans = [p for p in self._plans(KVSpec.parse("int4" + self.suffix)) if p.compressed]
         count = len(self.plans)
         size = -(-count // min(count, BLOCKS))

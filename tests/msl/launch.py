@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -169,7 +170,8 @@ class MetalKernel:
     """
 
     def __init__(self, name: str, change: Callable[[str], str] | None = None, **creation: Any) -> None:
-        self.name, self.creation, self.change = name, creation, change
+        self.name = re.sub(r"_[0-9a-f]{8}$", "", name)  # less what tells its constants
+        self.creation, self.change = creation, change
         self.real = mx.fast.metal_kernel(name=name, **creation)
         self._texts: dict[Any, str] = {}
         self.order = 0

@@ -16,10 +16,10 @@ from opentq.kernels.metal import launch as metal
 
 from .. import oracle
 from ..matrix import Shape
-from ..test_metal import decode_step
 from ..test_metal import test_a_codebook_packs_bit_for_bit as codebook_packs
-from ..test_metal import test_columns_are_appended_as_the_cache_does as columns_are_appended
 from ..test_metal import test_pack_is_the_codec_bit_for_bit as pack_is_the_codec
+from ..test_metal_step import decode_step
+from ..test_metal_step import test_columns_are_appended_as_the_cache_does as columns_are_appended
 from . import launch, tally
 from .harness import LANES, MATRIX, gpu, needs_emulator, no_trouble_since, step  # noqa: F401
 

@@ -13,24 +13,41 @@ from mlx_lm.sample_utils import make_sampler
 from ...errors import UserError
 from ..generation import Meter, Request, Result
 from .load import make_cache
+from .tokens import Encoder, TooLong
 
 
-def encode_prompt(tokenizer: Any, text: str, system: str | None = None, raw: bool = False) -> list[int]:
+def encode_prompt(tokenizer: Any, text: str, system: str | None = None, raw: bool = False, limit: int = 0) -> list[int]:
     """Token ids of a user message through the chat template, or of the bare text where it is `raw`.
 
-    Raises UserError for an empty prompt, and for a model without a template that is asked for one.
+    Raises UserError for an empty prompt, for a model without a template that is asked for one, for a system message
+    without one, and for a prompt of more than `limit` tokens (0: any number), which is not tokenized whole for that.
     """
+    if raw and system:
+        raise UserError("--system-prompt goes through the chat template, which --ignore-chat-template leaves out")
     if not raw and not getattr(tokenizer, "has_chat_template", True):
         raise UserError("this model has no chat template; add --ignore-chat-template to let it continue the bare text")
-    if not raw:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        tokens = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    else:
-        tokens = list(tokenizer.encode(text))
+    encoder = Encoder(tokenizer)
+    try:
+        encoder.bound(len(text), limit or None)
+        if not raw:
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": text})
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        tokens = encoder.encode(text, limit or None, special=raw)
+    except TooLong as error:
+        raise _too_long(str(error), limit) from error
     if not tokens:
         raise UserError("the prompt is empty: it has no tokens")
+    if limit and len(tokens) > limit:
+        raise _too_long(f"{len(tokens):,} tokens", limit)
     return tokens
+
+
+def _too_long(has: str, limit: int) -> UserError:
+    return UserError(
+        f"the prompt has {has}, and the context is {limit:,} tokens: shorten it, or insist with --max-context (beyond "
+        "what it was made for, a model answers badly)"
+    )
 
 
 def run(model: Any, tokenizer: Any, request: Request, on_text: Callable[[str], None] | None = None) -> Result:
@@ -45,17 +62,27 @@ def run(model: Any, tokenizer: Any, request: Request, on_text: Callable[[str], N
         options |= {"prompt_cache": caches, "prompt_progress_callback": progress()}
     sampler = make_sampler(request.temp, request.top_p, request.min_p, top_k=request.top_k)
     meter = Meter(request.seed, on_text)
+    speaker, read = model, 0
+    if request.images:
+        speaker, read = request.images.begin(model, caches, request.prefill_step_size)
     for response in stream_generate(
-        model, tokenizer, request.tokens, max_tokens=request.max_tokens, sampler=sampler, **options
+        speaker, tokenizer, request.tokens[read:], max_tokens=request.max_tokens, sampler=sampler, **options
     ):
         reason = response.finish_reason
         meter.take(response.text, None if reason == "stop" else response.token, reason)
     return meter.result(model, caches, len(request.tokens))
 
 
-def check_context(request: Request) -> None:
-    """Raise UserError when prompt + answer don't fit in `max_context`."""
+def check_context(request: Request, made_for: int = 0) -> None:
+    """Raise UserError when prompt + answer don't fit in `max_context`.
+
+    Without that, the answer is made shorter where the model was not made for so many tokens.
+    """
     prompt = request.cached + len(request.tokens)
+    if request.max_context is None and made_for:
+        if prompt >= made_for:
+            raise _too_long(f"{prompt:,} tokens", made_for)
+        request.max_tokens = min(request.max_tokens, made_for - prompt)
     if request.max_context is not None and prompt + request.max_tokens > request.max_context:
         raise UserError(
             f"the prompt has {prompt} tokens and --max-tokens is {request.max_tokens}: together more than "

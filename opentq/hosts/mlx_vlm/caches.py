@@ -78,6 +78,7 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.pads = [0] * len(self.extents)
+        self.cut: list[int] | None = None
 
     @classmethod
     def empty_like(cls, single: OpenTQCache, left_padding: Iterable[int]):
@@ -87,10 +88,23 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
         return batch
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
-        """Say how the next tokens are padded: on the left, or on the right until `finalize`."""
+        """Say how the next tokens are padded: on the left, or on the right until `finalize`.
+
+        Right padding without `lengths` is of the newest tokens that are stored: drafts that were not accepted, which
+        `finalize` takes back.
+        """
+        if right_padding is not None and lengths is None:
+            self.cut = _ints(right_padding)
+            return
         if left_padding is not None:
             self.pads = [p + int(more) for p, more in zip(self.pads, left_padding)]
         super().prepare(lengths=lengths, right_padding=right_padding)
+
+    def finalize(self) -> None:
+        if self.cut is not None:
+            self.trim(self.cut)
+            self.cut = None
+        super().finalize()
 
     @property
     def offset(self) -> mx.array:

@@ -16,7 +16,7 @@ def decoder(model: Any) -> Any:
     if not hasattr(language, "layers"):
         raise UserError(
             f"{type(model).__module__} has no language model with layers: there is no KV cache to compress; use it "
-            "without --kv"
+            "--kv off"
         )
     return language
 

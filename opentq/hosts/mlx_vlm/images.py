@@ -21,8 +21,8 @@ class ImageError(UserError):
     """An image can't be used; the message says which and why."""
 
 
-def read(path: Path) -> Image.Image:
-    """The image in a file, upright, RGB. Raises ImageError."""
+def read(path: Path) -> bytes:
+    """The bytes of an image file that can be decoded. Raises ImageError."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= BYTES else b""
@@ -30,7 +30,8 @@ def read(path: Path) -> Image.Image:
         raise ImageError(f"can't read the image {str(path)!r}: {error.strerror}") from error
     if size > BYTES:
         raise ImageError(_too_large(repr(str(path)), size))
-    return decode(data, repr(str(path)))
+    decode(data, repr(str(path)))
+    return data
 
 
 def decode(data: bytes, name: str = "the image") -> Image.Image:

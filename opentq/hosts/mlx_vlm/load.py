@@ -29,7 +29,18 @@ def takes_images(path: str) -> bool:
 
 
 def _folder(path: str) -> Path:
-    return Path(resolve(path)).expanduser()
+    """Where a model's small files are; those of a repository are downloaded, as the model is going to be."""
+    folder = Path(resolve(path)).expanduser()
+    if folder.exists() or path.count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    for offline in (True, False):
+        try:
+            return Path(snapshot_download(path, allow_patterns="*.json", local_files_only=offline))
+        except (OSError, ValueError):  # the errors of its own are of these, and loading will say what is wrong
+            continue
+    return folder
 
 
 def _config(path: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ...errors import UserError
 from .host import decoder
 from .images import BYTES
 from .private import chunks_allowed
+from .text import Shifted, TextModel
 
 WHOLE = 8192
 """Most tokens that are read at once, for the models whose images see each other in both directions."""
@@ -81,6 +82,22 @@ class ImagePrompt:
                 f"this model reads all up to the last image at once, which can be {WHOLE} tokens, not {self.end}"
             )
         self._settled = True
+
+    def begin(self, model: TextModel, caches: list[Any], step: int = 2048, held: int = 0) -> tuple[Any, int]:
+        """Read all up to the last image into `caches`, which hold the first `held` tokens.
+
+        Returns what stands for the model for the text that follows, and how many tokens the caches hold. Raises
+        VisionError.
+        """
+        self.settle(model.model)
+        end, at = max(min(self.end, len(self.tokens) - 1), held), held
+        while at < end:
+            stop = end if self.whole else min(at + step, end)
+            self.read(model.model, caches, at, stop)
+            mx.eval([c.state for c in caches])
+            at = stop
+        self.release()
+        return (Shifted(model, self.shift) if self.shift else model), at
 
     def read(self, model: Any, caches: Sequence[Any], start: int, stop: int) -> Any:
         """Give the tokens from `start` to `stop` to the model; `start` is before `end`. Returns logits `[1, L, V]`.

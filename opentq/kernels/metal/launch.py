@@ -2,8 +2,8 @@
 
 A kernel is one `.metal` file: helper functions, then a line `// ---- body`, then the body of the kernel; MLX writes the
 signature. Every kernel takes whole, over-allocated, row-contiguous buffers plus lengths in a small array, so nothing is
-ever copied, and nothing that changes from step to step is a template argument. `Tuning` holds the numbers that only a
-measurement on the device can choose: `opentq bench kernel --tune` writes them to `tuning_file()`, by GPU; for others
+ever copied, and nothing that changes from step to step is a constant of its text. `Tuning` holds the numbers that only
+a measurement on the device can choose: `opentq bench kernel --tune` writes them to `tuning_file()`, by GPU; for others
 there is a table keyed by GPU generation.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -64,11 +65,12 @@ MAX_QUERY = 768
 
 @dataclass(frozen=True)
 class Kernel:
-    """Names of one kernel's arrays, and its file."""
+    """Names of one kernel's arrays, and its file; `strided`: whether MLX may have to copy inputs that a model made."""
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    strided: bool = False
 
 
 _PACKED = ("k_codes", "k_more", "k_scales", "v_codes", "v_more", "v_scales")
@@ -81,6 +83,7 @@ KERNELS = {
         "append.metal",
         ("q", "new_k", "new_v", "dense_k", "dense_v", "center", "meta", "real"),
         ("q_out", "k_out", "v_out"),
+        strided=True,
     ),
     "pack": Kernel("pack.metal", ("y", "meta"), ("codes", "scales")),
     "pack_book": Kernel("pack_book.metal", ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
@@ -207,19 +210,36 @@ make: Callable[..., Any] = mx.fast.metal_kernel
 """Builds a kernel object; tests put their emulator here."""
 
 
+Template = tuple[tuple[str, Any], ...]
+"""Constants of a kernel by name: types, numbers, and whether or not."""
+
+TYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
+
+
 @functools.cache
-def kernel(name: str) -> Any:
-    """The `mx.fast.metal_kernel` object called `name`, built once."""
+def kernel(name: str, template: Template = ()) -> Any:
+    """The `mx.fast.metal_kernel` object called `name` with these constants, built once.
+
+    They are written into its text: MLX's own template arguments are put together anew in every call, which takes the
+    host as long as the call itself.
+    """
     spec = KERNELS[name]
     header, body = source(spec.file)
+    text = "".join(_constant(*pair) for pair in template)
     return make(
-        name=f"opentq_{name}",
+        name=f"opentq_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}",
         input_names=list(spec.inputs),
         output_names=list(spec.outputs),
-        source=body,
+        source=text + body,
         header=header,
-        ensure_row_contiguous=False,
+        ensure_row_contiguous=spec.strided,
     )
+
+
+def _constant(name: str, value: Any) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"  using {name} = {TYPES[value]};\n"
+    return f"  constexpr {type(value).__name__} {name} = {str(value).lower()};\n"
 
 
 @dataclass(frozen=True)

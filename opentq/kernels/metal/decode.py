@@ -1,0 +1,352 @@
+"""Attention and appends as calls of Metal kernels, whose numbers are made once.
+
+What is the same for all layers of a step (templates, grids, shapes, small arrays of numbers) belongs to a `Geometry`,
+which layers share; what is the same in all steps of a layer (its packed arrays) to a `Launch`, which is kept beside
+them. A layer's step is then three look-ups and three calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ...codecs import codebooks
+from ...codecs.polar import LEVELS
+from ...contracts.attention import AttnArgs, Lengths, PackedKV
+from ...contracts.backend import Pair
+from ...contracts.codec import Angles, Codebooks, Codec, Halves, Integers
+from . import launch as metal
+from .launch import Format, Side
+
+MATRIX_ROWS = 8
+"""Query rows per KV head up to which the matrix kernel gives every simdgroup tokens of its own."""
+MAX_DIM = 512
+KEPT = 512
+"""Steps that a geometry remembers."""
+
+
+class Call:
+    """One kernel call without its inputs: the kernel, keywords of MLX's object for it, and its arrays of numbers."""
+
+    __slots__ = ("given", "kernel", "made", "maker", "numbers")
+
+    def __init__(
+        self, name: str, template: Sequence[tuple[str, Any]], given: dict[str, Any], numbers: tuple[mx.array, ...]
+    ) -> None:
+        self.kernel, self.given, self.numbers = (name, tuple(template)), given, numbers
+        self.maker: Any = None
+
+    def __call__(self, inputs: list[mx.array]) -> list[mx.array]:
+        if self.maker is not metal.make:
+            self.made, self.maker = metal.kernel(*self.kernel), metal.make
+        return self.made(inputs=inputs, **self.given)
+
+
+class Geometry:
+    """Calls of one kind of attention, whatever its lengths.
+
+    Args:
+        k, v: packed keys and values.
+        shape: of the queries.
+        heads: KV heads.
+        dtype: of queries and output.
+        capacity: rows of the packed arrays.
+        window, causal, scale, softcap, sinks: as in `AttnArgs`.
+        turned: whether the output leaves a Hadamard basis.
+        tune, cores: of the device.
+    """
+
+    def __init__(
+        self,
+        k: Side,
+        v: Side,
+        shape: tuple[int, int, int, int],
+        heads: int,
+        dtype: mx.Dtype,
+        capacity: int,
+        window: int,
+        causal: bool,
+        scale: float,
+        softcap: float,
+        sinks: bool,
+        turned: bool,
+        tune: metal.Tuning,
+        cores: int,
+    ) -> None:
+        batch, q_heads, self.length, _ = shape
+        self.k, self.v, self.dtype, self.tune, self.cores = k, v, dtype, tune, cores
+        self.sinks, self.turned, self.q_heads = sinks, turned, q_heads
+        self.out = batch, q_heads, self.length, v.dim
+        self.rows, self.tiles = q_heads // heads * self.length, batch * heads
+        self.lanes = self.rows <= metal.lane_rows(k, v) and tune.variant == "lanes"
+        self.meta = (self.length, q_heads // heads, heads), (capacity, window, int(causal))
+        self.real = floats((scale, softcap))
+        self.template = [
+            *(("T", dtype), ("KF", int(k.format)), ("KG", k.group), ("VF", int(v.format)), ("VG", v.group)),
+            *(("KF2", int(k.second)), ("VF2", int(v.second)), ("DK", k.dim), ("DV", v.dim)),
+            *(("KE", k.width), ("QE", k.query), ("WIN", bool(window)), ("CAP", bool(softcap))),
+        ]
+        self.known: dict[tuple[int, int], tuple[Call, Call | None]] = {}
+        self.appends: dict[tuple[int, bool], Call] = {}  # by columns, and whether keys are centred
+        self.new = False
+
+    def calls(self, columns: int, longest: int) -> tuple[Call, Call | None]:
+        """Attention over so many fp16 columns and packed tokens, and what merges its splits where there are several."""
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        meta = ints((*self.meta[0], columns, *self.meta[1]))
+        make = self._in_lanes if self.lanes else self._in_matrices
+        made = self.known[columns, longest] = make(columns + longest, (meta, self.real))
+        kinds = {c.kernel for c in made if c}
+        self.new = not kinds <= _pipelines
+        _pipelines.update(kinds)
+        return made
+
+    def _in_lanes(self, tokens: int, numbers: tuple[mx.array, mx.array]) -> tuple[Call, Call]:
+        """Partials `[rows, splits, Dv]` float32 and their (max, sum) `[rows, splits, 2]`, rows = B * Hq * L."""
+        plan = metal.plan_decode(self.k, self.v, self.rows, self.tiles, tokens, self.tune, self.cores)
+        splits, threads = plan.splits * plan.teams, 32 * plan.members * plan.teams
+        template = [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams)]
+        template += [("SUB", plan.handover)]
+        given = self._given(splits, mx.float32, (threads, plan.splits, self.tiles), threads)
+        return Call("decode_lanes", [*self.template, *template], given, numbers), self._merge(splits)
+
+    def _in_matrices(self, tokens: int, numbers: tuple[mx.array, mx.array]) -> tuple[Call, Call | None]:
+        """The same, or where there is one split the output `[B, Hq, L, Dv]` itself."""
+        own, wide = self.rows <= MATRIX_ROWS, self.dtype == mx.float32
+        plan = metal.plan_matrix(self.k, self.v, self.rows, self.tiles, tokens, own, wide, self.tune, self.cores)
+        splits, threads = plan.splits * (plan.simdgroups if own else 1), 32 * plan.simdgroups
+        final = splits == 1
+        kind = self.dtype if final else mx.float32
+        template: list[tuple[str, Any]] = [("TT", mx.float32 if wide else mx.float16), ("OT", kind)]
+        template += [("TK", plan.tile), ("NSG", plan.simdgroups), ("OWN", own), ("FINAL", final)]
+        template += [("SINK", self.sinks)]
+        grid = threads, plan.splits, self.tiles * plan.row_tiles
+        given = self._given(splits, kind, grid, threads, final)
+        call = Call("matrix", [*self.template, *template], given, numbers)
+        return call, None if final else self._merge(splits)
+
+    def _given(
+        self, splits: int, kind: mx.Dtype, grid: tuple[int, int, int], threads: int, final: bool = False
+    ) -> dict[str, Any]:
+        rows = math.prod(self.out[:3])
+        return {
+            "grid": grid,
+            "threadgroup": (threads, 1, 1),
+            "output_shapes": [self.out if final else (rows, splits, self.v.dim), (rows, splits, 2)],
+            "output_dtypes": [kind, mx.float32],
+        }
+
+    def _merge(self, splits: int) -> Call:
+        """Splits to the output `[B, Hq, L, Dv]`."""
+        capacity = 1 << max(5, (splits - 1).bit_length())
+        template = [("T", self.dtype), ("DV", self.v.dim), ("SPLITS", capacity)]
+        template += [("SINK", self.sinks), ("ROT", self.turned)]
+        given = {
+            "grid": (math.prod(self.out[:3]) * 128, 1, 1),
+            "threadgroup": (128, 1, 1),
+            "output_shapes": [self.out],
+            "output_dtypes": [self.dtype],
+        }
+        return Call("merge", template, given, (ints((splits, self.length, self.q_heads)),))
+
+
+_pipelines: set[tuple[str, metal.Template]] = set()
+"""Kernels that this process has called."""
+
+_geometry = functools.lru_cache(maxsize=256)(Geometry)
+
+
+class Launch:
+    """Calls over packed arrays that do not change: what is the same in every step is made once.
+
+    `rotated`: of a decode step, whether it rotates keys and values; else queries are given rotated, columns whole.
+    """
+
+    def __init__(self, args: AttnArgs, k: Side, v: Side, rotated: tuple[bool, bool] | None, tune: metal.Tuning) -> None:
+        self.values = args.v  # which belong to the keys that keep this launch
+        self.tune, self.rotated, self.codec = tune, rotated, args.v.codec
+        self.sketch = k.sketch
+        self.geometry: Geometry = _geometry(
+            k,
+            v,
+            args.q.shape,
+            args.kv_heads,
+            args.q.dtype,
+            args.k.arrays[0].shape[2] if args.k.arrays else 0,
+            args.window,
+            args.causal,
+            args.scale,
+            args.softcap,
+            args.sinks is not None,
+            bool(rotated and rotated[1]),
+            tune,
+            metal.cores(),
+        )
+        self.packed = [array for kv in (args.k, args.v) for array in _packed(kv)]
+        self.no_halves, self.no_sinks = nothing(mx.float16), nothing(mx.float32)
+        self.books = books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
+
+    def attend(self, args: AttnArgs) -> mx.array:
+        """`[B, Hq, L, Dv]` in q's dtype."""
+        # Contiguous as they are, unless a caller sliced them.
+        q, k, v = (mx.contiguous(x) for x in (args.q, args.dense_k, args.dense_v))
+        return self._attend(args, q, k, v, k.shape[2])
+
+    def step(self, args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        """The output, rotated back, and the columns with the new tokens behind them."""
+        dense_k, dense_v, geometry = args.dense_k, args.dense_v, self.geometry
+        columns, centred = dense_k.shape[2], center is not None
+        call = geometry.appends.get((columns, centred)) or self._appends(args, fresh, centred)
+        if not columns:
+            dense_k = dense_v = self.no_halves
+        inputs = [args.q, *fresh, dense_k, dense_v, center if centred else self.no_halves, *call.numbers]
+        q, k, v = call(inputs)
+        return self._attend(args, q, k, v, columns + geometry.length), k, v
+
+    def _appends(self, args: AttnArgs, fresh: Pair, centred: bool) -> Call:
+        assert self.rotated is not None
+        shape, known = args.dense_k.shape, self.geometry.appends
+        if len(known) >= KEPT:
+            known.clear()
+        made = append_call(args.q.shape, args.q.dtype, shape, args.v.head_dim, fresh[0].shape[2], self.rotated, centred)
+        known[shape[2], centred] = made
+        return made
+
+    def _attend(self, args: AttnArgs, q: mx.array, dense_k: mx.array, dense_v: mx.array, columns: int) -> mx.array:
+        longest, lens = _lens(args.lens)
+        geometry = self.geometry
+        call, merge = geometry.known.get((columns, longest)) or geometry.calls(columns, longest)
+        if self.sketch:  # behind a query its sketch, where packed keys are the codes of one
+            q = mx.concatenate([q, args.k.codec.project(q)[..., -self.sketch :]], axis=-1)
+        sinks = self.no_sinks if args.sinks is None else args.sinks.astype(mx.float32)
+        inputs = [q, *self.packed, dense_k, dense_v, lens, *call.numbers, self.books]
+        if not geometry.lanes:
+            inputs.append(sinks)
+        out, stat = call(inputs)
+        if merge is not None:
+            out = merge([out, stat, sinks, *merge.numbers])[0]
+        elif geometry.turned:
+            out = self.codec.unrotate(out)
+        if geometry.new:  # waited for, so that a pipeline that can't be made fails here, where others can serve
+            geometry.new = False
+            mx.eval(out)
+        return out
+
+
+def append(
+    q: mx.array, rotated: tuple[bool, bool], dense: Pair, fresh: Pair, center: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`q [..., Dk]` rotated, and the fp16 columns with `fresh` behind them, `center` taken off new keys."""
+    dense_k, dense_v = dense
+    shape, v_dim = dense_k.shape, dense_v.shape[3]
+    call = append_call(q.shape, q.dtype, shape, v_dim, fresh[0].shape[2], rotated, center is not None)
+    if not shape[2]:
+        dense_k = dense_v = nothing(mx.float16)
+    queries, k, v = call(
+        [q, *fresh, dense_k, dense_v, nothing(mx.float16) if center is None else center, *call.numbers]
+    )
+    return queries, k, v
+
+
+def append_call(
+    q: tuple[int, ...],
+    dtype: mx.Dtype,
+    dense: tuple[int, ...],
+    v_dim: int,
+    length: int,
+    rotated: tuple[bool, bool],
+    centred: bool,
+) -> Call:
+    batch, heads, columns, k_dim = dense
+    rows, queries = batch * heads, math.prod(q) // k_dim
+    tasks = 2 * rows * (columns + length) + queries
+    template = [("T", dtype), ("DK", k_dim), ("DV", v_dim), *zip(("RK", "RV"), rotated), ("CENTER", centred)]
+    given = {
+        "grid": (-(-tasks // 4) * 128, 1, 1),
+        "threadgroup": (128, 1, 1),
+        "output_shapes": [q, *((batch, heads, columns + length, dim) for dim in (k_dim, v_dim))],
+        "output_dtypes": [dtype, mx.float16, mx.float16],
+    }
+    return Call("append", template, given, (ints((length, columns, rows, queries)), floats((k_dim**-0.5, v_dim**-0.5))))
+
+
+def side(kv: PackedKV) -> Side | None:
+    """What the kernels need to know of packed keys or values, or None where they do not serve."""
+    if kv.layout.name != "canonical" or kv.head_dim % 16 or kv.head_dim > MAX_DIM:
+        return None
+    return codec_side(kv.codec, kv.head_dim)
+
+
+@functools.lru_cache(maxsize=256)
+def codec_side(codec: Codec, dim: int) -> Side | None:
+    """The `Side` of keys or values of `dim` channels, or None."""
+    form = codec.format(dim)
+    if isinstance(form, Integers):
+        return Side(Format.integers(form.bits), min(form.group, dim), dim)
+    if isinstance(form, Halves):
+        return Side(Format.HALF, dim, dim)
+    if isinstance(form, Angles):
+        return Side(Format.POLAR, dim, dim)
+    if isinstance(form, Codebooks):
+        formats, run = [Format.book(book.bits) for book in form.books], form.books[0].dim
+        packed, sketch = run * len(form.books), sum(book.dim for book in form.books if book.sketch)
+        if packed <= MAX_DIM and dim + sketch <= metal.MAX_QUERY:
+            return Side(formats[0], run, dim, formats[1] if formats[1:] else Format.NONE, sketch, packed)
+    return None
+
+
+def _packed(kv: PackedKV) -> Sequence[mx.array]:
+    """Codes, those of a second run, and scales; a buffer of no rows has no memory, and the kernel reads none of it."""
+    if not (kv.arrays and kv.arrays[0].size):
+        return nothing(mx.uint32), nothing(mx.uint32), nothing(mx.float16)
+    more = kv.arrays[1] if len(kv.arrays) == 3 else nothing(mx.uint32)
+    return kv.arrays[0], more, kv.arrays[-1]  # of the raw codec, which has no scales, the values twice
+
+
+@functools.lru_cache(maxsize=64)
+def books(k_codec: Codec, k_dim: int, v_codec: Codec, v_dim: int) -> mx.array:
+    """Two books of keys and two of values, float32 `[128]`: what 32 lanes hold of each, zeros where there is none."""
+    entries: list[float] = []
+    for form in (k_codec.format(k_dim), v_codec.format(v_dim)):
+        tables: tuple[tuple[float, ...], ...] = ()
+        if isinstance(form, Angles):
+            tables = _circles()
+        elif isinstance(form, Codebooks):  # of 64 entries the upper half
+            tables = tuple(book.values[-metal.LANES :] for book in form.books)
+        for table in (*tables, (0.0,), (0.0,))[:2]:
+            entries += (table * metal.LANES)[: metal.LANES]
+    return mx.array(entries, dtype=mx.float32)
+
+
+@functools.cache
+def _circles() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The polar codec's angles: cosines and sines of level 1; cosines of levels 4 times 3, then of level 2."""
+    angles = [codebooks.angle(bits, level) for level, bits in enumerate(LEVELS, 1)]
+    one, two, three, four = [[math.cos(a) for a in level] for level in angles]
+    return (*one, *map(math.sin, angles[0])), (*(a * b for a in four for b in three), *two)
+
+
+@functools.lru_cache(maxsize=64)
+def _lens(lens: tuple[Lengths, ...]) -> tuple[int, mx.array]:
+    """The most packed tokens, and the lengths as kernels take them."""
+    return max(packed for packed, _, _ in lens), mx.array(lens, dtype=mx.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def ints(values: tuple[int, ...]) -> mx.array:
+    return mx.array(values, dtype=mx.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def floats(values: tuple[float, ...]) -> mx.array:
+    return mx.array(values, dtype=mx.float32)
+
+
+@functools.cache
+def nothing(dtype: mx.Dtype, size: int = 16) -> mx.array:
+    return mx.zeros((size,), dtype=dtype)
