@@ -1,23 +1,29 @@
-"""The loop of `opentq chat`: commands, line editing, answers as they come, and an end line with what they cost."""
+"""The loop of `opentq chat`: commands, answers as they come, and an end line with what they cost."""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import mlx.core as mx
 
+from .. import text as texts
+from ..dialogue.request import Progress
 from ..errors import UserError
 from ..hosts import hooks
 from .conversation import Conversation, Settings
+from .editor import QUOTES, Editor, Pipe
 from .style import Styler
 
-HISTORY = Path("~/.cache/opentq/chat_history")
+NAMES = (*(f.name for f in fields(Settings)), "system")
+ALIASES = {"temp": "temperature", "num_predict": "max_tokens", "n_predict": "max_tokens"}
+WORDS = dict.fromkeys(("/help", "/clear", "/stats", "/show", "/regen", "/bye", "/system "), False)
+WORDS |= dict.fromkeys(("/save", "/load", "/read"), True) | {f"/set {name} ": False for name in NAMES}
 
 
 class Leave(Exception):
@@ -25,21 +31,24 @@ class Leave(Exception):
 
 
 class Console:
-    """The loop in the terminal. `read(prompt)` gives a line; everything is written to `out`."""
+    """The loop in the terminal, or over a pipe: messages from `reader`, everything written to `out`."""
 
-    def __init__(self, talk: Conversation, name: str, read: Callable[[str], str] = input, out: TextIO | None = None):
+    def __init__(self, talk: Conversation, name: str, reader: Editor | Pipe, out: TextIO | None = None):
         self.talk = talk
         self.name = name
-        self.read = read
+        self.reader = reader
         self.out = out or sys.stdout
-        self.tty = self.out.isatty()
+        self.tty = reader.interactive
+        self.document = ""  # goes before the next message
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "help": ("this list", self.help),
-            "set": ("NAME VALUE: temperature, top_p, top_k, min_p, seed, max_tokens or system", self.set),
+            "set": (f"NAME VALUE: {', '.join(NAMES)}; without a value, show it", self.set),
             "show": ("the settings and what the KV cache is made of", self.show),
             "system": ("TEXT: set the system message; without a text, show it", self.system),
             "save": ("FILE: save the conversation", self.save),
             "load": ("FILE: load a conversation", self.load),
+            "read": ("FILE: put a text file in front of the next message", self.read),
+            "regen": ("answer the last message again", self.regen),
             "clear": ("forget the conversation", self.clear),
             "stats": ("speed, context and memory", self.stats),
             "bye": ("leave (also Ctrl-D)", self.bye),
@@ -51,47 +60,46 @@ class Console:
             self.say(f"{self.name}, context {count(self.talk.context)}, KV {self.talk.spec}. /help lists the commands.")
         while True:
             try:
-                text = self.read_message()
-            except EOFError:
+                text = texts.check(self.reader.read(), "the message")
+                if text.startswith(QUOTES):
+                    text = text[3:].partition(QUOTES)[0].strip("\n")
+                elif text.startswith("/"):
+                    self.command(text)
+                    continue
+                if text.strip():
+                    self.answer(self.document + text)
+                    self.document = "" if self.talk.turn.written else self.document
+            except (EOFError, Leave):
                 return
             except KeyboardInterrupt:
-                self.say("\n(Ctrl-D or /bye leaves)")
-                continue
-            if not text.strip():
-                continue
-            try:
-                if text.startswith("/"):
-                    self.command(text)
-                else:
-                    self.answer(text)
+                if not self.tty:
+                    raise
+                self.say("(Ctrl-D or /bye leaves)")
             except UserError as error:
+                if not self.tty:
+                    raise
                 self.say(str(error))
-            except Leave:
-                return
-
-    def read_message(self) -> str:
-        '''A line, or several between two lines of """.'''
-        quotes = '"""'
-        prompt = ">>> " if self.tty else ""
-        text = self.read(prompt)
-        if not text.startswith(quotes):
-            return text
-        text = text[3:]
-        while quotes not in text:
-            text += "\n" + self.read("... " if self.tty else "")
-        return text.partition(quotes)[0].strip("\n")
 
     def answer(self, text: str) -> None:
-        """Stream the answer; Ctrl-C stops it and keeps what was said."""
-        styler = Styler(self.tty)
-        pieces = self.talk.ask(text)
+        """Stream the answer; in a terminal Ctrl-C stops it, and what was said is kept."""
+        styler, line, before = Styler(self.out.isatty()), "", signal.getsignal(signal.SIGINT)
+        if self.tty:
+            signal.signal(signal.SIGINT, lambda *_: setattr(self.talk, "stopping", True))
         try:
-            for delta in pieces:
-                self.write(styler.feed(delta.kind, delta.text))
-        except KeyboardInterrupt:
-            pieces.close()  # type: ignore[attr-defined]
-            self.write(styler.end() + "\n(stopped)")
-        self.write(styler.end() + "\n")
+            with self.reader.aside() as look:
+                for event in self.talk.ask(text):
+                    look()
+                    if not isinstance(event, Progress):
+                        self.write(line + styler.feed(event.kind, event.text))
+                        line = ""
+                    elif self.tty:
+                        line = "\r\033[K"
+                        self.write(f"{line}reading {event.done} of {event.total} tokens")
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.write(line + styler.end() + "\n")
+        if self.talk.turn.reason == "stopped":
+            self.say("(stopped)" if self.talk.turn.written else "(stopped: the message is taken back, arrow up has it)")
         if self.tty:
             self.say(self.end_line())
 
@@ -99,9 +107,10 @@ class Console:
         """`N tokens · tok/s · ctx 41k/128k · KV 1.9 GB (int4, 3.2x)`."""
         t, turn = self.talk, self.talk.turn
         ratio = f", {t.ratio:.1f}x" if t.ratio else ""
+        again = f" · {count(turn.again)} tokens read again" if turn.again > 64 else ""
         return (
             f"{turn.written} tokens · {turn.write_rate:.1f} tok/s · ctx {count(len(t.held))}/{count(t.context)} · "
-            f"KV {size(t.kv_bytes)} ({t.spec}{ratio})"
+            f"KV {size(t.kv_bytes)} ({t.spec}{ratio}){again}"
         )
 
     def command(self, text: str) -> None:
@@ -114,22 +123,25 @@ class Console:
     def help(self, _: str) -> None:
         for name, (meaning, _call) in self.commands.items():
             self.say(f"  /{name:<8}{meaning}")
-        self.say('  """       begins and ends a message of several lines')
+        self.say('''  """      begins and ends a message of several lines; so does a paste, and Alt-Enter''')
 
     def set(self, rest: str) -> None:
-        name, _, value = rest.removeprefix("parameter ").partition(" ")
+        name, _, value = rest.removeprefix("parameter").strip().partition(" ")
+        name, value = ALIASES.get(name, name), value.strip()
         if name == "system":
             self.system(value)
-            return
-        known = [f.name for f in fields(Settings)]
-        if name not in known or not value:
-            raise UserError(f"/set {rest}: give one of {', '.join(known)} or system, and a value")
-        self.talk.settings = replace(self.talk.settings, **{name: setting(name, value)})
+        elif name and name not in NAMES:
+            raise UserError(f"/set {rest}: give one of {', '.join(NAMES)}, and a value")
+        elif value:
+            self.talk.settings = replace(self.talk.settings, **{name: setting(name, value)})
+        else:
+            for key, now in asdict(self.talk.settings).items():
+                if name in ("", key):
+                    self.say(f"{key}: {'none' if now is None else now}")
 
     def show(self, _: str) -> None:
         self.say(f"model: {self.name}")
-        for name, value in asdict(self.talk.settings).items():
-            self.say(f"{name}: {'none' if value is None else value}")
+        self.set("")
         self.say(f"system: {self.talk.system or 'none'}")
         if hooks.installed(self.talk.model):
             from ..hosts.report import report
@@ -147,21 +159,21 @@ class Console:
         data = {"model": self.name, "system": t.system, "settings": asdict(t.settings), "messages": t.messages}
         path = self._path(rest, "/save")
         try:
-            path.write_text(json.dumps(data, indent=1, ensure_ascii=False))
+            path.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
         except OSError as error:
             raise UserError(f"can't write {str(path)!r}: {error.strerror}") from error
         self.say(f"saved {len(t.messages)} messages to {path}")
 
     def load(self, rest: str) -> None:
         path = self._path(rest, "/load")
+        content = texts.read(path, "the conversation")
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(content)
+            texts.check("".join(str(m["content"]) for m in data["messages"]), "a message")
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
             settings = Settings(**{k: setting(k, str(v).lower()) for k, v in data["settings"].items()})
-            system = str(data["system"])
-        except OSError as error:
-            raise UserError(f"can't read {str(path)!r}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+            system = texts.check(str(data["system"]), "the system message")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{str(path)!r} is not a saved conversation") from error
         self.talk.clear()
         self.talk.messages, self.talk.settings, self.talk.system = messages, settings, system
@@ -172,8 +184,20 @@ class Console:
             raise UserError(f"{command} needs a file name")
         return Path(rest).expanduser()
 
+    def read(self, rest: str) -> None:
+        path = self._path(rest, "/read")
+        self.document += texts.read(path, "the file") + "\n\n"
+        self.say(f"read {path}, {len(self.document)} characters; they go before your next message")
+
+    def regen(self, _: str) -> None:
+        if len(self.talk.messages) < 2:
+            raise UserError("there is no answer yet")
+        *self.talk.messages, question, _answer = self.talk.messages
+        self.answer(question["content"])
+
     def clear(self, _: str) -> None:
         self.talk.clear()
+        self.document = ""
         self.say("forgotten")
 
     def stats(self, _: str) -> None:
@@ -224,24 +248,3 @@ def size(nbytes: int) -> str:
         if nbytes >= 0.95 * scale:
             return f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes / 1e3:.0f} kB"
-
-
-def use_history(path: Path = HISTORY) -> None:
-    """Line editing and a history that outlives the session, where Python has readline."""
-    try:
-        import atexit
-        import readline
-    except ImportError:
-        return
-    path = path.expanduser()
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-
-    def write() -> None:
-        with suppress(OSError):
-            readline.write_history_file(path)
-
-    atexit.register(write)
