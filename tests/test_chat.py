@@ -23,7 +23,7 @@ from opentq import compress
 from opentq.chat import conversation
 from opentq.chat.console import WORDS, Console, count, size
 from opentq.chat.conversation import SPARE, Conversation, Settings
-from opentq.chat.editor import Commands, Editor, History
+from opentq.chat.editor import Commands, Editor, History, Pipe
 from opentq.chat.style import BOLD, CYAN, RESET, Styler
 from opentq.dialogue.prompt import Prompter
 from opentq.dialogue.request import Delta, Progress
@@ -264,7 +264,7 @@ def test_documents_and_second_answers(talk, tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbfA document.")
     out = console(talk, [f"/read {file}", "What is it?", "and?", "/regen", f"/read {tmp_path}", "/clear", "/regen"])
-    assert "13 characters" in out and "Is a directory" in out and "no answer yet" in out
+    assert f"{file} goes before" in out and "Is a directory" in out and "no answer yet" in out
     talk.settings = Settings(max_tokens=3)
     console(talk, [f"/read {file}", "What?", "and?", "/regen"])
     assert [m["content"] for m in talk.messages[::2]] == ["A document.\n\nWhat?", "and?"]
@@ -323,6 +323,21 @@ def test_all_commands_and_settings_complete(talk):
 def test_pipes_get_the_answer_alone(talk):
     out = console(talk, ["hello"], tty=False)
     assert out == talk.messages[-1]["content"] + "\n" and "\033" not in out
+
+
+def test_a_pipe_is_a_message_a_line(talk, monkeypatch):
+    """A mark at the start is no text, several lines may be one message, and what is wrong ends it."""
+    sent = b'\xef\xbb\xbfone\r\n"""two\nlines"""\n\n/set max_tokens 1\n"""without\nend'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sent)))
+    out = io.StringIO()
+    Console(talk, "tiny", Pipe(), out).run()
+    assert [m["content"] for m in talk.messages[::2]] == ["one", "two\nlines", "without\nend"]
+    assert all(m["content"] in out.getvalue() for m in talk.messages[3::2]) and "tok/s" not in out.getvalue()
+    for sent, words in ((b"caf\xff\nnever\n", "byte 3 is 0xff"), (b"/dance\nnever\n", "no command")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sent)))
+        with pytest.raises(UserError, match=words):
+            Console(talk, "tiny", Pipe(), out).run()
+    assert len(talk.messages) == 6
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 100])

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -50,7 +49,7 @@ class Terminal:
     def send(self, keys):
         os.write(self.master, keys.encode("utf-8", "surrogateescape"))
 
-    def until(self, text, seconds=90):
+    def until(self, text, seconds=45):
         """What came up to `text`, a pattern, without escape codes; the rest is for the next call."""
         end = time.monotonic() + seconds
         while not (found := re.search(text, self.screen)):
@@ -90,7 +89,7 @@ def terminal(tmp_path):
 
 
 COST = r"tokens · [\d.]+ tok/s · ctx (\S+)/8\.7k · KV .*\n"
-PROMPT = r">>> "
+PROMPT = ">>>"
 
 
 def test_a_session(terminal, tmp_path):
@@ -132,7 +131,7 @@ def test_a_session(terminal, tmp_path):
 
     # History is written as it is made; what readline left is older.
     assert "+/set temp .5" in history.read_text() and history.read_text().startswith("from readline\n")
-    t.send(UP * 7 + ENTER)
+    t.send(UP * 12 + ENTER)  # through every line of the messages of several
     assert "from readline" in t.until(COST)
     t.until(PROMPT)
     t.send("caf\udcff" + ENTER)
@@ -160,7 +159,7 @@ def test_ctrl_c_and_what_is_typed_during_an_answer(terminal):
     assert "meanwhile" not in answer and "pasted" not in answer
     held = int(re.search(COST, t.until(COST))[1])
     assert held > 5
-    t.until(r">>> typed\n.*meanwhilepasted\n.*too")
+    t.until(r">>>\s*typed\n.*meanwhilepasted\n.*too")
 
     # The next turn reads what is new.
     t.send(CTRL_C)
@@ -192,30 +191,3 @@ def test_ctrl_c_and_what_is_typed_during_an_answer(terminal):
     t.until(r"\n.*\w")
     t.send(CTRL_D)
     assert t.end() == 0 and "30 tokens" in t.screen
-
-
-def test_a_pipe_is_quiet(tmp_path):
-    def run(data, *args):
-        command = [sys.executable, "-m", "opentq", "chat", str(MODEL), "--kv", "int4", "--max-tokens", "3", *args]
-        environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": CACHE}
-        return subprocess.run(command, input=data, capture_output=True, env=environment)
-
-    done = run(b'\xef\xbb\xbfimport\n"""def\nf"""\n\n/set max_tokens 1\nx\n')
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.count(b"\n") >= 3
-    assert b">>>" not in done.stdout and b"tok/s" not in done.stdout and b"\033" not in done.stdout
-    done = run(b"import\ncaf\xff\nnever\n")
-    assert done.returncode == 2 and done.stderr.decode() == "opentq: the message is not UTF-8 text (byte 3 is 0xff)\n"
-
-
-def test_a_pipe_ends_on_ctrl_c(tmp_path):
-    command = [sys.executable, "-m", "opentq", "chat", str(MODEL), "--kv", "int4"]
-    environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": CACHE}
-    p = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
-    p.stdin.write(b"import\n")
-    p.stdin.flush()
-    assert p.stdout.read(1)
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode in (130, -signal.SIGINT) and err == b"opentq: stopped\n"

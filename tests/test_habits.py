@@ -258,4 +258,4 @@ for name, more in (("generate", ["hi"]), ("chat", []), ("cache build", ["f.cache
 def test_bytes_that_are_no_text_are_refused(run, tmp_path, name):
     bad = "caf\udcff"
     code, _, err = run(*name.split(), *needs(name, str(tmp_path / "missing")), "--system-prompt", bad)
-    assert (code, err) == (2, "opentq: --system-prompt is not UTF-8 text (byte 3 is 0xff)\n")
+    assert (code, err) == (2, "opentq: --system-prompt is not UTF-8 text (byte 3 is 0xff); convert it\n")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 import mlx.core as mx
 
 from .. import text as texts
+from ..dialogue.errors import ApiError
+from ..dialogue.pictures import Content, Picture, content, from_url, parts
 from ..dialogue.request import Progress
 from ..errors import UserError
 from ..hosts import hooks
@@ -23,7 +26,7 @@ from .style import Styler
 NAMES = (*(f.name for f in fields(Settings)), "system")
 ALIASES = {"temp": "temperature", "num_predict": "max_tokens", "n_predict": "max_tokens"}
 WORDS = dict.fromkeys(("/help", "/clear", "/stats", "/show", "/regen", "/bye", "/system "), False)
-WORDS |= dict.fromkeys(("/save", "/load", "/read"), True) | {f"/set {name} ": False for name in NAMES}
+WORDS |= dict.fromkeys(("/save", "/load", "/read", "/image"), True) | {f"/set {name} ": False for name in NAMES}
 
 
 class Leave(Exception):
@@ -39,7 +42,7 @@ class Console:
         self.reader = reader
         self.out = out or sys.stdout
         self.tty = reader.interactive
-        self.document = ""  # goes before the next message
+        self.before: list[str | Picture] = []  # go before the next message
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "help": ("this list", self.help),
             "set": (f"NAME VALUE: {', '.join(NAMES)}; without a value, show it", self.set),
@@ -47,17 +50,23 @@ class Console:
             "system": ("TEXT: set the system message; without a text, show it", self.system),
             "save": ("FILE: save the conversation", self.save),
             "load": ("FILE: load a conversation", self.load),
-            "read": ("FILE: put a text file in front of the next message", self.read),
+            "read": ("FILE: put a text file before the next message", self.read),
+            "image": ("FILE: put an image before the next message", self.image),
             "regen": ("answer the last message again", self.regen),
             "clear": ("forget the conversation", self.clear),
             "stats": ("speed, context and memory", self.stats),
             "bye": ("leave (also Ctrl-D)", self.bye),
         }
 
-    def run(self) -> None:
-        """Until /bye or the end of the input. Ctrl-C stops an answer, or drops the line that is being typed."""
-        if self.tty:
-            self.say(f"{self.name}, context {count(self.talk.context)}, KV {self.talk.spec}. /help lists the commands.")
+    def run(self, images: Sequence[Picture] = ()) -> None:
+        """Until /bye or the end of the input. Ctrl-C stops an answer, or drops the line that is being typed.
+
+        `images` go before the first message. Raises UserError for a model without eyes.
+        """
+        if images and not self.talk.prompter.vision:
+            raise UserError(f"{self.name} takes text only: leave --image out")
+        self.before += images
+        self.tell(f"{self.name}, context {count(self.talk.context)}, KV {self.talk.spec}. /help lists the commands.")
         while True:
             try:
                 text = texts.check(self.reader.read(), "the message")
@@ -67,8 +76,8 @@ class Console:
                     self.command(text)
                     continue
                 if text.strip():
-                    self.answer(self.document + text)
-                    self.document = "" if self.talk.turn.written else self.document
+                    self.answer(content([*self.before, text], "\n\n"))
+                    self.before = [] if self.talk.turn.written else self.before
             except (EOFError, Leave):
                 return
             except KeyboardInterrupt:
@@ -80,14 +89,14 @@ class Console:
                     raise
                 self.say(str(error))
 
-    def answer(self, text: str) -> None:
+    def answer(self, message: Content) -> None:
         """Stream the answer; in a terminal Ctrl-C stops it, and what was said is kept."""
         styler, line, before = Styler(self.out.isatty()), "", signal.getsignal(signal.SIGINT)
         if self.tty:
             signal.signal(signal.SIGINT, lambda *_: setattr(self.talk, "stopping", True))
         try:
             with self.reader.aside() as look:
-                for event in self.talk.ask(text):
+                for event in self.talk.ask(message):
                     look()
                     if not isinstance(event, Progress):
                         self.write(line + styler.feed(event.kind, event.text))
@@ -99,9 +108,8 @@ class Console:
             signal.signal(signal.SIGINT, before)
         self.write(line + styler.end() + "\n")
         if self.talk.turn.reason == "stopped":
-            self.say("(stopped)" if self.talk.turn.written else "(stopped: the message is taken back, arrow up has it)")
-        if self.tty:
-            self.say(self.end_line())
+            self.tell("(stopped)" if self.talk.turn.written else "(stopped: the message is taken back)")
+        self.tell(self.end_line())
 
     def end_line(self) -> str:
         """`N tokens · tok/s · ctx 41k/128k · KV 1.9 GB (int4, 3.2x)`."""
@@ -156,28 +164,28 @@ class Console:
 
     def save(self, rest: str) -> None:
         t = self.talk
-        data = {"model": self.name, "system": t.system, "settings": asdict(t.settings), "messages": t.messages}
+        messages = [m | {"content": _kept(m["content"])} for m in t.messages]
+        data = {"model": self.name, "system": t.system, "settings": asdict(t.settings), "messages": messages}
         path = self._path(rest, "/save")
         try:
             path.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
         except OSError as error:
             raise UserError(f"can't write {str(path)!r}: {error.strerror}") from error
-        self.say(f"saved {len(t.messages)} messages to {path}")
+        self.tell(f"saved {len(t.messages)} messages to {path}")
 
     def load(self, rest: str) -> None:
         path = self._path(rest, "/load")
-        content = texts.read(path, "the conversation")
+        text = texts.read(path, "the conversation")
         try:
-            data = json.loads(content)
-            texts.check("".join(str(m["content"]) for m in data["messages"]), "a message")
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+            data = json.loads(text)
+            messages = [{"role": str(m["role"]), "content": _content(m["content"])} for m in data["messages"]]
             settings = Settings(**{k: setting(k, str(v).lower()) for k, v in data["settings"].items()})
             system = texts.check(str(data["system"]), "the system message")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ApiError) as error:
             raise UserError(f"{str(path)!r} is not a saved conversation") from error
         self.talk.clear()
         self.talk.messages, self.talk.settings, self.talk.system = messages, settings, system
-        self.say(f"loaded {len(messages)} messages from {path}; they are read with your next one")
+        self.tell(f"loaded {len(messages)} messages from {path}; they are read with your next one")
 
     def _path(self, rest: str, command: str) -> Path:
         if not rest:
@@ -186,8 +194,17 @@ class Console:
 
     def read(self, rest: str) -> None:
         path = self._path(rest, "/read")
-        self.document += texts.read(path, "the file") + "\n\n"
-        self.say(f"read {path}, {len(self.document)} characters; they go before your next message")
+        self.before.append(texts.read(path, "the file"))
+        self.tell(f"{path} goes before your next message")
+
+    def image(self, rest: str) -> None:
+        if not self.talk.prompter.vision:
+            raise UserError("this model takes text only, no images")
+        from ..hosts.mlx_vlm.images import read
+
+        path = self._path(rest, "/image")
+        self.before.append(Picture(read(path), repr(str(path))))
+        self.tell(f"{path} goes before your next message")
 
     def regen(self, _: str) -> None:
         if len(self.talk.messages) < 2:
@@ -197,8 +214,8 @@ class Console:
 
     def clear(self, _: str) -> None:
         self.talk.clear()
-        self.document = ""
-        self.say("forgotten")
+        self.before = []
+        self.tell("forgotten")
 
     def stats(self, _: str) -> None:
         t, turn = self.talk, self.talk.turn
@@ -214,12 +231,37 @@ class Console:
     def bye(self, _: str) -> None:
         raise Leave
 
+    def tell(self, text: str) -> None:
+        """What a person wants to know, and a pipe does not."""
+        if self.tty:
+            self.say(text)
+
     def say(self, text: str) -> None:
         self.write(text + "\n")
 
     def write(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
+
+
+def _kept(message: Content) -> str | list[dict[str, Any]]:
+    """What a message holds as JSON, images in OpenAI's form."""
+    if isinstance(message, str):
+        return message
+    return [
+        {"type": "text", "text": p}
+        if isinstance(p, str)
+        else {"type": "image_url", "image_url": {"url": f"data:image;base64,{b64encode(p.data).decode()}"}}
+        for p in parts(message)
+    ]
+
+
+def _content(kept: Any) -> Content:
+    """What `_kept` made, again. Raises what JSON of another form leads to."""
+    if isinstance(kept, str):
+        return texts.check(kept, "a message")
+    found = [from_url(p["image_url"]["url"], "an image") if "image_url" in p else str(p["text"]) for p in kept]
+    return content(found, "\n\n")
 
 
 def setting(name: str, text: str) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import mlx.core as mx
 
 from ..dialogue.errors import ApiError
 from ..dialogue.output import Parser
-from ..dialogue.prompt import Prompter
+from ..dialogue.pictures import Content
+from ..dialogue.prompt import Prompt, Prompter
 from ..dialogue.request import Delta, Draw, GenerationRequest, Progress
 from ..dialogue.sampling import make_sampler
 from ..errors import UserError
@@ -75,24 +77,25 @@ class Conversation:
         self.held: list[int] = []  # the tokens that the caches hold
         self.turn = Turn()
         self.stopping = False  # set it, as a signal handler may, to end the answer soon
-        self.prompter = Prompter(tokenizer, 1 << 31, keep_volatile=True)
+        self.prompter = Prompter(tokenizer, 1 << 31, keep_volatile=True, vision=getattr(model, "vision", None))
+        self._seen: Any = None  # the images of the last prompt
         self._torn = False  # the model is at work, or was stopped at it
         self._copied, self._copies = 0, dict[int, Any]()  # tokens held by the copies of layers, by index
 
-    def ask(self, text: str) -> Iterator[Delta | Progress]:
+    def ask(self, content: Content) -> Iterator[Delta | Progress]:
         """The answer to one more message, piece by piece. `stopping`, or closing the iterator, ends it.
 
         What was said is kept; where nothing was, the message is taken back. Raises UserError, and takes the message
         back, when it does not fit or the template refuses it.
         """
         self.stopping, said = False, ""
-        self.messages.append({"role": "user", "content": text})
+        self.messages.append({"role": "user", "content": content})
         self.turn = Turn()
         try:
-            tokens, state = self._prompt()
-            for event in self._generate(tokens, state):
-                said += event.text if isinstance(event, Delta) and event.kind == "content" else ""
-                yield event
+            with closing(self._generate(*self._prompt())) as events:
+                for event in events:
+                    said += event.text if isinstance(event, Delta) and event.kind == "content" else ""
+                    yield event
         finally:
             if said or self.turn.reason in ("stop", "length"):
                 self.messages.append({"role": "assistant", "content": said})
@@ -119,37 +122,45 @@ class Conversation:
         dense = fp16_bytes(self.model, len(self.held))
         return dense / self.kv_bytes if dense and self.kv_bytes else 0.0
 
-    def _prompt(self) -> tuple[list[int], str]:
+    def _prompt(self) -> tuple[Prompt, str]:
         head = [{"role": "system", "content": self.system}] if self.system else []
         ask = GenerationRequest(messages=(*head, *self.messages))
         if not self.tokenizer.has_chat_template:
             ask = GenerationRequest(prompt="\n".join(m["content"] for m in ask.messages or ()))
         try:
-            tokens = self.prompter.encode(ask, self.context)
+            prompt = self.prompter.encode(ask, self.context)
         except ApiError as error:
             raise UserError(error.message) from error
-        if len(tokens) >= self.context:
+        if (length := len(prompt.tokens)) >= self.context:
             raise UserError(
-                f"the conversation would be {len(tokens)} tokens and the context is {self.context}: /clear, or say less"
+                f"the conversation would be {length} tokens and the context is {self.context}: /clear, or say less"
             )
-        return tokens, self.prompter.initial_state(ask, tokens)
+        if prompt.images:
+            prompt.images.settle(self.model.model)
+        return prompt, self.prompter.initial_state(ask, prompt.tokens)
 
-    def _generate(self, tokens: list[int], state: str) -> Iterator[Delta | Progress]:
-        parser = Parser(self.tokenizer, state)
-        again = self._reuse(tokens)
+    def _generate(self, prompt: Prompt, state: str) -> Generator[Delta | Progress, None, None]:
+        parser, tokens, model = Parser(self.tokenizer, state), prompt.tokens, self.model
+        again = self._reuse(prompt)
         fresh, written, reason = len(tokens) - len(self.held), 0, "stopped"
         room = self.context - len(tokens)
         start = first = time.perf_counter()
-        stream = stream_generate(
-            self.model,
-            self.tokenizer,
-            tokens[-1:],
-            max_tokens=min(self.settings.max_tokens or room, room),
-            sampler=make_sampler(self.settings),
-            prompt_cache=self.caches,
-        )
+        stream: Any = ()
         try:
-            yield from self._read(tokens)
+            yield from self._read(prompt)
+            if prompt.images:
+                from ..hosts.mlx_vlm.text import Shifted
+
+                prompt.images.release()
+                model = Shifted(self.model, prompt.images.shift)
+            stream = stream_generate(
+                model,
+                self.tokenizer,
+                tokens[-1:],
+                max_tokens=min(self.settings.max_tokens or room, room),
+                sampler=make_sampler(self.settings),
+                prompt_cache=self.caches,
+            )
             while not self.stopping:
                 self._torn = True
                 r = next(stream)
@@ -165,20 +176,26 @@ class Conversation:
                     break
             yield from parser.finish()
         finally:
-            stream.close()
+            if stream:
+                stream.close()
             end = time.perf_counter()
             self.turn = Turn(fresh, again, (first if written else end) - start, written, end - first, reason)
             if self._torn:
                 self._restart()
 
-    def _read(self, tokens: list[int]) -> Iterator[Progress]:
+    def _read(self, prompt: Prompt) -> Iterator[Progress]:
         """Read all of a prompt but its last token, which makes the answer's first."""
-        piece = PIECES[mx.default_device().type.name]
+        piece, tokens, images = PIECES[mx.default_device().type.name], prompt.tokens, prompt.images
         last, mark = len(tokens) - 1, len(tokens) - SPARE
         while (done := len(self.held)) < last and not self.stopping:
             stop = min(done + piece, mark if done < mark else last)
             self._torn = True
-            self.model(mx.array([tokens[done:stop]]), cache=self.caches)
+            if images and done < images.end:
+                stop = min(last, images.end if images.whole else min(stop, images.end))
+                images.read(self.model.model, self.caches, done, stop)
+            else:
+                shift = {"shifts": (images.shift,)} if images else {}
+                self.model(mx.array([tokens[done:stop]]), cache=self.caches, **shift)
             mx.eval([c.state for c in self.caches])
             mx.clear_cache()
             self._torn = False
@@ -189,11 +206,20 @@ class Conversation:
             elif stop < mark:
                 yield Progress(stop, len(tokens))
 
-    def _reuse(self, tokens: list[int]) -> int:
-        """Cut the caches back to where `tokens` differ from what they hold; returns how many are to be read again."""
+    def _reuse(self, prompt: Prompt) -> int:
+        """Cut the caches back to where a prompt differs from what they hold; returns how many are to be read again."""
+        tokens, images, seen = prompt.tokens, prompt.images, self._seen
         pairs = zip(self.held, tokens[:-1])
         shared = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
         shared = min(len(self.held), len(tokens) - 1) if shared is None else shared
+        ours, theirs = (set(p.marks if p else ()) for p in (seen, images))
+        shared = min([shared, *(place for place, _ in ours ^ theirs)])
+        if images and images.whole:
+            if shared < images.end:
+                shared = 0
+            elif seen:
+                images.shift = seen.shift  # which the towers may have said
+        self._seen = images
         if shared < len(self.held):
             self._cut(shared)
         return shared - len(self.held)

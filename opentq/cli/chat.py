@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from . import images
+from .images import Images
 from .options import (
     KV,
     KVBits,
@@ -42,6 +44,7 @@ def chat(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     seed: Seed = None,
+    image: Images = None,
     wire: Wire = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -59,12 +62,14 @@ def chat(
     from ..spec.recommended import advice
 
     wiring = parse_wire(wire)
+    seen = images.read(image) if image else []
     options = {"trust_remote_code": trust_remote_code or None}
-    lm, tokenizer = load(path, kv=spec, tokenizer_config=options)
+    lm, tokenizer = load(path, kv=spec, images=True, tokenizer_config=options)
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
     reader = Editor(WORDS) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     with wired(lambda: needs([lm], context), wiring):
-        Console(Conversation(lm, tokenizer, context, system_prompt or "", settings), Path(path).name, reader).run()
+        talk = Conversation(lm, tokenizer, context, system_prompt or "", settings)
+        Console(talk, Path(path).name, reader).run(seen)
