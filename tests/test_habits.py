@@ -252,3 +252,10 @@ for name, more in (("generate", ["hi"]), ("chat", []), ("cache build", ["f.cache
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
     assert done.stdout == "generate 2 False\nchat 2 False\ncache build 2 False\nserve 2 False\n", done.stderr
     assert done.stderr.count("does not exist") == 4 == done.stderr.count("\n")
+
+
+@pytest.mark.parametrize("name", taking("--system-prompt"))
+def test_bytes_that_are_no_text_are_refused(run, tmp_path, name):
+    bad = "caf\udcff"
+    code, _, err = run(*name.split(), *needs(name, str(tmp_path / "missing")), "--system-prompt", bad)
+    assert (code, err) == (2, "opentq: --system-prompt is not UTF-8 text (byte 3 is 0xff); convert it\n")

@@ -91,3 +91,58 @@ def test_a_system_prompt_a_limit_and_a_file_go_with_images(folder, picture, tmp_
     result = generate("--model", folder, "--image", picture, "--system-prompt", "Be short.", "--output", str(out))
     assert result.exit_code == 0 and out.read_text().strip() == result.stdout.strip()
     refused("together more than --max-context 20", "--model", folder, "--image", picture, "--max-context", "20")
+
+
+# ---- opentq chat
+
+
+@pytest.fixture(scope="module")
+def seeing(folder):
+    from opentq.hosts.mlx_lm.load import load
+
+    return load(folder, kv="int8", images=True)
+
+
+def talk(seeing, *lines):
+    """A conversation through the console, and what it wrote."""
+    from opentq.chat.console import Console
+    from opentq.chat.conversation import Conversation, Settings
+
+    from .test_chat import Reader, Terminal
+
+    chat, out = Conversation(*seeing, context=2000, settings=Settings(max_tokens=6)), Terminal()
+    Console(chat, "tiny", Reader(lines), out).run()
+    return chat, out.getvalue()
+
+
+def test_a_conversation_about_an_image_reads_it_once(seeing, picture, tmp_path):
+    """The image is part of the first message only, of what is saved, and another image is another conversation."""
+    file = tmp_path / "talk.json"
+    chat, out = talk(seeing, f"/image {picture}", PROMPT, "and the colour?", f"/save {file}")
+    assert f"{picture} goes before" in out and chat.turn.again < 64 and chat.turn.read < 80
+    assert [type(m["content"]) for m in chat.messages] == [list, str, str, str]
+    assert chat.caches[0].offset == len(chat.held) > 12
+    again, _ = talk(seeing, f"/load {file}", "what else?")
+    assert [m["content"] for m in again.messages[1:4]] == [m["content"] for m in chat.messages[1:4]]
+    alone, _ = talk(seeing, f"/image {picture}", PROMPT)
+    assert alone.messages[1] == chat.messages[1]
+    # The same words about another picture: what is behind its first place is read again.
+    other = tmp_path / "blue.png"
+    Image.new("RGB", (112, 84), (20, 30, 240)).save(other)
+    blue, _ = talk(seeing, f"/image {other}", PROMPT)
+    del chat.messages[:]
+    assert list(chat.ask(blue.messages[0]["content"])) and chat.messages[1] == blue.messages[1]
+    assert chat.turn.read > 12
+
+
+def test_chat_refuses_images_in_a_line(folder, picture, tmp_path):
+    model = str(Path(__file__).parents[1] / "models" / "tiny-llama")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for path, file, words in (
+        (model, picture, "takes text only"),
+        (folder, str(tmp_path / "broken.png"), "not an image"),
+    ):
+        result = CliRunner().invoke(app, ["chat", path, "--image", file])
+        assert result.exit_code != 0 and words in str(result.exception)
+    result = CliRunner().invoke(app, ["chat", folder, "--image", picture, "-m", "3"], input="What is this?\nand?\n")
+    assert result.exit_code == 0 and result.stdout.count("\n") >= 2

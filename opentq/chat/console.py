@@ -1,23 +1,32 @@
-"""The loop of `opentq chat`: commands, line editing, answers as they come, and an end line with what they cost."""
+"""The loop of `opentq chat`: commands, answers as they come, and an end line with what they cost."""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from base64 import b64encode
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import mlx.core as mx
 
+from .. import text as texts
+from ..dialogue.errors import ApiError
+from ..dialogue.pictures import Content, Picture, content, from_url, parts
+from ..dialogue.request import Progress
 from ..errors import UserError
 from ..hosts import hooks
 from .conversation import Conversation, Settings
+from .editor import QUOTES, Editor, Pipe
 from .style import Styler
 
-HISTORY = Path("~/.cache/opentq/chat_history")
+NAMES = (*(f.name for f in fields(Settings)), "system")
+ALIASES = {"temp": "temperature", "num_predict": "max_tokens", "n_predict": "max_tokens"}
+WORDS = dict.fromkeys(("/help", "/clear", "/stats", "/show", "/regen", "/bye", "/system "), False)
+WORDS |= dict.fromkeys(("/save", "/load", "/read", "/image"), True) | {f"/set {name} ": False for name in NAMES}
 
 
 class Leave(Exception):
@@ -25,83 +34,91 @@ class Leave(Exception):
 
 
 class Console:
-    """The loop in the terminal. `read(prompt)` gives a line; everything is written to `out`."""
+    """The loop in the terminal, or over a pipe: messages from `reader`, everything written to `out`."""
 
-    def __init__(self, talk: Conversation, name: str, read: Callable[[str], str] = input, out: TextIO | None = None):
+    def __init__(self, talk: Conversation, name: str, reader: Editor | Pipe, out: TextIO | None = None):
         self.talk = talk
         self.name = name
-        self.read = read
+        self.reader = reader
         self.out = out or sys.stdout
-        self.tty = self.out.isatty()
+        self.tty = reader.interactive
+        self.before: list[str | Picture] = []  # go before the next message
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "help": ("this list", self.help),
-            "set": ("NAME VALUE: temperature, top_p, top_k, min_p, seed, max_tokens or system", self.set),
+            "set": (f"NAME VALUE: {', '.join(NAMES)}; without a value, show it", self.set),
             "show": ("the settings and what the KV cache is made of", self.show),
             "system": ("TEXT: set the system message; without a text, show it", self.system),
             "save": ("FILE: save the conversation", self.save),
             "load": ("FILE: load a conversation", self.load),
+            "read": ("FILE: put a text file before the next message", self.read),
+            "image": ("FILE: put an image before the next message", self.image),
+            "regen": ("answer the last message again", self.regen),
             "clear": ("forget the conversation", self.clear),
             "stats": ("speed, context and memory", self.stats),
             "bye": ("leave (also Ctrl-D)", self.bye),
         }
 
-    def run(self) -> None:
-        """Until /bye or the end of the input. Ctrl-C stops an answer, or drops the line that is being typed."""
-        if self.tty:
-            self.say(f"{self.name}, context {count(self.talk.context)}, KV {self.talk.spec}. /help lists the commands.")
+    def run(self, images: Sequence[Picture] = ()) -> None:
+        """Until /bye or the end of the input. Ctrl-C stops an answer, or drops the line that is being typed.
+
+        `images` go before the first message. Raises UserError for a model without eyes.
+        """
+        if images and not self.talk.prompter.vision:
+            raise UserError(f"{self.name} takes text only: leave --image out")
+        self.before += images
+        self.tell(f"{self.name}, context {count(self.talk.context)}, KV {self.talk.spec}. /help lists the commands.")
         while True:
             try:
-                text = self.read_message()
-            except EOFError:
+                text = texts.check(self.reader.read(), "the message")
+                if text.startswith(QUOTES):
+                    text = text[3:].partition(QUOTES)[0].strip("\n")
+                elif text.startswith("/"):
+                    self.command(text)
+                    continue
+                if text.strip():
+                    self.answer(content([*self.before, text], "\n\n"))
+                    self.before = [] if self.talk.turn.written else self.before
+            except (EOFError, Leave):
                 return
             except KeyboardInterrupt:
-                self.say("\n(Ctrl-D or /bye leaves)")
-                continue
-            if not text.strip():
-                continue
-            try:
-                if text.startswith("/"):
-                    self.command(text)
-                else:
-                    self.answer(text)
+                if not self.tty:
+                    raise
+                self.say("(Ctrl-D or /bye leaves)")
             except UserError as error:
+                if not self.tty:
+                    raise
                 self.say(str(error))
-            except Leave:
-                return
 
-    def read_message(self) -> str:
-        '''A line, or several between two lines of """.'''
-        quotes = '"""'
-        prompt = ">>> " if self.tty else ""
-        text = self.read(prompt)
-        if not text.startswith(quotes):
-            return text
-        text = text[3:]
-        while quotes not in text:
-            text += "\n" + self.read("... " if self.tty else "")
-        return text.partition(quotes)[0].strip("\n")
-
-    def answer(self, text: str) -> None:
-        """Stream the answer; Ctrl-C stops it and keeps what was said."""
-        styler = Styler(self.tty)
-        pieces = self.talk.ask(text)
-        try:
-            for delta in pieces:
-                self.write(styler.feed(delta.kind, delta.text))
-        except KeyboardInterrupt:
-            pieces.close()  # type: ignore[attr-defined]
-            self.write(styler.end() + "\n(stopped)")
-        self.write(styler.end() + "\n")
+    def answer(self, message: Content) -> None:
+        """Stream the answer; in a terminal Ctrl-C stops it, and what was said is kept."""
+        styler, line, before = Styler(self.out.isatty()), "", signal.getsignal(signal.SIGINT)
         if self.tty:
-            self.say(self.end_line())
+            signal.signal(signal.SIGINT, lambda *_: setattr(self.talk, "stopping", True))
+        try:
+            with self.reader.aside() as look:
+                for event in self.talk.ask(message):
+                    look()
+                    if not isinstance(event, Progress):
+                        self.write(line + styler.feed(event.kind, event.text))
+                        line = ""
+                    elif self.tty:
+                        line = "\r\033[K"
+                        self.write(f"{line}reading {event.done} of {event.total} tokens")
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.write(line + styler.end() + "\n")
+        if self.talk.turn.reason == "stopped":
+            self.tell("(stopped)" if self.talk.turn.written else "(stopped: the message is taken back)")
+        self.tell(self.end_line())
 
     def end_line(self) -> str:
         """`N tokens · tok/s · ctx 41k/128k · KV 1.9 GB (int4, 3.2x)`."""
         t, turn = self.talk, self.talk.turn
         ratio = f", {t.ratio:.1f}x" if t.ratio else ""
+        again = f" · {count(turn.again)} tokens read again" if turn.again > 64 else ""
         return (
             f"{turn.written} tokens · {turn.write_rate:.1f} tok/s · ctx {count(len(t.held))}/{count(t.context)} · "
-            f"KV {size(t.kv_bytes)} ({t.spec}{ratio})"
+            f"KV {size(t.kv_bytes)} ({t.spec}{ratio}){again}"
         )
 
     def command(self, text: str) -> None:
@@ -114,22 +131,25 @@ class Console:
     def help(self, _: str) -> None:
         for name, (meaning, _call) in self.commands.items():
             self.say(f"  /{name:<8}{meaning}")
-        self.say('  """       begins and ends a message of several lines')
+        self.say('''  """      begins and ends a message of several lines; so does a paste, and Alt-Enter''')
 
     def set(self, rest: str) -> None:
-        name, _, value = rest.removeprefix("parameter ").partition(" ")
+        name, _, value = rest.removeprefix("parameter").strip().partition(" ")
+        name, value = ALIASES.get(name, name), value.strip()
         if name == "system":
             self.system(value)
-            return
-        known = [f.name for f in fields(Settings)]
-        if name not in known or not value:
-            raise UserError(f"/set {rest}: give one of {', '.join(known)} or system, and a value")
-        self.talk.settings = replace(self.talk.settings, **{name: setting(name, value)})
+        elif name and name not in NAMES:
+            raise UserError(f"/set {rest}: give one of {', '.join(NAMES)}, and a value")
+        elif value:
+            self.talk.settings = replace(self.talk.settings, **{name: setting(name, value)})
+        else:
+            for key, now in asdict(self.talk.settings).items():
+                if name in ("", key):
+                    self.say(f"{key}: {'none' if now is None else now}")
 
     def show(self, _: str) -> None:
         self.say(f"model: {self.name}")
-        for name, value in asdict(self.talk.settings).items():
-            self.say(f"{name}: {'none' if value is None else value}")
+        self.set("")
         self.say(f"system: {self.talk.system or 'none'}")
         if hooks.installed(self.talk.model):
             from ..hosts.report import report
@@ -144,37 +164,58 @@ class Console:
 
     def save(self, rest: str) -> None:
         t = self.talk
-        data = {"model": self.name, "system": t.system, "settings": asdict(t.settings), "messages": t.messages}
+        messages = [m | {"content": _kept(m["content"])} for m in t.messages]
+        data = {"model": self.name, "system": t.system, "settings": asdict(t.settings), "messages": messages}
         path = self._path(rest, "/save")
         try:
-            path.write_text(json.dumps(data, indent=1, ensure_ascii=False))
+            path.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
         except OSError as error:
             raise UserError(f"can't write {str(path)!r}: {error.strerror}") from error
-        self.say(f"saved {len(t.messages)} messages to {path}")
+        self.tell(f"saved {len(t.messages)} messages to {path}")
 
     def load(self, rest: str) -> None:
         path = self._path(rest, "/load")
+        text = texts.read(path, "the conversation")
         try:
-            data = json.loads(path.read_text())
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+            data = json.loads(text)
+            messages = [{"role": str(m["role"]), "content": _content(m["content"])} for m in data["messages"]]
             settings = Settings(**{k: setting(k, str(v).lower()) for k, v in data["settings"].items()})
-            system = str(data["system"])
-        except OSError as error:
-            raise UserError(f"can't read {str(path)!r}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+            system = texts.check(str(data["system"]), "the system message")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ApiError) as error:
             raise UserError(f"{str(path)!r} is not a saved conversation") from error
         self.talk.clear()
         self.talk.messages, self.talk.settings, self.talk.system = messages, settings, system
-        self.say(f"loaded {len(messages)} messages from {path}; they are read with your next one")
+        self.tell(f"loaded {len(messages)} messages from {path}; they are read with your next one")
 
     def _path(self, rest: str, command: str) -> Path:
         if not rest:
             raise UserError(f"{command} needs a file name")
         return Path(rest).expanduser()
 
+    def read(self, rest: str) -> None:
+        path = self._path(rest, "/read")
+        self.before.append(texts.read(path, "the file"))
+        self.tell(f"{path} goes before your next message")
+
+    def image(self, rest: str) -> None:
+        if not self.talk.prompter.vision:
+            raise UserError("this model takes text only, no images")
+        from ..hosts.mlx_vlm.images import read
+
+        path = self._path(rest, "/image")
+        self.before.append(Picture(read(path), repr(str(path))))
+        self.tell(f"{path} goes before your next message")
+
+    def regen(self, _: str) -> None:
+        if len(self.talk.messages) < 2:
+            raise UserError("there is no answer yet")
+        *self.talk.messages, question, _answer = self.talk.messages
+        self.answer(question["content"])
+
     def clear(self, _: str) -> None:
         self.talk.clear()
-        self.say("forgotten")
+        self.before = []
+        self.tell("forgotten")
 
     def stats(self, _: str) -> None:
         t, turn = self.talk, self.talk.turn
@@ -190,12 +231,37 @@ class Console:
     def bye(self, _: str) -> None:
         raise Leave
 
+    def tell(self, text: str) -> None:
+        """What a person wants to know, and a pipe does not."""
+        if self.tty:
+            self.say(text)
+
     def say(self, text: str) -> None:
         self.write(text + "\n")
 
     def write(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
+
+
+def _kept(message: Content) -> str | list[dict[str, Any]]:
+    """What a message holds as JSON, images in OpenAI's form."""
+    if isinstance(message, str):
+        return message
+    return [
+        {"type": "text", "text": p}
+        if isinstance(p, str)
+        else {"type": "image_url", "image_url": {"url": f"data:image;base64,{b64encode(p.data).decode()}"}}
+        for p in parts(message)
+    ]
+
+
+def _content(kept: Any) -> Content:
+    """What `_kept` made, again. Raises what JSON of another form leads to."""
+    if isinstance(kept, str):
+        return texts.check(kept, "a message")
+    found = [from_url(p["image_url"]["url"], "an image") if "image_url" in p else str(p["text"]) for p in kept]
+    return content(found, "\n\n")
 
 
 def setting(name: str, text: str) -> Any:
@@ -224,24 +290,3 @@ def size(nbytes: int) -> str:
         if nbytes >= 0.95 * scale:
             return f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes / 1e3:.0f} kB"
-
-
-def use_history(path: Path = HISTORY) -> None:
-    """Line editing and a history that outlives the session, where Python has readline."""
-    try:
-        import atexit
-        import readline
-    except ImportError:
-        return
-    path = path.expanduser()
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-
-    def write() -> None:
-        with suppress(OSError):
-            readline.write_history_file(path)
-
-    atexit.register(write)

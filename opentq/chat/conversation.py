@@ -1,27 +1,38 @@
 """A conversation with a model: its messages and one set of caches, so that each turn reads only what is new.
 
-When a template rewrites the past (thoughts that are dropped, a changed system message), the caches are trimmed to what
-is still true, or begun again where a model's caches can't be trimmed.
+When a template rewrites the past (thoughts that are dropped, a changed system message), the caches are cut back to what
+is still true. Layers that can't be cut (windows that have forgotten, recurrent states) go back to a copy, made just
+before the end of the last prompt; where that is not far enough back, the conversation is read again, and the turn says
+so. A stop is heeded between two tokens or two pieces of the prompt, never within one: all layers hold the same.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+import mlx.core as mx
 
+from ..dialogue.errors import ApiError
 from ..dialogue.output import Parser
-from ..dialogue.prompt import Prompter
-from ..dialogue.request import Delta, Draw, GenerationRequest
+from ..dialogue.pictures import Content
+from ..dialogue.prompt import Prompt, Prompter
+from ..dialogue.request import Delta, Draw, GenerationRequest, Progress
 from ..dialogue.sampling import make_sampler
 from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.generation import cache_bytes, fp16_bytes
 from ..hosts.mlx_lm.load import make_cache
-from ..hosts.mlx_lm.public import can_trim_prompt_cache, stream_generate, trim_prompt_cache
+from ..hosts.mlx_lm.public import stream_generate
+
+PIECES = {"cpu": 128, "gpu": 512}
+"""Prompt tokens that are read between two looks at whether to stop: seconds at most, where they are many."""
+SPARE = 16
+"""Tokens before a prompt's end where copies are made: what a template puts behind the last message is shorter."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,10 @@ class Settings(Draw):
 
 @dataclass(frozen=True)
 class Turn:
-    """What the last answer cost. Seconds, tokens, bytes."""
+    """What the last answer cost, in tokens and seconds; `again` of those read had been read before."""
 
     read: int = 0
+    again: int = 0
     read_seconds: float = 0.0
     written: int = 0
     write_seconds: float = 0.0
@@ -64,26 +76,31 @@ class Conversation:
         self.caches: list[Any] = make_cache(model)
         self.held: list[int] = []  # the tokens that the caches hold
         self.turn = Turn()
-        self.prompter = Prompter(tokenizer, 1 << 31)
+        self.stopping = False  # set it, as a signal handler may, to end the answer soon
+        self.prompter = Prompter(tokenizer, 1 << 31, keep_volatile=True, vision=getattr(model, "vision", None))
+        self._seen: Any = None  # the images of the last prompt
+        self._torn = False  # the model is at work, or was stopped at it
+        self._copied, self._copies = 0, dict[int, Any]()  # tokens held by the copies of layers, by index
 
-    def ask(self, text: str) -> Iterator[Delta]:
-        """The answer to one more message, piece by piece. Closing the iterator stops it; what was said is kept.
+    def ask(self, content: Content) -> Iterator[Delta | Progress]:
+        """The answer to one more message, piece by piece. `stopping`, or closing the iterator, ends it.
 
-        Raises UserError, and forgets the message, when it does not fit or the template refuses it.
+        What was said is kept; where nothing was, the message is taken back. Raises UserError, and takes the message
+        back, when it does not fit or the template refuses it.
         """
-        self.messages.append({"role": "user", "content": text})
+        self.stopping, said = False, ""
+        self.messages.append({"role": "user", "content": content})
+        self.turn = Turn()
         try:
-            tokens, state = self._prompt()
-        except UserError:
-            self.messages.pop()
-            raise
-        said = ""
-        try:
-            for delta in self._generate(tokens, state):
-                said += delta.text if delta.kind == "content" else ""
-                yield delta
+            with closing(self._generate(*self._prompt())) as events:
+                for event in events:
+                    said += event.text if isinstance(event, Delta) and event.kind == "content" else ""
+                    yield event
         finally:
-            self.messages.append({"role": "assistant", "content": said})
+            if said or self.turn.reason in ("stop", "length"):
+                self.messages.append({"role": "assistant", "content": said})
+            else:
+                self.messages.pop()
 
     def clear(self) -> None:
         """Forget everything that was said."""
@@ -92,7 +109,7 @@ class Conversation:
 
     @property
     def kv_bytes(self) -> int:
-        return cache_bytes(self.caches)
+        return cache_bytes([*self.caches, *self._copies.values()])
 
     @property
     def spec(self) -> str:
@@ -105,79 +122,132 @@ class Conversation:
         dense = fp16_bytes(self.model, len(self.held))
         return dense / self.kv_bytes if dense and self.kv_bytes else 0.0
 
-    def _prompt(self) -> tuple[list[int], str]:
+    def _prompt(self) -> tuple[Prompt, str]:
         head = [{"role": "system", "content": self.system}] if self.system else []
         ask = GenerationRequest(messages=(*head, *self.messages))
-        if self.tokenizer.has_chat_template:
-            try:
-                tokens = list(self.tokenizer.apply_chat_template(list(ask.messages or ()), add_generation_prompt=True))
-            except TemplateError as error:
-                raise UserError(f"the model's chat template refuses this: {error}") from error
-        else:
-            tokens = list(self.tokenizer.encode("\n".join(m["content"] for m in ask.messages or ())))
-        if len(tokens) >= self.context:
-            raise UserError(
-                f"the conversation would be {len(tokens)} tokens and the context is {self.context}: /clear, or say less"
-            )
-        return tokens, self.prompter.initial_state(ask, tokens)
-
-    def _generate(self, tokens: list[int], state: str) -> Iterator[Delta]:
-        parser = Parser(self.tokenizer, state)
-        room = self.context - len(tokens)
-        rest = tokens[self._reuse(tokens) :]
-        written: list[int] = []
-        start = first = time.perf_counter()
-        reason = "stopped"
-        stream = stream_generate(
-            self.model,
-            self.tokenizer,
-            rest,
-            max_tokens=min(self.settings.max_tokens or room, room),
-            sampler=make_sampler(self.settings),
-            prompt_cache=self.caches,
-        )
+        if not self.tokenizer.has_chat_template:
+            ask = GenerationRequest(prompt="\n".join(m["content"] for m in ask.messages or ()))
         try:
-            for r in stream:
+            prompt = self.prompter.encode(ask, self.context)
+        except ApiError as error:
+            raise UserError(error.message) from error
+        if (length := len(prompt.tokens)) >= self.context:
+            raise UserError(
+                f"the conversation would be {length} tokens and the context is {self.context}: /clear, or say less"
+            )
+        if prompt.images:
+            prompt.images.settle(self.model.model)
+        return prompt, self.prompter.initial_state(ask, prompt.tokens)
+
+    def _generate(self, prompt: Prompt, state: str) -> Generator[Delta | Progress, None, None]:
+        parser, tokens, model = Parser(self.tokenizer, state), prompt.tokens, self.model
+        again = self._reuse(prompt)
+        fresh, written, reason = len(tokens) - len(self.held), 0, "stopped"
+        room = self.context - len(tokens)
+        start = first = time.perf_counter()
+        stream: Any = ()
+        try:
+            yield from self._read(prompt)
+            if prompt.images:
+                from ..hosts.mlx_vlm.text import Shifted
+
+                prompt.images.release()
+                model = Shifted(self.model, prompt.images.shift)
+            stream = stream_generate(
+                model,
+                self.tokenizer,
+                tokens[-1:],
+                max_tokens=min(self.settings.max_tokens or room, room),
+                sampler=make_sampler(self.settings),
+                prompt_cache=self.caches,
+            )
+            while not self.stopping:
+                self._torn = True
+                r = next(stream)
+                self._torn = False
                 if not written:
-                    first = time.perf_counter()
-                written.append(r.token)
+                    self.held, first = list(tokens), time.perf_counter()
+                self.held.append(r.token)  # mlx-lm computes a token before it gives it away
+                written += 1
                 if r.finish_reason != "stop":
                     yield from parser.token(r.token)
-                reason = r.finish_reason or reason
+                if r.finish_reason:
+                    reason = r.finish_reason
+                    break
             yield from parser.finish()
         finally:
-            stream.close()
+            if stream:
+                stream.close()
             end = time.perf_counter()
-            self.turn = Turn(len(rest), (first if written else end) - start, len(written), end - first, reason)
-            self._settle(tokens + written)
+            self.turn = Turn(fresh, again, (first if written else end) - start, written, end - first, reason)
+            if self._torn:
+                self._restart()
 
-    def _reuse(self, tokens: list[int]) -> int:
-        """How many tokens the caches hold already, after what is no longer true was trimmed."""
-        shared = 0
-        for ours, theirs in zip(self.held, tokens[:-1]):
-            if ours != theirs:
-                break
-            shared += 1
-        extra = len(self.held) - shared
-        if extra and can_trim_prompt_cache(self.caches):
-            trim_prompt_cache(self.caches, extra)
-            self.held = self.held[:shared]
-        elif extra:
-            self._restart()
-        return len(self.held)
+    def _read(self, prompt: Prompt) -> Iterator[Progress]:
+        """Read all of a prompt but its last token, which makes the answer's first."""
+        piece, tokens, images = PIECES[mx.default_device().type.name], prompt.tokens, prompt.images
+        last, mark = len(tokens) - 1, len(tokens) - SPARE
+        while (done := len(self.held)) < last and not self.stopping:
+            stop = min(done + piece, mark if done < mark else last)
+            self._torn = True
+            if images and done < images.end:
+                stop = min(last, images.end if images.whole else min(stop, images.end))
+                images.read(self.model.model, self.caches, done, stop)
+            else:
+                shift = {"shifts": (images.shift,)} if images else {}
+                self.model(mx.array([tokens[done:stop]]), cache=self.caches, **shift)
+            mx.eval([c.state for c in self.caches])
+            mx.clear_cache()
+            self._torn = False
+            self.held = tokens[:stop]
+            if stop == mark:
+                self._copied = stop
+                self._copies = {i: copy.deepcopy(c) for i, c in enumerate(self.caches) if _forgets(c)}
+            elif stop < mark:
+                yield Progress(stop, len(tokens))
 
-    def _settle(self, tokens: list[int]) -> None:
-        """After a turn: what the caches hold. mlx-lm computes one token ahead, and an interrupt may leave it there."""
-        sizes = {c.offset for c in self.caches if hasattr(c, "offset")}
-        count = sizes.pop() if len(sizes) == 1 else -1
-        if 0 <= count <= len(tokens):
-            self.held = tokens[:count]
-        elif count > len(tokens) and can_trim_prompt_cache(self.caches):
-            trim_prompt_cache(self.caches, count - len(tokens))
-            self.held = tokens
-        else:
+    def _reuse(self, prompt: Prompt) -> int:
+        """Cut the caches back to where a prompt differs from what they hold; returns how many are to be read again."""
+        tokens, images, seen = prompt.tokens, prompt.images, self._seen
+        pairs = zip(self.held, tokens[:-1])
+        shared = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        shared = min(len(self.held), len(tokens) - 1) if shared is None else shared
+        ours, theirs = (set(p.marks if p else ()) for p in (seen, images))
+        shared = min([shared, *(place for place, _ in ours ^ theirs)])
+        if images and images.whole:
+            if shared < images.end:
+                shared = 0
+            elif seen:
+                images.shift = seen.shift  # which the towers may have said
+        self._seen = images
+        if shared < len(self.held):
+            self._cut(shared)
+        return shared - len(self.held)
+
+    def _cut(self, length: int) -> None:
+        """Go back to the first `length` tokens, or as near before that as all layers can."""
+        stuck = [i for i, c in enumerate(self.caches) if not c.is_trimmable()]
+        if stuck and (length < self._copied or not self._copies.keys() >= set(stuck)):
             self._restart()
+            return
+        length = self._copied if stuck else length
+        for i, cache in enumerate(self.caches):
+            if i in stuck:
+                self.caches[i] = copy.deepcopy(self._copies[i])
+            else:
+                cache.trim(len(self.held) - length)
+        self.held = self.held[:length]
+        if length < self._copied:
+            self._copied, self._copies = 0, {}
 
     def _restart(self) -> None:
-        self.caches = make_cache(self.model)
-        self.held = []
+        self.caches, self.held, self._torn = make_cache(self.model), [], False
+        self._copied, self._copies = 0, {}
+
+
+def _forgets(cache: Any) -> bool:
+    """Whether a layer's cache can't always be cut: a window, a recurrent state, or several caches with one of them."""
+    if hasattr(cache, "caches"):
+        return any(map(_forgets, cache.caches))
+    bounds = (getattr(cache, name, 0) for name in ("max_size", "chunk_size", "window"))
+    return not cache.is_trimmable() or any(bounds)

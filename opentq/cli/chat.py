@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from . import images
+from .images import Images
 from .options import (
     KV,
     KVBits,
@@ -15,6 +17,7 @@ from .options import (
     ModelArgument,
     ModelOption,
     Seed,
+    SystemPrompt,
     Temp,
     TopK,
     TopP,
@@ -31,7 +34,7 @@ def chat(
     kv: KV = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = None,
-    system_prompt: Annotated[str, typer.Option(help="System message.")] = "",
+    system_prompt: SystemPrompt = None,
     max_context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.", min=2)] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Most tokens of one answer; 0: all that fit.", min=0)
@@ -41,6 +44,7 @@ def chat(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     seed: Seed = None,
+    image: Images = None,
     wire: Wire = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -49,21 +53,23 @@ def chat(
     spec = spec_for(path, kv, kv_bits, kv_group_size)
     from pathlib import Path
 
-    from ..chat.console import Console, use_history
+    from ..chat.console import WORDS, Console
     from ..chat.conversation import Conversation, Settings
+    from ..chat.editor import Editor, Pipe
     from ..hosts.mlx_lm.load import load
     from ..memory.loaded import model_context
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.recommended import advice
 
     wiring = parse_wire(wire)
+    seen = images.read(image) if image else []
     options = {"trust_remote_code": trust_remote_code or None}
-    lm, tokenizer = load(path, kv=spec, tokenizer_config=options)
+    lm, tokenizer = load(path, kv=spec, images=True, tokenizer_config=options)
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
-    if sys.stdin.isatty():
-        use_history()
+    reader = Editor(WORDS) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     with wired(lambda: needs([lm], context), wiring):
-        Console(Conversation(lm, tokenizer, context, system_prompt, settings), Path(path).name).run()
+        talk = Conversation(lm, tokenizer, context, system_prompt or "", settings)
+        Console(talk, Path(path).name, reader).run(seen)

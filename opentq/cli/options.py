@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
+from ..text import check
 
 if TYPE_CHECKING:
     from ..spec.text import Asked
@@ -64,6 +65,13 @@ def finite(value: float) -> float:
     return value
 
 
+def _text(value: str | None) -> str | None:
+    return value and check(value, "--system-prompt")
+
+
+SystemPrompt = Annotated[
+    str | None, typer.Option("--system-prompt", callback=_text, help="System message for the chat template.")
+]
 Temp = Annotated[
     float,
     typer.Option("--temp", "--temperature", min=0, max=2, callback=finite, help="Sampling temperature; 0 is greedy."),
