@@ -146,8 +146,9 @@ def test_a_session(terminal, tmp_path):
 
 def test_ctrl_c_and_what_is_typed_during_an_answer(terminal):
     t = terminal()
-    t.until(PROMPT)
-    t.send("import" + ENTER)
+    t.send("imp" + ENTER)  # while the model loads
+    t.until(r">>>\s*imp")
+    t.send("ort" + ENTER)
     t.until(r"\n.*\w")  # the answer has begun
 
     # Neither shown nor sent, but in the next line to be edited.

@@ -64,12 +64,13 @@ def chat(
     wiring = parse_wire(wire)
     seen = images.read(image) if image else []
     options = {"trust_remote_code": trust_remote_code or None}
-    lm, tokenizer = load(path, kv=spec, images=True, tokenizer_config=options)
+    reader = Editor(WORDS) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
+    with reader.aside():
+        lm, tokenizer = load(path, kv=spec, images=True, tokenizer_config=options)
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768
     settings = Settings(temp, top_p, top_k, min_p, seed, max_tokens)
-    reader = Editor(WORDS) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     with wired(lambda: needs([lm], context), wiring):
         talk = Conversation(lm, tokenizer, context, system_prompt or "", settings)
         Console(talk, Path(path).name, reader).run(seen)
