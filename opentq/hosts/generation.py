@@ -149,10 +149,10 @@ def cache_bytes(caches: Sequence[Any]) -> int:
 
 
 def fp16_bytes(model: Any, tokens: int) -> int:
-    """Bytes that the same tokens would take in fp16, compressed layers only (2 bytes per value)."""
+    """Bytes that the same tokens would take in fp16 (2 a value) where layers are compressed; windows hold no more."""
     record = hooks.installed(model)
-    plans = record.plans if record else []
-    return sum(tokens * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans if p.compressed)
+    plans = [p for p in record.plans if p.compressed] if record else []
+    return sum(min(tokens, p.window or tokens) * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans)
 
 
 def pages_read(record: hooks.Installation | None) -> tuple[int, int]:
