@@ -9,6 +9,7 @@ import pytest
 
 from opentq.dialogue.errors import ApiError
 from opentq.dialogue.output import Parser, StopText
+from opentq.dialogue.roles import Roles
 from opentq.server import anthropic, schema
 from opentq.server import openai as wire
 from opentq.server.admission import Admission, bucket
@@ -194,6 +195,73 @@ def test_output_is_text_reasoning_and_calls(tokenizer):
 def test_markup_that_does_not_parse_is_content(tokenizer, markup):
     _, pieces = parse_text(tokenizer, f"x{markup}")
     assert joined(pieces) == (f"x{markup}", "", [])
+
+
+SUN = '<tool_call>{"name": "look_up", "arguments": {"word": "sun"}}</tool_call>'
+AIR = SUN.replace("sun", "air")
+
+
+def test_a_call_inside_a_thought_leaves_the_thought_open(tokenizer):
+    """The thought goes on behind the call, whose end is not the thought's, and its own end marker is no content."""
+    found = [("look_up", {"word": "sun"}), ("look_up", {"word": "air"})]
+    _, pieces = parse_text(tokenizer, f"<think>a{SUN}b{AIR}c</think>Yes")
+    assert joined(pieces) == ("Yes", "abc", found)
+    _, pieces = parse_text(tokenizer, f"a{SUN}b", initial="reasoning")
+    assert joined(pieces) == ("", "ab", found[:1])
+    _, pieces = parse_text(tokenizer, f"<think>a</think>b{SUN}c")
+    assert joined(pieces) == ("bc", "a", found[:1])
+
+
+MARKER = "</tool_call>"
+
+
+@pytest.mark.parametrize(
+    "word", [f"a {MARKER} b", MARKER, f"{MARKER}{MARKER}", f'\\"{MARKER}\n<think>', f"<tool_call>{MARKER}"]
+)
+def test_a_call_whose_argument_holds_the_end_marker(tokenizer, word):
+    call = f"<tool_call>{json.dumps({'name': 'look_up', 'arguments': {'word': word}})}{MARKER}"
+    _, pieces = parse_text(tokenizer, f"x{call}y{SUN}")
+    assert joined(pieces) == ("xy", "", [("look_up", {"word": word}), ("look_up", {"word": "sun"})])
+
+
+def test_a_call_in_tags_whose_argument_holds_the_end_marker(tokenizer, monkeypatch):
+    from mlx_lm.tool_parsers import qwen3_coder
+
+    monkeypatch.setattr(tokenizer, "_tool_parser", qwen3_coder.parse_tool_call)
+    call = f"<tool_call>\n<function=look_up>\n<parameter=word>\na {MARKER} b\n</parameter>\n</function>\n{MARKER}"
+    _, pieces = parse_text(tokenizer, f"x{call}y")
+    assert joined(pieces) == ("xy", "", [("look_up", {"word": f"a {MARKER} b"})])
+
+
+def test_a_call_cut_inside_an_argument_hides_nothing_behind_it(tokenizer):
+    """It seems to go on after its end marker and never ends: it is content, and the next call is a call."""
+    cut = '<tool_call>{"name": "look_up", "arguments": {"word": "su</tool_call>'
+    _, pieces = parse_text(tokenizer, f"x{cut}y{SUN}z")
+    assert joined(pieces) == (f"x{cut}yz", "", [("look_up", {"word": "sun"})])
+    _, pieces = parse_text(tokenizer, f"<think>x{cut}y</think>z")
+    assert joined(pieces) == (f"{cut}z", "xy", [])
+
+
+SILENT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% endfor %}{# <tool_call> #}"
+
+
+def test_calls_in_the_history_are_never_dropped(tokenizer, monkeypatch):
+    """A template that takes calls and shows none of them gets them as text; one that shows them is left alone."""
+    turns = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [json.loads(CALLED)]},
+        {"role": "tool", "tool_call_id": "call_0", "content": "a star"},
+    ]
+    roles = Roles(tokenizer)
+    assert roles.calls and roles.fit(turns, [])[0] == turns
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", SILENT)
+    roles = Roles(tokenizer)
+    assert not roles.calls
+    text = tokenizer.apply_chat_template(roles.fit(turns, [])[0], tokenize=False)
+    assert '{"name": "look_up", "arguments": {"word": "sun"}}' in text and "a star" in text
+
+
+CALLED = '{"id": "call_0", "type": "function", "function": {"name": "look_up", "arguments": {"word": "sun"}}}'
 
 
 def test_half_a_character_before_a_special_token(tokenizer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
 from typing import Any
 
@@ -16,6 +17,10 @@ from ..hosts.mlx_lm.private import TextStateMachine, make_text_state_machine
 from .request import Delta, ToolCall
 
 log = logging.getLogger("opentq.serve")
+
+
+OPENED, CLOSED = (re.compile(rf"<{slash}(?:parameter|param|arg_value)\b") for slash in ("", "/"))
+"""Tags around arguments in the forms of calls that are no JSON."""
 
 
 class StopText:
@@ -66,10 +71,12 @@ class Parser:
         self.stop = StopText(stops)
         self.tools = list(tools)
         self.parallel_calls = parallel_calls
-        machine = TextStateMachine() if raw else make_text_state_machine(tokenizer)
-        self.state = machine.make_state("normal" if raw else initial)
+        self.machine = TextStateMachine() if raw else make_text_state_machine(tokenizer)
+        self.state = self.machine.make_state("normal" if raw else initial)
         self.calls = 0
         self._tool_parts: list[str] | None = None  # of the call that is being written
+        self._before = initial  # the state in which it was begun
+        self._held = False  # whether an end marker was taken for part of an argument
 
     @property
     def stopped(self) -> bool:
@@ -89,8 +96,9 @@ class Parser:
         if self.stopped:
             return deltas
         deltas += self._split(self.stop.flush())
-        self.state, rest, name = TextStateMachine.flush(self.state)
-        deltas += self._deltas([(name, rest)])
+        deltas += self._flush()
+        while self._held:
+            deltas += [*self._let_go(), *self._flush()]
         if self._tool_parts is not None:
             deltas += self._end_tool(closed=not self.tokenizer.tool_call_end)
         return _join(deltas)
@@ -107,26 +115,52 @@ class Parser:
         return _join(self._split(self.stop.feed(text)))
 
     def _split(self, text: str) -> list[Delta]:
-        self.state, segments = TextStateMachine.split(self.state, text)
-        return self._deltas(segments)
+        deltas: list[Delta] = []
+        for character in text:  # one at a time: the state may be changed after any
+            self.state, segments = TextStateMachine.split(self.state, character)
+            deltas += self._deltas(segments)
+            if self.stopped:
+                break
+        return deltas
+
+    def _let_go(self) -> list[Delta]:
+        """What was held because a call seemed to go on after its end marker, and did not: the call was damaged."""
+        whole, self._tool_parts = "".join(self._tool_parts or ()), None
+        call, end, rest = whole.partition(self.tokenizer.tool_call_end)
+        self._held = False
+        self.state = self.machine.make_state(self._before)
+        return [Delta("content", f"{self.tokenizer.tool_call_start}{call}{end}"), *self._split(rest)]
+
+    def _flush(self) -> list[Delta]:
+        self.state, rest, name = TextStateMachine.flush(self.state)
+        return self._deltas([(name, rest)])
 
     def _deltas(self, segments: list[tuple[str, str]]) -> list[Delta]:
         deltas: list[Delta] = []
         for name, text in segments:
             if self._tool_parts is not None and name != "tool":
+                if _inside_argument("".join(self._tool_parts)):
+                    self._tool_parts.append(self.tokenizer.tool_call_end)
+                    self._held, self.state = True, self.machine.make_state("tool")
+                    continue
+                if self._before == "reasoning":  # the thought goes on
+                    self.state, name = self.machine.make_state("reasoning"), "reasoning"
                 deltas += self._end_tool()
                 if self.stopped:
                     break
             if name == "tool":
                 self._tool_parts = [] if self._tool_parts is None else self._tool_parts
                 self._tool_parts.append(text)
-            elif text:
+                continue
+            self._before = name
+            if text:
                 deltas.append(Delta("reasoning" if name == "reasoning" else "content", text))
         return deltas
 
     def _end_tool(self, closed: bool = True) -> list[Delta]:
         """The calls in the tool text; the markup itself, as content, when it does not parse or no tools were given."""
         text, self._tool_parts = "".join(self._tool_parts or ()), None
+        held, self._held = self._held, False
         end = self.tokenizer.tool_call_end if closed else ""
         markup = [Delta("content", f"{self.tokenizer.tool_call_start}{text}{end or ''}")]
         if not self.tools:
@@ -135,6 +169,9 @@ class Parser:
             parsed = self.tokenizer.tool_parser(text, self.tools)
             calls = [_call(c) for c in (parsed if isinstance(parsed, list) else [parsed])]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, RecursionError) as error:
+            if held:
+                self._tool_parts = [text, end or ""]
+                return self._let_go()
             log.warning(
                 "a tool call of %d characters could not be parsed (%s); sent as content", len(text), _name(error)
             )
@@ -142,6 +179,18 @@ class Parser:
         calls = calls if self.parallel_calls else calls[:1]
         self.calls += len(calls)
         return [Delta("call", call=c) for c in calls]
+
+
+def _inside_argument(text: str) -> bool:
+    """Whether the text of a call ends inside one of its arguments, so that an end marker there is part of it."""
+    try:
+        json.loads(text, strict=False)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated string"):
+            return True
+    except RecursionError:
+        return False
+    return len(OPENED.findall(text)) > len(CLOSED.findall(text))
 
 
 def _call(parsed: dict[str, Any]) -> ToolCall:

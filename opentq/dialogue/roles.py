@@ -43,6 +43,8 @@ class Roles:
         """Messages and tools as the template can show them."""
         if self.plain_tools:
             messages, tools = plain(messages, tools), []
+        elif any(m["role"] == "tool" or m.get("tool_calls") for m in messages) and not self.calls:
+            messages = [_plain(m) for m in messages]
         roles = [m["role"] for m in messages]
         front = next((i for i, r in enumerate(roles) if r != "system"), len(roles))
         head, rest = messages[:front], messages[front:]
@@ -56,6 +58,23 @@ class Roles:
         if not self.two_users:
             rest = _joined_users(rest)
         return head + rest, tools
+
+    @cached_property
+    def calls(self) -> bool:
+        """Whether the template shows calls and their results; what it refuses is left to it, which says why."""
+        marks = ["mark_name", "mark_value", "mark result"]
+        call = {"id": "mark00000", "type": "function"}
+        call |= {"function": {"name": marks[0], "arguments": {"key": marks[1]}}}
+        messages = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "name": marks[0], "content": marks[2]},
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+            return True
+        return all(mark in text for mark in marks)
 
     @cached_property
     def system(self) -> bool:
