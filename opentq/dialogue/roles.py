@@ -63,7 +63,7 @@ class Roles:
     def calls(self) -> bool:
         """Whether the template shows calls and their results; what it refuses is left to it, which says why."""
         marks = ["mark_name", "mark_value", "mark result"]
-        call = {"id": "mark00000", "type": "function"}
+        call: dict[str, Any] = {"id": "mark00000", "type": "function"}
         call |= {"function": {"name": marks[0], "arguments": {"key": marks[1]}}}
         messages = [
             {"role": "user", "content": "question"},
