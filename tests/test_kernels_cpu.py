@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opentq import machine
 from opentq.attention import reference
 from opentq.caches.single import OpenTQCache
 from opentq.codecs import Codec, Raw
@@ -324,7 +325,7 @@ def test_threads_setting_is_checked(monkeypatch, value):
 
 def test_default_threads_are_physical_cores(monkeypatch):
     monkeypatch.delenv("OPENTQ_THREADS", raising=False)
-    assert 1 <= cpu.threads() == cpu.physical_cores() <= (os.cpu_count() or 1)
+    assert 1 <= cpu.threads() == machine.physical_cores() <= (os.cpu_count() or 1)
 
 
 # ---- any call

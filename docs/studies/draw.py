@@ -7,15 +7,50 @@ Prints the tables in Markdown and writes the PNGs beside this file. Needs matplo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from opentq.evaluate.plot import heat_map, lines
+from opentq.evaluate.plot import heat_map
 from opentq.evaluate.show import table
+from opentq.plots import pyplot
 from opentq.records import Record, Records
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "results"
 MODELS = ("tiny-llama", "tiny-gemma", "tiny-qwen")
+
+
+def lines(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    title: str = "",
+    labels: dict[str, list[str]] | None = None,
+    points: bool = False,
+) -> None:
+    """One line (or cloud of points) per name; `labels` writes a word at each point of a series."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.6))
+    for name, (x, y) in series.items():
+        axis.plot(x, y, "o" if points else "o-", label=name, markersize=4, linewidth=1.2)
+        for word, a, b in zip((labels or {}).get(name, []), x, y):
+            axis.annotate(word, (a, b), textcoords="offset points", xytext=(4, 3), fontsize=7)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    if log_x:
+        axis.set_xscale("log")
+    if log_y:
+        axis.set_yscale("log")
+    axis.set_title(title, fontsize=10)
+    axis.grid(True, alpha=0.3)
+    if len(series) > 1:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def of(name: str, kind: str = "") -> list[Record]:

@@ -8,17 +8,14 @@ nobody serves, the error prints the whole record.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..contracts.attention import AttnArgs
+from ..contracts.attention import AttnArgs, AttnFn
 from ..contracts.backend import Backend
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
 from . import backends, guard, pages, tiled
-
-AttnFn = Callable[[AttnArgs], "mx.array | None"]
 
 
 class NoAttention(RuntimeError):

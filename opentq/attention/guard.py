@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..contracts.attention import AttnArgs
+from ..contracts.attention import AttnArgs, AttnFn
 from ..contracts.backend import Backend, Pair
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
@@ -32,8 +32,6 @@ from . import judge, tiled, verdicts
 from .pages import PAGE, Selector
 
 log = logging.getLogger("opentq")
-
-AttnFn = Callable[[AttnArgs], "mx.array | None"]
 
 T = TypeVar("T")
 

@@ -12,14 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs import rotation as rotation_of
-from ..contracts.attention import EXACT, AttnArgs, Lengths, PackedKV
+from ..contracts.attention import EXACT, AttnArgs, AttnFn, Lengths, PackedKV
 from ..contracts.backend import Backend, Pair
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, FLUSH, Layout
 from . import tiled
 from .pages import PAGE, Selector, encode
-
-AttnFn = Callable[[AttnArgs], "mx.array | None"]
 
 BOUND = {mx.bfloat16: 1e-2}
 """Relative error to the portable path from which a kernel is wrong, by the query's dtype; `BOUND_HALF` for others."""

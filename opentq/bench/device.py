@@ -20,7 +20,7 @@ from .. import records as store
 from ..attention import backends, dispatch, reference
 from ..caches.single import OpenTQCache
 from ..caches.step import Step
-from ..contracts.attention import AttnArgs
+from ..contracts.attention import AttnArgs, AttnFn
 from ..contracts.codec import Codec, Packed
 from ..kernels.metal import launch as metal
 from ..spec.kv import KVSpec
@@ -180,7 +180,7 @@ def _step(spec: str, kv_heads: int, dim: int, tokens: int, length: int) -> Step:
     return step
 
 
-def _verdict(args: AttnArgs, name: str, function: dispatch.AttnFn, variant: kernel.Variant) -> Record | None:
+def _verdict(args: AttnArgs, name: str, function: AttnFn, variant: kernel.Variant) -> Record | None:
     """Errors and seconds of the first call and the second (the first compiles), or None where it does not serve."""
     seconds = []
     try:

@@ -21,7 +21,7 @@ import numpy as np
 from ..attention import channels, pages
 from ..caches.single import OpenTQCache
 from ..errors import UserError
-from ..kernels.cpu import library as cpu
+from ..machine import threads
 from ..records import record
 from ..spec.kv import KVSpec
 from . import timing
@@ -218,7 +218,7 @@ def measure(
         for entry in entries:
             expected = seconds_per_token.get(entry, 0.0) * context
             note = f"left out: a call would take about {expected:.0f} s" if expected > budget else ""
-            arm = None if note else entry.make(problem, cpu.threads())
+            arm = None if note else entry.make(problem, threads())
             first = expected if arm is None else timing.seconds(arm.call)
             if arm is not None and first * (windows + 1) > budget:  # slow, or cold, or disturbed?
                 first = min(first, timing.undisturbed(lambda arm=arm: timing.seconds(arm.call))[0])  # type: ignore[misc]

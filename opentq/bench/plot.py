@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
+from ..plots import pyplot
 from .chart import Chart
-from .svg import Axis, _short
+from .svg import Axis, short
 
 
 def save(chart: Chart, path: Path) -> Path:
     """Draw `chart` into `path`. Raises UserError without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError("image files need matplotlib: pip install 'opentq[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for i, series in enumerate(chart.series):
         style = ("-", "--", ":")[i // 10 % 3]  # matplotlib has ten colours
@@ -28,7 +22,7 @@ def save(chart: Chart, path: Path) -> Path:
     if chart.log_x:
         axes.set_xscale("log", base=2)
         ticks = Axis([x for s in chart.series for x, _ in s.points], (0, 1), True).ticks(powers_of_two=True)
-        axes.set_xticks(ticks, [_short(t) for t in ticks])
+        axes.set_xticks(ticks, [short(t) for t in ticks])
     axes.set_yscale("log" if chart.log_y else "linear")
     if not chart.log_y:
         axes.set_ylim(0)

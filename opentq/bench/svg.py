@@ -67,11 +67,11 @@ def draw(chart: Chart) -> str:
     for tick in x.ticks(powers_of_two=True):
         at = x.at(tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 18}">{_short(tick)}</text>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 18}">{short(tick)}</text>')
     for tick in y.ticks():
         at = y.at(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="side" x="{LEFT - 8}" y="{at + 4:.1f}">{_short(tick)}</text>')
+        parts.append(f'<text class="side" x="{LEFT - 8}" y="{at + 4:.1f}">{short(tick)}</text>')
     parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}">{escape(chart.x)}</text>')
     if chart.limit:
         at = y.at(chart.limit[0])
@@ -94,7 +94,7 @@ def draw(chart: Chart) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     if value >= 1024 and value % 1024 == 0:
         return f"{value / 1024:g}K"
     return f"{value:g}"

@@ -36,6 +36,9 @@ class BatchOpenTQCache(OpenTQCache):
     Single: type[OpenTQCache] = OpenTQCache
     """What a sequence becomes when it is taken out."""
 
+    def __init_subclass__(cls) -> None:
+        cls.Single.Batch = cls
+
     def __init__(self, spec: KVSpec | str, count: int, stats: LayerStats | None = None, window: int = 0):
         self.extents: tuple[Extent, ...] = (Extent(),) * count
         self.centered = [False] * count
@@ -186,7 +189,7 @@ class BatchOpenTQCache(OpenTQCache):
         """One batch of single caches, empty ones included; raises ValueError where they don't fit together."""
         first = caches[0]
         batch = cls(first.spec, 0, first.stats, first.window)
-        batch.lends, batch.rotary, batch.seam = first.lends, first.rotary, first.seam
+        batch._made_like(first)
         for c in caches:
             batch._check_same(c)
             if c.dense_k is not None and c.dense_k.shape[0] != 1:
@@ -213,9 +216,7 @@ class BatchOpenTQCache(OpenTQCache):
         extents = tuple(e for part, _ in parts for e in part)
         like = next((c for _, c in parts if c.dense_k is not None), None)
         if like is not None:
-            self.k_layout, self.v_layout, self.dims = like.k_layout, like.v_layout, like.dims
-            self.backend = like.backend
-            self.latent, self.k_codec, self.v_codec = like.latent, like.k_codec, like.v_codec
+            self._stored_like(like)
             pairs = []
             for side, layout in (("packed_k", self.k_layout), ("packed_v", self.v_layout)):
                 buffer = Buffer(layout.block)
@@ -263,16 +264,15 @@ class BatchOpenTQCache(OpenTQCache):
     def extract(self, idx: int) -> OpenTQCache:
         """Sequence `idx` as a single cache of its own."""
         cache = self.Single(self.spec, self.stats, self.window)
-        cache.lends, cache.latent, cache.rotary, cache.seam = self.lends, self.latent, self.rotary, self.seam
+        cache._made_like(self)
         if self.dense_k is None or self.dense_v is None:
             return cache
         extent = self.extents[idx]
         lane = slice(idx, idx + 1)
-        cache.extent, cache.dims = extent, self.dims
+        cache._stored_like(self)
+        cache.extent = extent
         cache.sketches = None if self.sketches is None else self.sketches.pick([idx])
         cache.center = own(self.center[lane]) if self.center is not None and self.centered[idx] else None
-        cache.k_codec, cache.v_codec = self.k_codec, self.v_codec
-        cache.k_layout, cache.v_layout, cache.backend = self.k_layout, self.v_layout, self.backend
         cache.packed_k, cache.packed_v = (
             Buffer(
                 b.block, tuple(own(a[lane, :, : b.rows_of(extent.packed)]) for a in b.arrays) if extent.packed else ()
@@ -319,6 +319,9 @@ class BatchOpenTQCache(OpenTQCache):
         self.extents = tuple(Extent(*numbers) for numbers in state.lengths or ())
         self.centered = [bool(done) for done in state.centered or ()] or [False] * len(self.extents)
         self._restore(state)
+
+
+OpenTQCache.Batch = BatchOpenTQCache
 
 
 def _together(work: Sequence[tuple[int, int, int, int]]) -> Iterable[tuple[slice, tuple[int, int, int, int]]]:

@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
+from ..files import appearing
 from .composite import composite, members, trim, trimmable
 from .latent import OpenTQLatentCache
 from .single import OpenTQCache
@@ -119,16 +120,14 @@ def save(
     classes = tuple(type(c).__name__ for c in caches)
     held = tuple(int(t) for t in tokens)
     manifest = Manifest(model, revision, template, spec, held, classes, scalars, prompt or {})
-    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": _to_json(manifest), "checksum": BLANK}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
+    told = json.dumps(asdict(manifest), separators=(",", ":"))
+    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": told, "checksum": BLANK}
     try:
-        mx.save_safetensors(str(temporary), arrays, metadata)
-        _seal(temporary)
-        os.replace(temporary, path)
+        with appearing(path, ".safetensors") as temporary:
+            mx.save_safetensors(str(temporary), arrays, metadata)
+            _seal(temporary)
     except (OSError, RuntimeError) as error:
         raise CacheFileError(f"can't write the prompt cache {str(path)!r}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return manifest
 
 
@@ -147,7 +146,7 @@ def load(
 
     Raises CacheFileError with the reason.
     """
-    manifest, _ = _checked(Path(path))
+    manifest, _ = read_manifest(path)
     other = f"the prompt cache {str(path)!r} is for another"
     if revision and revision != manifest.revision:
         raise CacheFileError(f"{other} model: it was built with {manifest.model!r}; build it again")
@@ -168,12 +167,6 @@ def load(
     for cache, state in zip(into, states):
         restore(cache, state)
     return PromptCache(manifest, list(into))
-
-
-def read_manifest(path: Path | str) -> tuple[Manifest, int]:
-    """The manifest of a checked file and the bytes of its arrays."""
-    manifest, header = _checked(Path(path))
-    return manifest, sum(end - start for start, end in header.values())
 
 
 # ---- who made it
@@ -238,26 +231,21 @@ def _from_array(array: mx.array, kind: str) -> Any:
     return array
 
 
-def _to_json(manifest: Manifest) -> str:
-    return json.dumps(asdict(manifest), separators=(",", ":"))
-
-
 # ---- the file
 
 
 def _seal(path: Path) -> None:
-    """Put the checksum into a file that was written with a blank one, and make sure that it is on disk."""
+    """Put the checksum into a file that was written with a blank one."""
     with path.open("r+b") as stream:
         _, place = _checksum_place(stream, path)
         digest = _hash(stream, place)
         stream.seek(place)
         stream.write(digest.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
-def _checked(path: Path) -> tuple[Manifest, dict[str, tuple[int, int]]]:
-    """The manifest and the arrays' byte ranges of a file that is whole; raises CacheFileError otherwise."""
+def read_manifest(path: Path | str) -> tuple[Manifest, int]:
+    """The manifest of a file that is whole, and the bytes of its arrays. Raises CacheFileError otherwise."""
+    path = Path(path)
     try:
         with path.open("rb") as stream:
             length, place = _checksum_place(stream, path)
@@ -267,11 +255,11 @@ def _checked(path: Path) -> tuple[Manifest, dict[str, tuple[int, int]]]:
                 raise CacheFileError(
                     f"the prompt cache {str(path)!r} is damaged (its checksum is wrong); build it again"
                 )
+            size = stream.seek(0, os.SEEK_END) - 8 - length
             stream.seek(8)
-            header = json.loads(stream.read(length))
+            metadata = json.loads(stream.read(length))["__metadata__"]
     except OSError as error:
         raise CacheFileError(f"can't read the prompt cache {str(path)!r}: {error.strerror}") from error
-    metadata = header.pop("__metadata__")
     if metadata.get("version") != str(VERSION):
         raise CacheFileError(
             f"the prompt cache {str(path)!r} has format version {metadata.get('version')}, this opentq reads "
@@ -279,7 +267,7 @@ def _checked(path: Path) -> tuple[Manifest, dict[str, tuple[int, int]]]:
         )
     fields = json.loads(metadata["manifest"])
     fields |= {"tokens": tuple(fields["tokens"]), "classes": tuple(fields["classes"])}
-    return Manifest(**fields), {key: tuple(entry["data_offsets"]) for key, entry in header.items()}
+    return Manifest(**fields), size
 
 
 def _checksum_place(stream: BinaryIO, path: Path) -> tuple[int, int]:

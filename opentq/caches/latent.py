@@ -8,7 +8,6 @@ its own rotation and scales, because their magnitudes have nothing to do with ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -115,10 +114,6 @@ class _Latent(OpenTQCache):
 
 class OpenTQLatentCache(_Latent):
     """mlx-lm's cache protocol over packed latents. One per layer."""
-
-    @classmethod
-    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
-        return BatchOpenTQLatentCache.merge(caches)
 
 
 class BatchOpenTQLatentCache(_Latent, BatchOpenTQCache):

@@ -47,6 +47,9 @@ class OpenTQCache:
     defers = True
     """Whether a decode step's new tokens may wait for the launch that attends them (`Step.fresh`)."""
 
+    Batch: type[BatchOpenTQCache]
+    """What several of them become; each kind of batch enters itself here (`caches/batch.py`)."""
+
     seam: alive.Seam | None = None
     """What the host that made this cache attends with."""
 
@@ -78,6 +81,16 @@ class OpenTQCache:
 
     def _codecs(self) -> tuple[Codec, Codec]:
         return self.spec.codecs()
+
+    def _stored_like(self, other: OpenTQCache) -> None:
+        """Hold tokens of the shape and form in which another cache of the layer holds them."""
+        self.latent, self.dims, self.backend = other.latent, other.dims, other.backend
+        self.k_codec, self.v_codec = other.k_codec, other.v_codec
+        self.k_layout, self.v_layout = other.k_layout, other.v_layout
+
+    def _made_like(self, other: OpenTQCache) -> None:
+        """Be what the host made the other cache to be."""
+        self.lends, self.rotary, self.seam = other.lends, other.rotary, other.seam
 
     def _limits(self) -> Limits:
         """What is asked of `extent`."""
@@ -333,9 +346,7 @@ class OpenTQCache:
     @classmethod
     def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
         """One batch of several caches of one sequence each, empty ones included."""
-        from .batch import BatchOpenTQCache
-
-        return BatchOpenTQCache.merge(caches)
+        return cls.Batch.merge(caches)
 
     @property
     def state(self):

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import ModelOption, Output, PrefillStep, RecordsFile, Specs, check_output, finite, one_model, write
+from .options import (
+    ModelOption,
+    Output,
+    PrefillStep,
+    RecordsFile,
+    Specs,
+    check_output,
+    finite,
+    numbers,
+    one_model,
+    write,
+)
 from .plan import counts, parse_count
 
 bench = typer.Typer(help="Measure attention kernels and whole models; every row is a record.", no_args_is_help=True)
@@ -50,7 +61,7 @@ def kernel(
     from ..spec.kv import KVSpec
     from ..spec.text import specs, split
 
-    sizes = _numbers(shape, "--shape")
+    sizes = numbers(shape, "--shape", "whole numbers")
     contexts = counts(ctx)
     rivals = [a for a in against.split(",") if a]
     asked = [spec for spec in specs(kv) if isinstance(spec, KVSpec)]
@@ -198,10 +209,3 @@ def _emit(found: Iterable[dict[str, Any]], form: str, output: Path | None, recor
             typer.echo(table.render([record], "jsonl"))
     if form != "jsonl" or output is not None:
         write(table.render(rows, form), output)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{option} {text!r} must be whole numbers separated by commas") from error

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import ModelArgument, ModelOption, Output, PrefillStep, RecordsFile, check_output, one_model, write
+from .options import (
+    ModelArgument,
+    ModelOption,
+    Output,
+    PrefillStep,
+    RecordsFile,
+    check_output,
+    numbers,
+    one_model,
+    write,
+)
 
 if TYPE_CHECKING:
     from ..evaluate.evaluation import Evaluation
@@ -19,6 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="eval", help="Measure what a compressed KV cache costs a model.", no_args_is_help=True)
 
+TOKENS = "numbers of tokens, such as 512,2048,"
 SPECS = "int4,int4:norot,tq4,tq3,tq3p,polar4,qjl,k8v4"
 
 Specs = Annotated[
@@ -55,7 +66,9 @@ def fidelity(
     from ..evaluate import fidelity as task
     from ..evaluate import show
 
-    protocol = task.Protocol(_numbers(depths, "--depths"), window, step, sequences, prefill_step_size, seed, simulate)
+    protocol = task.Protocol(
+        numbers(depths, "--depths", TOKENS), window, step, sequences, prefill_step_size, seed, simulate
+    )
     on = _prepare(one_model(model, model_option), kv, text, form, output, records, protocol.length)
     passes = len(on.names) + ("native" not in on.names)
     found = _run(on, task, protocol, passes * protocol.sequences * (protocol.length - 1))
@@ -85,12 +98,14 @@ def needle(
     """Find a planted fact in a long text, at every length and depth."""
     from ..evaluate import needle as task
     from ..evaluate import show
-    from ..evaluate.plot import heat_map, pyplot
+    from ..evaluate.plot import heat_map
+    from ..plots import pyplot
 
     check_output(plot, "--plot")
     if plot is not None:
         pyplot()  # a missing matplotlib is reported now, not after the work
-    whole, parts = _numbers(lengths, "--lengths"), _fractions(depths)
+    whole = numbers(lengths, "--lengths", TOKENS)
+    parts = numbers(depths, "--depths", "numbers from 0 to 1", float)
     grid = task.Grid(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
@@ -244,20 +259,6 @@ def check_tokenizer(model: str) -> None:
         raise UserError(
             f"model {model!r} has no tokenizer ({names[0]}), and evaluation needs text; add it to the folder"
         )
-
-
-def _numbers(text: str, flag: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"{flag} {text!r} must be numbers of tokens separated by commas, as in 512,2048") from error
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--depths {text!r} must be numbers from 0 to 1 separated by commas, as in 0,0.5,1") from error
 
 
 @contextmanager

@@ -69,14 +69,16 @@ def launch(
 def _serve_command(model: str, host: str, port: int, more: str, context: int | None, kv: str | None) -> list[str]:
     # Prefixes are kept on disk: the next run, with a server of its own, need not read the same prompt again.
     command = [sys.executable, "-m", "opentq", "serve", model or "MODEL", "--host", host, "--port", str(port)]
-    command += ["--any-model", "--prompt-cache-dir", str(_cache() / "prompts")]
+    command += ["--any-model", "--prompt-cache-dir", str(_folder() / "prompts")]
     command += ["--max-context", str(context)] if context else []
     command += ["--kv", kv] if kv else []
     return command + shlex.split(more)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opentq"
+def _folder() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("opentq")
 
 
 def find(url: str, key: str) -> Target | None:
@@ -98,7 +100,7 @@ def find(url: str, key: str) -> Target | None:
 @contextmanager
 def started(command: list[str], url: str, key: str) -> Iterator[Target]:
     """A server for as long as the client runs. Its log is a file, because the terminal is the client's."""
-    folder = _cache()
+    folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "serve.log"
     print(f"opentq: starting the server; its log is {path}", file=sys.stderr, flush=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -108,6 +109,14 @@ def spec_for(model: str, kv: str | None, kv_bits: int | None = None, kv_group_si
     spec = asked(kv, kv_bits, kv_group_size)
     check_folder(resolve(model))
     return spec
+
+
+def numbers(text: str, option: str, what: str, kind: Callable[[str], Any] = int) -> tuple[Any, ...]:
+    """The numbers of an option. Raises UserError, which says `what` they must be."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} must be {what} separated by commas") from error
 
 
 def check_output(path: Path | None, option: str = "--output") -> None:

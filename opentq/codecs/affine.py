@@ -30,6 +30,8 @@ class Affine(Codec):
     group: int = 32
     rotated: bool = True
 
+    multiple = 16
+
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"affine codec: {self.bits} bits is not available; choose one of {BITS}")
@@ -38,14 +40,6 @@ class Affine(Codec):
 
     def __str__(self) -> str:
         return f"int{self.bits}:g{self.group}" + ("" if self.rotated else ":norot")
-
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError when this codec can't serve `head_dim`."""
-        if head_dim % 16:
-            raise ValueError(
-                f"head_dim {head_dim} can't be cut into groups of {self.group}: it must be a multiple of 16; "
-                "use --kv f16 for this model"
-            )
 
     def groups(self, head_dim: int) -> int:
         return -(-head_dim // self.group)

@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from ..contracts.codec import FP16_MAX, Angles, Packed, finite
 from . import codebooks, packing
-from .rotation import Rotated
-from .rounding import check_dim, lookup, nearest
+from .rotation import ROTATIONS, Rotated
+from .rounding import lookup, nearest
 
 BLOCK = 16
 LEVELS = (4, 2, 2, 2)
@@ -33,12 +33,10 @@ class Polar(Rotated):
 
     rotation: str = "hadamard"
 
-    def __str__(self) -> str:
-        return "polar4" + {"hadamard": "", "haar": ":haar", "none": ":norot"}[self.rotation]
+    multiple = 16
 
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError when this codec can't serve `head_dim`."""
-        check_dim("polar", head_dim)
+    def __str__(self) -> str:
+        return "polar4" + ROTATIONS[self.rotation]
 
     def bits_per_value(self, head_dim: int) -> float:
         return (4 * head_dim // 2 + 8 * _rest_bytes(head_dim) + 16 * head_dim // BLOCK) / head_dim

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..contracts.codec import FP16_MAX, Codebooks, Codec, Packed, finite
 from . import codebooks, packing, sketch
-from .rounding import check_dim, rms
+from .rounding import rms
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,14 @@ class QJL(Codec):
     ratio: int = 2
     orthogonal: bool = True
 
+    multiple = 16
+
     def __post_init__(self) -> None:
         if not 1 <= self.ratio <= 16:
             raise ValueError(f"qjl codec: {self.ratio} sketch bits per channel is not available; choose 1 to 16")
 
     def __str__(self) -> str:
         return f"qjl{self.ratio}" + (":orth" if self.orthogonal else ":gauss")
-
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError when this codec can't serve `head_dim`."""
-        check_dim("qjl", head_dim)
 
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(self.ratio * head_dim, 1) + 16) / head_dim

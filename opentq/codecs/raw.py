@@ -16,9 +16,6 @@ class Raw(Codec):
     def __str__(self) -> str:
         return "f16"
 
-    def check(self, head_dim: int) -> None:
-        """Every head_dim is fine."""
-
     def bits_per_value(self, head_dim: int) -> float:
         return 16.0
 

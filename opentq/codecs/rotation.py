@@ -18,7 +18,8 @@ import mlx.core as mx
 from ..contracts.codec import Codec
 from . import sketch
 
-ROTATIONS = ("hadamard", "haar", "none")
+ROTATIONS = {"hadamard": "", "haar": ":haar", "none": ":norot"}
+"""The kinds, and how a codec's name says them."""
 
 
 def rotate(x: mx.array) -> mx.array:

@@ -10,12 +10,6 @@ from ..contracts.codec import FP16_MAX
 from . import codebooks
 
 
-def check_dim(name: str, head_dim: int) -> None:
-    """Raise ValueError unless `head_dim` is a multiple of 16."""
-    if head_dim % 16 or head_dim < 16:
-        raise ValueError(f"{name} codec: head_dim {head_dim} must be a multiple of 16; use --kv f16 for this model")
-
-
 def rms(y: mx.array) -> mx.array:
     """Root mean square over channels, `[..., 1]`: the length over sqrt(D), which never overflows fp16."""
     return mx.sqrt(mx.square(y).mean(-1, keepdims=True))

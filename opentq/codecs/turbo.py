@@ -16,10 +16,11 @@ import mlx.core as mx
 from ..contracts.codec import FP16_MAX, Codebooks, Codec, Packed, finite
 from . import codebooks, packing, rotation, sketch
 from .rotation import ROTATIONS, Rotated
-from .rounding import check_dim, lookup, nearest, rms
+from .rounding import lookup, nearest, rms
 
 BITS = (1, 2, 3, 4, 5, 6)
-FITS = ("length", "norm", "unbiased")
+FITS = {"length": "", "norm": ":nc", "unbiased": ":ub"}
+"""Which scale is stored, and how a codec's name says it."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,18 @@ class Turbo(Rotated):
     rotation: str = "hadamard"
     fit: str = "length"
 
+    multiple = 16
+
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"turbo codec: {self.bits} bits is not available; choose one of {BITS}")
         if self.rotation not in ROTATIONS:
-            raise ValueError(f"turbo codec: rotation {self.rotation!r} is not known; choose one of {ROTATIONS}")
+            raise ValueError(f"turbo codec: rotation {self.rotation!r} is not known; choose one of {tuple(ROTATIONS)}")
         if self.fit not in FITS:
-            raise ValueError(f"turbo codec: fit {self.fit!r} is not known; choose one of {FITS}")
+            raise ValueError(f"turbo codec: fit {self.fit!r} is not known; choose one of {tuple(FITS)}")
 
     def __str__(self) -> str:
-        extra = {"hadamard": "", "haar": ":haar", "none": ":norot"}[self.rotation]
-        return f"tq{self.bits}" + extra + {"length": "", "norm": ":nc", "unbiased": ":ub"}[self.fit]
-
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError when this codec can't serve `head_dim`."""
-        check_dim("turbo", head_dim)
+        return f"tq{self.bits}{ROTATIONS[self.rotation]}{FITS[self.fit]}"
 
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(head_dim, self.bits) + 16) / head_dim
@@ -114,21 +112,18 @@ class Prod(Rotated):
     orthogonal: bool = False
     rotation: str = "hadamard"
 
+    multiple = 16
+
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
             raise ValueError(f"turbo prod codec: {self.bits} bits is not available; choose 2, 3 or 4")
 
     def __str__(self) -> str:
-        extra = {"hadamard": "", "haar": ":haar", "none": ":norot"}[self.rotation]
-        return f"tq{self.bits}p" + extra + (":orth" if self.orthogonal else ":gauss")
+        return f"tq{self.bits}p{ROTATIONS[self.rotation]}" + (":orth" if self.orthogonal else ":gauss")
 
     @property
     def base(self) -> Turbo:
         return Turbo(self.bits - 1, self.rotation)
-
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError when this codec can't serve `head_dim`."""
-        check_dim("turbo prod", head_dim)
 
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(head_dim, self.bits - 1) + 32 * packing.words(head_dim, 1) + 32) / head_dim
@@ -177,22 +172,19 @@ class Fractional(Codec):
     rotation: str = "hadamard"
     fit: str = "length"
 
+    multiple = 16
+
     def __post_init__(self) -> None:
         if self.bits not in (1.5, 2.5, 3.5):
             raise ValueError(f"turbo codec: {self.bits} bits is not available; choose 1.5, 2.5 or 3.5")
 
     def __str__(self) -> str:
-        extra = {"hadamard": "", "haar": ":haar", "none": ":norot"}[self.rotation]
-        return f"tq{self.bits}" + extra + {"length": "", "norm": ":nc", "unbiased": ":ub"}[self.fit]
+        return f"tq{self.bits}{ROTATIONS[self.rotation]}{FITS[self.fit]}"
 
     @property
     def parts(self) -> tuple[Turbo, Turbo]:
         low = int(self.bits)
         return Turbo(low + 1, self.rotation, self.fit), Turbo(low, self.rotation, self.fit)
-
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError when the channels can't be halved."""
-        check_dim("fractional turbo", head_dim)
 
     def bits_per_value(self, head_dim: int) -> float:
         return sum(part.bits_per_value(head_dim // 2) for part in self.parts) / 2

@@ -8,6 +8,7 @@ query block, so the packed region never needs a causal mask, only its length (an
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -169,6 +170,10 @@ class AttnArgs:
             f"sinks {self.sinks is not None}, softcap {self.softcap:g}, "
             f"pages {None if self.pages is None else self.pages.shape[2]}"
         )
+
+
+AttnFn = Callable[[AttnArgs], "mx.array | None"]
+"""What may serve a call: `[B, Hq, L, Dv]` in q's dtype, or None for "not me"."""
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -116,8 +117,16 @@ class Codec(ABC):
         """What packed arrays of vectors of `head_dim` channels are, or None for what no kernel knows."""
         return None
 
-    def check(self, head_dim: int) -> None:  # noqa: B027
+    multiple: ClassVar[int] = 1
+    """What divides every head dim that the codec serves."""
+
+    def check(self, head_dim: int) -> None:
         """Raise ValueError with a remedy when this codec can't serve `head_dim`."""
+        if head_dim % self.multiple or head_dim < self.multiple:
+            raise ValueError(
+                f"{self} can't serve head_dim {head_dim}, which is no multiple of {self.multiple}; use --kv f16 for "
+                "this model"
+            )
 
     @abstractmethod
     def bits_per_value(self, head_dim: int) -> float:

@@ -1,26 +1,13 @@
-"""Pictures of records, through matplotlib (`pip install 'opentq[plot]'`)."""
+"""Pictures of records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
+from ..plots import pyplot
 from ..records import Record
 from .show import grouped
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot without a window. Raises UserError when it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install 'opentq[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def heat_map(records: Sequence[Record], path: Path) -> None:
@@ -46,39 +33,6 @@ def heat_map(records: Sequence[Record], path: Path) -> None:
         axis.set_title(f"{spec} ({group[0]['bits']:.3g} bits)", fontsize=9)
     axes[-1][0].set_xlabel("depth, %", fontsize=8)
     axes[0][0].set_ylabel("tokens", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def lines(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]],
-    path: Path,
-    xlabel: str,
-    ylabel: str,
-    log_x: bool = False,
-    log_y: bool = False,
-    title: str = "",
-    labels: dict[str, list[str]] | None = None,
-    points: bool = False,
-) -> None:
-    """One line (or cloud of points) per name; `labels` writes a word at each point of a series."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.6))
-    for name, (x, y) in series.items():
-        axis.plot(x, y, "o" if points else "o-", label=name, markersize=4, linewidth=1.2)
-        for word, a, b in zip((labels or {}).get(name, []), x, y):
-            axis.annotate(word, (a, b), textcoords="offset points", xytext=(4, 3), fontsize=7)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    if log_x:
-        axis.set_xscale("log")
-    if log_y:
-        axis.set_yscale("log")
-    axis.set_title(title, fontsize=10)
-    axis.grid(True, alpha=0.3)
-    if len(series) > 1:
-        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -159,11 +159,9 @@ def _work(target: Path) -> str:
 @functools.cache
 def cache_folder() -> Path:
     """Where libraries are kept, private to the user; a temporary folder, and a warning, where none can be written."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "opentq" / "kernels"
+    import platformdirs  # here only: most commands compile nothing
+
+    folder = platformdirs.user_cache_path("opentq") / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
+from ..plots import pyplot
 from .answer import Answer, short
 from .device import GIB
 
@@ -15,13 +16,7 @@ def draw(answer: Answer, path: Path) -> None:
     """Write the plot of `answer` to `path`. Raises UserError without matplotlib or for another kind of file."""
     if path.suffix not in FORMATS:
         raise UserError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError("plots need matplotlib: pip install 'opentq[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for spec in dict.fromkeys(row.spec for row in answer.rows):
         points = sorted((r.estimate.tokens, r.estimate.total / GIB) for r in answer.rows if r.spec == spec)

@@ -22,6 +22,7 @@ from pydantic import Field, TypeAdapter
 
 from ..caches import disk
 from ..errors import UserError
+from ..files import appearing
 from .pace import fits_blocks
 from .prefix import DIGEST, block_names, exact_trim
 
@@ -228,8 +229,8 @@ class PrefixFiles:
         for name in file.names:
             self._by_name.setdefault(name, []).append(file)
         if write:
-            with self._unless_disk_fails("an index could not be written"):
-                _write_whole(self._index(file), json.dumps(asdict(file)))
+            with self._unless_disk_fails("an index could not be written"), appearing(self._index(file)) as temporary:
+                temporary.write_text(json.dumps(asdict(file)))
 
     def _remove(self, file: PrefixFile) -> None:
         self._forget(file)
@@ -261,7 +262,8 @@ def kept_chunk(folder: Path, chosen: Callable[[], int], wanted: int | None) -> i
                 log.warning("the note %s is not readable and is written anew", note)
     step = wanted or chosen()
     try:
-        _write_whole(note, str(step))
+        with appearing(note) as temporary:
+            temporary.write_text(str(step))
     except OSError as error:
         log.warning("the size of chunks could not be noted in %s: %s", note, error.strerror)
     return step
@@ -282,15 +284,3 @@ def _alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

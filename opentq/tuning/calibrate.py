@@ -8,7 +8,6 @@ was stopped goes on behind the last one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..errors import UserError
 from ..evaluate.corpus import Corpus
 from ..evaluate.forward import Tick, nothing, prefill
 from ..evaluate.simulate import SimulatedCache
+from ..files import appearing
 from ..hosts import hooks, rotary
 from ..hosts.identity import fingerprint
 from ..spec import calibration
@@ -258,23 +258,19 @@ class Calibrator:
             "tokens": self.tokens,
         }
         comment = f"Made by opentq calibrate. Use it with --kv {path.name}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(recipe_text(self.layers, comment, evidence, table))
-        os.replace(temporary, path)
+        with appearing(path) as temporary:
+            temporary.write_text(recipe_text(self.layers, comment, evidence, table))
         if self.partial is not None:
             self.partial.unlink(missing_ok=True)
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """A safetensors file that appears whole or not at all. Raises UserError when it can't be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, temporary, metadata)
-        os.replace(temporary, path)
+        with appearing(path) as temporary:
+            save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, temporary, metadata)
     except OSError as error:
         raise UserError(f"can't write {str(path)!r}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def texts(corpus: Corpus, tokenizer: Any, reading: Reading) -> list[list[int]]:

@@ -36,34 +36,26 @@ class _Protocol:
         """None: mlx-vlm then counts `nbytes`."""
 
 
-class VLMCache(_Protocol, OpenTQCache):
-    """One sequence in one layer."""
+class _Single(_Protocol):
+    """What it asks of a cache of one sequence."""
+
+    Batch: type[BatchVLMCache]
 
     def to_batch(self, left_padding: Iterable[int]) -> BatchVLMCache:
         """An empty batch of this layer whose prompts are padded on the left."""
-        return BatchVLMCache.empty_like(self, left_padding)
+        return self.Batch.empty_like(self, left_padding)  # type: ignore[arg-type]
 
-    @classmethod
-    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
-        return BatchVLMCache.merge(caches)
-
-    def prefix_cache_merge(self, rows: Sequence[OpenTQCache], prefix_lens: Sequence[int]) -> BatchOpenTQCache:
+    def prefix_cache_merge(self, rows: Sequence[OpenTQCache], prefix_lens: Sequence[int]) -> BatchVLMCache:
         """One batch of rows that came out of mlx-vlm's prefix cache."""
-        return self.merge(rows)
+        return self.Batch.merge(rows)
 
 
-class VLMLatentCache(_Protocol, OpenTQLatentCache):
+class VLMCache(_Single, OpenTQCache):  # type: ignore[misc]
+    """One sequence in one layer."""
+
+
+class VLMLatentCache(_Single, OpenTQLatentCache):  # type: ignore[misc]
     """One sequence of latents (MLA) in one layer."""
-
-    def to_batch(self, left_padding: Iterable[int]) -> BatchVLMLatentCache:
-        return BatchVLMLatentCache.empty_like(self, left_padding)
-
-    @classmethod
-    def merge(cls, caches: Sequence[OpenTQCache]) -> BatchOpenTQCache:
-        return BatchVLMLatentCache.merge(caches)
-
-    def prefix_cache_merge(self, rows: Sequence[OpenTQCache], prefix_lens: Sequence[int]) -> BatchOpenTQCache:
-        return self.merge(rows)
 
 
 class BatchVLMCache(_Protocol, BatchOpenTQCache):
@@ -84,7 +76,8 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
     def empty_like(cls, single: OpenTQCache, left_padding: Iterable[int]):
         pads = [int(p) for p in left_padding]
         batch = cls(single.spec, len(pads), single.stats, single.window)
-        batch.lends, batch.pads = single.lends, pads
+        batch._made_like(single)
+        batch.pads = pads
         return batch
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:

@@ -15,25 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ...machine import physical_cores, threads
+from ...machine import threads
 from .. import build
-
-__all__ = [
-    "Call",
-    "Dense",
-    "Format",
-    "Grid",
-    "Outliers",
-    "Packed",
-    "PageCall",
-    "Queries",
-    "Strided",
-    "available",
-    "call",
-    "physical_cores",
-    "status",
-    "threads",
-]
 
 log = logging.getLogger("opentq")
 

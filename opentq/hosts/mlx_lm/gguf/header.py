@@ -7,6 +7,7 @@ package says what the tensor types are, and it decodes them (`tensors.py`).
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass, field
@@ -166,10 +167,7 @@ class _Reader:
                 f"{self.path.name}: tensor {name} has type {kind}, which the installed gguf package does not know; "
                 "upgrade it, or take another quantisation of the model"
             ) from error
-        total = 1
-        for n in shape:
-            total *= n
-        return total // block * size
+        return math.prod(shape) // block * size
 
     def number(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self.take(struct.calcsize(form)))[0]

@@ -7,6 +7,7 @@ products (Q4_K, Q5_K). All others are decoded by the `gguf` package. Layouts: gg
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -34,10 +35,7 @@ def loaded_bytes(header: Header, float_bytes: int) -> int:
     """Bytes that the weights take once loaded with floats of `float_bytes`."""
     total = 0
     for tensor in header.tensors.values():
-        count = 1
-        for n in tensor.shape:
-            count *= n
-        width = bits(tensor)
+        count, width = math.prod(tensor.shape), bits(tensor)
         total += count * width // 8 + 2 * float_bytes * count // GROUP if width else count * float_bytes
     return total
 
