@@ -21,15 +21,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from ..dialogue.errors import ApiError, bad
-from ..dialogue.request import Done, Generated, GenerationRequest
-from . import anthropic, openai, responses, responses_out
+from ..dialogue.request import GenerationRequest
+from . import anthropic, openai, openai_out, responses, responses_out
 from .choices import open_all
 from .openapi import document
 from .responses_store import Responses
 from .roster import Roster
 from .schema import parse
 from .service import Service
-from .sse import frame
 from .stream import EventStream, WholeResponse, unless_gone
 
 log = logging.getLogger("opentq.serve")
@@ -179,7 +178,7 @@ class Routes:
         service, stream = await self._start(request, asked, open_all)
         tokenizer = service.engine.tokenizer
         texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked.prompts] if asked.echo else []
-        head = openai.Head(
+        head = openai_out.Head(
             id=("chatcmpl-" if chat else "cmpl-") + stream.id,
             created=int(time.time()),
             model=asked.model or service.config.shown[0],
@@ -191,9 +190,9 @@ class Routes:
         )
         count = asked.n * max(len(asked.prompts), 1)
         if asked.stream:
-            feed = OpenAIFeed(head, asked.logprobs is not None, count)
+            feed = openai_out.Feed(head, asked.logprobs is not None, count)
             return EventStream(stream, feed, service.config.keep_alive)
-        return WholeResponse(stream, OpenAIGather(head, asked.logprobs is not None, count))
+        return WholeResponse(stream, openai_out.Gathered(head, asked.logprobs is not None, count))
 
     async def responses(self, request: Request) -> Response:
         def read(body: dict[str, Any]) -> responses.Asked:
@@ -298,44 +297,6 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(
         413, f"the body is larger than {limit} bytes, by --max-body or by the context", code="request_too_large"
     )
-
-
-class OpenAIFeed:
-    """OpenAI's chunks as server-sent events."""
-
-    ping = b": keep-alive\n\n"
-
-    def __init__(self, head: openai.Head, logprobs: bool, count: int = 1):
-        self.choices = [openai.Chunks(head, logprobs, i) for i in range(count)]
-
-    def opening(self) -> bytes:
-        return b"".join(frame(chunk) for choice in self.choices for chunk in choice.opening())
-
-    def step(self, step: Generated) -> bytes:
-        return b"".join(map(frame, self.choices[step.choice].step(step.deltas, step.tokens)))
-
-    def done(self, done: Done) -> bytes:
-        chunks = b"".join(map(frame, self.choices[done.choice].end(done)))
-        return chunks + frame("[DONE]") if done.last else chunks
-
-    def error(self, error: ApiError) -> bytes:
-        return frame(error.body()) + frame("[DONE]")
-
-
-class OpenAIGather:
-    """OpenAI's whole response."""
-
-    def __init__(self, head: openai.Head, logprobs: bool, count: int = 1):
-        self.head, self.logprobs = head, logprobs
-        self.answers = [openai.GatheredAnswer() for _ in range(count)]
-        self.choices: dict[int, dict[str, Any]] = {}
-
-    def step(self, step: Generated) -> None:
-        self.answers[step.choice].add(step.deltas, step.tokens)
-
-    def done(self, done: Done) -> dict[str, Any]:
-        self.choices[done.choice] = openai.whole_choice(self.head, self.answers[done.choice], done, self.logprobs)
-        return openai.response(self.head, [self.choices[i] for i in sorted(self.choices)], done.usage)
 
 
 def _error_response(path: str, error: ApiError) -> Response:

@@ -1,4 +1,4 @@
-"""OpenAI's wire format, both ways, as pure functions: a body becomes a `GenerationRequest`, events responses.
+"""OpenAI's wire format, the way in: a body becomes a `GenerationRequest`.
 
 Fields that nobody knows are ignored, as clients expect. Fields that OpenAI's API (or a known server) knows and this
 one can't serve are refused with a 400 that names them, unless their value asks for nothing.
@@ -6,14 +6,12 @@ one can't serve are refused with a 400 that names them, unless their value asks 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from ..dialogue import pictures
 from ..dialogue.errors import bad, unsupported
-from ..dialogue.request import Chosen, Delta, Done, GenerationRequest, SamplingParams, ToolCall, Usage
+from ..dialogue.request import GenerationRequest, SamplingParams
 from .schema import (
     MAX_PROMPTS,
     ChatRequest,
@@ -283,190 +281,3 @@ def _common(form: Common) -> dict[str, Any]:
 
 def as_int(value: Any) -> int | None:
     return None if value is None else int(value)
-
-
-# ---- what goes back
-
-
-@dataclass
-class GatheredAnswer:
-    """An answer gathered from its events, for clients that don't stream."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    tokens: list[Chosen] = field(default_factory=list)
-
-    def add(self, deltas: Iterable[Delta], tokens: Iterable[Chosen]) -> None:
-        for delta in deltas:
-            if delta.call:
-                self.calls.append(delta.call)
-            elif delta.kind == "reasoning":
-                self.reasoning += delta.text
-            else:
-                self.content += delta.text
-        self.tokens.extend(tokens)
-
-
-@dataclass(frozen=True)
-class Head:
-    """What all chunks of one response share."""
-
-    id: str
-    created: int
-    model: str
-    fingerprint: str
-    chat: bool
-    include_usage: bool = False
-    custom: frozenset[str] = frozenset()
-    echo: tuple[str, ...] = ()
-
-    def call(self, call: ToolCall) -> dict[str, Any]:
-        """A tool call in the client's form: of a function, or of a tool whose input is text."""
-        if call.name not in self.custom:
-            return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": free_text(call)}}
-
-    def echoed(self, choice: int) -> str:
-        """What an answer begins with: its prompt, where that was asked for."""
-        return self.echo[choice] if self.echo else ""
-
-    def wrap(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
-        kind = ("chat.completion" + (".chunk" if chunk else "")) if self.chat else "text_completion"
-        body = {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-            "choices": choices,
-        }
-        if chunk and self.include_usage:
-            body["usage"] = None
-        return body
-
-
-def free_text(call: ToolCall) -> str:
-    """The text in a call of a custom tool; the arguments as they are where the model gave it another form."""
-    try:
-        given = json.loads(call.arguments or "{}")
-    except ValueError:
-        return call.arguments
-    text = given.get("input") if isinstance(given, dict) else None
-    return text if isinstance(text, str) else call.arguments
-
-
-def response(head: Head, choices: list[dict[str, Any]], u: Usage) -> dict[str, Any]:
-    """The whole response of a request that does not stream."""
-    return head.wrap(choices, False) | {"usage": usage(u), "opentq": timings(u)}
-
-
-def whole_choice(head: Head, answer: GatheredAnswer, done: Done, logprobs: bool) -> dict[str, Any]:
-    """One answer, of one or several."""
-    choice: dict[str, Any] = {"index": done.choice, "finish_reason": done.reason, "logprobs": None}
-    if head.chat:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
-        if answer.reasoning:
-            message |= {"reasoning": answer.reasoning, "reasoning_content": answer.reasoning}
-        if answer.calls:
-            message["content"] = answer.content or None
-            message["tool_calls"] = [head.call(c) for c in answer.calls]
-        choice["message"] = message
-        if logprobs:
-            choice["logprobs"] = {"content": [_chosen(t) for t in answer.tokens], "refusal": None}
-    else:
-        choice["text"] = head.echoed(done.choice) + answer.content
-        if logprobs:
-            choice["logprobs"] = _legacy(answer.tokens, 0)
-    return choice
-
-
-class Chunks:
-    """Chunks of one streamed answer; numbers its tool calls and its text offsets."""
-
-    def __init__(self, head: Head, logprobs: bool, index: int = 0):
-        self.head = head
-        self.logprobs = logprobs
-        self.index = index
-        self.calls = 0
-        self.offset = 0
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first token: chat names the role, an echo repeats the prompt."""
-        if self.head.chat:
-            return [self._chunk({"role": "assistant", "content": ""})]
-        return [self._chunk(echo)] if (echo := self.head.echoed(self.index)) else []
-
-    def step(self, deltas: tuple[Delta, ...], tokens: tuple[Chosen, ...]) -> list[dict[str, Any]]:
-        """One chunk per piece; log probabilities of tokens whose text is still held back come with an empty piece."""
-        pieces = list(deltas) or ([Delta("content")] if self.logprobs and tokens else [])
-        chunks = [self._piece(d) for d in pieces]
-        if self.logprobs and tokens and chunks:
-            choice = chunks[0]["choices"][0]
-            choice["logprobs"] = (
-                {"content": [_chosen(t) for t in tokens], "refusal": None}
-                if self.head.chat
-                else _legacy(list(tokens), self.offset)
-            )
-            self.offset += sum(len(t.text) for t in tokens)
-        return chunks
-
-    def _piece(self, delta: Delta) -> dict[str, Any]:
-        if not self.head.chat:
-            return self._chunk(delta.text)
-        if delta.call:
-            self.calls += 1
-            return self._chunk({"tool_calls": [{"index": self.calls - 1, **self.head.call(delta.call)}]})
-        if delta.kind == "reasoning":
-            return self._chunk({"reasoning": delta.text, "reasoning_content": delta.text})
-        return self._chunk({"content": delta.text})
-
-    def end(self, done: Done) -> list[dict[str, Any]]:
-        """The chunk with the finish reason, and the one with the usage (its `choices` are empty) when asked for."""
-        last = self._chunk({} if self.head.chat else "", done.reason) | {"opentq": timings(done.usage)}
-        if not (self.head.include_usage and done.last):
-            return [last]
-        return [last, self.head.wrap([], True) | {"usage": usage(done.usage)}]
-
-    def _chunk(self, delta: Any, reason: str | None = None) -> dict[str, Any]:
-        body = {"delta": delta} if self.head.chat else {"text": delta}
-        return self.head.wrap([{"index": self.index, **body, "finish_reason": reason, "logprobs": None}], True)
-
-
-def usage(u: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": u.prompt,
-        "completion_tokens": u.completion,
-        "total_tokens": u.prompt + u.completion,
-        "prompt_tokens_details": {"cached_tokens": u.cached},
-    }
-
-
-def timings(u: Usage) -> dict[str, float]:
-    """Seconds, under this server's own key: never inside `usage`."""
-    return {
-        "queue_seconds": round(u.queue_seconds, 4),
-        "prompt_seconds": round(u.prompt_seconds, 4),
-        "generation_seconds": round(u.generation_seconds, 4),
-    }
-
-
-def _chosen(token: Chosen) -> dict[str, Any]:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return entry(token.text, token.logprob) | {"top_logprobs": [entry(t, p) for t, p in token.top]}
-
-
-def _legacy(tokens: list[Chosen], offset: int) -> dict[str, Any]:
-    """The log probabilities of /v1/completions."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
-    return {
-        "tokens": [t.text for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [dict(t.top) for t in tokens],
-        "text_offset": offsets,
-    }

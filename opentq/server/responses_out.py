@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from ..dialogue.errors import ApiError
-from ..dialogue.request import Chosen, Delta, Done, Generated, Usage
-from .openai import free_text
+from ..dialogue.request import Delta, Done, Generated, Usage
+from .openai_out import chosen, free_text
 from .responses import Asked, Item, ToolName, seal
 from .sse import frame
 
@@ -54,7 +54,7 @@ class Writer:
         for delta in step.deltas:
             events += self._call(delta) if delta.call else self._words(delta, [])
         if step.tokens:
-            logprobs = [_logprob(t) for t in step.tokens]
+            logprobs = [chosen(t) for t in step.tokens]
             if self._open and self.output[-1]["type"] == "message":
                 self.output[-1]["content"][0]["logprobs"] += logprobs
                 for event in events:
@@ -153,13 +153,6 @@ def usage(u: Usage, thoughts: int) -> Item:
         "output_tokens_details": {"reasoning_tokens": thoughts},
         "total_tokens": u.prompt + u.completion,
     }
-
-
-def _logprob(token: Chosen) -> Item:
-    def entry(text: str, logprob: float) -> Item:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return entry(token.text, token.logprob) | {"top_logprobs": [entry(t, p) for t, p in token.top]}
 
 
 class Gathered:
