@@ -135,7 +135,7 @@ def kernels_serve(backend: str, codecs: tuple[Codec, Codec], dims: tuple[int, in
 
 def same_state(a: OpenTQCache, b: OpenTQCache) -> bool:
     """Whether two caches hold the same tokens, bit for bit, in the same places."""
-    if (a.n_packed, a.n_sink, a.offset) != (b.n_packed, b.n_sink, b.offset):
+    if (a.n_packed, a.extent.sink, a.offset) != (b.n_packed, b.extent.sink, b.offset):
         return False
     pairs = [(a.dense_k, b.dense_k), (a.dense_v, b.dense_v)]
     for mine, theirs in zip(a.canonical(), b.canonical()):

@@ -9,9 +9,10 @@ import pytest
 from opentq.codecs import Affine, Codec, Turbo
 from opentq.kernels import build
 from opentq.kernels.cpu import library as cpu
-from opentq.kernels.cpu.blocks import load_numpy, store_numpy
+from opentq.kernels.cpu.blocks import load_numpy
 from opentq.kernels.cpu.layout import CpuLayout, layout_for, layout_named
 
+from .cpu_blocks import store_numpy
 from .cpu_forms import BITS, BOOKS, HALVES, SKETCHES, codec_of, layout_of
 
 pytestmark = pytest.mark.skipif(

@@ -102,11 +102,6 @@ class OpenTQCache:
         return self.extent.packed
 
     @property
-    def n_sink(self) -> int:
-        """fp16 tokens at the start."""
-        return self.extent.sink
-
-    @property
     def dense_k(self) -> mx.array | None:
         """fp16 columns `[sink | tail]` of keys, `[B, H, Td, Dk]`; None before the first token."""
         self._settle()

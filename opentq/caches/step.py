@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..attention import dispatch, pages, selected
 from ..contracts.attention import AttnArgs, Lengths, PackedKV
+from ..contracts.shared import Shared
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LayerStats:
+class LayerStats(Shared):
     """What really happened in one layer: shared by all caches of the layer, never copied with them."""
 
     calls: int = 0
@@ -31,11 +32,8 @@ class LayerStats:
     held: int = 0  # how many there were
     shape: tuple[int, int, int] | None = None  # (KV heads, key dim, value dim)
 
-    def __deepcopy__(self, memo: dict) -> LayerStats:
-        return self
 
-
-class Handle:
+class Handle(Shared):
     """What `update_and_fetch` gives the model in place of an array: a snapshot that can only be attended.
 
     It looks like the `[B, H, T, D]` array that it stands for (`shape`, `dtype`, `ndim`); `step` is shared by the key
@@ -58,9 +56,6 @@ class Handle:
             f"compressed keys and values have no {name!r}: they can be attended but not read as arrays, so this model "
             "can't be used with a compressed cache"
         )
-
-    def __deepcopy__(self, memo: dict) -> Handle:
-        return self
 
     def astype(self, dtype: mx.Dtype) -> Handle:
         """The same tokens, said to be of another dtype: attention computes in the query's (stablelm asks for this)."""

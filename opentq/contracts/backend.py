@@ -11,6 +11,7 @@ import mlx.core as mx
 from .attention import AttnArgs
 from .codec import Codec
 from .layout import Layout
+from .shared import Shared
 
 Pair = tuple[Any, Any]
 """Something of keys and the same of values."""
@@ -27,7 +28,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(Shared):
     """Fused kernels and the storage that they want.
 
     Attributes:
@@ -57,6 +58,3 @@ class Backend:
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
     choose: Callable[[mx.array, mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
     findings: Callable[[], list[Finding]] = list
-
-    def __deepcopy__(self, memo: dict) -> Backend:
-        return self

@@ -122,7 +122,7 @@ class Codec(ABC):
 
     def check(self, head_dim: int) -> None:
         """Raise ValueError with a remedy when this codec can't serve `head_dim`."""
-        if head_dim % self.multiple or head_dim < self.multiple:
+        if head_dim % self.multiple:
             raise ValueError(
                 f"{self} can't serve head_dim {head_dim}, which is no multiple of {self.multiple}; use --kv f16 for "
                 "this model"

@@ -10,6 +10,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from .codec import Codec, Packed
+from .shared import Shared
 
 FLUSH = 64
 """Tokens leave the fp16 tail in blocks of this many; every layout's block divides it."""
@@ -34,7 +35,7 @@ class Layout(Protocol):
         """`store(codec.encode(y))`, in one pass where the back end can."""
 
 
-class Canonical:
+class Canonical(Shared):
     """One row per token."""
 
     name = "canonical"
@@ -48,9 +49,6 @@ class Canonical:
 
     def encode(self, codec: Codec, y: mx.array) -> tuple[mx.array, ...]:
         return codec.encode(y)
-
-    def __deepcopy__(self, memo: dict) -> Canonical:
-        return self
 
 
 CANONICAL = Canonical()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ..contracts.rotary import Rotary
 from ..errors import UserError
 
 NEEDED = 512
@@ -91,9 +90,3 @@ def sha256(path: Path) -> str:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def rotary_of(tensors: dict[str, np.ndarray], layer: int) -> Rotary:
-    """The rotary embedding of a calibrated layer."""
-    dims, traditional = tensors[f"{layer}.rotary"]
-    return Rotary(int(dims), bool(traditional))

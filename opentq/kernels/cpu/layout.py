@@ -2,7 +2,7 @@
 bit by bit in blocks.h), one uint8 array `[B, H, T / 64, bytes]` for every run of codes, holding codes, scales and zeros
 without padding. Codes are affine or those of codebooks.
 
-The compiled kernels move whole buffers; cpu_blocks.py does the same where there is no compiler.
+The compiled kernels move whole buffers; blocks.py reads them where there is no compiler.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 from ...codecs import codebooks, packing
 from ...codecs.rounding import lengths
 from ...contracts.codec import Angles, Book, Codebooks, Codec, Format, Integers, Packed, WithOutliers
+from ...contracts.shared import Shared
 from . import library as cpu
-from .blocks import TOKENS, load_numpy, store_numpy
+from .blocks import TOKENS, load_numpy
 from .outliers import CpuOutliers
 from .polar import CpuPolar
 
@@ -27,7 +28,7 @@ Place = tuple[int | None, int, int, int]
 
 
 @dataclass(frozen=True)
-class CpuBlocks:
+class CpuBlocks(Shared):
     """One run of codes, `dim` to a token, 64 tokens a block. `kind` is "k" or "v".
 
     `group` channels share a scale and a zero; 0 stands for a codebook, one scale a token.
@@ -78,15 +79,16 @@ class CpuBlocks:
         return packing.words(self.dim, self.bits)
 
     def store(self, packed: Packed) -> tuple[mx.array, ...]:
-        """`(codes [B,H,T,W], scales [B,H,T,params])` -> `[B,H,T/64,bytes]`; T must be a multiple of 64."""
+        """`(codes [B,H,T,W], scales [B,H,T,params])` -> `[B,H,T/64,bytes]`; T must be a multiple of 64.
+
+        Raises build.BuildError without a compiler: such machines store tokens as codecs made them.
+        """
         codes, scales = (mx.contiguous(a) for a in packed)
         batch, heads, tokens, words = codes.shape
         if words != self.words or scales.shape[3] != self.params:
             raise ValueError(f"layout {self.name} can't hold {words} words and {scales.shape[3]} scales a token")
         blocks = _whole_blocks(self.name, tokens)
         mx.eval(codes, scales)
-        if not cpu.available():
-            return (mx.array(store_numpy(self, np.array(codes), np.array(scales))),)
         out = np.empty((batch, heads, blocks, self.block_bytes), np.uint8)
         grid = cpu.Grid(batch, heads, blocks, threads=cpu.threads())
         views = cpu.view(codes), cpu.view(scales)
@@ -153,12 +155,9 @@ class CpuBlocks:
         group = min(128, self.dim) if self.kind == "k" else self.dim
         return cpu.Packed(*where, self.bits, group, self.dim, cpu.BOOK, _entries(book).ctypes.data, book.step)
 
-    def __deepcopy__(self, memo: dict) -> CpuBlocks:
-        return self
-
 
 @dataclass(frozen=True)
-class CpuRuns:
+class CpuRuns(Shared):
     """Two runs of codebook codes of the same dim, an array of blocks for each."""
 
     runs: tuple[CpuBlocks, CpuBlocks]
@@ -190,9 +189,6 @@ class CpuRuns:
         parts = zip(self.runs, form.books, mx.split(y, len(self.runs), axis=-1) if form.fit else ())
         packed = [run.pack(part, book, form.fit) for run, book, part in parts]
         return tuple(p[0] for p in packed if p) if packed and all(packed) else self.store(codec.encode(y))
-
-    def __deepcopy__(self, memo: dict) -> CpuRuns:
-        return self
 
 
 CpuLayout = CpuBlocks | CpuRuns | CpuPolar | CpuOutliers

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...contracts.codec import Codec, Packed, WithOutliers
+from ...contracts.shared import Shared
 from . import library as cpu
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CpuOutliers:
+class CpuOutliers(Shared):
     """`inner` and `count` outliers a token: arrays `[B, H, T / block, block * count]` of channels and of values."""
 
     inner: CpuBlocks | CpuRuns | CpuPolar
@@ -68,6 +69,3 @@ class CpuOutliers:
             token = self.count * a.itemsize if self.block > 1 else a.strides[2]
             where.append(cpu.Strided(a.ctypes.data, a.strides[0], a.strides[1], size * a.strides[2], token))
         return cpu.Outliers(where[0], where[1], self.count, channels.itemsize)
-
-    def __deepcopy__(self, memo: dict) -> CpuOutliers:
-        return self

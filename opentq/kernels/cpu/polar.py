@@ -14,11 +14,12 @@ import numpy as np
 
 from ...codecs import codebooks, polar
 from ...contracts.codec import Angles, Codec, Packed
+from ...contracts.shared import Shared
 from . import library as cpu
 
 
 @dataclass(frozen=True)
-class CpuPolar:
+class CpuPolar(Shared):
     """Tokens of `dim` channels as bytes: angles of level 1, the other angles, radii."""
 
     dim: int
@@ -56,9 +57,6 @@ class CpuPolar:
         data, batch, head, token = where
         tables = _tables().ctypes.data
         return cpu.Packed(data, batch, head, 64 * token, 0, self.dim, self.dim, cpu.POLAR, tables)
-
-    def __deepcopy__(self, memo: dict) -> CpuPolar:
-        return self
 
 
 @functools.cache
