@@ -1,5 +1,6 @@
-"""The blocked storage layout read by numpy (blocks.h describes it bit by bit): slower than the compiled kernels, it reads
-caches on machines without a compiler. The way to write it, in the tests, judges both.
+"""The blocked storage layout (blocks.h describes it bit by bit) read by numpy, slower than the compiled kernels.
+
+So caches are read on machines without a compiler. The way to write it is in the tests, and judges both.
 """
 
 from __future__ import annotations
