@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..evaluate import corpus
 from ..evaluate.contenders import Contender, enter
+from ..evaluate.forward import prefill
 from ..memory.device import GIB
 from ..records import record
 from .build import Built
@@ -82,12 +83,13 @@ def _measure(
     mx.clear_cache()
     mx.reset_peak_memory()
     began = time.perf_counter()
+
+    def after(_: int) -> None:
+        _check(began, limits)
+        mx.clear_cache()
+
     try:
-        for at in range(0, len(tokens) - 1, step):
-            built.model(mx.array([tokens[at : min(at + step, len(tokens) - 1)]]), cache=caches)
-            mx.eval([c.state for c in caches])
-            _check(began, limits)
-            mx.clear_cache()
+        prefill(built.model, mx.array([tokens[:-1]]), caches, step, after)
         filled = time.perf_counter()
         said = _generate(built, caches, tokens[-1])
         ended = time.perf_counter()

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..caches.composite import members
 from ..errors import UserError
+from ..evaluate.forward import prefill
 from ..hosts import hooks
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..memory.device import GIB
@@ -51,15 +52,22 @@ class Arm:
     def fill(self, depth: int, how: str) -> None:
         """Bring the caches to `depth` tokens."""
         if how == "prefill" or depth < 2:
-            prefill(self.built.model, self.caches, self._tokens(depth), self.step, self._check)
+            self._read(self.caches, self._tokens(depth))
         else:
             # One real token first: it makes every cache and its recurrent state the right shape.
-            prefill(self.built.model, self.caches, self._tokens(1), self.step, self._check)
+            self._read(self.caches, self._tokens(1))
             fill_random(self.caches, depth - 1, self._check)
         if self.parallel > 1:
             self.caches = [c.merge([c] * self.parallel) for c in self.caches]
             mx.eval([c.state for c in self.caches])
         self.depth = depth
+
+    def _read(self, caches: list[Any], tokens: mx.array) -> None:
+        def after(_: int) -> None:
+            self._check()
+            mx.clear_cache()
+
+        prefill(self.built.model, tokens, caches, self.step, after)
 
     def prompt(self, count: int, others: int) -> float:
         """Seconds to process `count` more tokens, the output layer for the last one included."""
@@ -93,7 +101,7 @@ class Arm:
     def _prompt(self, caches: list[Any], count: int) -> None:
         tokens = self._tokens(count)
         if count > 1:
-            prefill(self.built.model, caches, tokens[:, :-1], self.step)
+            prefill(self.built.model, tokens[:, :-1], caches, self.step, lambda _: mx.clear_cache())
         mx.eval(self.built.model(tokens[:, -1:], cache=caches))
 
     def _generate(self, caches: list[Any], count: int) -> None:
@@ -122,17 +130,6 @@ class Arm:
 def make_caches(model: Any, spec: Spec | None) -> list[Any]:
     """Fresh caches of one format: ours for a spec, mlx-lm's own without one."""
     return make_prompt_cache(model) if spec is None else hooks.make_caches(hooks.prepare(model, spec))
-
-
-def prefill(
-    model: Any, caches: list[Any], tokens: mx.array, step: int, check: Callable[[], None] = lambda: None
-) -> None:
-    """Process tokens `[1, T]` in chunks, evaluating the caches only, as mlx-lm does."""
-    for start in range(0, tokens.shape[1], step):
-        model(tokens[:, start : start + step], cache=caches)
-        mx.eval([c.state for c in caches])
-        check()
-        mx.clear_cache()
 
 
 def fill_random(caches: list[Any], count: int, check: Callable[[], None]) -> None:

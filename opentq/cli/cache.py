@@ -63,7 +63,10 @@ def build(
     check_output(file, "FILE")
     content = _read(text, text_file)
     spec = spec_for(path, kv)
+    import mlx.core as mx
+
     from ..caches import disk
+    from ..evaluate.forward import prefill
     from ..hosts.hooks import installed
     from ..hosts.mlx_lm.load import load, make_cache
     from ..memory.loaded import model_context
@@ -77,7 +80,7 @@ def build(
         print(line, file=sys.stderr)
     caches = make_cache(lm)
     start = time.perf_counter()
-    prefill(lm, caches, tokens, prefill_step_size)
+    prefill(lm, mx.array([tokens]), caches, prefill_step_size, lambda _: mx.clear_cache())
     seconds = time.perf_counter() - start
     manifest = disk.save(
         file,
@@ -205,16 +208,6 @@ def shared_tokens(tokenizer: Any, prompt: dict[str, Any], limit: int) -> list[in
     if not shared:
         raise UserError("the text has no tokens")
     return shared
-
-
-def prefill(model: Any, caches: list[Any], tokens: list[int], step: int) -> None:
-    """Run `tokens` through the model in pieces of `step`."""
-    import mlx.core as mx
-
-    for start in range(0, len(tokens), step):
-        model(mx.array([tokens[start : start + step]]), cache=caches)
-        mx.eval([c.state for c in caches])
-        mx.clear_cache()
 
 
 def revision(model: str) -> str:

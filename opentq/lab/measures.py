@@ -111,6 +111,7 @@ def speed(
     import mlx.core as mx
     import mlx.nn as nn
 
+    from ..evaluate.forward import prefill
     from ..hosts import hooks
     from ..hosts.mlx_lm.load import load
     from ..hosts.mlx_lm.public import make_prompt_cache
@@ -126,9 +127,7 @@ def speed(
     caches = make_prompt_cache(network)
     mx.eval(network.parameters())
     start = time.perf_counter()
-    for at in range(0, depth, chunk):
-        network(tokens[:, at : at + chunk], cache=caches)
-        mx.eval([c.state for c in caches])
+    prefill(network, tokens, caches, chunk)
     filled = time.perf_counter()
     token = tokens[:, -1:]
     for _ in range(count):
