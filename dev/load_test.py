@@ -9,7 +9,7 @@ between tokens of a running stream while prompts of up to 8K tokens come in. `so
 of whom disconnect, for some minutes; every finished answer must be the text that the same request got alone, no status
 but 503 may refuse one, and memory and sequences must be back afterwards. Prints a table; appends a record per part.
 
-mlx-lm's server gets float32 weights and this package's matrix product, as opentq does on CPUs (`hooks.settle`,
+mlx-lm's server gets float32 weights and this package's matrix product, as opentq does on CPUs (`floats.to_float32`,
 `kernels/blas.py`): what is compared is the server and the cache.
 """
 

@@ -11,7 +11,7 @@ from opentq.hosts import hooks
 from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.recipe import Recipe, text
 from opentq.spec.text import parse
-from opentq.tuning.sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
+from opentq.tuning.sensitivity import WIDTHS, Sensitivity, Widths, frontier, probes
 from opentq.tuning.tune import Goal, Tuner, free
 
 from .conftest import random_llama
@@ -63,15 +63,15 @@ def test_probes_change_one_side_of_one_block():
     assert len(asked) == 2 * 2 * 5
     assert asked[0] == (0, "k", 6, "tq6/int8:nc|tq6/int8:nc|int8")
     assert asked[-1] == (1, "v", 2, "int8|int8|int8/tq2:nc")
-    assert all(str(KVSpec.parse(str(choice))) == str(choice) for choice in CHOICES)
+    assert all(str(KVSpec.parse(str(choice))) == str(choice) for choice in WIDTHS)
 
 
 def test_the_frontier_spends_bits_where_they_matter():
     weak = {(side, bits): 1e-4 / bits for side in "kv" for bits in (6, 5, 4, 3, 2)}
     strong = {**weak, **{("k", bits): 1.0 / bits for bits in (6, 5, 4, 3, 2)}}
-    bits = {c: KVSpec.parse(str(c)).bits_per_value(32) for c in CHOICES}
+    bits = {c: KVSpec.parse(str(c)).bits_per_value(32) for c in WIDTHS}
     recipes = frontier([Sensitivity(strong), Sensitivity(weak)], bits)
-    assert recipes[0] == [Choice(8, 8)] * 2 and recipes[-1] == [Choice(2, 2)] * 2
+    assert recipes[0] == [Widths(8, 8)] * 2 and recipes[-1] == [Widths(2, 2)] * 2
     middle = [r for r in recipes if r[0].keys == 8 and r[1].keys == 2]
     assert middle and any(r[0].values == 2 for r in middle)
 

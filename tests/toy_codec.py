@@ -9,7 +9,7 @@ import mlx.core as mx
 from opentq.codecs import REGISTRY, Method, packing
 from opentq.codecs.rotation import Rotated
 from opentq.codecs.rounding import lookup, nearest
-from opentq.contracts.codec import Book, Codebooks, Packed
+from opentq.contracts.codec import Codebook, Codebooks, Packed
 
 BITS, ENTRIES = 3, (-127, -90, -54, -18, 18, 54, 90, 127)
 LEVELS = tuple(entry / 127 for entry in ENTRIES)
@@ -22,7 +22,7 @@ class Toy(Rotated):
     rotation: str = "hadamard"
 
     def format(self, head_dim: int) -> Codebooks:
-        return Codebooks((Book(BITS, head_dim, ENTRIES, 1 / 127),))
+        return Codebooks((Codebook(BITS, head_dim, ENTRIES, 1 / 127),))
 
     def bits_per_value(self, head_dim: int) -> float:
         return (32 * packing.words(head_dim, BITS) + 16) / head_dim

@@ -1,7 +1,7 @@
-"""Log-sum-exp merge: attention over pieces of the key axis, put together exactly (flash-decoding).
+"""Log-sum-exp merge: attention over splits of the key axis, put together exactly (flash-decoding).
 
-A piece's result is `(acc, m, l)`: the maximum score m, `l = sum exp(s - m)` and `acc = sum exp(s - m) v`. Merging
-two pieces rescales both to the larger maximum. A piece in which a row sees no key has `m = -inf, l = 0, acc = 0`.
+The result of a split is `(acc, m, l)`: the maximum score m, `l = sum exp(s - m)` and `acc = sum exp(s - m) v`. Merging
+two rescales both to the larger maximum. A split in which a row sees no key has `m = -inf, l = 0, acc = 0`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Partial(NamedTuple):
 
 
 def softmax_partial(scores: mx.array, values: mx.array) -> Partial:
-    """One piece: scores `[..., L, S]` float32 (-inf where masked) and values `[..., S, Dv]` float32."""
+    """One split: scores `[..., L, S]` float32 (-inf where masked) and values `[..., S, Dv]` float32."""
     m = scores.max(-1, keepdims=True)
     weights = mx.exp(scores - finite(m))
     return Partial(weights @ values, m, weights.sum(-1, keepdims=True))

@@ -57,7 +57,7 @@ def _rows(args: AttnArgs, r0: int, r1: int) -> mx.array:
         stop = min(start + step, args.max_packed)
         index = mx.arange(start, stop).reshape(1, 1, -1)
         k, v = args.k.decode(start, stop, mx.float32), args.v.decode(start, stop, mx.float32)
-        acc = merge(acc, _piece(args, q, k, v, sink + index, index < packed, row_pos, total, r0, r1))
+        acc = merge(acc, _tile(args, q, k, v, sink + index, index < packed, row_pos, total, r0, r1))
         # Tiles must not pile up in one lazy graph: their memory is the point.
         mx.eval(acc)
     # Columns after the last row of this block are in its future.
@@ -69,8 +69,8 @@ def _rows(args: AttnArgs, r0: int, r1: int) -> mx.array:
         in_sink = index < sink
         key_pos = mx.where(in_sink, index, sink + packed + index - tail_start)
         k, v = (d[:, :, start:stop].astype(mx.float32) for d in (args.dense_k, args.dense_v))
-        piece = _piece(args, q, k, v, key_pos, in_sink | (index >= tail_start), row_pos, total, r0, r1)
-        acc = merge(acc, piece)
+        tile = _tile(args, q, k, v, key_pos, in_sink | (index >= tail_start), row_pos, total, r0, r1)
+        acc = merge(acc, tile)
         if end > step:
             mx.eval(acc)
     assert acc is not None  # the tokens of the call itself are always there
@@ -81,7 +81,7 @@ def _rows(args: AttnArgs, r0: int, r1: int) -> mx.array:
     return acc.finish(args.q.dtype).reshape(batch, q_heads, rows, -1)
 
 
-def _piece(args, q, k, v, key_pos, valid, row_pos, total, r0, r1) -> Partial:
+def _tile(args, q, k, v, key_pos, valid, row_pos, total, r0, r1) -> Partial:
     """One tile: keys `[B, Hkv, S, Dk]` at logical positions key_pos `[B, 1, S]`, of which `valid` count."""
     batch, kv_heads, _, _ = q.shape
     scores = (q @ k.swapaxes(-1, -2)).reshape(batch, kv_heads * args.gqa, r1 - r0, -1)

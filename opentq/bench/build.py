@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from ..errors import UserError
-from ..hosts.floats import settle
+from ..hosts.floats import to_float32
 from ..hosts.mlx_lm.files import context_length
 from ..memory import skeleton, source
 from ..memory.device import here
@@ -87,7 +87,7 @@ def random_model(config: dict[str, Any], weights: str, seed: int = 0) -> Any:
         return new
 
     model.update(tree_map_with_path(draw, model.parameters()))
-    settle(model)
+    to_float32(model)
     return model.eval()
 
 

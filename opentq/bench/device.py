@@ -28,7 +28,7 @@ from . import device_times, kernel, timing
 from .facts import facts
 
 Record = dict[str, Any]
-Call = tuple[int, str, int]
+Case = tuple[int, str, int]
 Shape = tuple[int, int, int]
 COMMAND = "opentq doctor --bench"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -36,7 +36,7 @@ ATOL = 2e-5
 
 
 @dataclass(frozen=True)
-class Plan:
+class Examination:
     """What to try: specs, `(query heads, KV heads, head dim)`, query tokens; and what to time.
 
     Attributes:
@@ -56,8 +56,8 @@ class Plan:
         *("tq6/tq1", "tq2.5", "tq3p/int4", "qjl2/int4", "polar4"),
     )
     shapes: tuple[Shape, ...] = ((8, 2, 128), (8, 1, 64), (7, 1, 80), (2, 2, 128), (4, 2, 256))
-    calls: tuple[Call, ...] = ((1, "float16", 0), (40, "float16", 0))
-    options: tuple[Call, ...] = (
+    calls: tuple[Case, ...] = ((1, "float16", 0), (40, "float16", 0))
+    options: tuple[Case, ...] = (
         (3, "float16", 0),
         (1, "float16", 70),
         (40, "float16", 70),
@@ -74,14 +74,14 @@ class Plan:
     prompt: int = 512
     windows: device_times.Windows = (timing.WINDOWS, 0.5, timing.WINDOW_SECONDS)
 
-    def only(self, specs: Sequence[str]) -> Plan:
+    def only(self, specs: Sequence[str]) -> Examination:
         """The same with these specs alone, each judged and timed. Raises ValueError for a spec that is none."""
         names = tuple(str(KVSpec.parse(s)) for s in specs)
         return replace(self, specs=names, timed=names)
 
 
-FULL = Plan()
-QUICK = Plan(
+FULL = Examination()
+QUICK = Examination(
     specs=("int4", "int3", "tq4"),
     shapes=((4, 2, 64), (5, 1, 80)),
     tokens=140,
@@ -94,7 +94,7 @@ QUICK = Plan(
 )
 
 
-def examine(plan: Plan) -> Iterator[Record]:
+def examine(plan: Examination) -> Iterator[Record]:
     """All records: one of the device, then conformance, packing, and times. Records that failed have `ok` false.
 
     Only what was right is timed.
@@ -155,7 +155,7 @@ def _scrubbed(record: Record) -> Record:
 # ---- conformance
 
 
-def _judge(tokens: int, name: str, variant: kernel.Variant, spec: str, shape: Shape, call: Call) -> Iterator[Record]:
+def _judge(tokens: int, name: str, variant: kernel.Variant, spec: str, shape: Shape, call: Case) -> Iterator[Record]:
     """One call, by every attention function that serves it."""
     heads, kv_heads, dim = shape
     length, dtype, window = call
@@ -224,7 +224,7 @@ def _naive(args: AttnArgs, name: str) -> mx.array:
     return mx.softmax(scores, axis=-1) @ logical(args.v, args.dense_v)
 
 
-def _pack(plan: Plan, spec: str) -> Iterator[Record]:
+def _pack(plan: Examination, spec: str) -> Iterator[Record]:
     """The pack kernels against their codecs, which differ from them at most in a last place."""
     codecs = KVSpec.parse(spec).codecs()
     for dim in dict.fromkeys(dim for _, _, dim in plan.shapes):

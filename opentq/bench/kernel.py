@@ -137,7 +137,7 @@ class Ours:
         out = []
         for whole, every in ((self.step.k, self.step.dense_k), (self.step.v, self.step.dense_v)):
             side, dense = replace(whole, arrays=tuple(a[:, :heads] for a in whole.arrays)), every[:, :heads]
-            middle = [side.decode(a, b, mx.float32) for a, b in _pieces(packed)]
+            middle = [side.decode(a, b, mx.float32) for a, b in _chunks(packed)]
             ends = [d.astype(mx.float32) for d in (dense[:, :, :sink], dense[:, :, tail:])]
             parts = [p for p in (ends[0], *middle, ends[1]) if p.size]
             out.append(np.concatenate([np.array(side.codec.unrotate(p))[0] for p in parts], axis=1))
@@ -153,7 +153,7 @@ def _steps(start: int, stop: int, context: int) -> list[tuple[int, int]]:
     return [(start, stop)] if stop < context or stop - start < 2 else [(start, stop - 1), (stop - 1, stop)]
 
 
-def _pieces(tokens: int) -> Iterator[tuple[int, int]]:
+def _chunks(tokens: int) -> Iterator[tuple[int, int]]:
     for start in range(0, tokens, FILL):
         yield start, min(start + FILL, tokens)
 

@@ -26,8 +26,8 @@ SPEC = "int4"
 MATTERS = {"lanes": ("teams", "keys", "handover", "simdgroups"), "matrix": ("simdgroups",)}
 """What each variant depends on, in the order in which it is tried."""
 
-Call = Callable[[], Any]
-Timer = Callable[[Sequence[Call]], Sequence[float]]
+Decode = Callable[[], Any]
+Timer = Callable[[Sequence[Decode]], Sequence[float]]
 """Seconds of each call."""
 
 
@@ -40,7 +40,7 @@ class Row:
     relative: float
 
 
-def search(problems: Sequence[Call], timer: Timer, start: Tuning) -> list[Row]:
+def search(problems: Sequence[Decode], timer: Timer, start: Tuning) -> list[Row]:
     """Every candidate that was measured, the best first. `problems` decode by `metal.tuning()`."""
 
     def measure(candidates: Sequence[Tuning]) -> list[Row]:
@@ -58,7 +58,7 @@ def search(problems: Sequence[Call], timer: Timer, start: Tuning) -> list[Row]:
     return sorted({r.tuning: r for r in reversed(found)}.values(), key=lambda r: r.relative)
 
 
-def _under(tune: Tuning, call: Call) -> Call:
+def _under(tune: Tuning, call: Decode) -> Decode:
     def measured() -> Any:
         with metal.trying(tune):
             return call()

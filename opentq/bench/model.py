@@ -35,7 +35,7 @@ class OverLimit(Exception):
     """An arm needs more memory than `--memory-limit`."""
 
 
-class Arm:
+class ModelArm:
     """One KV format at one depth: its caches, and what was measured on them."""
 
     def __init__(self, built: Built, spec: Spec | None, step: int, limit: int, parallel: int = 1):
@@ -189,7 +189,7 @@ def bench(
     tests = [("pp", n) for n in prompts if parallel == 1] + [("tg", n) for n in generates]
     side = f"x{parallel}" if parallel > 1 else ""
     for depth in depths:
-        arms: list[Any] = [Arm(built, spec, step, limit, parallel) for spec in specs]
+        arms: list[Any] = [ModelArm(built, spec, step, limit, parallel) for spec in specs]
         if rival:
             from .rivals import llama_cpp_model
 
@@ -213,7 +213,7 @@ def bench(
                 yield _record(built, arm, f"{kind}{count}{side}", depth, fill if depth else "", samples[arm.kv], base)
 
 
-def _try(arm: Arm, work: Callable[..., Any], *args: Any) -> float:
+def _try(arm: ModelArm, work: Callable[..., Any], *args: Any) -> float:
     """Run; when memory is over the limit, the arm is out, its caches are dropped, and its rows say why."""
     if arm.note:
         return 0.0

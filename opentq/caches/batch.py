@@ -1,10 +1,10 @@
 """Many sequences in one compressed cache, without padding and without decoding anything.
 
-Every sequence has a lane of its own. Its packed tokens start at row 0 of the lane, its sink tokens at column 0 of the
-fp16 columns, and its tail ends at their right edge; lengths are host integers, one `Extent` per lane. mlx-lm pads
-prompts on the right while it processes them together: those columns lie in the future of every real query, and they are
-dropped as soon as the step is over, so that no padding is ever stored. Each lane is cut into blocks where it would be
-cut alone, which is why a batch gives the tokens that single runs give.
+Every sequence has a row of the batch to itself. Its packed tokens start at its first storage row, its sink tokens at
+column 0 of the fp16 columns, and its tail ends at their right edge; lengths are host integers, one `Extent` per
+sequence. mlx-lm pads prompts on the right while it processes them together: those columns lie in the future of every
+real query, and they are dropped as soon as the step is over, so that no padding is ever stored. Each sequence is cut
+into blocks where it would be cut alone, which is why a batch gives the tokens that single runs give.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .states import BatchState
 from .step import Handle, LayerStats
 
 Columns = Sequence[Sequence[int]]
-"""For every lane, source columns: those of its sink and those of its tail, in order."""
+"""For every sequence, source columns: those of its sink and those of its tail, in order."""
 
 
 class BatchOpenTQCache(OpenTQCache):
@@ -121,7 +121,7 @@ class BatchOpenTQCache(OpenTQCache):
         if quiet and all(n == count for n in real):
             self.dense_k, self.dense_v = dense_k, dense_v
             return False
-        # Columns of every lane's tail, new tokens included: [first, end).
+        # Columns of every sequence's tail, new tokens included: [first, end).
         first = [old - e.tail for e in before]
         work = [
             (e.packed, move.forget, at + move.to_sink + move.skip, move.flush)
@@ -129,14 +129,14 @@ class BatchOpenTQCache(OpenTQCache):
         ]
         if self.spec.center:
             dense_k = self._center(dense_k, [at for _, _, at, _ in work], [flush for *_, flush in work])
-        for lanes, job in _together(work):
+        for sequences, job in _together(work):
             for buffer, codec, layout, y in self._sides(dense_k, dense_v):
                 packed, forget, start, flush = job
                 if forget:
-                    buffer.forget(forget, packed, lanes)
+                    buffer.forget(forget, packed, sequences)
                 if flush:
-                    block = y[lanes, :, start : start + flush]
-                    buffer.append(codec, layout, packed - forget, block, lanes, len(before))
+                    block = y[sequences, :, start : start + flush]
+                    buffer.append(codec, layout, packed - forget, block, sequences, len(before))
         ends = [at + e.tail + n for at, e, n in zip(first, before, real)]
         sinks = [[*range(e.sink), *range(at, at + m.to_sink)] for e, at, m in zip(before, first, moves)]
         tails = [range(end - e.tail, end) for end, e in zip(ends, self.extents)]
@@ -144,16 +144,16 @@ class BatchOpenTQCache(OpenTQCache):
         return any(move.forget for move in moves)
 
     def _center(self, dense_k: mx.array, first: Sequence[int], flush: Sequence[int]) -> mx.array:
-        """Take the mean of its first packed keys off every lane that packs keys for the first time."""
+        """Take the mean of its first packed keys off every sequence that packs keys for the first time."""
         new = [not done and n > 0 for done, n in zip(self.centered, flush)]
         if not any(new):
             return dense_k
         zero = mx.zeros((1, dense_k.shape[1], 1, dense_k.shape[3]), mx.float16)
-        lanes = [
+        means = [
             mean_key(dense_k[b : b + 1, :, at : at + FLUSH]) if is_new else zero
             for b, (is_new, at) in enumerate(zip(new, first))
         ]
-        shift = mx.concatenate(lanes)
+        shift = mx.concatenate(means)
         self.center = shift if self.center is None else self.center + shift
         self.centered = [done or is_new for done, is_new in zip(self.centered, new)]
         return shifted(dense_k, shift)
@@ -225,7 +225,7 @@ class BatchOpenTQCache(OpenTQCache):
                 pairs.append(buffer)
             width = _width([range(e.sink) for e in extents], [range(e.tail) for e in extents])
             dense_k, dense_v = (_join_dense(parts, side, width, like) for side in ("dense_k", "dense_v"))
-            centers = [_lanes_of(c.center, len(part), dense_k) for part, c in parts]
+            centers = [_centers_of(c.center, len(part), dense_k) for part, c in parts]
             centered = [done for part, c in parts for done in _centered(c, len(part))]
             self.packed_k, self.packed_v = pairs
             self.dense_k, self.dense_v = dense_k, dense_v
@@ -268,20 +268,21 @@ class BatchOpenTQCache(OpenTQCache):
         if self.dense_k is None or self.dense_v is None:
             return cache
         extent = self.extents[idx]
-        lane = slice(idx, idx + 1)
+        sequence = slice(idx, idx + 1)
         cache._stored_like(self)
         cache.extent = extent
         cache.sketches = None if self.sketches is None else self.sketches.pick([idx])
-        cache.center = own(self.center[lane]) if self.center is not None and self.centered[idx] else None
+        cache.center = own(self.center[sequence]) if self.center is not None and self.centered[idx] else None
         cache.packed_k, cache.packed_v = (
             Buffer(
-                b.block, tuple(own(a[lane, :, : b.rows_of(extent.packed)]) for a in b.arrays) if extent.packed else ()
+                b.block,
+                tuple(own(a[sequence, :, : b.rows_of(extent.packed)]) for a in b.arrays) if extent.packed else (),
             )
             for b in (self.packed_k, self.packed_v)
         )
         columns = self.dense_k.shape[2]
         cache.dense_k, cache.dense_v = (
-            mx.concatenate([d[lane, :, : extent.sink], d[lane, :, columns - extent.tail :]], axis=2)
+            mx.concatenate([d[sequence, :, : extent.sink], d[sequence, :, columns - extent.tail :]], axis=2)
             for d in (self.dense_k, self.dense_v)
         )
         mx.eval(*cache._arrays())
@@ -289,9 +290,9 @@ class BatchOpenTQCache(OpenTQCache):
 
     def canonical(self, idx: int = 0) -> tuple[Packed, Packed]:
         """Packed keys and values of sequence `idx` as canonical arrays."""
-        tokens, lane = self.extents[idx].packed, slice(idx, idx + 1)
-        return self.packed_k.canonical(self.k_layout, tokens, lane), self.packed_v.canonical(
-            self.v_layout, tokens, lane
+        tokens, sequence = self.extents[idx].packed, slice(idx, idx + 1)
+        return self.packed_k.canonical(self.k_layout, tokens, sequence), self.packed_v.canonical(
+            self.v_layout, tokens, sequence
         )
 
     @property
@@ -325,12 +326,12 @@ OpenTQCache.Batch = BatchOpenTQCache
 
 
 def _together(work: Sequence[tuple[int, int, int, int]]) -> Iterable[tuple[slice, tuple[int, int, int, int]]]:
-    """Lanes and what to do with them: all at once where they agree, else one by one; idle ones are left out."""
+    """Sequences and what to do with them: all at once where they agree, else one by one; idle ones are left out."""
     if work and all(job == work[0] for job in work):
-        lanes: list[tuple[slice, tuple[int, int, int, int]]] = [(EVERY, work[0])]
+        sequences: list[tuple[slice, tuple[int, int, int, int]]] = [(EVERY, work[0])]
     else:
-        lanes = [(slice(b, b + 1), job) for b, job in enumerate(work)]
-    return [(where, job) for where, job in lanes if job[1] or job[3]]
+        sequences = [(slice(b, b + 1), job) for b, job in enumerate(work)]
+    return [(where, job) for where, job in sequences if job[1] or job[3]]
 
 
 def _width(sinks: Columns, tails: Columns) -> int:
@@ -343,8 +344,8 @@ def _join_dense(
 ) -> mx.array:
     """The fp16 columns of several caches side by side."""
     shape = getattr(like, side).shape
-    lanes = sum(len(part) for part, _ in parts)
-    out = mx.zeros((lanes, shape[1], width, shape[3]), mx.float16)
+    count = sum(len(part) for part, _ in parts)
+    out = mx.zeros((count, shape[1], width, shape[3]), mx.float16)
     start = 0
     for part, cache in parts:
         dense = getattr(cache, side)
@@ -365,18 +366,18 @@ def _stored(cache: OpenTQCache, part: Sequence[Extent], side: str, layout: Layou
     return relay(arrays, its.name, layout) if arrays else ()
 
 
-def _sketches(cache: OpenTQCache, lanes: int) -> Sketches:
+def _sketches(cache: OpenTQCache, count: int) -> Sketches:
     """A cache's sketches, or those of sequences that have none yet."""
-    return cache.sketches or Sketches(cache.spec.pages, cache.rotary, cache.spec.channels, lanes)
+    return cache.sketches or Sketches(cache.spec.pages, cache.rotary, cache.spec.channels, count)
 
 
-def _lanes_of(center: mx.array | None, lanes: int, like: mx.array) -> mx.array:
+def _centers_of(center: mx.array | None, count: int, like: mx.array) -> mx.array:
     """A cache's centers, zeros where it has none."""
-    return mx.zeros((lanes, like.shape[1], 1, like.shape[3]), mx.float16) if center is None else center
+    return mx.zeros((count, like.shape[1], 1, like.shape[3]), mx.float16) if center is None else center
 
 
-def _centered(cache: OpenTQCache, lanes: int) -> list[bool]:
-    return cache.centered if isinstance(cache, BatchOpenTQCache) else [cache.center is not None] * lanes
+def _centered(cache: OpenTQCache, count: int) -> list[bool]:
+    return cache.centered if isinstance(cache, BatchOpenTQCache) else [cache.center is not None] * count
 
 
 @functools.lru_cache(maxsize=64)

@@ -35,31 +35,33 @@ class Buffer:
         """Rows that `tokens` tokens take."""
         return -(-tokens // self.block)
 
-    def write(self, row: int, new: tuple[mx.array, ...], lanes: slice = EVERY, lane_count: int = 0) -> None:
-        """Put `new` (n rows) at `row` of some lanes, growing as needed. With all lanes, rows above are forgotten."""
+    def write(self, row: int, new: tuple[mx.array, ...], sequences: slice = EVERY, count: int = 0) -> None:
+        """Put `new` (n rows) at `row` of some sequences, growing as needed. With all, rows above are forgotten."""
         end = row + new[0].shape[2]
         if not self.arrays:
-            self.arrays = tuple(mx.zeros((lane_count or a.shape[0], a.shape[1], 0, *a.shape[3:]), a.dtype) for a in new)
+            self.arrays = tuple(mx.zeros((count or a.shape[0], a.shape[1], 0, *a.shape[3:]), a.dtype) for a in new)
         if end > self.rows:
-            self._grow(row if lanes == EVERY else self.rows, end)
+            self._grow(row if sequences == EVERY else self.rows, end)
         # With the old array's only reference gone, slice_update works in place.
-        self.arrays = tuple(_assign(a, n, row, lanes) for a, n in zip(self.arrays, new))
+        self.arrays = tuple(_assign(a, n, row, sequences) for a, n in zip(self.arrays, new))
 
-    def append(self, codec: Codec, layout: Layout, tokens: int, y: mx.array, lanes: slice = EVERY, lane_count: int = 0):
-        """Encode rotated vectors `y [lanes, H, T, D]` and write them after the `tokens` that are there."""
+    def append(self, codec: Codec, layout: Layout, tokens: int, y: mx.array, sequences: slice = EVERY, count: int = 0):
+        """Encode rotated vectors `y [sequences, H, T, D]` and write them after the `tokens` that are there."""
         row, inside = divmod(tokens, self.block)
         if not inside:
-            self.write(row, layout.encode(codec, y), lanes, lane_count)
+            self.write(row, layout.encode(codec, y), sequences, count)
             return
         # A trim left a block half full: reopen it in the canonical format, which is exact, and close it.
-        opened = tuple(a[:, :, :inside] for a in layout.load(tuple(a[lanes, :, row : row + 1] for a in self.arrays)))
+        opened = tuple(
+            a[:, :, :inside] for a in layout.load(tuple(a[sequences, :, row : row + 1] for a in self.arrays))
+        )
         rest = self.block - inside
         joined = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(opened, codec.encode(y[:, :, :rest])))
-        self.write(row, layout.store(joined), lanes)
+        self.write(row, layout.store(joined), sequences)
         if y.shape[2] > rest:
-            self.write(row + 1, layout.encode(codec, y[:, :, rest:]), lanes)
+            self.write(row + 1, layout.encode(codec, y[:, :, rest:]), sequences)
 
-    def forget(self, front: int, tokens: int, lanes: slice = EVERY) -> None:
+    def forget(self, front: int, tokens: int, sequences: slice = EVERY) -> None:
         """Drop the first `front` of `tokens` tokens; both whole rows.
 
         Whoever holds the arrays keeps all tokens: writing to an array changes it for all its holders.
@@ -67,13 +69,13 @@ class Buffer:
         first, last = front // self.block, self.rows_of(tokens)
         self.arrays = tuple(map(mx.array, self.arrays))
         if last > first:
-            kept = tuple(own(a[lanes, :, first:last]) for a in self.arrays)
-            self.arrays = tuple(_assign(a, k, 0, lanes) for a, k in zip(self.arrays, kept))
+            kept = tuple(own(a[sequences, :, first:last]) for a in self.arrays)
+            self.arrays = tuple(_assign(a, k, 0, sequences) for a, k in zip(self.arrays, kept))
 
-    def canonical(self, layout: Layout, tokens: int, lanes: slice = EVERY) -> Packed:
+    def canonical(self, layout: Layout, tokens: int, sequences: slice = EVERY) -> Packed:
         """The first `tokens` tokens in the canonical format."""
         rows = self.rows_of(tokens)
-        arrays = layout.load(tuple(a[lanes, :, :rows] for a in self.arrays)) if rows else ()
+        arrays = layout.load(tuple(a[sequences, :, :rows] for a in self.arrays)) if rows else ()
         return tuple(a[:, :, :tokens] for a in arrays)
 
     def truncated(self, rows: int) -> tuple[mx.array, ...]:
@@ -99,14 +101,14 @@ class Buffer:
 
 
 def joined(parts: Sequence[tuple[int, tuple[mx.array, ...]]], rows: int) -> tuple[mx.array, ...]:
-    """Lanes of several caches in one set of arrays with `rows` rows: no more memory than the result takes.
+    """Sequences of several caches in one set of arrays with `rows` rows: no more memory than the result takes.
 
     Args:
-        parts: (number of lanes, arrays `[lanes, H, some rows <= rows, ...]` or () where there is nothing yet).
+        parts: (number of sequences, arrays `[sequences, H, some rows <= rows, ...]` or () where there is nothing yet).
     """
     like = next((arrays for _, arrays in parts if arrays), ())
-    lanes = sum(count for count, _ in parts)
-    out = [mx.zeros((lanes, a.shape[1], rows, *a.shape[3:]), a.dtype) for a in like]
+    total = sum(count for count, _ in parts)
+    out = [mx.zeros((total, a.shape[1], rows, *a.shape[3:]), a.dtype) for a in like]
     start = 0
     for count, arrays in parts:
         for i, a in enumerate(arrays):
@@ -116,8 +118,8 @@ def joined(parts: Sequence[tuple[int, tuple[mx.array, ...]]], rows: int) -> tupl
     return tuple(out)
 
 
-def _assign(array: mx.array, new: mx.array, row: int, lanes: slice = EVERY) -> mx.array:
-    array[lanes, :, row : row + new.shape[2]] = new
+def _assign(array: mx.array, new: mx.array, row: int, sequences: slice = EVERY) -> mx.array:
+    array[sequences, :, row : row + new.shape[2]] = new
     return array
 
 

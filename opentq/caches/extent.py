@@ -1,8 +1,8 @@
 """Where the tokens of one sequence are: host integers only, so that no length ever waits for the device.
 
 A sequence is `[sink | packed | tail]`; a sliding window has forgotten its first `base` tokens. `append` decides which
-tokens move where, in whole blocks at absolute multiples of 64. The single cache and every lane of a batch ask the same
-function, so a sequence is cut in the same places whoever it travels with.
+tokens move where, in whole blocks at absolute multiples of 64. The single cache and every sequence of a batch ask the
+same function, so a sequence is cut in the same places whoever it travels with.
 """
 
 from __future__ import annotations

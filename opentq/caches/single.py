@@ -104,7 +104,7 @@ class OpenTQCache:
     @property
     def dense_k(self) -> mx.array | None:
         """fp16 columns `[sink | tail]` of keys, `[B, H, Td, Dk]`; None before the first token."""
-        self._settle()
+        self._append_fresh()
         return self._dense_k
 
     @dense_k.setter
@@ -114,7 +114,7 @@ class OpenTQCache:
     @property
     def dense_v(self) -> mx.array | None:
         """The same of values."""
-        self._settle()
+        self._append_fresh()
         return self._dense_v
 
     @dense_v.setter
@@ -128,7 +128,7 @@ class OpenTQCache:
         alive.check(self.seam)
         if self._dense_k is None:
             self._start(keys, values)
-        self._settle()
+        self._append_fresh()
         assert self._dense_k is not None and self._dense_v is not None
         batch, heads, count, key_dim = keys.shape
         if self.sketches is not None:
@@ -185,12 +185,12 @@ class OpenTQCache:
         if self._waiting is step:
             self._dense_k, self._dense_v, self._waiting = dense_k, dense_v, None
 
-    def _settle(self) -> None:
+    def _append_fresh(self) -> None:
         if self._waiting is not None:
-            self._waiting.settle()
+            self._waiting.append_fresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._append_fresh()
         return {**self.__dict__, "_kept": None}
 
     def _grow_quietly(self, count: int) -> bool:

@@ -57,9 +57,9 @@ class Sketches:
         if self.channels is None:
             start = self.given or (tuple(range(channels.count(dim))),) * heads
             self.channels = mx.broadcast_to(mx.array(start, dtype=mx.int32)[None], (batch, heads, len(start[0])))
-        for lane in range(batch):
-            if not self.ready[lane] and self.seen[lane] >= WARM:
-                self._settle(lane, dim)
+        for sequence in range(batch):
+            if not self.ready[sequence] and self.seen[sequence] >= WARM:
+                self._choose(sequence, dim)
         if not all(self.ready):
             self._keys, self._real = keys, list(real)
 
@@ -77,17 +77,17 @@ class Sketches:
         self.seen = [n + r for n, r in zip(self.seen, self._real)]
         mx.async_eval(self.sums)  # a graph over the whole prompt would keep all its queries
 
-    def _settle(self, lane: int, dim: int) -> None:
+    def _choose(self, sequence: int, dim: int) -> None:
         """Choose the channels of a sequence from what was seen of it."""
         assert self.sums is not None and self.channels is not None
-        q_square, k_sum, k_square = np.array(self.sums[lane]).swapaxes(0, 1) / self.seen[lane]
+        q_square, k_sum, k_square = np.array(self.sums[sequence]).swapaxes(0, 1) / self.seen[sequence]
         energy = channels.energies(q_square, np.maximum(k_square - k_sum**2, 0), self.rotary)
         count = self.channels.shape[2]
         chosen = mx.array([channels.choose(e, self.rotary, dim, count) for e in energy], dtype=mx.int32)
-        lanes = [self.channels[i] for i in range(len(self.ready))]
-        lanes[lane] = chosen
-        self.channels = mx.stack(lanes)
-        self.ready[lane] = True
+        every = [self.channels[i] for i in range(len(self.ready))]
+        every[sequence] = chosen
+        self.channels = mx.stack(every)
+        self.ready[sequence] = True
 
     # ---- following the packed keys
 
@@ -95,23 +95,23 @@ class Sketches:
         """Sketch the whole pages that have none yet; `packed` tokens are held of each sequence."""
         todo = [(done, n // PAGE) if ok else (0, 0) for ok, done, n in zip(self.ready, self.sketched, packed)]
         together = all(t == todo[0] for t in todo)
-        for lane in [EVERY] if together else [slice(b, b + 1) for b in range(len(todo))]:
-            done, whole = todo[lane.start or 0]
+        for sequence in [EVERY] if together else [slice(b, b + 1) for b in range(len(todo))]:
+            done, whole = todo[sequence.start or 0]
             if done == whole:
                 continue
             made = []
             for first in range(done, whole, CATCH_UP):
-                made.append(self._make(keys, lane, first, min(first + CATCH_UP, whole)))
+                made.append(self._make(keys, sequence, first, min(first + CATCH_UP, whole)))
                 if whole - done > CATCH_UP:
                     mx.eval(made[-1])  # decoded keys must not pile up
-            self.buffer.write(done, (mx.concatenate(made, axis=2),), lane, len(todo))
+            self.buffer.write(done, (mx.concatenate(made, axis=2),), sequence, len(todo))
         self.sketched = [max(done, whole) for done, (_, whole) in zip(self.sketched, todo)]
 
-    def _make(self, keys: PackedKV, lane: slice, first: int, last: int) -> mx.array:
+    def _make(self, keys: PackedKV, sequence: slice, first: int, last: int) -> mx.array:
         assert self.channels is not None
-        part = PackedKV(keys.codec, keys.layout, tuple(a[lane] for a in keys.arrays), keys.head_dim)
+        part = PackedKV(keys.codec, keys.layout, tuple(a[sequence] for a in keys.arrays), keys.head_dim)
         x = keys.codec.unrotate(part.decode(first * PAGE, last * PAGE, mx.float32))
-        return pages.encode(x, self.channels[lane])
+        return pages.encode(x, self.channels[sequence])
 
     def trim(self, packed: Sequence[int]) -> None:
         """Packed tokens are down to these."""
@@ -136,22 +136,22 @@ class Sketches:
         like = next((p for p in parts if p.channels is not None), None)
         if like is None or like.channels is None:
             return out
-        lanes = [len(p.ready) for p in parts]
+        counts = [len(p.ready) for p in parts]
         empty = mx.zeros_like(like.channels[:1]) if first.given is None else mx.array(first.given, dtype=mx.int32)[None]
-        out.channels = _lanes([p.channels for p in parts], lanes, empty)
+        out.channels = _side_by_side([p.channels for p in parts], counts, empty)
         sums = next((p.sums for p in parts if p.sums is not None), None)
-        out.sums = None if sums is None else _lanes([p.sums for p in parts], lanes, mx.zeros_like(sums[:1]))
+        out.sums = None if sums is None else _side_by_side([p.sums for p in parts], counts, mx.zeros_like(sums[:1]))
         rows = out.buffer.capacity(max(out.sketched, default=0)) if any(out.sketched) else 0
-        held = [(n, p.buffer.truncated(max(p.sketched, default=0))) for n, p in zip(lanes, parts)]
+        held = [(n, p.buffer.truncated(max(p.sketched, default=0))) for n, p in zip(counts, parts)]
         out.buffer.arrays = joined(held, rows) if rows else ()
         return out
 
-    def pick(self, lanes: Sequence[int]) -> Sketches:
+    def pick(self, sequences: Sequence[int]) -> Sketches:
         """Some of the sequences, in the given order."""
         out = Sketches(self.budget, self.rotary, self.given, 0)
         for name in ("sketched", "ready", "seen"):
-            setattr(out, name, [getattr(self, name)[i] for i in lanes])
-        index = mx.array(list(lanes), dtype=mx.int32)
+            setattr(out, name, [getattr(self, name)[i] for i in sequences])
+        index = mx.array(list(sequences), dtype=mx.int32)
         out.channels, out.sums = (None if a is None else mx.take(a, index, axis=0) for a in (self.channels, self.sums))
         used = max(out.sketched, default=0)
         if used:
@@ -167,18 +167,18 @@ class Sketches:
 
     @property
     def state(self) -> list[Any]:
-        """Arrays and numbers to save: sketches in use, channels, sums, and what `__init__` and the lanes need."""
+        """Arrays and numbers to save: sketches in use, channels, sums, and what `__init__` and the sequences need."""
         used = max(self.sketched, default=0)
         held = self.buffer.arrays[0][:, :, :used] if used else None
-        lanes = [[n, int(ok), seen] for n, ok, seen in zip(self.sketched, self.ready, self.seen)]
-        return [self.budget, self.rotary.dims, int(self.rotary.traditional), held, self.channels, self.sums, lanes]
+        sequences = [[n, int(ok), seen] for n, ok, seen in zip(self.sketched, self.ready, self.seen)]
+        return [self.budget, self.rotary.dims, int(self.rotary.traditional), held, self.channels, self.sums, sequences]
 
     @classmethod
     def from_state(cls, state: Sequence[Any], given: tuple[tuple[int, ...], ...] | None = None) -> Sketches:
-        budget, dims, traditional, held, chosen, sums, lanes = state
+        budget, dims, traditional, held, chosen, sums, sequences = state
         out = cls(budget, Rotary(dims, bool(traditional)), given, 0)
         out.channels, out.sums = chosen, sums
-        for n, ok, seen in lanes:
+        for n, ok, seen in sequences:
             out.sketched.append(n)
             out.ready.append(bool(ok))
             out.seen.append(seen)
@@ -187,6 +187,6 @@ class Sketches:
         return out
 
 
-def _lanes(arrays: Sequence[mx.array | None], lanes: Sequence[int], empty: mx.array) -> mx.array:
+def _side_by_side(arrays: Sequence[mx.array | None], counts: Sequence[int], empty: mx.array) -> mx.array:
     """Arrays of several caches behind each other, `empty [1, ...]` for every sequence of those that have none."""
-    return mx.concatenate([mx.repeat(empty, n, axis=0) if a is None else a for n, a in zip(lanes, arrays)])
+    return mx.concatenate([mx.repeat(empty, n, axis=0) if a is None else a for n, a in zip(counts, arrays)])

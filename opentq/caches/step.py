@@ -93,15 +93,15 @@ class Step:
 
     @property
     def dense_k(self) -> mx.array:
-        self.settle()
+        self.append_fresh()
         return self._dense_k
 
     @property
     def dense_v(self) -> mx.array:
-        self.settle()
+        self.append_fresh()
         return self._dense_v
 
-    def settle(self) -> None:
+    def append_fresh(self) -> None:
         """Let fresh tokens join the columns, in a launch of their own."""
         if self.fresh is not None and self.cache is not None:
             self.join(*self.cache.extended(self._dense_k, self._dense_v, *self.fresh))

@@ -142,7 +142,7 @@ def use(
     request = Request(rest, max_tokens=max_tokens, temp=temp, caches=caches, max_context=max_context)
     request.cached = max(c.size() for c in caches)
     check_context(request, context)
-    result = run(lm, tokenizer, request, on_text=lambda piece: print(piece, end="", flush=True))
+    result = run(lm, tokenizer, request, on_text=lambda text: print(text, end="", flush=True))
     print()
     line, times = first_token(result, ready, len(manifest.tokens))
     print(line, file=sys.stderr)

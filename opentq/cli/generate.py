@@ -136,7 +136,7 @@ def generate(
     check_context(request, context)
     if speaks and (line := advice(lm, spec)):
         print(line, file=sys.stderr)
-    on_text = (lambda piece: print(piece, end="", flush=True)) if speaks else None
+    on_text = (lambda text: print(text, end="", flush=True)) if speaks else None
     models, length = [m for m in (lm, draft) if m is not None], cached + len(tokens) + request.max_tokens
     with wired(lambda: needs(models, length, prefill_step_size), wiring):
         result = run(lm, tokenizer, request, on_text=on_text)

@@ -14,17 +14,17 @@ import math
 
 import numpy as np
 
-from ..contracts.codec import Book
+from ..contracts.codec import Codebook
 
-Codebook = tuple[float, ...]
-"""Centroids, ascending; boundaries are their midpoints."""
+Centroids = tuple[float, ...]
+"""Of a codebook, ascending; boundaries are their midpoints."""
 
 MAX_BITS = 6
 GRID = 1 << 14
 
 
 @functools.cache
-def sphere(bits: int, dim: int) -> Codebook:
+def sphere(bits: int, dim: int) -> Centroids:
     """Codebook for `sqrt(d) * u_j`, u uniform on the unit sphere of R^d (TurboQuant, arXiv 2504.19874, Algorithm 1).
 
     The density is `f(t) ~ (1 - t^2/d)^((d-3)/2)`, which is close to N(0, 1). Every centroid is a whole multiple of one
@@ -46,17 +46,17 @@ def integers(bits: int, dim: int) -> tuple[tuple[int, ...], float]:
     return (*(-entry for entry in reversed(upper)), *upper), step
 
 
-def sphere_book(bits: int, dim: int) -> Book:
+def sphere_book(bits: int, dim: int) -> Codebook:
     """`sphere(bits, dim)` as kernels look it up."""
-    return Book(bits, dim, *integers(bits, dim))
+    return Codebook(bits, dim, *integers(bits, dim))
 
 
-def sign_book(dim: int) -> Book:
+def sign_book(dim: int) -> Codebook:
     """The signs of a sketch: -1 or 1."""
-    return Book(1, dim, (-127, 127), 1 / 127, sketch=True)
+    return Codebook(1, dim, (-127, 127), 1 / 127, sketch=True)
 
 
-def _sphere(bits: int, dim: int) -> Codebook:
+def _sphere(bits: int, dim: int) -> Centroids:
     """The optimal codebook in full precision."""
     _check(bits)
     if dim < 4:
@@ -68,7 +68,7 @@ def _sphere(bits: int, dim: int) -> Codebook:
 
 
 @functools.cache
-def angle(bits: int, level: int) -> Codebook:
+def angle(bits: int, level: int) -> Centroids:
     """Codebook for the angles of level `level` of the polar transform (PolarQuant, arXiv 2502.02617, Lemma 2).
 
     Level 1 is uniform on [0, 2 pi); level l >= 2 has density `~ sin(2 psi)^(2^(l-1) - 1)` on [0, pi/2].
@@ -81,7 +81,7 @@ def angle(bits: int, level: int) -> Codebook:
     return _lloyd_max(*_table(lambda t: np.sin(2 * t) ** power, 0.0, math.pi / 2), bits)
 
 
-def boundaries(book: Codebook) -> Codebook:
+def boundaries(book: Centroids) -> Centroids:
     """The `len(book) - 1` midpoints: a value above boundary k is nearer to centroid k + 1."""
     return tuple((a + b) / 2 for a, b in itertools.pairwise(book))
 
@@ -99,7 +99,7 @@ def _table(density, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     return t, mass / mass.sum()
 
 
-def _lloyd_max(t: np.ndarray, mass: np.ndarray, bits: int) -> Codebook:
+def _lloyd_max(t: np.ndarray, mass: np.ndarray, bits: int) -> Centroids:
     """Lloyd's iteration on a tabulated density until no centroid moves by more than 1e-7."""
     step = t[1] - t[0]
     edges = np.append(t - step / 2, t[-1] + step / 2)

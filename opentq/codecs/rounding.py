@@ -24,7 +24,7 @@ def lengths(y: mx.array, runs: int = 1) -> mx.array:
     return rms(clipped.reshape(*y.shape[:-1], runs, -1)).squeeze(-1)
 
 
-def nearest(t: mx.array, book: codebooks.Codebook) -> mx.array:
+def nearest(t: mx.array, book: codebooks.Centroids) -> mx.array:
     """Index of the nearest entry of an ascending codebook of 2^b entries, uint32: b steps of binary search."""
     cuts = _constant(codebooks.boundaries(book))
     index = mx.zeros(t.shape, mx.uint32)
@@ -35,7 +35,7 @@ def nearest(t: mx.array, book: codebooks.Codebook) -> mx.array:
     return index
 
 
-def lookup(codes: mx.array, book: codebooks.Codebook) -> mx.array:
+def lookup(codes: mx.array, book: codebooks.Centroids) -> mx.array:
     """Codebook values float32 of the shape of `codes`."""
     return _constant(book)[codes]
 

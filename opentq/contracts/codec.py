@@ -24,7 +24,7 @@ def finite(y: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Book:
+class Codebook:
     """What a kernel looks up for a run of `dim` codes of `bits` bits that share a scale: `entries[code] * step`.
 
     Entries are signed bytes, ascending and odd (`entries[-1 - c] == -entries[c]`). Codes of a `sketch` multiply a
@@ -64,7 +64,7 @@ class Codebooks:
             each rounded to the nearest entry, so that kernels can make them; "" where only `encode` can.
     """
 
-    books: tuple[Book, ...]
+    books: tuple[Codebook, ...]
     fit: str = ""
 
     @property

@@ -94,7 +94,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of the answer: `kind` is content, reasoning or call."""
+    """A part of the answer: `kind` is content, reasoning or call."""
 
     kind: str
     text: str = ""
@@ -132,7 +132,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Generated:
-    """What one or more generated tokens added: pieces of the answer, and the tokens themselves when asked for."""
+    """What one or more generated tokens added: parts of the answer, and the tokens themselves when asked for."""
 
     deltas: tuple[Delta, ...]
     tokens: tuple[Chosen, ...] = ()

@@ -104,7 +104,7 @@ def language_reference() -> Corpus:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text of any length, in pieces of whole lines: tokenizers warn of texts longer than the model's."""
+    """Token ids of a text of any length, in chunks of whole lines: tokenizers warn of texts longer than the model's."""
     ids: list[int] = []
     lines = text.splitlines(keepends=True)
     for start in range(0, len(lines), 200):

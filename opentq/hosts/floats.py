@@ -18,7 +18,7 @@ SHARE = 0.5
 """Share of the machine's memory that float32 weights may take."""
 
 
-def settle(model: Any) -> None:
+def to_float32(model: Any) -> None:
     """On a CPU: weights in float32, and quantised ones decoded where they fit. Elsewhere nothing."""
     if mx.default_device() != mx.Device(mx.cpu):
         return

@@ -112,7 +112,7 @@ class Meter:
         self.first: float | None = None
 
     def take(self, text: str, token: int | None, reason: str | None) -> None:
-        """A piece of text, and the token that it came with, or None where a response brings none of its own."""
+        """More text, and the token that it came with, or None where a response brings none of its own."""
         if token is not None:
             self.first = self.first or time.perf_counter()
             self.tokens.append(token)

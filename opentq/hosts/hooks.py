@@ -77,7 +77,7 @@ def prepare(model: Any, spec: Spec, self_test: bool = True) -> Installation:
     plans = decide(_traced(decoder, own), spec, host.caches, traits)
     stats = {(p.index, p.part): LayerStats() for p in plans if p.compressed}
     record = Installation(host, spec, plans, stats, decoder.__dict__.get("make_cache"), own, traits)
-    floats.settle(model)
+    floats.to_float32(model)
     shim.install(host)
     host.enter(decoder)
     _entered[host.name] = host

@@ -77,15 +77,15 @@ class Chunks:
         return [self._chunk(echo)] if (echo := self.head.echoed(self.index)) else []
 
     def step(self, deltas: tuple[Delta, ...], tokens: tuple[Chosen, ...]) -> list[dict[str, Any]]:
-        """One chunk per piece; log probabilities of tokens whose text is still held back come with an empty piece."""
-        pieces = list(deltas) or ([Delta("content")] if self.logprobs and tokens else [])
-        chunks = [self._piece(d) for d in pieces]
+        """One chunk per delta; log probabilities of tokens whose text is still held back come with an empty one."""
+        deltas = deltas or ((Delta("content"),) if self.logprobs and tokens else ())
+        chunks = [self._said(d) for d in deltas]
         if self.logprobs and tokens and chunks:
             chunks[0]["choices"][0]["logprobs"] = _logprobs(self.head, tokens, self.offset)
             self.offset += sum(len(t.text) for t in tokens)
         return chunks
 
-    def _piece(self, delta: Delta) -> dict[str, Any]:
+    def _said(self, delta: Delta) -> dict[str, Any]:
         if not self.head.chat:
             return self._chunk(delta.text)
         if delta.call:

@@ -16,7 +16,7 @@ BITS = (8, 6, 5, 4, 3, 2)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Widths:
     """What one block of layers can be: key bits and value bits."""
 
     keys: int
@@ -28,7 +28,7 @@ class Choice:
         return head if head == "int8" else f"{head}:nc"
 
 
-CHOICES = tuple(Choice(k, v) for k in BITS for v in BITS)
+WIDTHS = tuple(Widths(k, v) for k in BITS for v in BITS)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sensitivity:
 
     kl: dict[tuple[str, int], float]
 
-    def predicted(self, choice: Choice) -> float:
+    def predicted(self, choice: Widths) -> float:
         return self.kl.get(("k", choice.keys), 0.0) + self.kl.get(("v", choice.values), 0.0)
 
 
@@ -46,13 +46,13 @@ def probes(count: int, blocks: list[list[int]]) -> Iterator[tuple[int, str, int,
     for number, block in enumerate(blocks):
         for side in ("k", "v"):
             for bits in BITS[1:]:
-                own = Choice(bits, 8) if side == "k" else Choice(8, bits)
+                own = Widths(bits, 8) if side == "k" else Widths(8, bits)
                 yield number, side, bits, "|".join(str(own) if i in block else "int8" for i in range(count))
 
 
-def frontier(sensitivities: list[Sensitivity], bits: dict[Choice, float]) -> list[list[Choice]]:
+def frontier(sensitivities: list[Sensitivity], bits: dict[Widths, float]) -> list[list[Widths]]:
     """Recipes on the predicted frontier of KL and bits: for every exchange rate each block takes its best choice."""
-    found: list[list[Choice]] = []
+    found: list[list[Widths]] = []
     for exponent in range(-60, 21):
         rate = 10 ** (exponent / 8)
         recipe = [_best(s, bits, rate) for s in sensitivities]
@@ -61,5 +61,5 @@ def frontier(sensitivities: list[Sensitivity], bits: dict[Choice, float]) -> lis
     return found
 
 
-def _best(sensitivity: Sensitivity, bits: dict[Choice, float], rate: float) -> Choice:
-    return min(CHOICES, key=lambda c: sensitivity.predicted(c) + rate * bits[c])
+def _best(sensitivity: Sensitivity, bits: dict[Widths, float], rate: float) -> Widths:
+    return min(WIDTHS, key=lambda c: sensitivity.predicted(c) + rate * bits[c])

@@ -26,7 +26,7 @@ from ..spec.kv import KVSpec
 from ..spec.recipe import Recipe
 from ..spec.recommended import recommend
 from ..spec.text import Spec, parse
-from .sensitivity import CHOICES, Choice, Sensitivity, frontier, probes
+from .sensitivity import WIDTHS, Sensitivity, Widths, frontier, probes
 
 BLOCKS = 16
 """Layers of deep models are tuned in at most so many blocks of neighbours."""
@@ -110,7 +110,7 @@ class Tuner:
     def _plans(self, spec: Spec) -> list[LayerPlan]:
         return hooks.plan(self.model, spec)
 
-    def lines(self, recipe: list[Choice]) -> list[str]:
+    def lines(self, recipe: list[Widths]) -> list[str]:
         """One spec per layer."""
         by_layer = {layer: c for c, block in zip(recipe, self.blocks) for layer in block}
         return [f"{by_layer[i]}{self.suffix}" for i in range(len(self.plans))]
@@ -150,8 +150,8 @@ class Tuner:
         """(bits, KL, layers) of everything measured, smallest first."""
         optuna = need_optuna()
         dims = self.plans[0].key_dim, self.plans[0].value_dim
-        bits = {c: KVSpec.parse(str(c)).bits_per_value(*dims) for c in CHOICES}
-        known = {str(c): c for c in CHOICES}
+        bits = {c: KVSpec.parse(str(c)).bits_per_value(*dims) for c in WIDTHS}
+        known = {str(c): c for c in WIDTHS}
         study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.TPESampler(seed=0))
         sensitivities = self.sensitivities()
         for recipe in self._promising(frontier(sensitivities, bits), sensitivities):
@@ -179,10 +179,10 @@ class Tuner:
                 break
         return sorted(found.values(), key=lambda f: f[0])
 
-    def _promising(self, recipes: list[list[Choice]], sensitivities: list[Sensitivity]) -> list[list[Choice]]:
+    def _promising(self, recipes: list[list[Widths]], sensitivities: list[Sensitivity]) -> list[list[Widths]]:
         """Predicted recipes ordered by how near their KL is to the bound: those are worth measuring first."""
 
-        def distance(recipe: list[Choice]) -> float:
+        def distance(recipe: list[Widths]) -> float:
             kl = sum(s.predicted(c) for s, c in zip(sensitivities, recipe))
             return abs(kl / self.goal.max_kl - 0.8)
 
@@ -200,10 +200,10 @@ class Tuner:
     def speed(self, spec: str) -> float:
         """Decode tokens per second after the first depth of the protocol."""
         from ..bench.build import Built
-        from ..bench.model import Arm
+        from ..bench.model import ModelArm
 
         vocabulary = len(self.tokenizer.get_vocab())
-        arm = Arm(Built(self.model, "", self.tokenizer, 0, vocabulary, 0), parse(spec), 512, 0)
+        arm = ModelArm(Built(self.model, "", self.tokenizer, 0, vocabulary, 0), parse(spec), 512, 0)
         arm.fill(self.protocol.depths[0], "prefill")
         return 16 / min(arm.generate(16, 0) for _ in range(3))
 

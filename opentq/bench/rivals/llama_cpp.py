@@ -31,7 +31,7 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-class Plan(ctypes.Structure):
+class GraphPlan(ctypes.Structure):
     _fields_ = (
         ("work_size", ctypes.c_size_t),
         ("work_data", ctypes.c_void_p),
@@ -90,8 +90,8 @@ class Library:
         self.pool_init = self._typed(base.ggml_threadpool_params_init, None, ctypes.POINTER(PoolParams), ctypes.c_int)
         self.pool = self._typed(self.cpu.ggml_threadpool_new, pointer, ctypes.POINTER(PoolParams))
         self.pool_free = self._typed(self.cpu.ggml_threadpool_free, None, pointer)
-        self.plan = self._typed(self.cpu.ggml_graph_plan, Plan, pointer, ctypes.c_int, pointer)
-        self.compute = self._typed(self.cpu.ggml_graph_compute, ctypes.c_int, pointer, ctypes.POINTER(Plan))
+        self.plan = self._typed(self.cpu.ggml_graph_plan, GraphPlan, pointer, ctypes.c_int, pointer)
+        self.compute = self._typed(self.cpu.ggml_graph_compute, ctypes.c_int, pointer, ctypes.POINTER(GraphPlan))
         self.cpu.ggml_cpu_init()
 
     @staticmethod

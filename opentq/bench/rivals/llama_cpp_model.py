@@ -29,7 +29,7 @@ def check(model: str) -> Path:
 
 
 class LlamaCppArm:
-    """One KV type of llama.cpp at one depth; what `bench.model.Arm` is for ours."""
+    """One KV type of llama.cpp at one depth; what `bench.model.ModelArm` is for ours."""
 
     parallel = 1
     served_by = "llama.cpp"

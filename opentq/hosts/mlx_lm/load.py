@@ -46,7 +46,7 @@ def load(path: str, kv: Spec | str | None = None, images: bool = False, **option
         config = files.read_config(model_folder(path) / "config.json")
     # The model's own arguments drop what its computation does not need.
     model.context_length = files.context_length(config)
-    floats.settle(model)
+    floats.to_float32(model)
     if spec is not None:
         hooks.compress(model, spec)
     return model, tokenizer

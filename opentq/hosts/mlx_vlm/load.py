@@ -88,7 +88,7 @@ def load(path: str, kv: Spec | str | None = None) -> tuple[Any, Any]:
         raise ModelError(
             f"model {path!r} can't be loaded by mlx-vlm: {said[0] if said else type(error).__name__}"
         ) from error
-    floats.settle(model)
+    floats.to_float32(model)
     if spec is not None:
         hooks.compress(model, spec)
     return model, processor

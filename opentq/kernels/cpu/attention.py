@@ -17,7 +17,7 @@ import numpy as np
 
 from ...contracts.attention import AttnArgs, PackedKV
 from ...contracts.backend import Backend, Finding
-from ...contracts.codec import Book, Codebooks, Codec, Halves, WithOutliers
+from ...contracts.codec import Codebook, Codebooks, Codec, Halves, WithOutliers
 from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
 from . import blas
@@ -149,7 +149,7 @@ def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]
         runs[0] = layout.view(where[0])
     elif where and isinstance(layout, CpuBlocks | CpuRuns):
         form = form.inner if isinstance(form, WithOutliers) else form
-        books: tuple[Book | None, ...] = form.books if isinstance(form, Codebooks) else (None,)
+        books: tuple[Codebook | None, ...] = form.books if isinstance(form, Codebooks) else (None,)
         for i, (run, book) in enumerate(zip(layout.runs, books)):
             runs[i] = run.view(where[i], book)
     else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...codecs import codebooks, packing
 from ...codecs.rounding import lengths
-from ...contracts.codec import Angles, Book, Codebooks, Codec, Format, Integers, Packed, WithOutliers
+from ...contracts.codec import Angles, Codebook, Codebooks, Codec, Format, Integers, Packed, WithOutliers
 from ...contracts.shared import Shared
 from . import library as cpu
 from .blocks import TOKENS, load_numpy
@@ -121,7 +121,7 @@ class CpuBlocks(Shared):
         packed = self.pack(y, *((form.books[0], form.fit) if isinstance(form, Codebooks) else ()))
         return self.store(codec.encode(y)) if packed is None else packed
 
-    def pack(self, y: mx.array, book: Book | None = None, fit: str = "norm") -> tuple[mx.array, ...] | None:
+    def pack(self, y: mx.array, book: Codebook | None = None, fit: str = "norm") -> tuple[mx.array, ...] | None:
         """The blocks of rotated vectors, by `book` and its fit or as integers; None where no kernel makes them."""
         blocks = _whole_blocks(self.name, y.shape[2])
         if not fit or y.dtype not in cpu.DTYPES or not cpu.available():
@@ -137,7 +137,7 @@ class CpuBlocks(Shared):
         cpu.call("opentq_pack", form, grid, x.ctypes.data, given.ctypes.data, out.ctypes.data)
         return (mx.array(out),)
 
-    def _format(self, book: Book | None = None, norm: bool = False) -> cpu.Format:
+    def _format(self, book: Codebook | None = None, norm: bool = False) -> cpu.Format:
         """What the packing kernels read; its codebook, too, where they are to make codes."""
         values = self.kind == "v"
         if self.group:
@@ -147,7 +147,7 @@ class CpuBlocks(Shared):
             form.book, form.step, form.cuts = _entries(book).ctypes.data, book.step, _cuts(book).ctypes.data
         return form
 
-    def view(self, where: Place, book: Book | None) -> cpu.Packed:
+    def view(self, where: Place, book: Codebook | None) -> cpu.Packed:
         """What attention reads: where blocks lie, and the codebook."""
         if book is None:
             return cpu.Packed(*where, self.bits, self.group, self.dim, cpu.AFFINE)
@@ -227,13 +227,13 @@ def layout_named(name: str) -> CpuLayout | None:
 
 
 @functools.cache
-def _entries(book: Book) -> np.ndarray:
+def _entries(book: Codebook) -> np.ndarray:
     """A codebook as the kernels read it: 64 unsigned bytes, entry + 128, again and again."""
     return np.resize(np.array(book.entries) + 128, 64).astype(np.uint8)
 
 
 @functools.cache
-def _cuts(book: Book) -> np.ndarray:
+def _cuts(book: Codebook) -> np.ndarray:
     """Boundaries between the entries."""
     return np.array(codebooks.boundaries(book.values), np.float32)
 

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from ...codecs import codebooks
 from ...codecs.rounding import lengths
-from ...contracts.codec import Book, Codebooks, Format
+from ...contracts.codec import Codebook, Codebooks, Format
 from . import nvrtc
 from .layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
@@ -181,7 +181,7 @@ def _run_type(run: Run) -> str:
     return f"opentq::Book<{run.dim}, {run.bits}, {words}, {round(book.step * 2**31)}>"
 
 
-def _book(run: Run) -> Book:
+def _book(run: Run) -> Codebook:
     if run.book is None:
         raise ValueError(f"run {run} was read from a file's name: what its codes mean is known to its codec only")
     return run.book

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ...codecs import packing
 from ...codecs.polar import BLOCK as POLAR_BLOCK
-from ...contracts.codec import Angles, Book, Codebooks, Codec, Integers, Packed, packable
+from ...contracts.codec import Angles, Codebook, Codebooks, Codec, Integers, Packed, packable
 from ...contracts.layout import CANONICAL, Layout
 from .lane_words import from_lane_words, planes, to_lane_words
 
@@ -39,10 +39,10 @@ class Run:
     bits: int
     group: int
     dim: int
-    book: Book | None = field(default=None, compare=False)
+    book: Codebook | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, book: Book) -> Run:
+    def of(cls, book: Codebook) -> Run:
         return cls(book.bits, SIGNS if book.sketch else BOOK, book.dim, book)
 
     @classmethod

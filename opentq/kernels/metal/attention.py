@@ -12,7 +12,7 @@ from ...codecs.packing import words
 from ...codecs.rounding import lengths
 from ...contracts.attention import AttnArgs
 from ...contracts.backend import Backend, Finding, Pair
-from ...contracts.codec import Book, Codebooks, Codec, Integers
+from ...contracts.codec import Codebook, Codebooks, Codec, Integers
 from ...contracts.layout import Canonical, Layout
 from . import launch as metal
 from .decode import MAX_DIM, Launch, append, codec_side, ints, nothing, side
@@ -138,7 +138,7 @@ def pack_book(form: Codebooks, y: mx.array) -> tuple[mx.array, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuts(books: tuple[Book, ...]) -> tuple[mx.array, mx.array]:
+def _cuts(books: tuple[Codebook, ...]) -> tuple[mx.array, mx.array]:
     """Of each book 63 boundaries, ascending, and its step, float32 `[64]`; and its entries, float32 `[64]`."""
     cuts: list[float] = []
     entries: list[float] = []

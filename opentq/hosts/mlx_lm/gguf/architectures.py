@@ -272,7 +272,7 @@ def place(arch: Architecture, name: str) -> str | None:
     return f"model.layers.{match[1]}.{inner}"
 
 
-def settle(arch: Architecture, name: str, arrays: dict[str, mx.array], settings: Config) -> dict[str, mx.array]:
+def undone(arch: Architecture, name: str, arrays: dict[str, mx.array], settings: Config) -> dict[str, mx.array]:
     """The arrays of one tensor with llama.cpp's conventions undone."""
     stem = name.rpartition(".")[0].rpartition(".")[2]
     if arch.interleaved and stem in ("attn_q", "attn_k"):

@@ -50,7 +50,7 @@ def _fill(model: Any, header: Header, settings: dict[str, Any]) -> None:
         if path is None:
             continue
         tensor = header.tensors[name]
-        arrays = architectures.settle(arch, name, tensors.read(tensor), settings)
+        arrays = architectures.undone(arch, name, tensors.read(tensor), settings)
         if width := tensors.bits(tensor):
             quantised[path] = {"group_size": tensors.GROUP, "bits": width, "mode": "affine"}
         if name.endswith(".bias"):
