@@ -1,5 +1,7 @@
 """The CPU kernels behind ctypes: one shared library, five calls, and how many threads they may use.
 
+What is handed over are the structures of `kernels/cpu/abi.h`, read from that file.
+
 Pointers are taken from evaluated arrays and only live as long as one call. Strides go with them, so sliced and
 over-allocated buffers are read where they lie.
 """
@@ -9,8 +11,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import re
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,141 +36,77 @@ AFFINE, BOOK, RAW, POLAR = range(4)
 DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 
 
-class Packed(ctypes.Structure):
-    """`struct Packed` of abi.h: strides in bytes."""
+TYPES = {"int32_t": c_int32, "int64_t": c_int64, "float": c_float}
 
-    _fields_ = [
-        ("data", c_void_p),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_stride", c_int64),
-        ("bits", c_int32),
-        ("group", c_int32),
-        ("dim", c_int32),
-        ("form", c_int32),
-        ("book", c_void_p),
-        ("step", c_float),
-        ("pad", c_int32),
-    ]
+
+@functools.cache
+def _structures() -> dict[str, str]:
+    """The bodies of the structures of abi.h, by name: the one place that says what crosses the border."""
+    return dict(re.findall(r"struct (\w+) \{(.*?)\n\};", (build.HERE / "abi.h").read_text(), flags=re.S))
+
+
+def _fields(name: str) -> list[tuple[str, Any]]:
+    """A structure's fields in order; pointers are addresses, and structures in it those of this file."""
+    found: list[tuple[str, Any]] = []
+    for kind, names in re.findall(r"^  (?:const )?(\w+\*?) ([^(;]+);", _structures()[name], flags=re.M):
+        base: Any = c_void_p if kind.endswith("*") else TYPES.get(kind) or globals()[kind]
+        for field, count in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
+            found.append((field, base * int(count) if count else base))
+    return found
+
+
+class Packed(ctypes.Structure):
+    """Stored keys or values."""
+
+    _fields_ = _fields("Packed")
 
 
 class Strided(ctypes.Structure):
-    """`struct Strided` of abi.h: strides in bytes."""
+    """Rows of tokens, with the strides of each axis."""
 
-    _fields_ = [
-        ("data", c_void_p),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_stride", c_int64),
-        ("token_stride", c_int64),
-    ]
+    _fields_ = _fields("Strided")
 
 
 class Outliers(ctypes.Structure):
-    """`struct Outliers` of abi.h."""
+    """Outlier channels of tokens, and their values."""
 
-    _fields_ = [("channels", Strided), ("values", Strided), ("count", c_int32), ("width", c_int32)]
+    _fields_ = _fields("Outliers")
 
 
 class Dense(ctypes.Structure):
-    """`struct Dense` of abi.h: strides in elements."""
+    """fp16 columns."""
 
-    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("token_stride", c_int64)]
+    _fields_ = _fields("Dense")
 
 
 class Queries(ctypes.Structure):
-    """`struct Queries` of abi.h: strides in elements."""
+    """Queries in one basis."""
 
-    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("row_stride", c_int64)]
+    _fields_ = _fields("Queries")
 
 
 class Call(ctypes.Structure):
-    """`struct Call` of abi.h."""
+    """One attention call."""
 
-    _fields_ = [
-        ("batch", c_int64),
-        ("kv_heads", c_int64),
-        ("gqa", c_int64),
-        ("length", c_int64),
-        ("columns", c_int64),
-        ("q", Queries),
-        ("projected", Queries),
-        ("plain", Queries),
-        ("dtype", c_int32),
-        ("causal", c_int32),
-        ("dim_k", c_int32),
-        ("dim_v", c_int32),
-        ("k", Packed * 2),
-        ("v", Packed * 2),
-        ("k_outliers", Outliers),
-        ("v_outliers", Outliers),
-        ("dense_k", Dense),
-        ("dense_v", Dense),
-        ("lens", c_void_p),
-        ("sinks", c_void_p),
-        ("out", c_void_p),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("window", c_int64),
-        ("pages", c_void_p),
-        ("page_count", c_int64),
-        ("threads", c_int32),
-        ("pad", c_int32),
-    ]
+    _fields_ = _fields("Call")
 
 
 class PageCall(ctypes.Structure):
-    """`struct PageCall` of abi.h."""
+    """One choice of pages."""
 
-    _fields_ = [
-        ("sketches", c_void_p),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("page_stride", c_int64),
-        ("queries", c_void_p),
-        ("packed", c_void_p),
-        ("out", c_void_p),
-        ("batch", c_int64),
-        ("kv_heads", c_int64),
-        ("rows", c_int64),
-        ("channels", c_int64),
-        ("dim", c_int64),
-        ("count", c_int64),
-        ("threads", c_int32),
-        ("pad", c_int32),
-    ]
+    _fields_ = _fields("PageCall")
 
 
 class Format(ctypes.Structure):
-    """`struct Format` of abi.h."""
+    """What one packed token is made of."""
 
-    _fields_ = [
-        ("bits", c_int32),
-        ("group", c_int32),
-        ("dim", c_int32),
-        ("is_values", c_int32),
-        ("form", c_int32),
-        ("norm", c_int32),
-        ("cuts", c_void_p),
-        ("book", c_void_p),
-        ("step", c_float),
-        ("pad", c_int32),
-    ]
+    _fields_ = _fields("Format")
 
 
 class Grid(ctypes.Structure):
-    """`struct Grid` of abi.h."""
+    """Blocks, and where the strided side of a copy lies."""
 
-    _fields_ = [
-        ("batch", c_int64),
-        ("heads", c_int64),
-        ("blocks", c_int64),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("token_stride", c_int64),
-        ("dtype", c_int32),
-        ("threads", c_int32),
-    ]
+    _fields_ = _fields("Grid")
 
 
 @dataclass(frozen=True)
