@@ -31,7 +31,7 @@ from mlx_lm.models.cache import (
 from opentq.caches.composite import members
 from opentq.hosts import hooks
 from opentq.hosts.host import host_of
-from opentq.hosts.mlx_lm import seams
+from opentq.hosts.mlx_lm.seams import SEAMS
 from opentq.hosts.policy import NothingCompressed, native_reason
 
 from .architectures import LEFT_OUT, NAMES, build
@@ -70,7 +70,7 @@ def rounded(model: Any, window: bool) -> list[Any]:
     caches, host = make_prompt_cache(model), host_of(model)
     for cache in caches:
         for part, c in enumerate(members(cache)):
-            if type(c) is KVCache and not native_reason(cache, part, None, host.caches, seams.traits(model)):
+            if type(c) is KVCache and not native_reason(cache, part, None, host.caches, SEAMS.traits(model)):
                 c.__class__ = Rounded
             elif window and type(c) is RotatingKVCache:
                 c.__class__ = RoundedWindow
@@ -187,7 +187,7 @@ def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
         "sinks": "sinks=" in source,
         "softcap": hasattr(getattr(model, "args", None), "attn_logit_softcapping"),
         "shared KV": any(word in source for word in ("kv_shared", "kv_reuse", "previous_kvs", "loop_window")),
-        "latent": seams.traits(model).latent,
+        "latent": SEAMS.traits(model).latent,
         "sharded": hasattr(model, "shard"),
         "pipelined": hasattr(getattr(model, "model", None), "pipeline"),
     }
@@ -299,8 +299,8 @@ def row(v: Verdict) -> str:
 def _seams() -> list[str]:
     """What is done for models that don't go through mlx-lm's attention function."""
     lines = ["## Models with a seam of their own", ""]
-    lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(seams.served().items())]
-    lines += [f"* `{name}`: its cache lends the keys and values of the step to it" for name in seams.LENDERS]
+    lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(SEAMS.served().items())]
+    lines += [f"* `{name}`: its cache lends the keys and values of the step to it" for name in SEAMS.lenders]
     return lines
 
 

@@ -192,14 +192,16 @@ def python(script: str, **env: str) -> str:
 
 ATTEND = """
     import mlx.core as mx
+    import numpy as np
     mx.set_default_device(mx.cpu)
     from opentq.attention import dispatch
     from opentq.codecs.affine import Affine
     from opentq.kernels.cpu import library as cpu
     from opentq.kernels.cpu.layout import CpuBlocks
+    from tests.cpu_blocks import store_numpy
     codec, layout = Affine(4, 32), CpuBlocks("k", 4, 32, 64)
     packed = codec.encode(mx.random.normal((1, 1, 64, 64), key=mx.random.key(0)))
-    loaded = layout.load(layout.store(packed))
+    loaded = layout.load((mx.array(store_numpy(layout, *map(np.array, packed))),))
     assert all(mx.array_equal(a, b).item() for a, b in zip(loaded, packed))
     print(cpu.available(), cpu.status().error[:22], dispatch.layouts(codec, codec, (64, 64))[0].name)
 """

@@ -20,8 +20,8 @@ from mlx_vlm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_pro
 
 from opentq.caches.composite import members
 from opentq.hosts import hooks
-from opentq.hosts.mlx_vlm import seams
 from opentq.hosts.mlx_vlm.host import HOST
+from opentq.hosts.mlx_vlm.seams import SEAMS
 from opentq.hosts.plan import NothingCompressed
 from opentq.hosts.policy import native_reason
 
@@ -68,7 +68,7 @@ def forward(model: Any, cache: list[Any], steps=STEPS) -> list[mx.array]:
 
 def rounded(model: Any, window: bool) -> list[Any]:
     """The model's own caches, with those that are compressed (and the windows) rounded to float16."""
-    caches, traits = make_prompt_cache(model), seams.traits(model)
+    caches, traits = make_prompt_cache(model), SEAMS.traits(model)
     for cache in caches:
         for part, c in enumerate(members(cache)):
             if type(c) is KVCache and not native_reason(cache, part, None, HOST.caches, traits):
@@ -165,7 +165,7 @@ def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
         "sinks": "sinks=" in source,
         "softcap": "attn_logit_softcapping" in source,
         "shared KV": any(word in source for word in ("kv_shared", "kv_reuse", "previous_kvs", "loop_window")),
-        "latent": seams.traits(model).latent,
+        "latent": SEAMS.traits(model).latent,
         "M-RoPE": hasattr(model, "get_rope_index"),
     }
     return tuple(word for word, there in found.items() if there)
@@ -232,7 +232,7 @@ def page() -> str:
     lines += ["", "## Modules of mlx-vlm that are not in the table", ""]
     lines += [f"* {', '.join(f'`{n}`' for n in names.split())}: {reason}" for reason, names in sorted(LEFT_OUT.items())]
     lines += ["", "## Attention of mlx-vlm with a seam of its own", ""]
-    lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(seams.served().items())]
+    lines += [f"* `{name}`: {inspect.getdoc(function)}" for name, function in sorted(SEAMS.served().items())]
     return "\n".join(lines) + "\n"
 
 

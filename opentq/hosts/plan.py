@@ -85,7 +85,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Traits:
-    """What is special about a model's attention (`seams.traits`).
+    """What is special about a model's attention (`patches.Seams`).
 
     Attributes:
         arrays: why it reads its growing caches as arrays; "" when it doesn't.

@@ -28,7 +28,7 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
         caches: what the model's own factory makes, after a token was traced through them, so that their shapes show
             what the codecs are asked for.
         kinds: the module of the host's cache classes.
-        traits: what is special about the model (`seams.traits`).
+        traits: what is special about the model (`patches.Seams`).
     """
     slots = [(i, part, c) for i, cache in enumerate(caches) for part, c in enumerate(members(cache))]
     reasons = {(i, part): native_reason(caches[i], part, spec, kinds, traits) for i, part, _ in slots}

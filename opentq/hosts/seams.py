@@ -1,64 +1,14 @@
-"""Seams of single models: attention classes that compute attention in their own words get a `__call__` that serves
-compressed caches the same way and passes everything else to the original. What both hosts' models need is here.
+"""Attention of single models in words that serve compressed caches: what both hosts' models need of it. `patches.py`
+puts it in the place of a class's `__call__`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
-from ..caches.composite import members
 from ..caches.single import OpenTQCache
-
-
-def modules_of(model: Any, package: str) -> Iterator[tuple[str, Any]]:
-    """The modules of `model` whose class lies in `package`, with the class's name below it: "llama.Attention"."""
-    for module in model.modules():
-        cls = type(module)
-        if cls.__module__.startswith(package):
-            yield f"{cls.__module__.removeprefix(package)}.{cls.__name__}", module
-
-
-class Patches:
-    """The `__call__`s of one host that were replaced."""
-
-    def __init__(self) -> None:
-        self.originals: dict[type, Callable] = {}
-
-    def put(self, cls: type, serve: Callable[..., Any]) -> None:
-        """Let `serve` handle calls of `cls` with a compressed cache, and the original where it says NotImplemented."""
-        if cls in self.originals:
-            return
-        original = cls.__call__
-        signature = inspect.signature(original)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            given = bound.arguments
-            if _compressed(given["cache"] if "cache" in given else given["latent_cache"]):
-                served = serve(*given.values())
-                if served is not NotImplemented:
-                    return served
-            return original(*args, **kwargs)
-
-        self.originals[cls] = original
-        cls.__call__ = call  # type: ignore[method-assign]
-
-    def take_back(self) -> None:
-        """Restore them all."""
-        while self.originals:
-            cls, original = self.originals.popitem()
-            cls.__call__ = original  # type: ignore[method-assign]
-
-
-def _compressed(cache: Any) -> bool:
-    """Whether a layer's cache, or one of several, is ours."""
-    caches = cache if isinstance(cache, (list, tuple)) else (cache,)
-    return any(isinstance(c, OpenTQCache) for layer in caches for c in members(layer))
 
 
 def heads(x: mx.array, count: int) -> mx.array:

@@ -12,7 +12,8 @@ from ...caches.batch import BatchOpenTQCache
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ..host import Host
-from . import private, seams
+from . import private
+from .seams import SEAMS
 
 disk.CLASSES.update({name: c for name, c in vars(caches).items() if isinstance(c, type)})
 
@@ -33,9 +34,9 @@ HOST = Host(
     caches=caches,
     check=_check,
     decoder=_decoder,
-    traits=seams.traits,
-    enter=seams.enter,
-    leave=seams.leave,
+    traits=SEAMS.traits,
+    enter=SEAMS.enter,
+    leave=SEAMS.leave,
     single=OpenTQCache,
     latent=OpenTQLatentCache,
     classes=(OpenTQCache, BatchOpenTQCache, OpenTQLatentCache, BatchOpenTQLatentCache),

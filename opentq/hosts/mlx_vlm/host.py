@@ -6,8 +6,9 @@ from typing import Any
 
 from ...errors import UserError
 from ..host import Host
-from . import private, seams
+from . import private
 from .caches import CLASSES, VLMCache, VLMLatentCache
+from .seams import SEAMS
 
 
 def decoder(model: Any) -> Any:
@@ -27,9 +28,9 @@ HOST = Host(
     caches=private.caches,
     check=private.check,
     decoder=decoder,
-    traits=seams.traits,
-    enter=seams.enter,
-    leave=seams.leave,
+    traits=SEAMS.traits,
+    enter=SEAMS.enter,
+    leave=SEAMS.leave,
     single=VLMCache,
     latent=VLMLatentCache,
     classes=CLASSES,

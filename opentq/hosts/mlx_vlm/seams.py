@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,43 +11,9 @@ import mlx.core as mx
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle
 from .. import sparse
-from ..plan import Traits
-from ..seams import Patches, gemma2, latent, modules_of, plamo
+from ..patches import Seams
+from ..seams import gemma2, plamo
 from ..shim import attend
-
-PACKAGE = "mlx_vlm.models."
-
-LATENT = (
-    "deepseek_v3.language.DeepseekV3Attention",
-    "glm4_moe_lite.language.Glm4MoeLiteAttention",
-    "kimi_k3.language.KimiK3MLAAttention",
-    "kimi_linear.language.KimiMLAAttention",
-    "longcat_flash.language.LongcatFlashMLA",
-    "youtu_vl.language.YoutuAttention",
-)
-"""Attention classes that cache a latent and a rotary part (MLA) in place of keys and values."""
-
-SPARSE = (
-    "deepseek_v32.language.DeepseekV32Attention",
-    "glm_moe_dsa.language.GlmMoeDsaAttention",
-    "longcat_flash_sparse.language.LongcatFlashMLA",
-)
-"""Attention classes with latents and, in the second of a layer's caches, the keys of an indexer (`hosts/sparse.py`)."""
-
-NATIVE = {
-    "glm5_next.language.Glm5NextAttention": "sparse attention: single tokens of every head are picked out as arrays",
-    "limite.language.Attention": "the newest values are read back as arrays",
-    "minimax_m3_vl.language.MiniMaxAttention": "sparse attention: single blocks are picked out of the cache as arrays",
-}
-"""Attention classes whose caches stay as they are. Layers share masks, so one keeps all KVCaches of a model native."""
-
-WIDE_MASKS: dict[str, str] = {}
-
-LENDERS = ("afm7.language.KVReuseAttention", "gemma3n.language.Gemma3nAttention")
-"""Classes that ask a cache for its keys and values again, in the step that filled it."""
-
-CROSS = ("mllama.language.MllamaTextCrossAttention",)
-"""Attention classes that look at the image: its keys and values are made anew, and their caches stay empty."""
 
 DIRECT = ("moondream2", "moondream3", "phi3_v", "phi4_siglip", "phi4mm", "plamo2vl")
 """Packages whose language model calls MLX's attention function and not mlx-vlm's."""
@@ -88,18 +53,6 @@ def _longcat_sparse(layer: Any, x: mx.array, mask: Any, latents: Any, index: Any
     return sparse.project(layer, out), chosen
 
 
-OWN: dict[str, Callable[..., Any]] = {
-    "afm7.language.AFMModel": _afm7,
-    "deepseek_v32.language.DeepseekV32Attention": sparse.deepseek,
-    "gemma2.language.Attention": gemma2,
-    "plamo.language.Attention": plamo,
-    "glm_moe_dsa.language.GlmMoeDsaAttention": _glm_dsa,
-    "longcat_flash_sparse.language.LongcatFlashMLA": _longcat_sparse,
-    "gemma3n.language.Gemma3nAttention": _gemma3n,
-}
-"""Attention classes that are served at their own seam."""
-
-
 class _Fast:
     """`mx.fast` whose attention function knows compressed keys and values."""
 
@@ -127,34 +80,25 @@ class _Core:
 _core = _Core()
 
 
-def traits(model: Any) -> Traits:
-    """What is special about this model's attention."""
-    found = list(modules_of(model, PACKAGE))
-    classes = {name for name, _ in found}
-    arrays = [NATIVE[name] for name, m in found if name in NATIVE and getattr(m, "has_sparse_index", True)]
-    return Traits(
-        arrays=next(iter(arrays), ""),
-        windows=next((reason for name, reason in WIDE_MASKS.items() if name in classes), ""),
-        latent=any(name in classes for name in (*LATENT, *SPARSE)),
-        indexed=sparse.INDEX if any(name in classes for name in SPARSE) else "",
-        lends=any(name in classes for name in LENDERS),
-        unused="cross attention: keys and values of the image, not of tokens"
-        if any(name in classes for name in CROSS)
-        else Traits.unused,
-    )
+class _Seams(Seams):
+    """Of some models a module's names are replaced, too."""
+
+    def enter(self, model: Any) -> None:
+        super().enter(model)
+        for name, module in self.modules(model):
+            if name.split(".")[0] in DIRECT:
+                _replace(sys.modules[type(module).__module__], "mx", _core)
+            if name.startswith("inkling."):
+                # What lies outside a window is masked in any case; compressed keys can't be cut to it.
+                _replace(sys.modules[type(module).__module__], "_SLIDING_KV_SLICE", False)
+
+    def leave(self) -> None:
+        while _replaced:
+            setattr(*_replaced.pop())
+        super().leave()
 
 
-def enter(model: Any) -> None:
-    """Give the attention classes of this model that need it a `__call__` (or an `mx`) that knows compressed caches."""
-    for name, module in modules_of(model, PACKAGE):
-        serve = latent if name in LATENT else OWN.get(name)
-        if serve:
-            patches.put(type(module), serve)
-        if name.split(".")[0] in DIRECT:
-            _replace(sys.modules[type(module).__module__], "mx", _core)
-        if name.startswith("inkling."):
-            # What lies outside a window is masked in any case; compressed keys can't be cut to it.
-            _replace(sys.modules[type(module).__module__], "_SLIDING_KV_SLICE", False)
+_replaced: list[tuple[ModuleType, str, Any]] = []
 
 
 def _replace(module: ModuleType, name: str, value: Any) -> None:
@@ -163,19 +107,40 @@ def _replace(module: ModuleType, name: str, value: Any) -> None:
         setattr(module, name, value)
 
 
-def leave() -> None:
-    """Take every patched `__call__`, and every module's `mx`, back."""
-    while _replaced:
-        setattr(*_replaced.pop())
-    patches.take_back()
-
-
-_replaced: list[tuple[ModuleType, str, Any]] = []
-
-
-patches = Patches()
-
-
-def served() -> dict[str, Callable[..., Any]]:
-    """Attention classes that are served at their own seam, and by what."""
-    return OWN | dict.fromkeys(LATENT, latent)
+SEAMS = _Seams(
+    package="mlx_vlm.models.",
+    own={
+        "afm7.language.AFMModel": _afm7,
+        "deepseek_v32.language.DeepseekV32Attention": sparse.deepseek,
+        "gemma2.language.Attention": gemma2,
+        "plamo.language.Attention": plamo,
+        "glm_moe_dsa.language.GlmMoeDsaAttention": _glm_dsa,
+        "longcat_flash_sparse.language.LongcatFlashMLA": _longcat_sparse,
+        "gemma3n.language.Gemma3nAttention": _gemma3n,
+    },
+    latent=(
+        "deepseek_v3.language.DeepseekV3Attention",
+        "glm4_moe_lite.language.Glm4MoeLiteAttention",
+        "kimi_k3.language.KimiK3MLAAttention",
+        "kimi_linear.language.KimiMLAAttention",
+        "longcat_flash.language.LongcatFlashMLA",
+        "youtu_vl.language.YoutuAttention",
+    ),
+    sparse=(
+        "deepseek_v32.language.DeepseekV32Attention",
+        "glm_moe_dsa.language.GlmMoeDsaAttention",
+        "longcat_flash_sparse.language.LongcatFlashMLA",
+    ),
+    native={
+        "glm5_next.language.Glm5NextAttention": (
+            "sparse attention: single tokens of every head are picked out as arrays"
+        ),
+        "limite.language.Attention": "the newest values are read back as arrays",
+        "minimax_m3_vl.language.MiniMaxAttention": (
+            "sparse attention: single blocks are picked out of the cache as arrays"
+        ),
+    },
+    reads="has_sparse_index",
+    lenders=("afm7.language.KVReuseAttention", "gemma3n.language.Gemma3nAttention"),
+    cross=("mllama.language.MllamaTextCrossAttention",),
+)
