@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from ..errors import UserError
+from ..records import Record
 
 FORMATS = ("md", "csv", "json", "jsonl")
-Record = dict[str, Any]
 
 
 def render(records: Sequence[Record], form: str) -> str:
@@ -44,114 +43,107 @@ def _csv(records: Sequence[Record]) -> str:
 def markdown(records: Sequence[Record]) -> str:
     """One Markdown table for records of one kind."""
     mlx = [r for r in records if (r.get("engine"), r.get("kv")) == ("mlx", "f16")]
-    fp16 = {(tuple(r["shape"]), r["context"]): r["ms"] for r in mlx}
-
-    def kernel(r: Record) -> list[str]:
-        return _kernel(r, fp16.get((tuple(r["shape"]), r["context"])))
-
-    head, row = {
-        "kernel": (KERNEL, kernel),
-        "model": (MODEL, _model),
-        "long": (LONG, _long),
-        "call": (CALL, _call),
-        "conformance": (JUDGED, _judged),
-    }[records[0]["kind"]]
-    aligned = ["---" if column in LEFT else "---:" for column in head]
-    lines = [head, aligned, *(row(r) for r in records)]
+    fp16 = {(tuple(r["shape"]), r["context"]): r["ms"] for r in mlx}  # what MLX's own attention over fp16 took there
+    if fp16:
+        records = [{**r, "fp16_ms": fp16.get((tuple(r["shape"]), r["context"]))} for r in records]
+    columns = COLUMNS[records[0]["kind"]]
+    aligned = ["---" if column in LEFT else "---:" for column in columns]
+    lines = [list(columns), aligned, *([cell(r) for cell in columns.values()] for r in records)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+Cell = Callable[[Record], str]
+
+
+def _text(key: str) -> Cell:
+    return lambda r: str(r.get(key) or "")
+
+
+def _figure(key: str, form: str, unit: float = 1) -> Cell:
+    """A number in some unit; nothing where it was not measured."""
+    return lambda r: "" if r[key] is None else f"{r[key] if unit == 1 else r[key] / unit:{form}}"
+
+
+def _spread(key: str, form: str, otherwise: Cell = lambda r: "") -> Cell:
+    """A number with its standard deviation."""
+    return lambda r: otherwise(r) if r[key] is None else f"{r[key]:{form}} ± {r[f'{key}_sd']:{form}}"
+
+
+def _ratio(value: float | None, base: float | None = 1.0) -> str:
+    return f"{value / base:.2f}x" if value and base else ""
+
+
+def _judged(key: str) -> Cell:
+    """What a verdict says; of a kernel that failed nothing."""
+    return lambda r: "" if "failure" in r else f"{r[key]:.1e}"
 
 
 LEFT = (
     *("engine", "kv", "model", "backend", "fill", "served by", "test", "arm", "needle", "note"),
     *("what", "variant", "shape", "dtype", "passed"),
 )
-KERNEL = [
-    "engine",
-    "kv",
-    "context",
-    "ms",
-    "of MLX's",
-    "GB/s",
-    "of bandwidth",
-    "error",
-    "with codec",
-    "MB",
-    "scratch MB",
-    "served by",
-    "note",
-]
-MODEL = ["model", "size GB", "backend", "kv", "test", "t/s", "peak GB", "KV GB", "vs native", "fill"]
-LONG = ["arm", "context", "prefill t/s", "decode t/s", "KV GB", "peak GB", "needle", "note"]
+"""Columns of words."""
 
+CONTEXT = {"context": _figure("context", ",")}
+MEMORY = {"KV GB": _figure("kv_bytes", ".3f", 1e9), "peak GB": _figure("peak_bytes", ".2f", 1e9)}
 
-CALL = ["what", "kv", "context", "tokens", "ms"]
-JUDGED = ["kv", "served by", "variant", "shape", "tokens", "dtype", "window", "passed", "error", "naive", "compile s"]
-
-
-def _call(r: Record) -> list[str]:
-    return [r["what"], r["kv"], f"{r['context']:,}", f"{r['tokens']:,}", f"{r['ms']:.3f} ± {r['ms_sd']:.3f}"]
-
-
-def _judged(r: Record) -> list[str]:
-    """A verdict of `opentq doctor --bench`: its largest error, that of naive attention, and what compiling took."""
-    shape = "/".join(map(str, r["shape"]))
-    case = [r["kv"], r["served_by"], r["variant"], shape, str(r["length"]), r["dtype"], str(r["window"])]
-    if "failure" in r:
-        return [*case, r["failure"].splitlines()[0], "", "", ""]
-    compiled = max(0.0, r["first_seconds"] - r["again_seconds"])
-    return [*case, "yes" if r["ok"] else "NO", f"{r['max_error']:.1e}", f"{r['naive_error']:.1e}", f"{compiled:.2f}"]
-
-
-def _kernel(r: Record, fp16: float | None) -> list[str]:
-    """A row; `fp16` is what MLX's own attention over fp16 took there, in ms."""
-    note = r.get("note", "")
-    if r["ms"] is None:
-        return [r["engine"], r["kv"], f"{r['context']:,}", *[""] * (len(KERNEL) - 4), note]
-    return [
-        r["engine"],
-        " ".join((r["kv"], r.get("variant", ""))).strip(),
-        f"{r['context']:,}",
-        f"{r['ms']:.3f} ± {r['ms_sd']:.3f}",
-        f"{r['ms'] / fp16:.2f}x" if fp16 else "",
-        f"{r['gb_per_s']:.1f}",
-        f"{100 * r['bandwidth_share']:.0f} %",
-        f"{r['error']:.1e}",
-        f"{r['error_with_codec']:.1e}",
-        f"{r['bytes'] / 1e6:.1f}",
-        "" if r["scratch_bytes"] is None else f"{r['scratch_bytes'] / 1e6:.1f}",
-        r["served_by"],
-        note,
-    ]
-
-
-def _model(r: Record) -> list[str]:
-    test = r["test"] + (f" @ d{r['depth']}" if r["depth"] else "")
-    speed = r["note"] if r["tokens_per_s"] is None else f"{r['tokens_per_s']:.2f} ± {r['tokens_per_s_sd']:.2f}"
-    return [
-        r["model"],
-        f"{r['weight_bytes'] / 1e9:.2f}",
-        r["backend"],
-        r["kv"],
-        test,
-        speed,
-        "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}",
-        "" if r["kv_bytes"] is None else f"{r['kv_bytes'] / 1e9:.3f}",
-        f"{ratio:.2f}x" if (ratio := r.get("vs_native", r.get("vs_f16"))) else "",  # its name in older records
-        r["fill"],
-    ]
-
-
-def _long(r: Record) -> list[str]:
-    def number(key: str, scale: float = 1.0, digits: int = 1) -> str:
-        return "" if r[key] is None else f"{r[key] / scale:.{digits}f}"
-
-    return [
-        r["arm"],
-        f"{r['context']:,}",
-        number("prefill_per_s"),
-        number("decode_per_s"),
-        number("kv_bytes", 1e9, 3),
-        number("peak_bytes", 1e9, 2),
-        {True: "found", False: "missed", None: ""}[r["needle"]],
-        r["note"],
-    ]
+COLUMNS: dict[str, dict[str, Cell]] = {
+    "kernel": {
+        "engine": _text("engine"),
+        "kv": lambda r: " ".join((r["kv"], r.get("variant", ""))).strip(),
+        **CONTEXT,
+        "ms": _spread("ms", ".3f"),
+        "of MLX's": lambda r: _ratio(r["ms"], r.get("fp16_ms")),
+        "GB/s": _figure("gb_per_s", ".1f"),
+        "of bandwidth": lambda r: "" if r["ms"] is None else f"{100 * r['bandwidth_share']:.0f} %",
+        "error": _figure("error", ".1e"),
+        "with codec": _figure("error_with_codec", ".1e"),
+        "MB": _figure("bytes", ".1f", 1e6),
+        "scratch MB": _figure("scratch_bytes", ".1f", 1e6),
+        "served by": _text("served_by"),
+        "note": _text("note"),
+    },
+    "model": {
+        "model": _text("model"),
+        "size GB": _figure("weight_bytes", ".2f", 1e9),
+        "backend": _text("backend"),
+        "kv": _text("kv"),
+        "test": lambda r: r["test"] + (f" @ d{r['depth']}" if r["depth"] else ""),
+        "t/s": _spread("tokens_per_s", ".2f", _text("note")),
+        "peak GB": MEMORY["peak GB"],
+        "KV GB": MEMORY["KV GB"],
+        "vs native": lambda r: _ratio(r.get("vs_native", r.get("vs_f16"))),  # its name in older records
+        "fill": _text("fill"),
+    },
+    "long": {
+        "arm": _text("arm"),
+        **CONTEXT,
+        "prefill t/s": _figure("prefill_per_s", ".1f"),
+        "decode t/s": _figure("decode_per_s", ".1f"),
+        **MEMORY,
+        "needle": lambda r: {True: "found", False: "missed", None: ""}[r["needle"]],
+        "note": _text("note"),
+    },
+    "call": {
+        "what": _text("what"),
+        "kv": _text("kv"),
+        **CONTEXT,
+        "tokens": _figure("tokens", ","),
+        "ms": _spread("ms", ".3f"),
+    },
+    # A verdict of `opentq doctor --bench`: its largest error, that of naive attention, and what compiling took.
+    "conformance": {
+        "kv": _text("kv"),
+        "served by": _text("served_by"),
+        "variant": _text("variant"),
+        "shape": lambda r: "/".join(map(str, r["shape"])),
+        "tokens": _text("length"),
+        "dtype": _text("dtype"),
+        "window": lambda r: str(r["window"]),
+        "passed": lambda r: r["failure"].splitlines()[0] if "failure" in r else "yes" if r["ok"] else "NO",
+        "error": _judged("max_error"),
+        "naive": _judged("naive_error"),
+        "compile s": lambda r: "" if "failure" in r else f"{max(0.0, r['first_seconds'] - r['again_seconds']):.2f}",
+    },
+}
+"""Of every kind of record, the columns of its table: heads and what stands below them."""
