@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -14,14 +13,3 @@ def composite(cache: Any) -> bool:
 def members(cache: Any) -> tuple[Any, ...]:
     """The caches inside a composite cache, or the cache itself."""
     return tuple(cache.caches) if composite(cache) else (cache,)
-
-
-def trimmable(caches: Sequence[Any]) -> bool:
-    """Whether all of them can drop their newest tokens."""
-    return all(cache.is_trimmable() for cache in caches)
-
-
-def trim(caches: Sequence[Any], count: int) -> None:
-    """Drop the newest `count` tokens."""
-    for cache in caches:
-        cache.trim(count)

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
 from ..files import appearing
-from .composite import composite, members, trim, trimmable
+from .composite import composite, members
 from .latent import OpenTQLatentCache
 from .single import OpenTQCache
 
@@ -85,12 +85,13 @@ class PromptCache:
         if not shared:
             raise CacheFileError("the prompt does not begin with the text that the prompt cache holds")
         if shared < len(held):
-            if not trimmable(self.caches):
+            if not all(cache.is_trimmable() for cache in self.caches):
                 raise CacheFileError(
                     f"the prompt leaves the cached text after {shared} of {len(held)} tokens, and this model's caches "
                     "can't take tokens back; build the cache for the part that all prompts share"
                 )
-            trim(self.caches, len(held) - shared)
+            for cache in self.caches:
+                cache.trim(len(held) - shared)
         return self.caches, list(prompt[shared:])
 
 

@@ -73,6 +73,12 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
     return plans
 
 
+def left_alone(caches: Sequence[Any]) -> list[LayerPlan]:
+    """One native plan per cache, as where nobody asks for compression; their shapes filled in."""
+    slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
+    return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
+
+
 def _refused(plan: LayerPlan) -> str:
     """Why the plan's codecs can't serve its vectors; "" when they can, or where its shape is not known."""
     try:

@@ -6,13 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..caches.composite import members
 from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.mlx_lm.files import context_length
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..hosts.plan import LayerPlan
-from ..hosts.policy import shaped
+from ..hosts.policy import left_alone
 from .skeleton import flat
 
 
@@ -28,8 +27,7 @@ def layer_plans(model: Any) -> list[LayerPlan]:
         return record.plans
     caches = make_prompt_cache(model)
     mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
-    slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
-    return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
+    return left_alone(caches)
 
 
 def check_length(model: Any, tokens: int) -> None:

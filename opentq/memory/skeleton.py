@@ -22,7 +22,7 @@ from ..errors import UserError, first_line
 from ..hosts.host import host_of
 from ..hosts.mlx_lm.files import WRONG, context_length
 from ..hosts.plan import LayerPlan
-from ..hosts.policy import decide, shaped
+from ..hosts.policy import decide, left_alone, shaped
 from ..spec.text import Spec
 
 HEADS = ("num_attention_heads", "num_query_heads", "num_heads", "n_heads", "n_head")
@@ -125,11 +125,9 @@ class Skeleton:
     def plans(self, spec: Spec | None) -> list[LayerPlan]:
         """One plan per cache with its shapes filled in; without a spec every layer is mlx-lm's own."""
         if spec is None:
-            slots = [(i, n, c) for i, cache in enumerate(self.caches) for n, c in enumerate(members(cache))]
-            plans = [LayerPlan(i, type(c).__name__, None, "not compressed", n) for i, n, c in slots]
-        else:
-            host = host_of(self.model)
-            plans = decide(self.caches, spec, host.caches, host.traits(self.model))
+            return left_alone(self.caches)
+        host = host_of(self.model)
+        plans = decide(self.caches, spec, host.caches, host.traits(self.model))
         return [shaped(p, members(self.caches[p.index])[p.part]) for p in plans]
 
 

@@ -30,5 +30,6 @@ def find(name: str) -> Callable[[int], list[Entry]]:
     if name not in MODULES:
         raise UserError(f"--against {name!r} is not known: use {', '.join(MODULES)}")
     module = import_module(f".{MODULES[name]}", __name__)
-    module.require()
+    if hasattr(module, "require"):  # what does not come with this package
+        module.require()
     return module.entries

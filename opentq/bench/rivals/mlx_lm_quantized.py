@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -17,24 +17,16 @@ GROUP = 64
 """mlx-lm's default `--kv-group-size`."""
 
 
-def require() -> None:
-    """mlx-lm is always there."""
-
-
 def entries(dim: int) -> list[Entry]:
     """8 and 4 bits, on as many threads as MLX likes."""
-    return [Entry("mlx-lm", f"kv-bits {bits}", _make(bits)) for bits in (8, 4)]
-
-
-def _make(bits: int) -> Callable[[Problem, int], Quantized]:
-    return lambda problem, threads: Quantized(bits, problem)
+    return [Entry("mlx-lm", f"kv-bits {bits}", partial(Quantized, bits)) for bits in (8, 4)]
 
 
 class Quantized:
     engine = "mlx-lm"
     served_by = "quantized_scaled_dot_product_attention"
 
-    def __init__(self, bits: int, problem: Problem):
+    def __init__(self, bits: int, problem: Problem, threads: int):
         from ..kernel import scratch_of
 
         self.kv, self.bits, self.scale = f"kv-bits {bits}", bits, problem.scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -17,24 +17,16 @@ if TYPE_CHECKING:
 DTYPES = {"f16": mx.float16, "f32": mx.float32}
 
 
-def require() -> None:
-    """MLX is always there."""
-
-
 def entries(dim: int) -> list[Entry]:
     """fp16 and float32, on as many threads as MLX likes."""
-    return [Entry("mlx", kv, _make(kv)) for kv in DTYPES]
-
-
-def _make(kv: str) -> Callable[[Problem, int], MLX]:
-    return lambda problem, threads: MLX(kv, problem)
+    return [Entry("mlx", kv, partial(MLX, kv)) for kv in DTYPES]
 
 
 class MLX:
     engine = "mlx"
     served_by = "mx.fast.scaled_dot_product_attention"
 
-    def __init__(self, kv: str, problem: Problem):
+    def __init__(self, kv: str, problem: Problem, threads: int):
         from ..kernel import scratch_of
 
         self.kv, self.scale, dtype = kv, problem.scale, DTYPES[kv]
