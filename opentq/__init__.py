@@ -7,7 +7,7 @@ The KV cache is compressed once, and attention is computed directly on the compr
     print(opentq.generate(model, tokenizer, prompt="Hello"))   # mlx_lm.generate works the same
 
 Names are imported on first use, so that `import opentq` costs nothing. Import it before mlx: on Linux CPUs it then
-gives MLX a fast float32 matrix product (`kernels/blas.py`).
+gives MLX a fast float32 matrix product (`kernels/cpu/blas.py`).
 """
 
 from __future__ import annotations

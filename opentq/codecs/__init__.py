@@ -1,6 +1,6 @@
 """Codecs: how one head vector becomes bits. One file each; `REGISTRY` maps the names that specs use to them.
 
-To add a codec: write the dataclass (`base.Codec` is the contract), give it a line here and a row in `tests/matrix.py`.
+To add a codec: write the dataclass (`contracts.codec.Codec` is the contract), give it a line here and a row in `tests/matrix.py`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ REGISTRY: dict[str, Method] = {
 def make(name: str, group: int = 32, rotate: bool = True, options: Options | None = None) -> Codec:
     """The codec called `name`; `options` instead of `group` and `rotate` where more is to be said.
 
-    Raises KeyError for unknown names (`spec.py` says it in words).
+    Raises KeyError for unknown names (`spec/kv.py` says it in words).
     """
     options = options or Options(group, "hadamard" if rotate else "none")
     codec = REGISTRY[name].make(options)

@@ -1,4 +1,4 @@
-"""Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (kernels/attend.cpp).
+"""Attention by the compiled CPU kernels: decode and prefill straight on stored bytes (attend.cpp).
 
 Serves affine, codebook and polar codecs stored in the CPU's own layouts, with or without outlier channels apart, and
 raw fp16, in any pairing of keys and values; any GQA ratio, window, sinks, softcap and ragged lengths. Says "not me" for
