@@ -1,6 +1,7 @@
 """Codecs: how one head vector becomes bits. One file each; `REGISTRY` maps the names that specs use to them.
 
-To add a codec: write the dataclass (`contracts.codec.Codec` is the contract), give it a line here and a row in `tests/matrix.py`.
+To add a codec: write the dataclass (`contracts/codec.py` is the contract), give it a line here and a row in
+`tests/matrix.py`.
 """
 
 from __future__ import annotations
