@@ -22,12 +22,9 @@ def render(records: Sequence[Record], form: str) -> str:
     if form == "csv":
         return _csv(records)
     if form == "md":
-        return "\n\n".join(markdown([r for r in records if r["kind"] == kind]) for kind in _kinds(records))
+        kinds = dict.fromkeys(r["kind"] for r in records)
+        return "\n\n".join(markdown([r for r in records if r["kind"] == kind]) for kind in kinds)
     raise UserError(f"output format {form!r} is not known: use {', '.join(FORMATS)}")
-
-
-def _kinds(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(r["kind"] for r in records))
 
 
 def _csv(records: Sequence[Record]) -> str:

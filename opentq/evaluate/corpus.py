@@ -163,16 +163,12 @@ def needle(
     breaks = {t for t in set(hay) if "\n" in tokenizer.decode([t])}
     ends = [0] + [i + 1 for i, t in enumerate(hay) if t in breaks]
     depths = [depth] + [rng.random() for _ in range(distractors)]
-    cuts = sorted((_nearest(ends, d * len(hay)), i) for i, d in enumerate(depths))
+    cuts = sorted((min(ends, key=lambda end: abs(end - d * len(hay))), i) for i, d in enumerate(depths))
     text, last = list(before), 0
     for at, i in cuts:
         text += hay[last:at] + lines[i]
         last = at
     return Needle(text + hay[last:], question, " ".join(value for _, value in facts[:asked]))
-
-
-def _nearest(places: list[int], wanted: float) -> int:
-    return min(places, key=lambda place: abs(place - wanted))
 
 
 def _fact(rng: random.Random, kind: str) -> tuple[str, str]:

@@ -55,11 +55,7 @@ def frontier(sensitivities: list[Sensitivity], bits: dict[Widths, float]) -> lis
     found: list[list[Widths]] = []
     for exponent in range(-60, 21):
         rate = 10 ** (exponent / 8)
-        recipe = [_best(s, bits, rate) for s in sensitivities]
+        recipe = [min(WIDTHS, key=lambda w: s.predicted(w) + rate * bits[w]) for s in sensitivities]
         if recipe not in found:
             found.append(recipe)
     return found
-
-
-def _best(sensitivity: Sensitivity, bits: dict[Widths, float], rate: float) -> Widths:
-    return min(WIDTHS, key=lambda c: sensitivity.predicted(c) + rate * bits[c])

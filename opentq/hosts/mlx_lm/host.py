@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_lm.models import base
 from mlx_lm.models import cache as caches
 
@@ -24,16 +22,12 @@ def _check() -> None:
         getattr(private, name)
 
 
-def _decoder(model: Any) -> Any:
-    return model
-
-
 HOST = Host(
     name="mlx-lm",
     base=base,
     caches=caches,
     check=_check,
-    decoder=_decoder,
+    decoder=lambda model: model,
     traits=SEAMS.traits,
     enter=SEAMS.enter,
     leave=SEAMS.leave,
