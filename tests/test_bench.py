@@ -181,7 +181,7 @@ def test_parallel_sequences_are_one_batch(config):
 
 def test_random_fill_equals_prefill_in_size(config):
     built = build.build(config, "random-f16")
-    arms = [models.Arm(built, KVSpec.parse("int4"), 128, 0) for _ in range(2)]
+    arms = [models.ModelArm(built, KVSpec.parse("int4"), 128, 0) for _ in range(2)]
     for arm, how in zip(arms, ("prefill", "random")):
         arm.fill(200, how)
     assert [c.offset for c in arms[0].caches] == [c.offset for c in arms[1].caches] == [200] * 3
@@ -189,7 +189,7 @@ def test_random_fill_equals_prefill_in_size(config):
 
 
 def test_caches_are_put_back_after_each_run(config):
-    arm = models.Arm(build.build(config, "random-f16"), KVSpec.parse("int4"), 64, 0)
+    arm = models.ModelArm(build.build(config, "random-f16"), KVSpec.parse("int4"), 64, 0)
     arm.fill(100, "prefill")
     arm.prompt(40, 0)
     arm.generate(3, 0)
