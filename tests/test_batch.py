@@ -13,7 +13,6 @@ from mlx_lm.models.cache import KVCache, LRUPromptCache, RotatingKVCache, make_p
 
 from opentq.attention import dispatch
 from opentq.caches.batch import BatchOpenTQCache
-from opentq.caches.extent import Extent, Limits
 from opentq.caches.single import OpenTQCache
 from opentq.hosts.hooks import compress
 
@@ -374,29 +373,3 @@ def test_prompts_with_history_from_the_lru_cache():
     steps = generate_step(mx.array(endings[1]), model, max_tokens=6, prompt_cache=alone)
     assert tokens[uids[0]] == [int(t) for t, _ in steps]
     assert tokens[uids[1]] == tokens_alone(model, prefix[:9], 6)
-
-
-# ---- the bookkeeping by itself
-
-
-@pytest.mark.parametrize("limits", [Limits(), Limits(5, 33), Limits(window=100), Limits(window=1000, recent=70)])
-def test_extents_do_not_depend_on_chunking_and_lose_nothing_visible(limits):
-    rng = random.Random(0)
-    for _ in range(50):
-        extent, seen = Extent(), 0
-        while seen < 3000:
-            count = rng.choice([1, 1, 7, 64, 500])
-            before = extent
-            extent, move = extent.append(count, limits)
-            seen += count
-            assert extent.offset == seen
-            assert extent.base % 64 == 0 and extent.packed % 64 == 0
-            assert extent.tail >= min(limits.recent, seen - extent.sink) and extent.tail < limits.recent + 64
-            assert extent.packed == before.packed - move.forget + move.flush
-            if limits.window:
-                assert extent.held >= min(seen, limits.window + 63), (
-                    "a visible token, or one a trim brings back, is lost"
-                )
-                assert extent.held <= limits.window + limits.recent + 64 + 256 + 128
-            else:
-                assert extent.base == 0
