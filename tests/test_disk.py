@@ -100,6 +100,59 @@ def test_models_with_other_caches_continue(name, tmp_path):
     assert mx.array_equal(a, b).item()
 
 
+@pytest.mark.parametrize("leaf", [True, False, 0, -5, 2**40, "", "é", None], ids=repr)
+def test_every_leaf_of_a_state_comes_back(leaf):
+    array, kind = disk._to_array(leaf)
+    back = disk._from_array(array, kind)
+    assert isinstance(array, mx.array) and back == leaf and type(back) is type(leaf)
+    array = mx.arange(3)
+    assert disk._to_array(array) == (array, "") and disk._from_array(array, "") is array
+    with pytest.raises(disk.CacheFileError, match="holds a float"):
+        disk._to_array(0.5)
+
+
+def test_what_a_file_says_of_itself(file):
+    manifest, size = disk.read_manifest(file)
+    assert (manifest.model, manifest.revision, manifest.template, manifest.spec) == ("m", "r", "t", "int4")
+    assert manifest.tokens == tuple(TOKENS) and manifest.classes == ("OpenTQCache",) * 2 and manifest.prompt == {}
+    assert size == sum(a.nbytes for a in mx.load(str(file), format="safetensors").values())
+    assert [len(hold) for hold in (disk.template_hash(Template("x")), disk.template_hash(Template(None)))] == [64, 0]
+    assert disk.template_hash(Template("x")) != disk.template_hash(Template("y"))
+
+
+class Template:
+    def __init__(self, text):
+        self.chat_template = text
+
+
+def test_caches_of_other_hosts_need_their_own_to_be_read_into(tmp_path, monkeypatch):
+    monkeypatch.delitem(disk.CLASSES, "KVCache", raising=False)
+    cache = KVCache()
+    cache.update_and_fetch(*(mx.random.normal((1, 1, 5, 8)) for _ in range(2)))
+    disk.save(tmp_path / "c", [cache], [1, 2, 3, 4, 5])
+    with pytest.raises(disk.CacheFileError, match="holds a KVCache, which needs its model's own caches"):
+        disk.load(tmp_path / "c")
+    (back,) = disk.load(tmp_path / "c", into=[KVCache()]).caches
+    assert back.offset == 5 and mx.array_equal(back.state[0], cache.state[0]).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 4096])
+def test_the_checksum_is_of_every_byte_whatever_is_read_at_once(file, chunk, monkeypatch):
+    if chunk == 1:
+        small = file.with_name("small")
+        disk.save(small, [cached("int4", 0)], [])
+        file = small
+    monkeypatch.setattr(disk, "CHUNK", chunk)
+    assert disk.load(file).manifest.classes[0] == "OpenTQCache"
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    with pytest.raises(disk.CacheFileError, match=REFUSED):
+        disk.load(file)
+
+
 def test_every_cut_is_refused(file, tmp_path):
     whole = file.read_bytes()
     cut = tmp_path / "cut"
