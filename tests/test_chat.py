@@ -113,7 +113,7 @@ def kind(request, loaded):
 
 
 def chat(model_and_tokenizer, **options):
-    return Conversation(*model_and_tokenizer, context=600, settings=Settings(max_tokens=12), **options)
+    return Conversation(*model_and_tokenizer, context=600, settings=Settings(max_tokens=6), **options)
 
 
 def layers(talk):
@@ -131,13 +131,13 @@ def test_a_stopped_answer_keeps_its_cache(kind):
     """A stop is heeded when a token is whole: every layer holds the same, and the next turn reads what is new."""
     talk = chat(kind)
     for n, _ in enumerate(talk.ask(LONG)):
-        talk.stopping = n == 3
+        talk.stopping = n == 2
     kept, prompt = len(talk.held), talk.turn.read
-    assert talk.turn.reason == "stopped" and talk.turn.written < 12 and kept == prompt + talk.turn.written
+    assert talk.turn.reason == "stopped" and talk.turn.written < 6 and kept == prompt + talk.turn.written
     assert offsets(talk) == {kept} and talk.messages[-1]["role"] == "assistant"
     answer = said(talk, "and then?")
     # Its template puts no more than a few tokens behind the answer; random bytes may be written as other tokens.
-    assert talk.turn.again <= SPARE + 12 and talk.turn.read < 80 < prompt and offsets(talk) == {len(talk.held)}
+    assert talk.turn.again <= SPARE + 6 and talk.turn.read < 80 < prompt and offsets(talk) == {len(talk.held)}
     fresh = chat(kind)
     fresh.messages = list(talk.messages[:2])
     assert said(fresh, "and then?") == answer
@@ -159,10 +159,7 @@ def test_a_changed_answer_is_read_again_from_the_copy(kind):
     talk.messages[1]["content"] = "not that"
     cuts = all(c.is_trimmable() for c in talk.caches)
     said(talk, "on")
-    assert (talk.turn.again > 60) != cuts
-    talk.system = "Be short."
-    said(talk, "on")
-    assert offsets(talk) == {len(talk.held)}
+    assert (talk.turn.again > 60) != cuts and offsets(talk) == {len(talk.held)}
 
 
 def test_a_stop_while_the_prompt_is_read_takes_the_message_back(kind, monkeypatch):

@@ -29,12 +29,12 @@ def paste(text):
 class Terminal:
     """A program in a pseudo-terminal, 100 columns wide."""
 
-    def __init__(self, home, *args):
+    def __init__(self, home):
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         environment = os.environ | {"HOME": str(home), "XDG_CACHE_HOME": CACHE, "PROMPT_TOOLKIT_NO_CPR": "1"}
         environment |= {"TERM": "xterm", "NO_COLOR": "1"}
-        command = [sys.executable, "-m", "opentq", "chat", str(MODEL), "--kv", "int4", *args]
+        command = [sys.executable, "-m", "opentq", "chat", str(MODEL), "--kv", "int4"]
 
         def own_terminal():
             os.setsid()
@@ -77,15 +77,9 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path):
-    opened = []
-
-    def start(*args):
-        opened.append(Terminal(tmp_path, *args))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        one.close()
+    opened = Terminal(tmp_path)
+    yield opened
+    opened.close()
 
 
 COST = r"tokens · [\d.]+ tok/s · ctx (\S+)/8\.7k · KV .*\n"
@@ -93,65 +87,24 @@ PROMPT = ">>>"
 
 
 def test_a_session(terminal, tmp_path):
-    """Pastes, completion, settings, history: one program, because it takes seconds to start."""
+    """All in one program, because it takes seconds to start."""
     history = tmp_path / ".cache" / "opentq" / "chat_history"
     history.parent.mkdir(parents=True)
     history.write_text("from readline\n")
-    t = terminal("--max-tokens", "3")
-    t.until(PROMPT)
+    t = terminal
 
-    # A paste of several lines is one message, with one answer.
-    t.send(paste("one\rtwo\nthree"))
-    t.until("three")
-    t.send(ENTER)
-    t.until(COST)
-    t.until(PROMPT)
-    t.send(f"/save {tmp_path}/talk.json{ENTER}")
-    t.until("saved 2 messages")
-    assert '"one\\ntwo\\nthree"' in (tmp_path / "talk.json").read_text()
-    t.until(PROMPT)
-
-    # So are the lines between two """, and Alt-Enter begins another line.
-    for keys in (f'"""a{ENTER}b"""', "a\033\rb"):
-        t.send(keys)
-        t.until("b")
-        t.send(ENTER)
-        t.until(COST)
+    def ask(keys, shown=COST):
+        """Keys, Enter, and what comes until the next prompt."""
+        t.send(keys + ENTER)
+        found = t.until(shown)
         t.until(PROMPT)
+        return found
 
-    # A setting alone is shown; names complete, and so do files.
-    t.send(f"/set temp .5{ENTER}")
-    t.until(PROMPT)
-    t.send(f"/set te{TAB}{ENTER}")
-    t.until("temperature: 0.5")
-    t.until(PROMPT)
-    t.send(f"/loa{TAB} {tmp_path}/ta{TAB}{ENTER}")
-    t.until("loaded 2 messages")
-    t.until(PROMPT)
-
-    # History is written as it is made; what readline left is older.
-    assert "+/set temp .5" in history.read_text() and history.read_text().startswith("from readline\n")
-    t.send(UP * 12 + ENTER)  # through every line of the messages of several
-    assert "from readline" in t.until(COST)
-    t.until(PROMPT)
-    t.send("caf\udcff" + ENTER)
-    t.until("the message is not UTF-8 text")
-    t.until(PROMPT)
-    t.send(CTRL_C)
-    t.until("Ctrl-D or /bye leaves")
-    t.until(PROMPT)
-    t.send(CTRL_D)
-    assert t.end() == 0
-
-
-def test_ctrl_c_and_what_is_typed_during_an_answer(terminal):
-    t = terminal()
-    t.send("imp" + ENTER)  # while the model loads
+    # What is typed while the model loads or writes is neither shown nor sent, but in the next line to be edited.
+    t.send("imp" + ENTER)
     t.until(r">>>\s*imp")
     t.send("ort" + ENTER)
     t.until(r"\n.*\w")  # the answer has begun
-
-    # Neither shown nor sent, but in the next line to be edited.
     t.send(f"typed{ENTER}meanwhile")
     t.send(paste("pasted\rtoo"))
     time.sleep(0.5)
@@ -162,32 +115,50 @@ def test_ctrl_c_and_what_is_typed_during_an_answer(terminal):
     assert held > 5
     t.until(r">>>\s*typed\n.*meanwhilepasted\n.*too")
 
-    # The next turn reads what is new.
+    # A stopped answer keeps its cache: the next turn reads what is new.
     t.send(CTRL_C)
+    t.until("Ctrl-D or /bye leaves")
     t.until(PROMPT)
-    t.send(f"/set max_tokens 2{ENTER}")
-    t.until(PROMPT)
-    t.send("more" + ENTER)
-    t.until(COST)
-    t.until(PROMPT)
-    t.send("/stats" + ENTER)
-    read = int(re.search(r"read (\d+) tokens", t.until(r"last .*\n"))[1])
-    assert 0 < read < 30
-    t.until(PROMPT)
+    ask("/set max_tokens 2", "2")
+    assert int(re.search(COST, ask("more"))[1]) > held
+    read = re.search(r"read (\d+) tokens", ask("/stats", r"last .*\n"))
+    assert 0 < int(read[1]) < 30
 
-    # While the prompt is read: the message is taken back, and what was read is kept.
+    # Stopped while the prompt is read: the message is taken back.
     t.send(paste("word " * 3000))
     t.until("word word")
     t.send(ENTER)
     t.until(r"reading \d+ of \d+ tokens")
     t.send(CTRL_C)
     t.until("the message is taken back")
-    assert t.until(COST)
+    t.until(COST)
     t.until(PROMPT)
 
+    # A paste of several lines is one message; so are the lines between two """, and Alt-Enter begins another line.
+    ask("/clear", "forgotten")
+    t.send(paste("one\rtwo\nthree"))
+    t.until("three")
+    ask("")
+    ask(f"/save {tmp_path}/talk.json", "saved 2 messages")
+    assert '"one\\ntwo\\nthree"' in (tmp_path / "talk.json").read_text()
+    for keys in (f'"""a{ENTER}b"""', "a\033\rb"):
+        t.send(keys)
+        t.until("b")
+        ask("")
+
+    # A setting alone is shown; names complete, and so do files.
+    ask("/set temp .5", r"\.5")
+    ask(f"/set te{TAB}", r"temperature: 0\.5")
+    ask(f"/loa{TAB} {tmp_path}/ta{TAB}", "loaded 2 messages")
+
+    # History is written as it is made; what readline left is older.
+    kept = history.read_text()
+    assert "+/set temp .5" in kept and kept.startswith("from readline\n")
+    assert "from readline" in ask(UP * 30)
+    ask("caf\udcff", "the message is not UTF-8 text")
+
     # Ctrl-D is heeded when the answer is over.
-    t.send(f"/set max_tokens 30{ENTER}")
-    t.until(PROMPT)
+    ask("/set max_tokens 30", "30")
     t.send("more" + ENTER)
     t.until(r"\n.*\w")
     t.send(CTRL_D)

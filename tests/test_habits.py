@@ -219,7 +219,7 @@ def test_ctrl_c_while_a_model_loads_is_one_line(run, monkeypatch, tmp_path, name
     assert (code, err) == (130, "opentq: stopped\n")
 
 
-@pytest.mark.parametrize("module", ["opentq.cli.main", "typer", "opentq.cli.chat", "mlx"])
+@pytest.mark.parametrize("module", ["opentq.cli.main", "mlx"])
 def test_ctrl_c_while_a_module_loads_is_one_line(module):
     """Whatever is being imported, from the first module of the command line to MLX."""
     work = f"""
