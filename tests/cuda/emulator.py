@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -25,13 +27,27 @@ NUMPY = {
 
 
 @functools.cache
+def folder() -> Path:
+    """Where kernels are compiled: the emulator is there, precompiled (GCC takes it so, Clang reads its text)."""
+    place = Path(tempfile.mkdtemp(prefix="opentq-emulated-"))
+    shutil.copy(HERE / "emulate.hpp", place)
+    _compile("-x", "c++-header", place / "emulate.hpp", "-o", place / "emulate.hpp.gch")
+    return place
+
+
+def _compile(*arguments: str | Path) -> None:
+    flags = ["-O1", "-std=c++20", "-fPIC", "-w"]
+    subprocess.run([*build.find_compiler().command, *flags, *arguments], check=True)
+
+
+@functools.cache
 def compiled(source: KernelSource) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="opentq-emulated-"))
-    (folder / "kernel.cpp").write_text(source.emulated())
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{HERE}"]
-    compiler = build.find_compiler()
-    subprocess.run([*compiler.command, *flags, folder / "kernel.cpp", "-o", folder / "kernel.so"], check=True)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    text = source.emulated()
+    name = hashlib.sha256(text.encode()).hexdigest()[:20]
+    path = folder() / f"{name}.so"
+    path.with_suffix(".cpp").write_text(text)
+    _compile("-shared", path.with_suffix(".cpp"), "-o", path)
+    return ctypes.CDLL(str(path))
 
 
 def run(
