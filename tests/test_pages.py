@@ -11,7 +11,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from opentq.attention import dispatch, pages, reference
+from opentq.attention.channels import count as count_of_channels
 from opentq.attention.channels import count as kept
+from opentq.caches import disk
 from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.single import OpenTQCache
 from opentq.contracts.rotary import Rotary
@@ -409,3 +411,19 @@ def test_generate_says_what_it_read(folder):
     options = ["--kv", "int4:pages=128", "--max-tokens", "4", "--prompt", "x" * 900]
     done = CliRunner().invoke(app, ["generate", "--model", str(folder), *options], catch_exceptions=False)
     assert re.search(r"· read 128 of 8\d\d packed tokens a step$", done.output.strip())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_recipes_channels_stay_with_sequences_that_join_or_come_back(order, tmp_path):
+    chosen = tuple(range(9, 9 + count_of_channels(64)))
+    spec = replace(KVSpec.parse("int4:pages=128"), channels=(chosen,) * SHAPE.kv_heads)
+    used, fresh = OpenTQCache(spec), OpenTQCache(spec)
+    fill(used, *vectors(SHAPE, 200), [200])
+    disk.save(tmp_path / "c", [used, fresh], [])
+    used, fresh = disk.load(tmp_path / "c", into=[OpenTQCache(spec), OpenTQCache(spec)]).caches
+    assert used.spec.channels == fresh.spec.channels == spec.channels
+    bare = OpenTQCache.from_state(used.state)  # as mlx-lm loads it: the channels are the sequence's alone
+    batch = OpenTQCache.merge([bare, fresh][::order])
+    batch.update_and_fetch(*vectors(replace(SHAPE, batch=2), 70))
+    assert batch.sketches.ready == [True, True]
+    assert batch.sketches.channels.tolist() == [[list(chosen)] * SHAPE.kv_heads] * 2

@@ -73,8 +73,7 @@ class Extent(NamedTuple):
     def append(self, count: int, limits: Limits) -> tuple[Extent, Move]:
         """The lengths after `count` more tokens, and how to get there."""
         tail = self.tail + count
-        fresh = not (self.base or self.packed)
-        to_sink = min(limits.sink - self.sink, tail) if fresh else 0
+        to_sink = min(limits.sink - self.sink, tail)  # nothing where tokens are packed: sinks are full then
         tail -= to_sink
         packed_end = self.base + self.packed
         end = packed_end + tail

@@ -376,7 +376,9 @@ class OpenTQCache:
 
     def _restore(self, state: State | BatchState) -> None:
         """What both kinds of state hold, packed rows in this machine's layouts."""
-        self.spec, self.window = KVSpec.parse(state.spec), state.window
+        if str(self.spec) != state.spec:  # else it may know a recipe's channels, too
+            self.spec = KVSpec.parse(state.spec)
+        self.window = state.window
         self.lends, self.latent = bool(state.lends), state.latent
         self._reset()
         if state.dense_k is None:

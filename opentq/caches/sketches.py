@@ -129,15 +129,15 @@ class Sketches:
     @classmethod
     def join(cls, parts: Sequence[Sketches]) -> Sketches:
         """The sequences of several caches side by side."""
-        first = parts[0]
-        out = cls(first.budget, first.rotary, first.given, 0)
+        first, given = parts[0], next((p.given for p in parts if p.given is not None), None)
+        out = cls(first.budget, first.rotary, given, 0)
         for name in ("sketched", "ready", "seen"):
             setattr(out, name, [x for p in parts for x in getattr(p, name)])
         like = next((p for p in parts if p.channels is not None), None)
         if like is None or like.channels is None:
             return out
         counts = [len(p.ready) for p in parts]
-        empty = mx.zeros_like(like.channels[:1]) if first.given is None else mx.array(first.given, dtype=mx.int32)[None]
+        empty = mx.zeros_like(like.channels[:1]) if given is None else mx.array(given, dtype=mx.int32)[None]
         out.channels = _side_by_side([p.channels for p in parts], counts, empty)
         sums = next((p.sums for p in parts if p.sums is not None), None)
         out.sums = None if sums is None else _side_by_side([p.sums for p in parts], counts, mx.zeros_like(sums[:1]))

@@ -36,6 +36,7 @@ class Case:
         dtype: of keys, values and queries.
         scale: of keys and values.
         window: tokens that a query sees, 0 for all.
+        given: whether a recipe says which channels pages are sketched by.
         ops: what is done, in order.
     """
 
@@ -48,6 +49,7 @@ class Case:
     scale: float
     window: int
     latent: bool
+    given: bool
     ops: tuple[Op, ...]
 
     def text(self) -> str:
@@ -86,6 +88,7 @@ def draw(seed: int, serves: Callable[[KVSpec, tuple[int, int]], bool] | None = N
         scale=rng.choice((1.0, 1.0, 1.0, 0.03, 3.0)),
         window=window,
         latent=latent,
+        given=rng.random() < 0.4,
         ops=tuple(_op(rng, first=i == 0) for i in range(rng.randint(2, 7))),
     )
 
@@ -107,7 +110,7 @@ def _counts(rng: Random, least: int = 1) -> list[int]:
 def _attention(rng: Random) -> dict:
     """How often a step is attended and with what besides its tokens."""
     found: dict = {"times": rng.choice((0, 1, 1, 1, 2)), "seed": rng.randrange(1 << 16)}
-    for what, chance in (("array", 0.1), ("sinks", 0.1), ("softcap", 0.1), ("lend", 0.1), ("rows", 0.1)):
+    for what, chance in (("array", 0.1), ("sinks", 0.1), ("softcap", 0.1), ("lend", 0.1), ("rows", 0.1), ("drop", 0.1)):
         if rng.random() < chance:
             found[what] = 1
     return found

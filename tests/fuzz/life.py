@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from opentq.attention import pages
+from opentq.attention import channels, pages
 from opentq.caches import disk, sketches
 from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.latent import OpenTQLatentCache
@@ -43,6 +43,9 @@ class Life:
         sketches.WARM = 32  # channels are chosen early, so that short lives read pages
         self.case, self.home = case, mode
         self.spec = KVSpec.parse(case.spec)
+        if case.given and self.spec.pages:
+            few = tuple(range(7, 7 + channels.count(case.dims[0])))
+            self.spec = replace(self.spec, channels=(few,) * case.kv_heads)
         self.dtype = DTYPES[case.dtype]
         self.atol = 2e-5 * max(1.0, 6 * case.scale) ** 2
         self.served: Counter[str] = Counter()
@@ -64,7 +67,7 @@ class Life:
 
     def _fresh(self) -> OpenTQCache:
         case = self.case
-        cache = (OpenTQLatentCache if case.latent else OpenTQCache)(case.spec, window=case.window)
+        cache = (OpenTQLatentCache if case.latent else OpenTQCache)(self.spec, window=case.window)
         cache.rotary = Rotary(case.dims[0] // 2) if self.spec.pages else cache.rotary
         return cache
 
@@ -92,6 +95,9 @@ class Life:
         for start in range(0, width, chunk or width):
             stop = min(start + (chunk or width), width)
             self._step([min(max(n - start, 0), stop - start) for n in counts], stop - start, attention)
+            if attention.get("drop") and start == 0 and len(self.lanes) > 1:  # one goes while prompts are read
+                self.filter(list(range(1, len(self.lanes))))
+                counts = counts[1:]
         if self.batched:
             self.cache.finalize()
 
@@ -114,6 +120,8 @@ class Life:
         """Save, and load on what may be another kind of machine; where kernels are forced, come back."""
         for mode in (to, self.home) if self.home else ("tiled" if to == "tiled" else "",):
             saved = self.cache
+            if self.spec.channels and saved.sketches is None and way != "disk":
+                way = "copy"  # before the first token a recipe's channels are in the object alone
             self._use(mode)
             self.cache = WAYS[way](saved, self._fresh)
         self.check_lengths()
@@ -284,13 +292,18 @@ class Life:
             if cache.sketches is not None:
                 self._check_sketches(cache, keys)
 
-    @staticmethod
-    def _check_sketches(cache: OpenTQCache, keys: mx.array) -> None:
+    def _check_sketches(self, cache: OpenTQCache, keys: mx.array) -> None:
         """Sketches are of the packed keys, of all whole pages once the channels are chosen."""
         made = cache.sketches
         count = made.sketched[0]
         if count > cache.n_packed // pages.PAGE or made.budget != cache.spec.pages:
             raise Wrong(f"{count} pages of {cache.n_packed} tokens are sketched")
+        if (
+            self.spec.channels
+            and made.channels is not None
+            and made.channels[0].tolist() != [*map(list, self.spec.channels)]
+        ):
+            raise Wrong(f"pages are sketched by channels {made.channels[0].tolist()}, not those of the recipe")
         if count:
             want = pages.encode(cache.k_codec.unrotate(keys[:, :, : count * pages.PAGE]), made.channels)
             if not mx.array_equal(made.buffer.arrays[0][:, :, :count], want).item():

@@ -29,7 +29,7 @@ def _smaller(case: Case) -> Iterator[Case]:
     for size in (len(ops) // 2, 1):
         for start in range(0, len(ops), size) if size else ():
             yield replace(case, ops=ops[:start] + ops[start + size :])
-    plain = {"gqa": 1, "kv_heads": 1, "dtype": "float32", "scale": 1.0, "window": 0, "dims": (64, 64)}
+    plain = {"gqa": 1, "kv_heads": 1, "dtype": "float32", "scale": 1.0, "window": 0, "given": False, "dims": (64, 64)}
     for name, value in plain.items():
         if getattr(case, name) != value:
             yield replace(case, **{name: value})
