@@ -127,8 +127,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         calibrator = Calibrator(self.model, str(SPEC), Reading())
         self.places = {index: n for n, index in calibrator.places.items()}  # layer -> its number in a recipe
-        self.tensors = {name: load_file(self.recipe(name).with_suffix(".safetensors")) for name in self.sources}
-        self.say("calibrated on", ", ".join(self.sources))
+        self.loaded: dict[str, dict[str, np.ndarray]] = {}
 
     @property
     def sources(self) -> list[str]:
@@ -149,10 +148,17 @@ class Study:
             made.save(path, {"text": kind})
         return path
 
+    def tensors(self, source: str) -> dict[str, np.ndarray]:
+        """What a calibration found, calibrated when it is first asked for."""
+        if source not in self.loaded:
+            self.loaded[source] = load_file(self.recipe(source).with_suffix(".safetensors"))
+            self.say("calibrated on", source)
+        return self.loaded[source]
+
     # ---- rules
 
     def rotary(self, layer: int) -> Rotary:
-        dims, traditional = self.tensors["code"][f"{self.places[layer]}.rotary"]
+        dims, traditional = self.tensors("code")[f"{self.places[layer]}.rotary"]
         return Rotary(int(dims), bool(traditional))
 
     def picked(self, source: str, layer: int, cache: Sparse, count: int) -> mx.array:
@@ -160,7 +166,7 @@ class Study:
         if source == PROMPT:
             return cache.own_channels(self.rotary(layer), count)
         n = self.places[layer]
-        energy, dim = self.tensors[source][f"{n}.energy"], cache.keys.shape[-1]
+        energy, dim = self.tensors(source)[f"{n}.energy"], cache.keys.shape[-1]
         chosen = mx.array([channels.choose(e, self.rotary(layer), dim, count) for e in energy], dtype=mx.int32)
         return mx.broadcast_to(chosen[None], (cache.keys.shape[0], *chosen.shape))
 
@@ -221,8 +227,8 @@ class Study:
 
     def kept_energy(self, layer: int) -> np.ndarray:
         """The share of a head's energy that is in the channels of its sketch."""
-        energy = self.tensors["code"][f"{self.places[layer]}.energy"]
-        dim = self.tensors["code"][f"{self.places[layer]}.k_mean"].shape[-1]
+        energy = self.tensors("code")[f"{self.places[layer]}.energy"]
+        dim = self.tensors("code")[f"{self.places[layer]}.k_mean"].shape[-1]
         best = np.sort(energy, axis=-1)[:, ::-1][:, : channels.count(dim) // 2]
         return np.round(best.sum(-1) / energy.sum(-1), 4)
 
