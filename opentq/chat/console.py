@@ -76,8 +76,8 @@ class Console:
                     self.command(text)
                     continue
                 if text.strip():
-                    self.answer(content([*self.before, text], "\n\n"))
-                    self.before = [] if self.talk.turn.written else self.before
+                    if self.answer(content([*self.before, text], "\n\n")):
+                        self.before = []
             except (EOFError, Leave):
                 return
             except KeyboardInterrupt:
@@ -89,8 +89,9 @@ class Console:
                     raise
                 self.say(str(error))
 
-    def answer(self, message: Content) -> None:
-        """Stream the answer; in a terminal Ctrl-C stops it, and what was said is kept."""
+    def answer(self, message: Content) -> bool:
+        """Stream the answer; in a terminal Ctrl-C stops it. Returns whether anything was said, and so is kept."""
+        known = len(self.talk.messages)
         styler, line, before = Styler(self.out.isatty()), "", signal.getsignal(signal.SIGINT)
         if self.tty:
             signal.signal(signal.SIGINT, lambda *_: setattr(self.talk, "stopping", True))
@@ -107,9 +108,11 @@ class Console:
         finally:
             signal.signal(signal.SIGINT, before)
         self.write(line + styler.end() + "\n")
+        kept = len(self.talk.messages) > known
         if self.talk.turn.reason == "stopped":
-            self.tell("(stopped)" if self.talk.turn.written else "(stopped: the message is taken back)")
+            self.tell("(stopped)" if kept else "(stopped: the message is taken back)")
         self.tell(self.end_line())
+        return kept
 
     def end_line(self) -> str:
         """`N tokens · tok/s · ctx 41k/128k · KV 1.9 GB (int4, 3.2x)`."""
