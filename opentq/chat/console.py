@@ -75,9 +75,8 @@ class Console:
                 elif text.startswith("/"):
                     self.command(text)
                     continue
-                if text.strip():
-                    if self.answer(content([*self.before, text], "\n\n")):
-                        self.before = []
+                if text.strip() and self.answer(content([*self.before, text], "\n\n")):
+                    self.before = []
             except (EOFError, Leave):
                 return
             except KeyboardInterrupt:
