@@ -11,12 +11,13 @@ one per group and block of values), everything else is fp32: the error is that o
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...contracts.attention import AttnArgs, PackedKV
-from ...contracts.backend import Backend, Finding
+from ...contracts.backend import Backend, Finding, Pair
 from ...contracts.codec import Codebook, Codebooks, Codec, Halves, WithOutliers
 from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
@@ -27,6 +28,7 @@ from .layout import CpuBlocks, CpuLayout, CpuRuns, Place, layout_for, layout_nam
 from .outliers import CpuOutliers
 from .pages import choose
 from .polar import CpuPolar
+from .step import Launch, library, strided, turned
 
 
 def attend(args: AttnArgs) -> mx.array | None:
@@ -55,38 +57,65 @@ def attend(args: AttnArgs) -> mx.array | None:
     dim = args.v.head_dim
     out = np.empty((batch, heads, length, 2 * dim if v_outlying else dim), queries[0].dtype)
     k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
-    call = cpu.Call(
-        batch,
-        args.kv_heads,
-        args.gqa,
-        length,
-        args.dense_k.shape[2],
-        *(cpu.Queries(*_strided(a)) for a in queries),
-        cpu.DTYPES[q.dtype],
-        args.causal,
-        args.k.head_dim,
-        dim,
-        _packed(args.k, k),
-        _packed(args.v, v),
-        _outliers(args.k, k),
-        _outliers(args.v, v),
-        cpu.Dense(*_strided(dense_k)),
-        cpu.Dense(*_strided(dense_v)),
-        lens.ctypes.data,
-        None if sinks is None else sinks.ctypes.data,
-        out.ctypes.data,
-        args.scale,
-        args.softcap,
-        args.window,
-        None if pages is None else pages.ctypes.data,
-        0 if pages is None else pages.shape[2],
-        cpu.threads(),
-    )
+    call = _prepared(args, k, v)
+    call.columns = args.dense_k.shape[2]
+    call.q, call.projected, call.plain = (cpu.Queries(*strided(a)) for a in queries)
+    call.dtype = cpu.DTYPES[q.dtype]
+    call.dense_k, call.dense_v = cpu.Dense(*strided(dense_k)), cpu.Dense(*strided(dense_v))
+    call.lens, call.sinks = lens.ctypes.data, None if sinks is None else sinks.ctypes.data
+    call.out, call.threads = out.ctypes.data, cpu.threads()
+    if pages is not None:
+        call.pages, call.page_count = pages.ctypes.data, pages.shape[2]
     cpu.call("opentq_attend", call)
     result = mx.array(out)
     if v_outlying:
         return (result[..., :dim] + args.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
     return result.view(mx.bfloat16) if q.dtype == mx.bfloat16 else result
+
+
+def _prepared(args: AttnArgs, k: list[np.ndarray], v: list[np.ndarray]) -> cpu.Call:
+    """A call over the packed arrays that `k` and `v` show, without queries, columns, lengths and output."""
+    call = cpu.Call(batch=args.q.shape[0], kv_heads=args.kv_heads, gqa=args.gqa, length=args.q.shape[2])
+    call.causal, call.dim_k, call.dim_v = args.causal, args.k.head_dim, args.v.head_dim
+    call.k, call.v = _packed(args.k, k), _packed(args.v, v)
+    call.k_outliers, call.v_outliers = _outliers(args.k, k), _outliers(args.v, v)
+    call.scale, call.softcap, call.window = args.scale, args.softcap, args.window
+    return call
+
+
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array] | None:
+    """A decode step (`contracts.backend.Backend.step`) of float32, or None: outliers, sketches, other rotations."""
+    q, memo = args.q, args.k.memo
+    key = "step", q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.max_packed > 0
+    launch: Launch | None = memo.get(key, _UNKNOWN)
+    fresh_kinds = q.dtype == fresh[0].dtype == fresh[1].dtype == mx.float32
+    if args.mask is not None or args.pages is not None or not fresh_kinds:
+        return None
+    try:
+        mx.eval(q, *fresh, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays)
+    except RuntimeError as error:  # of the model's own arithmetic before this call
+        raise explained(error) or error from error
+    if launch is _UNKNOWN or (launch is not None and launch.values is not args.v):
+        launch = memo[key] = _launch(args)
+    if launch is None:
+        return None
+    _check(args, fresh[0].shape[2])
+    return launch(args, fresh, center)
+
+
+_UNKNOWN: Any = object()
+
+
+def _launch(args: AttnArgs) -> Launch | None:
+    sides = args.k, args.v
+    turns = tuple(turned(side.codec, side.head_dim) for side in sides)
+    plain = type(args.k.codec).project is Codec.project and not any(isinstance(s.layout, CpuOutliers) for s in sides)
+    if None in turns or not plain or not _serves(args) or library() is None or args.q.shape[2] == 0:
+        return None
+    k, v = ([cpu.rows_view(a) for a in side.arrays] if args.max_packed else [] for side in sides)
+    call = _prepared(args, k, v)
+    call.dtype = cpu.DTYPES[mx.float32]
+    return Launch(args, call, (k, v), (bool(turns[0]), bool(turns[1])))
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
@@ -116,9 +145,9 @@ def _serves(args: AttnArgs) -> bool:
     )
 
 
-def _check(args: AttnArgs) -> None:
-    """Lengths that don't fit the buffers would read memory that isn't ours."""
-    columns, length = args.dense_k.shape[2], args.q.shape[2]
+def _check(args: AttnArgs, fresh: int = 0) -> None:
+    """Lengths that don't fit the buffers would read memory that isn't ours. `fresh` columns are still to come."""
+    columns, length = args.dense_k.shape[2] + fresh, args.q.shape[2]
     for packed, sink, tail in args.lens:
         if not 0 <= sink <= tail <= columns - length or packed < 0:
             raise ValueError(f"lengths {(packed, sink, tail)} don't fit {columns} dense columns and {length} queries")
@@ -158,11 +187,6 @@ def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]
     return runs
 
 
-def _strided(view: np.ndarray) -> tuple[int, ...]:
-    """Address, and strides in elements of all axes but the last."""
-    return view.ctypes.data, *(s // view.itemsize for s in view.strides[:3])
-
-
 def findings() -> list[Finding]:
     """What `opentq doctor` says about the kernels and about matrix products."""
     status = cpu.status()
@@ -175,4 +199,4 @@ def findings() -> list[Finding]:
     return [found, Finding("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
 
 
-BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, choose=choose, findings=findings)
+BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, step=step, choose=choose, findings=findings)

@@ -1,0 +1,83 @@
+// What surrounds the attention of a decode step: queries, new keys and values rotated, and these put behind the fp16 columns;
+// afterwards the output rotated back. A library of its own, since it is small and `attend.cpp` takes minutes.
+//
+// A rotation is a Walsh-Hadamard transform: additions in the order of MLX's, then one factor, so that a token's bits are
+// the same whichever path appends it. New keys are rounded to fp16 before `center` is taken off, as in the cache. Bytes:
+// all columns once, which are few.
+#include <cmath>
+#include <cstring>
+
+#include "abi.h"
+#include "simd.h"
+
+namespace otq {
+
+// Floats [B, H, L, D], strides in elements, rows contiguous.
+struct Rows {
+  const float* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct StepCall {
+  Rows q, k, v;
+  Dense old_k, old_v;            // fp16 columns [B, Hkv, columns, D]
+  const uint16_t* center;        // [B, Hkv, Dk], or null
+  float* q_out;                  // contiguous, as the rest
+  uint16_t *k_out, *v_out;       // [B, Hkv, columns + L, D]
+  int64_t batch, q_heads, kv_heads, length, columns;
+  int32_t dim_k, dim_v, turn_k, turn_v;
+};
+
+constexpr int MAX_DIM = 1024;
+constexpr float HALF_MAX = 65504.f;
+
+static void turn(float* x, int dim) {
+  for (int h = 1; h < dim; h *= 2)
+    for (int i = 0; i < dim; i += 2 * h)
+      for (int j = i; j < i + h; j++) {
+        const float a = x[j], b = x[j + h];
+        x[j] = a + b, x[j + h] = a - b;
+      }
+  const float factor = 1.f / std::sqrt(float(dim));
+  for (int i = 0; i < dim; i++) x[i] *= factor;
+}
+
+static uint16_t clipped(float x) { return float_to_half(std::min(std::max(x, -HALF_MAX), HALF_MAX)); }
+
+static void append(const StepCall& c, const Rows& fresh, const Dense& old, const uint16_t* center, uint16_t* out, int dim, bool turned) {
+  float x[MAX_DIM];
+  for (int64_t b = 0; b < c.batch; b++)
+    for (int64_t h = 0; h < c.kv_heads; h++) {
+      const uint16_t* from = old.data + b * old.batch_stride + h * old.head_stride;
+      for (int64_t t = 0; t < c.columns; t++, out += dim) std::memcpy(out, from + t * old.token_stride, 2 * dim);
+      for (int64_t t = 0; t < c.length; t++, out += dim) {
+        std::memcpy(x, fresh.data + b * fresh.batch_stride + h * fresh.head_stride + t * fresh.row_stride, 4 * dim);
+        if (turned) turn(x, dim);
+        for (int i = 0; i < dim; i++) out[i] = clipped(x[i]);
+        if (center) {
+          const uint16_t* mean = center + (b * c.kv_heads + h) * dim;
+          for (int i = 0; i < dim; i++) out[i] = clipped(half_to_float(out[i]) - half_to_float(mean[i]));
+        }
+      }
+    }
+}
+
+}  // namespace otq
+
+EXPORT void opentq_append(const otq::StepCall* call) {
+  const otq::StepCall& c = *call;
+  float* out = c.q_out;
+  for (int64_t b = 0; b < c.batch; b++)
+    for (int64_t h = 0; h < c.q_heads; h++)
+      for (int64_t t = 0; t < c.length; t++, out += c.dim_k) {
+        std::memcpy(out, c.q.data + b * c.q.batch_stride + h * c.q.head_stride + t * c.q.row_stride, 4 * c.dim_k);
+        if (c.turn_k) otq::turn(out, c.dim_k);
+      }
+  otq::append(c, c.k, c.old_k, c.center, c.k_out, c.dim_k, c.turn_k);
+  otq::append(c, c.v, c.old_v, nullptr, c.v_out, c.dim_v, c.turn_v);
+}
+
+EXPORT void opentq_turn(float* x, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; r++) otq::turn(x + r * dim, int(dim));
+}
+EXPORT int64_t opentq_step_call_bytes() { return sizeof(otq::StepCall); }
