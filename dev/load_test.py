@@ -288,6 +288,8 @@ def measure(part: str, server: Server, name: str, args: argparse.Namespace) -> d
         found = asyncio.run((PARTS | AGENTS)[part](server, args))
     finally:
         server.stop()
+    if args.no_times:
+        found = {k: v for k, v in found.items() if not k.startswith("seconds") and k != "tokens_per_s"}
     about = {"part": part, "server": name, "model": Path(args.model).name, "kv": args.kv if name == "opentq" else "f32"}
     found = store.record("server", **about, **found)
     found["command"] = shlex.join(["python", "dev/load_test.py", *sys.argv[1:]])
@@ -314,9 +316,9 @@ def table(records: list[dict]) -> str:
             said += (
                 f"{r['sent']} sent; at most {r['most_beside_new']} of a turn read beside its new ones; a new session "
             )
-            said += f"{r['session_remembered']:.0%} remembered; {r['seconds_median']} s a turn"
+            said += f"{r['session_remembered']:.0%} remembered; {r.get('seconds_median', '?')} s a turn"
         elif r["part"] in ("edit", "plain_edit"):
-            said = f"{r['tokens_per_s']} tok/s; {r['right']} of {r['guessed']} guesses right"
+            said = f"{r.get('tokens_per_s', '?')} tok/s; {r['right']} of {r['guessed']} guesses right"
         elif r["part"] == "stall":
             said = f"{r['idle_ms']} ms between tokens, {r['busy_median_ms']} while a prompt is read ({r['ratio']}x; "
             said += f"mean {r['mean_ratio']}x, p99 {r['busy_p99_ms']} ms); {r['prompt_seconds']} s per prompt"
@@ -345,6 +347,9 @@ def main() -> int:
     parser.add_argument("--memory", default="6GB")
     parser.add_argument("--prompt-cache-bytes", default="16MB", help="for the soak: some prefixes are read again")
     parser.add_argument("--agents", action="store_true", help="a long conversation, and an edit")
+    parser.add_argument(
+        "--no-times", action="store_true", help="record what --agents counts, no seconds: beside others"
+    )
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--agent-tokens", type=int, default=60_000, help="of the whole conversation, about")
     parser.add_argument("--agent-answer", type=int, default=100)

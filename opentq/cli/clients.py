@@ -13,17 +13,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Target:
-    """The server that a client is to use."""
+    """The server that a client is to use; `longest` is how many tokens an answer may have, if the user said so."""
 
     url: str
     model: str
     context: int
     key: str = "none"
+    longest: int | None = None
 
     @property
     def answer(self) -> int:
-        """Tokens for one answer that leave most of the context to the prompt."""
-        return max(min(self.context // 4, 32_000), 1)
+        """Tokens for one answer: what the user said, or what leaves most of the context to the prompt."""
+        return self.longest or max(min(self.context // 4, 32_000), 1)
 
 
 @dataclass

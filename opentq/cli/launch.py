@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,10 @@ def launch(
     serve: Annotated[str, typer.Option(help="More options for `opentq serve`, as one text.")] = "",
     max_context: Annotated[int | None, typer.Option(help="Given to `opentq serve`.", min=1)] = None,
     kv: Annotated[str | None, typer.Option(help="Given to `opentq serve`.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "-m", help="Longest answer; default: a quarter of the context.", min=1),
+    ] = None,
     show: Annotated[bool, typer.Option("--print", help="Say what would be set and run, and run nothing.")] = False,
 ) -> None:
     """Run a coding assistant on a model of your own: finds the server or starts it, and touches none of your files."""
@@ -51,28 +56,32 @@ def launch(
     url = f"http://{host}:{port}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # client and server must not be left behind
     key = os.environ.get("OPENTQ_API_KEY", "none")
-    command = _serve_command(model, host, port, serve, max_context, kv)
+    # Some clients say how long an answer may be, the others leave it to the server.
+    limits = {"--max-context": max_context, "--kv": kv, "--max-tokens": max_tokens}
+    command = _serve_command(model, host, port, serve, {k: v for k, v in limits.items() if v is not None})
     with tempfile.TemporaryDirectory(prefix="opentq-launch-") as folder:
         found = find(url, key)
+
+        def setup(target: Target) -> Setup:
+            return chosen.setup(replace(target, longest=max_tokens), Path(folder))
+
         if show:
             target = found or Target(url, Path(model).name or "MODEL", max_context or 32768, key)
-            print(describe(chosen.setup(target, Path(folder)), client, args or [], None if found else command))
+            print(describe(setup(target), client, args or [], None if found else command))
             return
         if found is None and not model:
             raise UserError(f"no server answers at {url}: give --model FOLDER to start one, or start `opentq serve`")
         if found:
-            raise typer.Exit(run(chosen.setup(found, Path(folder)), program or "", args or [], Path(folder)))
+            raise typer.Exit(run(setup(found), program or "", args or [], Path(folder)))
         with started(command, url, key) as target:
-            raise typer.Exit(run(chosen.setup(target, Path(folder)), program or "", args or [], Path(folder)))
+            raise typer.Exit(run(setup(target), program or "", args or [], Path(folder)))
 
 
-def _serve_command(model: str, host: str, port: int, more: str, context: int | None, kv: str | None) -> list[str]:
+def _serve_command(model: str, host: str, port: int, more: str, given: dict[str, object]) -> list[str]:
     # Prefixes are kept on disk: the next run, with a server of its own, need not read the same prompt again.
     command = [sys.executable, "-m", "opentq", "serve", model or "MODEL", "--host", host, "--port", str(port)]
     command += ["--any-model", "--prompt-cache-dir", str(_folder() / "prompts")]
-    command += ["--max-context", str(context)] if context else []
-    command += ["--kv", kv] if kv else []
-    return command + shlex.split(more)
+    return command + [word for option in given.items() for word in map(str, option)] + shlex.split(more)
 
 
 def _folder() -> Path:

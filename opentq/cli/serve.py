@@ -139,9 +139,10 @@ def serve(
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("opentq.serve").setLevel(logging.INFO)
 
+    from ..hosts.mlx_lm.load import is_first_rank
     from ..memory.device import parse_memory
     from ..memory.wiring import parse_wire, wired
-    from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, make_service
+    from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, follow, make_service
 
     wiring = parse_wire(wire)
 
@@ -187,6 +188,11 @@ def serve(
     )
     options.aliases = aliases(alias or [], options)
     check(options)
+    if not is_first_rank():
+        service, prices = make_service(options)
+        with wired(lambda: prices.weights, wiring):
+            follow(service)
+        return
     listener = bind(options)
     options.port = listener.getsockname()[1]
     service, prices = make_service(options)
@@ -194,6 +200,8 @@ def serve(
     # Caches come and go: only what stays is worth wiring, and churn in wired memory is what has panicked Macs.
     with wired(lambda: prices.weights, wiring):
         Server(service, options).run([listener])
+    if service.failure:
+        raise UserError(service.failure)
 
 
 def _object(text: str) -> dict[str, Any]:

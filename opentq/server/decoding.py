@@ -6,6 +6,7 @@ computed when somebody samples or wants to see them, and the logit biases of all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,13 @@ class Decoding(GenerationBatch):
         processors: list[Processor],
         stops: StopSequences,
         max_tokens: int,
+        share: Callable[[mx.array], mx.array] = lambda tokens: tokens,
     ):
-        """A sequence whose `caches` (of a batch) hold all of its prompt `tokens` but the last."""
+        """A sequence whose `caches` (of a batch) hold all of its prompt `tokens` but the last.
+
+        `share` makes chosen tokens `[B]` those of all processes that run the model.
+        """
+        self.share = share
         self._biased: tuple[list[int], mx.array | None] = ([], None)
         seen = tokens[:-1] if processors else []
         last = mx.array(tokens[-1:])
@@ -189,7 +195,7 @@ class Decoding(GenerationBatch):
         """The next token of every row, and its log probabilities where they are used. Greedy rows share an argmax."""
         tokens = mx.argmax(logits, axis=-1)
         if not any(sampling.normalised for sampling in self.samplers):
-            return tokens, [None] * len(self.samplers)
+            return self.share(tokens), [None] * len(self.samplers)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if any(sampling.sampler for sampling in self.samplers):
             chosen = [
@@ -197,4 +203,6 @@ class Decoding(GenerationBatch):
                 for i, sampling in enumerate(self.samplers)
             ]
             tokens = mx.concatenate(chosen)
-        return tokens, [row if sampling.logprobs else None for row, sampling in zip(logprobs, self.samplers)]
+        return self.share(tokens), [
+            row if sampling.logprobs else None for row, sampling in zip(logprobs, self.samplers)
+        ]

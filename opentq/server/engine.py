@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -37,6 +38,7 @@ from .grammar import Constraint
 from .lookup import LONGEST, Lookup
 from .pace import Pace
 from .prefix import PrefixStore, exact_trim
+from .team import Alone, Mute
 
 if TYPE_CHECKING:
     from ..hosts.mlx_vlm.vision import ImagePrompt
@@ -66,6 +68,7 @@ class Job:
     created: float = field(default_factory=time.perf_counter)
 
     names: list[str] = field(default_factory=list)
+    number: int = 0  # in the order of submission
     caches: list[Any] | None = None
     read: int = 0  # prompt tokens in the caches
     cached: int = 0
@@ -120,6 +123,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.store = store
         self.chunk = chunk
+        self.team = Alone()
         self.pace = Pace()
         self.reading: list[Job] = []
         self.batches: dict[int, tuple[Decoding, list[Job]]] = {}
@@ -130,6 +134,9 @@ class Engine:
         self.draft: Draft | None = None  # what else guesses them
         self.guessed = self.guessed_right = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._numbered: WeakValueDictionary[int, Job] = WeakValueDictionary()
+        self._submitted = 0
+        self._over: list[Job] = []  # whose answers ended by what only the first process knows
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
         self._chunks = 0
         self._closed = False
@@ -156,14 +163,15 @@ class Engine:
             if idle and self.store.files and self.store.files.waiting and self._inbox.empty():
                 self.store.files.write_one()
                 continue
-            self._read_inbox(block=idle)
+            for kind, value in self._orders(block=idle):
+                self._obey(kind, value)
             if self.batches:
                 tic = time.perf_counter()
-                for key in sorted(self.batches):
-                    self._decode(key)
+                grew = [job for key in sorted(self.batches) for job in self._decode(key)]
                 self.pace.decoded(time.perf_counter() - tic)
-            if self.batches and self.pace.debt:
-                continue
+                self._end_step(grew)
+                if self.team.agree(bool(self.batches and self.pace.debt)):
+                    continue
             if self.reading:
                 self._read_chunk(self._next_reader())
             elif self.unread:
@@ -200,20 +208,49 @@ class Engine:
                 job, ApiError(500, f"the engine failed on this request: {type(error).__name__}", code="engine_error")
             )
 
-    def _read_inbox(self, block: bool) -> None:
-        while True:
+    def _orders(self, block: bool) -> list[tuple[str, Any]]:
+        """What came in since the last turn; waits for it with `block`."""
+        if self.team.follows:
+            return [self._understood(*words) for words in self.team.agree(None)]
+        orders: list[tuple[str, Any]] = []
+        while not self._closed:
             try:
-                kind, value = self._inbox.get(block)
+                orders.append(self._inbox.get(block and not orders))
             except queue.Empty:
-                return
-            block = False
-            if kind == "submit":
-                self._start(*value)
-            elif kind == "cancel":
-                self._cancel(*value)
-            else:
-                self._closed = True
-                return
+                break
+            self._closed = orders[-1][0] == "close"
+        self.team.agree([self._words(*order) for order in orders])
+        return orders
+
+    def _words(self, kind: str, value: Any) -> list[Any]:
+        """An order as other processes are told of it."""
+        if kind == "close":
+            return [kind]
+        job, detail = value
+        if kind == "cancel":
+            return [kind, job.number]
+        self._submitted += 1
+        job.number = self._submitted
+        return [kind, job.number, job.tokens, job.max_tokens, job.leader.number if job.leader else 0, detail]
+
+    def _understood(self, kind: str, number: int = 0, *words: Any) -> tuple[str, Any]:
+        """An order that the first process was given. Its answers are made here, too, and told to nobody."""
+        if kind == "submit":
+            tokens, max_tokens, leader, room = words
+            silent: Any = Mute()
+            job = Job(tokens, max_tokens, SamplingParams(), silent, lambda *_: None, number=number)
+            job.leader = self._numbered.get(leader)
+            self._numbered[number] = job
+            return kind, (job, room)
+        return kind, (self._numbered.get(number), ApiError(499, "the client went away"))
+
+    def _obey(self, kind: str, value: Any) -> None:
+        if kind == "submit":
+            self._start(*value)
+        elif kind == "cancel":
+            self._cancel(*value)
+        else:
+            self._closed = True
 
     def _start(self, job: Job, room: int) -> None:
         self.at_work = job
@@ -236,6 +273,7 @@ class Engine:
         hit = self.store.fetch(job.names)
         job.caches = hit.caches or make_prompt_cache(self.model)
         job.read = job.cached = hit.tokens
+        self.team.check(hit.tokens, "how much of a prompt is remembered")
         job.trims = exact_trim(job.caches)
         if not job.trims:
             # Such caches are remembered only at points chosen beforehand: the end, where known prompts part, and before
@@ -344,7 +382,8 @@ class Engine:
         shift = job.images.shift if job.images else 0
         row = RowSampling(sampler, how.logit_bias, job.logprobs is not None, shift)
         caches = _merge_caches([single])
-        batch = Decoding(self.model, id(job), job.tokens, caches, row, processors, self._eos, job.max_tokens)
+        more = (self._eos, job.max_tokens, self.team.share)
+        batch = Decoding(self.model, id(job), job.tokens, caches, row, processors, *more)
         job.first = time.perf_counter()
         job.caches = None
         if job.images:
@@ -356,10 +395,11 @@ class Engine:
         else:
             self.batches[key] = (batch, [job])
 
-    def _decode(self, key: int) -> None:
-        """The next token of every answer in a bucket."""
+    def _decode(self, key: int) -> list[Job]:
+        """The next token of every answer in a bucket; returns whose answers grew."""
         batch, jobs = self.batches[key]
         over: list[Job] = []
+        grew: dict[Job, None] = {}
         for job, r in self._next(batch, list(jobs)):
             if job in over:
                 break  # a stop text or a call ended it among the tokens of one step
@@ -371,6 +411,7 @@ class Engine:
                 continue
             job.generated += 1
             job.answer.append(r.token)
+            grew[job] = None
             reason = r.finish_reason or ""
             deltas = [] if reason == "stop" else job.parser.token(r.token)
             chosen = (
@@ -388,16 +429,27 @@ class Engine:
             if reason:
                 done = "tool_calls" if job.parser.calls and reason == "stop" else reason
                 job.post(job, Done(done, job.usage(), job.parser.stop.matched))
-            whole = len(job.tokens) + len(job.answer) >= (job.known + 1) * self.store.block
-            seen = job.images is not None and (job.images.whole or job.sees(job.known * self.store.block))
-            if whole and not seen and job.leader is None and job not in self.unread:
-                self.unread.append(job)
+        self._over += over
         if over:
             gone = {id(j) for j in over}
             batch.filter([i for i, uid in enumerate(batch.uids) if uid not in gone])
         if not jobs:
             del self.batches[key]
             mx.clear_cache()
+        return list(grew)
+
+    def _end_step(self, grew: list[Job]) -> None:
+        """After a step: end what only the first process saw ending, and note whose answers have a block to be read."""
+        for number, length in self.team.agree([[job.number, len(job.answer)] for job in self._over]):
+            if self.team.follows and (job := self._numbered.get(number)):
+                del job.answer[length:]
+                self._leave(job)
+        self._over.clear()
+        for job in grew:
+            whole = len(job.tokens) + len(job.answer) >= (job.known + 1) * self.store.block
+            seen = job.images is not None and (job.images.whole or job.sees(job.known * self.store.block))
+            if whole and not seen and job.leader is None and job not in self.unread:
+                self.unread.append(job)
 
     def _next(self, batch: Decoding, jobs: list[Job]) -> Iterable[tuple[Job, Any]]:
         """The next token of every answer; of a single one the next few, where they can be guessed."""
@@ -434,7 +486,9 @@ class Engine:
         pairs = [(self.tokenizer.decode([t]), float(v)) for t, v in zip(ids, values)]
         return Chosen(*pairs[0], tuple(pairs[1:]))
 
-    def _cancel(self, job: Job, error: ApiError) -> None:
+    def _cancel(self, job: Job | None, error: ApiError) -> None:
+        if job is None:
+            return  # it ended here, and elsewhere
         if job in self.reading:
             self.reading.remove(job)
             self._remember(job, job.caches or [])  # clients that lose patience try again

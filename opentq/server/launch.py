@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..contracts.layout import FLUSH
 from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.mlx_lm.generate import check_draft
-from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder
+from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder, ranks
 from ..hosts.mlx_vlm.load import takes_images
 from ..memory.device import GIB
 from ..memory.loaded import model_context
@@ -36,6 +36,7 @@ from .prefix_files import NOTE, Identity, PrefixFiles, kept_chunk, make_folder
 from .pricing import Prices, appraise
 from .roster import Roster
 from .service import Service, ServiceConfig
+from .team import Alone, Team, gone
 from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
@@ -124,6 +125,10 @@ def check(options: ServeOptions) -> None:
     step = options.prefill_step
     if step is not None and not fits_blocks(step):
         raise UserError(f"--prefill-step-size {step} must divide 64, the tokens packed together, or be a multiple")
+    parts = {"--prompt-cache-dir": options.prompt_cache_dir, "--draft-model": options.draft}
+    for name, value in (parts | {"--allow-model-loading": options.loadable}).items():
+        if value and ranks() > 1:
+            raise UserError(f"{name} can't be used where several processes run the model; leave it out")
     for folder in options.loadable:
         check_folder(folder)
         if not Path(folder).expanduser().exists():
@@ -158,8 +163,16 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     if options.chat_template:
         tokens["chat_template"] = options.chat_template
     adapter = {"adapter_path": options.adapter} if options.adapter else {}
-    images = not adapter and takes_images(options.model)
+    images = not adapter and ranks() == 1 and takes_images(options.model)
     model, tokenizer = load(options.model, kv=options.kv, images=images, tokenizer_config=tokens, **adapter)
+    team = Alone()
+    if ranks() > 1:
+        if not hasattr(model, "shard"):
+            raise UserError(
+                f"{options.model}: mlx-lm's {type(model).__module__.rpartition('.')[2]} can't be cut by heads over "
+                "several processes; serve it with one, or another model"
+            )
+        team = Team()
     draft = None
     if options.draft:
         draft, own = load(options.draft, kv=AUTO if isinstance(options.kv, Recipe) else options.kv)
@@ -173,7 +186,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         folder = identity.folder(options.prompt_cache_dir)
         step = kept_chunk(folder, lambda: choose_chunk(model, MAX_CHUNK), options.prefill_step)
     else:
-        step = options.prefill_step or choose_chunk(model, MAX_CHUNK)
+        step = options.prefill_step or choose_chunk(model, MAX_CHUNK, team.slowest)
     context = model_context(model)
     if options.max_context and context and options.max_context > context:
         log.warning(
@@ -181,6 +194,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         )
     wanted = options.max_context or context or 32768
     prices = appraise(model, step, options.memory, wanted, draft)
+    prices = replace(prices, budget=team.least(prices.budget))
     admission = Admission(prices.cached(), prices.budget, options.concurrency, options.queue)
     longest = admission.largest(wanted)
     if longest < wanted:
@@ -204,7 +218,8 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         images_bytes = prices.budget // 8  # held until their prompts are read; taken from what requests may hold
         admission.budget -= images_bytes
     engine = Engine(model, tokenizer, store, step)
-    engine.lookup = options.lookup
+    engine.team = team
+    engine.lookup = options.lookup and team.size == 1  # guesses are settled by one process
     if draft:
         engine.draft = Draft(draft, options.drafts, model_context(draft) or longest)
     vocab = int(model(mx.array([[0]])).shape[-1])
@@ -260,6 +275,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: Any = None) -> None:
         connections.quiet_accept(asyncio.get_running_loop())
+        self.service.on_failure = lambda: setattr(self, "should_exit", True)
         self.service.start()
         try:
             await super().serve(sockets)
@@ -291,6 +307,16 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def follow(service: Service) -> None:
+    """Take the first process's steps until it stops. Raises Lost when it, or another one, is gone."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_IGN)  # sent to all of them: the first lets answers end
+    try:
+        service.worker.submit(service.engine.run).result()
+    except RuntimeError as error:
+        raise gone(error) from error
+
+
 def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
     """What is in use, for the terminal."""
     from ..hosts.report import report
@@ -303,6 +329,8 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
             lines.append(line)
     else:
         lines.append("KV cache: mlx-lm's own, not compressed")
+    if engine.team.size > 1:
+        lines.append(f"{engine.team.size} processes run the model, a part each; bytes are those of one part")
     if engine.draft:
         lines.append(f"draft: {options.draft} guesses {options.drafts} tokens of single answers at once")
     full = prices.price(config.max_context)

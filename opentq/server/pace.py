@@ -10,6 +10,7 @@ longer is followed by steps without one, so that most times are not stretched at
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -67,9 +68,13 @@ def _mean(old: float, new: float) -> float:
     return 0.9 * old + 0.1 * new if old else new
 
 
-def choose_chunk(model: Any, limit: int = CHUNKS[-1]) -> int:
+def choose_chunk(
+    model: Any, limit: int = CHUNKS[-1], slowest: Callable[[float], float] = lambda seconds: seconds
+) -> int:
     """The largest chunk that takes at most `STALL - 1` times as long as a decode step, and no less than is packed
-    together: smaller ones read much slower, and the debt they leave keeps the mean time between tokens anyway."""
+    together: smaller ones read much slower, and the debt they leave keeps the mean time between tokens anyway.
+    `slowest` makes times those of all processes of the model.
+    """
 
     def seconds(length: int, repeats: int) -> float:
         caches = make_prompt_cache(model)
@@ -79,7 +84,7 @@ def choose_chunk(model: Any, limit: int = CHUNKS[-1]) -> int:
             tic = time.perf_counter()
             mx.eval(model(x, cache=caches), [c.state for c in caches])
             best = min(best, time.perf_counter() - tic)
-        return best
+        return slowest(best)
 
     bound = (STALL - 1) * seconds(1, 5)
     chosen = CHUNKS[0]

@@ -28,11 +28,12 @@ from .diverge import Watch
 from .engine import Engine, Event, Job
 from .grammar import Grammars
 from .metrics import Metrics
+from .team import Lost, gone
 from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
-STATUS = {"shutting_down": "draining", "model_loading": "loading", "no_model": "no model"}
+STATUS = {"shutting_down": "draining", "model_loading": "loading", "no_model": "no model", "model_lost": "failed"}
 GONE = ApiError(499, "the client went away", code="client_closed")
 
 
@@ -94,6 +95,8 @@ class Service:
         self.watch = Watch()
         self.grammars = Grammars(engine.tokenizer, vocab)
         self.vocab = vocab
+        self.failure = ""  # why nothing will ever be answered again
+        self.on_failure: Callable[[], None] = lambda: None
         self.refusal: tuple[str, str] | None = None  # why nothing is taken on any more: words and code
         self.started = time.time()
         self._streams: dict[Job, Stream] = {}
@@ -109,6 +112,7 @@ class Service:
     def start(self) -> None:
         """Start the engine's thread. Called in the event loop."""
         self._loop = asyncio.get_running_loop()
+        self.engine.team.watch(lambda error: self.call_soon(lambda: self._lose(error)))
         self._run_engine()
 
     def _run_engine(self) -> None:
@@ -120,9 +124,23 @@ class Service:
         error = future.exception()
         if error is None:
             return
+        if self.engine.team.size > 1:
+            self._lose(error)
+            return
         log.error("the engine failed; its requests end with an error and it goes on", exc_info=error)
         self.worker.submit(self.engine.recover, error)
         self._run_engine()
+
+    def _lose(self, error: BaseException) -> None:
+        """End everything: this process alone has only a part of the model."""
+        if self.failure:
+            return
+        self.failure = str(error if isinstance(error, Lost) else gone(error))
+        log.error("%s", self.failure)
+        self.refuse("a part of the model is gone", "model_lost")
+        for job in list(self._streams):
+            self._deliver(job, ApiError(500, "a part of the model is gone", code="model_lost"))
+        self.on_failure()
 
     @property
     def draining(self) -> bool:
@@ -159,7 +177,8 @@ class Service:
         """Stop the engine after the step it is in, and let it write what waits for the disk."""
         self._tokenizing.shutdown(wait=False)
         self.engine.close()
-        self.worker.submit(self.engine.finish).result()
+        if not self.failure:  # else its thread may wait for another process for ever
+            self.worker.submit(self.engine.finish).result()
 
     @property
     def max_body(self) -> int:
