@@ -50,6 +50,18 @@ def bad(message: str, param: str = "", code: str = "") -> ApiError:
     return ApiError(400, message, param, code)
 
 
+def missing(param: str) -> ApiError:
+    """400: a field that has to be there."""
+    return bad(f"{param} is missing", param, "missing_required_parameter")
+
+
+def text_of(fields: dict[str, Any], name: str, path: str) -> str:
+    """The text in the field `name` of what stands at `path`. Raises ApiError where there is none."""
+    if not isinstance(fields.get(name), str):
+        raise missing(f"{path}.{name}")
+    return fields[name]
+
+
 def unsupported(param: str, hint: str = "") -> ApiError:
     """400: a field that OpenAI knows and this server does not serve; never accepted and ignored."""
     return bad(

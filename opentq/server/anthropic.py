@@ -8,7 +8,7 @@ from typing import Any
 
 from ..dialogue import pictures
 from ..dialogue.clearing import ClearTools
-from ..dialogue.errors import ApiError, bad, unsupported
+from ..dialogue.errors import ApiError, bad, missing, text_of, unsupported
 from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
 from .claude_tools import function
 from .openai import as_int, check_continued, refuse_unsupported
@@ -74,7 +74,7 @@ def _format(wanted: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
     if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
         raise bad(f"{path}.type must be json_schema", f"{path}.type")
     if not isinstance(wanted.get("schema"), dict):
-        raise bad(f"{path}.schema is missing", f"{path}.schema", "missing_required_parameter")
+        raise missing(f"{path}.schema")
     return wanted["schema"]
 
 
@@ -131,9 +131,9 @@ def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
         elif kind == "image" and turn["role"] == "user":
             said.append(_image(block, where))
         elif kind == "thinking":
-            current["reasoning_content"] = current.get("reasoning_content", "") + _field(block, "thinking", where)
+            current["reasoning_content"] = current.get("reasoning_content", "") + text_of(block, "thinking", where)
         elif kind == "tool_use":
-            function = {"name": _field(block, "name", where), "arguments": block.get("input") or {}}
+            function = {"name": text_of(block, "name", where), "arguments": block.get("input") or {}}
             current.setdefault("tool_calls", []).append(
                 {"id": block.get("id") or "", "type": "function", "function": function}
             )
@@ -147,7 +147,7 @@ def _turn(turn: dict[str, Any], path: str) -> list[dict[str, Any]]:
             result = _blocks(content, f"{where}.content", skip=("image",))
             if block.get("is_error") and "error" not in result[:80].lower():
                 result = f"Error: {result}"
-            out.append({"role": "tool", "tool_call_id": _field(block, "tool_use_id", where), "content": result})
+            out.append({"role": "tool", "tool_call_id": text_of(block, "tool_use_id", where), "content": result})
         elif kind != "redacted_thinking":
             known = "only text, thinking, tool_use, tool_result, and images of the user's, can be read"
             raise unsupported(f"{where}.type", f"{kind!r}; {known}")
@@ -183,9 +183,9 @@ def _text(block: dict[str, Any], path: str) -> str:
     """A block as text: documents and search results as far as they are text. Raises ApiError for images and files."""
     kind, source = block["type"], block.get("source")
     if kind == "text":
-        return _field(block, "text", path)
+        return text_of(block, "text", path)
     if kind == "tool_reference":
-        return _field(block, "tool_name", path)
+        return text_of(block, "tool_name", path)
     if kind == "search_result":
         title = f"{block.get('title') or ''}\n{source or ''}".strip()
         return f"{title}\n{_blocks(block.get('content'), f'{path}.content')}"
@@ -194,15 +194,9 @@ def _text(block: dict[str, Any], path: str) -> str:
             source.get("data") if source["type"] == "text" else _blocks(source.get("content"), f"{path}.source.content")
         )
         if not isinstance(text, str):
-            raise bad(f"{path}.source.data is missing", f"{path}.source.data", "missing_required_parameter")
+            raise missing(f"{path}.source.data")
         return f"{block['title']}\n{text}" if isinstance(block.get("title"), str) else text
     raise unsupported(f"{path}.type", f"{kind!r}; this model reads text only")
-
-
-def _field(block: dict[str, Any], name: str, path: str) -> str:
-    if not isinstance(block.get(name), str):
-        raise bad(f"{path}.{name} is missing", f"{path}.{name}", "missing_required_parameter")
-    return block[name]
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..dialogue.errors import bad, unsupported
+from ..dialogue.errors import missing, unsupported
 
 STRING = {"type": "string"}
 INTEGER = {"type": "integer"}
@@ -54,7 +54,7 @@ def function(tool: dict[str, Any], path: str) -> dict[str, Any]:
     kind = tool.get("type") or "custom"
     if kind == "custom":
         if tool.get("input_schema") is None:
-            raise bad(f"{path}.input_schema is missing", f"{path}.input_schema", "missing_required_parameter")
+            raise missing(f"{path}.input_schema")
         return _function(tool["name"], tool.get("description") or "", tool["input_schema"])
     if kind in CLIENT_RUN:
         text, fields, required = CLIENT_RUN[kind]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..dialogue import pictures
-from ..dialogue.errors import bad, unsupported
+from ..dialogue.errors import bad, missing, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
 from .schema import (
     MAX_PROMPTS,
@@ -131,7 +131,7 @@ def choose_tools(given: list[Tool], choice: str | ChosenTool) -> dict[str, Any]:
         inner = choice.function or choice.custom
         return choose(tools, "required", [inner.name if inner else choice.name])
     if choice.allowed_tools is None:
-        raise bad("tool_choice.allowed_tools is missing", "tool_choice.allowed_tools")
+        raise missing("tool_choice.allowed_tools")
     allowed = [t.get(str(t.get("type"))) or t for t in choice.allowed_tools.tools]
     return choose(tools, choice.allowed_tools.mode, [a.get("name") for a in allowed if isinstance(a, dict)])
 
@@ -141,10 +141,10 @@ def _read_tool(tool: Tool, path: str) -> dict[str, Any]:
     if tool.type == "custom":
         custom = tool.custom or (CustomTool(name=tool.name, description=tool.description) if tool.name else None)
         if custom is None:
-            raise bad(f"{path}.custom is missing", f"{path}.custom", "missing_required_parameter")
+            raise missing(f"{path}.custom")
         return free_text_tool(custom.name, custom.description or "", custom.format)
     if tool.function is None and tool.name is None:
-        raise bad(f"{path}.function is missing", f"{path}.function", "missing_required_parameter")
+        raise missing(f"{path}.function")
     function: Any = tool.function or tool
     out: dict[str, Any] = {"name": function.name}
     out |= {k: v for k in ("description", "parameters") if (v := getattr(function, k)) is not None}
@@ -208,15 +208,11 @@ def check_continued(messages: Sequence[dict[str, Any]], form: Any, param: str) -
         raise bad(f"{param} holds whole answers to a form; it can't be used where one was begun", param)
 
 
-def read_format(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    """The JSON Schema that response_format asks for, or None."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-        raise bad("response_format.json_schema.schema is missing", "response_format.json_schema.schema")
-    return wanted.json_schema.schema_
+def form_schema(kind: str, schema: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
+    """The JSON Schema that a format of some `kind` asks for, None for plain text; `schema` comes with json_schema."""
+    if kind == "json_schema" and schema is None:
+        raise missing(f"{path}.schema")
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[kind]
 
 
 def _read_call(call: MessageCall, path: str) -> dict[str, Any]:
@@ -226,7 +222,7 @@ def _read_call(call: MessageCall, path: str) -> dict[str, Any]:
         arguments = parse_json(call.function.arguments or "{}", f"{path}.function.arguments")
         function = {"name": call.function.name, "arguments": arguments}
     else:
-        raise bad(f"{path}.function is missing", f"{path}.function", "missing_required_parameter")
+        raise missing(f"{path}.function")
     return {"id": call.id or "", "type": "function", "function": function}
 
 
@@ -254,6 +250,8 @@ RESERVED = frozenset(
 
 def _common(form: Common) -> dict[str, Any]:
     stops = [form.stop] if isinstance(form.stop, str) else form.stop or []
+    wanted = form.response_format or ResponseFormat(type="text")
+    given = wanted.json_schema
     bias = form.logit_bias or {}
     wrong = next((k for k in bias if not (k.isascii() and k.isdigit() and len(k) < 12)), None)
     if wrong is not None:
@@ -261,7 +259,7 @@ def _common(form: Common) -> dict[str, Any]:
     return {
         "model": form.model,
         "stop": tuple(s for s in stops if s),
-        "schema": read_format(form.response_format),
+        "schema": form_schema(wanted.type, given.schema_ if given else None, "response_format.json_schema"),
         "stream": bool(form.stream),
         "include_usage": bool(form.stream_options and form.stream_options.include_usage),
         "sampling": SamplingParams(

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..dialogue.errors import bad, unsupported
+from ..dialogue.errors import bad, missing, text_of, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
-from .openai import free_text_tool, refuse_unsupported
+from .openai import form_schema, free_text_tool, refuse_unsupported
 from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Form, Int, JsonObject, Share, Tokens, check, parse_json
 from .tool_choice import choose
 
@@ -110,7 +110,7 @@ def read(body: Item, earlier: list[Item]) -> Asked:
     given = form.input if form.input is not None else []
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else list(given)
     if not (items or earlier or form.instructions):
-        raise bad("input is missing", "input", "missing_required_parameter")
+        raise missing("input")
     if len(items) + len(earlier) > MAX_MESSAGES:
         raise bad(f"input must have at most {MAX_MESSAGES} items, with those of the responses before it", "input")
     tools, names = read_tools([*(form.tools or ()), *_added_tools(items)])
@@ -122,30 +122,20 @@ def read(body: Item, earlier: list[Item]) -> Asked:
     logprobs = form.top_logprobs or 0 if "message.output_text.logprobs" in (form.include or ()) else None
     if form.top_logprobs and logprobs is None:
         raise bad("top_logprobs needs include: message.output_text.logprobs", "top_logprobs")
+    wanted = form.text.format if form.text else None
     request = GenerationRequest(
         model=form.model,
         messages=tuple(messages),
         max_tokens=form.max_output_tokens,
         logprobs=logprobs,
         parallel_calls=form.parallel_tool_calls is not False,
-        schema=_schema(form.text),
+        schema=form_schema(wanted.type, wanted.schema_, "text.format") if wanted else None,
         template=template,
         stream=bool(form.stream),
         sampling=SamplingParams(form.temperature, form.top_p, None, None),  # type: ignore[arg-type]
         **_choose(form.tool_choice, tools, names),
     )
     return Asked(request, body, [*earlier, *items], names)
-
-
-def _schema(text: Text | None) -> dict[str, Any] | None:
-    wanted = text.format if text else None
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.schema_ is None:
-        raise bad("text.format.schema is missing", "text.format.schema", "missing_required_parameter")
-    return wanted.schema_
 
 
 # ---- tools
@@ -165,7 +155,7 @@ def read_tools(tools: list[Item]) -> tuple[list[Item], dict[str, ToolName]]:
         if kind not in ("function", "custom"):
             raise unsupported(f"{path}.type", f"{kind!r} does not run at the client; function, custom and namespace do")
         if not isinstance(name, str) or not name:
-            raise bad(f"{path}.name is missing", f"{path}.name", "missing_required_parameter")
+            raise missing(f"{path}.name")
         inner = f"{namespace}__{name}" if namespace else name
         description = tool.get("description") or ""
         names[inner] = ToolName(name, namespace, kind == "custom")
@@ -240,20 +230,20 @@ def read_items(items: list[Item], first: int, names: dict[str, ToolName]) -> lis
             if thought := _thought(item):
                 model(new=turn is not None and (len(turn) > 2 or bool(turn["content"])))["reasoning_content"] = thought
         elif kind in ("function_call", "custom_tool_call"):
-            name = _string(item, "name", path)
+            name = text_of(item, "name", path)
             name = inner.get((item.get("namespace") or "", name), name)
             if kind == "function_call":
                 where = f"{path}.arguments"
-                arguments = parse_json(_string(item, "arguments", path) or "{}", where)
+                arguments = parse_json(text_of(item, "arguments", path) or "{}", where)
             else:
-                arguments = {"input": _string(item, "input", path)}
-            call = {"id": _string(item, "call_id", path), "type": "function"}
+                arguments = {"input": text_of(item, "input", path)}
+            call = {"id": text_of(item, "call_id", path), "type": "function"}
             function = {"name": name, "arguments": arguments}
             model().setdefault("tool_calls", []).append(call | {"function": function})
         elif kind in ("function_call_output", "custom_tool_call_output"):
             turn = None
             result = _text(item.get("output"), f"{path}.output")
-            out.append({"role": "tool", "tool_call_id": _string(item, "call_id", path), "content": result})
+            out.append({"role": "tool", "tool_call_id": text_of(item, "call_id", path), "content": result})
         elif kind != "additional_tools":
             hint = "send the item itself" if kind == "item_reference" else "it belongs to a tool that does not run here"
             raise unsupported(f"{path}.type", f"{kind!r}; {hint}")
@@ -273,12 +263,6 @@ def _text(content: Any, path: str) -> str:
             raise unsupported(f"{path}[{i}].type", f"{kind!r}; this model reads text only")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _string(item: Item, name: str, path: str) -> str:
-    if not isinstance(item.get(name), str):
-        raise bad(f"{path}.{name} is missing", f"{path}.{name}", "missing_required_parameter")
-    return item[name]
 
 
 def _thought(item: Item) -> str:

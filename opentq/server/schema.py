@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from ..dialogue.errors import bad
+from ..dialogue.errors import bad, missing
 
 MAX_MESSAGES = 4096
 MAX_STOPS = 16
@@ -394,7 +394,7 @@ def check(body: dict[str, Any], form: type[F]) -> F:
         elif not part.startswith("<"):  # the tag of a union
             path += f".{part}" if path else part
     if wrong["type"] == "missing":
-        raise bad(f"{path} is missing", path, "missing_required_parameter")
+        raise missing(path)
     words = re.sub(r"^(Input|List|String|Dictionary) should |^Value error, must ", "must ", wrong["msg"])
     for theirs, ours in WORDS:
         words = re.sub(theirs, ours, words)
