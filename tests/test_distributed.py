@@ -90,9 +90,9 @@ class Launched:
 
 
 BODIES: list[dict[str, Any]] = [
-    {"messages": [{"role": "user", "content": LONG[:700]}], "max_tokens": 70, "logit_bias": NO_END},
-    {"messages": HI, "max_tokens": 30, "temperature": 1.0, "seed": 4, "logit_bias": NO_END, "n": 2},
-    {"messages": HI, "max_tokens": 40, "logit_bias": NO_END, "stop": ["a", "b", "c"], "frequency_penalty": 0.5},
+    {"messages": [{"role": "user", "content": LONG[:300]}], "max_tokens": 20, "logit_bias": NO_END},
+    {"messages": HI, "max_tokens": 10, "temperature": 1.0, "seed": 4, "logit_bias": NO_END, "n": 2},
+    {"messages": HI, "max_tokens": 15, "logit_bias": NO_END, "stop": ["a", "b", "c"], "frequency_penalty": 0.5},
     {"messages": HI, "max_tokens": 120, "tools": [TOOL], "tool_choice": "required", "temperature": 1, "seed": 2},
 ]
 
@@ -118,7 +118,7 @@ def test_two_ranks_serve_what_one_does_and_end_together(folder, tmp_path):
         leaving.close()
         assert [said(a.result()) for a in answers] == wanted
         again = both.post(**BODIES[0]).json()
-        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 640
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
         assert again["choices"][0]["message"]["content"] == wanted[0][0][0]
         # A rank that dies ends all of it, and says so.
         running = pool.submit(both.post, messages=HI, max_tokens=3000, logit_bias=NO_END)
@@ -129,6 +129,8 @@ def test_two_ranks_serve_what_one_does_and_end_together(folder, tmp_path):
     assert "another process of the model ended" in both.log.read_text() and "Traceback" not in both.log.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds ranks in /proc")
 def test_ranks_stop_together_on_a_signal(folder, tmp_path):
     both = Launched(folder, tmp_path / "log")
     assert said(both.post(messages=HI, max_tokens=3))

@@ -7,6 +7,7 @@ import resource
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from opentq.hosts.mlx_lm.tokens import SLICE
 from opentq.server import anthropic, connections, openai, pace, schema
 from opentq.server.launch import ServeOptions
 
-from .server_support import HI, Streaming, content, serving, wait_for
+from .server_support import HI, LONG, Slow, Streaming, content, serving, wait_for
 from .tiny_model import write
 
 # ---- work that grows with what a client sends
@@ -357,3 +358,23 @@ def test_few_files_are_said_in_a_line(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 256))
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
     assert connections.allowed() == 256 - connections.BACKLOG - connections.RESERVE and limits == [(256, 256)]
+
+
+def test_a_request_that_fails_at_its_start_leaves_those_that_came_with_it(server, monkeypatch):
+    engine = server.service.engine
+    inner, calls = engine.store.fetch, []
+
+    def fetch(names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise RuntimeError("once")
+        return inner(names)
+
+    with Slow(engine, 0.5), ThreadPoolExecutor() as pool:
+        reading = Streaming(server, LONG)
+        wait_for(lambda: engine.reading)
+        monkeypatch.setattr(engine.store, "fetch", fetch)
+        answers = [pool.submit(server.chat, f"one of three {n}", max_tokens=2) for n in range(3)]
+        assert sorted(a.result().status_code for a in answers) == [200, 200, 500]
+        reading.close()
+    wait_for(server.quiet)

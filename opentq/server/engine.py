@@ -136,6 +136,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._numbered: WeakValueDictionary[int, Job] = WeakValueDictionary()
         self._submitted = 0
+        self._orders: deque[tuple[str, Any]] = deque()
         self._over: list[Job] = []  # whose answers ended by what only the first process knows
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
         self._chunks = 0
@@ -163,8 +164,9 @@ class Engine:
             if idle and self.store.files and self.store.files.waiting and self._inbox.empty():
                 self.store.files.write_one()
                 continue
-            for kind, value in self._orders(block=idle):
-                self._obey(kind, value)
+            self._orders += self._hear(block=idle and not self._orders)
+            while self._orders:  # one that fails leaves the others
+                self._obey(*self._orders.popleft())
             if self.batches:
                 tic = time.perf_counter()
                 grew = [job for key in sorted(self.batches) for job in self._decode(key)]
@@ -208,7 +210,7 @@ class Engine:
                 job, ApiError(500, f"the engine failed on this request: {type(error).__name__}", code="engine_error")
             )
 
-    def _orders(self, block: bool) -> list[tuple[str, Any]]:
+    def _hear(self, block: bool) -> list[tuple[str, Any]]:
         """What came in since the last turn; waits for it with `block`."""
         if self.team.follows:
             return [self._understood(*words) for words in self.team.agree(None)]
@@ -239,7 +241,8 @@ class Engine:
             tokens, max_tokens, leader, room = words
             silent: Any = Mute()
             job = Job(tokens, max_tokens, SamplingParams(), silent, lambda *_: None, number=number)
-            job.leader = self._numbered.get(leader)
+            # One that is over already is not waited for; that there was one still counts.
+            job.leader = self._numbered.get(leader, job) if leader else None
             self._numbered[number] = job
             return kind, (job, room)
         return kind, (self._numbered.get(number), ApiError(499, "the client went away"))

@@ -95,6 +95,7 @@ class Service:
         self.watch = Watch()
         self.grammars = Grammars(engine.tokenizer, vocab)
         self.vocab = vocab
+        self._closing = False
         self.failure = ""  # why nothing will ever be answered again
         self.on_failure: Callable[[], None] = lambda: None
         self.refusal: tuple[str, str] | None = None  # why nothing is taken on any more: words and code
@@ -133,7 +134,7 @@ class Service:
 
     def _lose(self, error: BaseException) -> None:
         """End everything: this process alone has only a part of the model."""
-        if self.failure:
+        if self.failure or self._closing:
             return
         self.failure = str(error if isinstance(error, Lost) else gone(error))
         log.error("%s", self.failure)
@@ -175,6 +176,7 @@ class Service:
 
     def close(self) -> None:
         """Stop the engine after the step it is in, and let it write what waits for the disk."""
+        self._closing = True
         self._tokenizing.shutdown(wait=False)
         self.engine.close()
         if not self.failure:  # else its thread may wait for another process for ever

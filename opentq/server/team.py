@@ -14,6 +14,8 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,10 @@ class Team(Alone):
                 self._others = [Client((_first_host(), port), authkey=bytes(key))]
             else:
                 with listener:
-                    self._others = [listener.accept() for _ in range(self.size - 1)]
-        except (OSError, EOFError) as error:
+                    while len(self._others) < self.size - 1:
+                        with suppress(AuthenticationError, EOFError, ConnectionError):  # a stranger
+                            self._others.append(listener.accept())
+        except (OSError, EOFError, AuthenticationError) as error:
             raise Lost(f"the processes of the model can't connect with one another: {error}") from error
         for connection in self._others:
             with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as s:
