@@ -113,10 +113,10 @@ def test_two_ranks_serve_what_one_does_and_end_together(folder, tmp_path):
     # Side by side, one of them leaving, and again from what is remembered.
     with ThreadPoolExecutor() as pool:
         leaving = Streaming(both, LONG)
-        answers = [pool.submit(both.post, **body) for body in BODIES]
+        answers = [pool.submit(both.post, **body) for body in BODIES[:3]]
         leaving.until("data")
         leaving.close()
-        assert [said(a.result()) for a in answers] == wanted
+        assert [said(a.result()) for a in answers] == wanted[:3]
         again = both.post(**BODIES[0]).json()
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
         assert again["choices"][0]["message"]["content"] == wanted[0][0][0]
