@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..dialogue.errors import ApiError
 from ..dialogue.request import Done, Generated, GenerationRequest, Progress, Usage
-from .engine import Event
+from .job import Event
 from .service import GONE, Service, Stream
 
 

@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import copy
 import logging
-import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..dialogue.errors import ApiError, bad
-from ..dialogue.output import Parser
-from ..dialogue.prompt import Prompt
-from ..dialogue.request import Chosen, Done, Generated, Progress, SamplingParams, Usage
+from ..dialogue.request import Chosen, Done, Generated, Progress
 from ..dialogue.sampling import KeyedSampler, Processor, make_processors
 from ..errors import UserError
 from ..hosts.mlx_lm.private import StopSequences, _merge_caches
@@ -34,14 +29,12 @@ from ..hosts.mlx_lm.public import make_prompt_cache
 from .admission import bucket
 from .decoding import Decoding, RowSampling
 from .draft import Draft
-from .grammar import Constraint
+from .job import Job
 from .lookup import LONGEST, Lookup
+from .orders import Order, Orders
 from .pace import Pace
 from .prefix import PrefixStore, exact_trim
-from .team import Alone, Mute
-
-if TYPE_CHECKING:
-    from ..hosts.mlx_vlm.vision import ImagePrompt
+from .team import Alone
 
 log = logging.getLogger("opentq.serve")
 
@@ -50,80 +43,17 @@ CHECKPOINTS = (1, 4, 16, 64)
 CHECKPOINT_SHARE = 8
 """Checkpoints before the end are kept where this many fit into what running requests leave."""
 
-Event = Progress | Generated | Done | ApiError
-
-
-@dataclass(eq=False)
-class Job:
-    """One sequence on its way. The client's side fills in the first fields, the engine the rest."""
-
-    prompt: Prompt
-    max_tokens: int
-    sampling: SamplingParams
-    parser: Parser
-    post: Callable[[Job, Event], None]
-    constraint: Constraint | None = None
-    logprobs: int | None = None
-    leader: Job | None = None  # another that reads the same prompt
-    created: float = field(default_factory=time.perf_counter)
-
-    names: list[str] = field(default_factory=list)
-    number: int = 0  # in the order of submission
-    caches: list[Any] | None = None
-    read: int = 0  # prompt tokens in the caches
-    cached: int = 0
-    snapshots: set[int] = field(default_factory=set)
-    started: float = 0.0
-    first: float = 0.0  # when the prompt was read
-    generated: int = 0
-    answer: list[int] = field(default_factory=list)
-    lookup: Lookup | None = None
-    known: int = 0  # blocks of prompt and answer in the prefix store
-    trims: bool = True  # whether its caches serve all shorter prefixes
-    followers: list[Job] = field(default_factory=list)  # jobs that wait for this one's prompt to be read
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt.tokens
-
-    @property
-    def images(self) -> ImagePrompt | None:
-        return self.prompt.images
-
-    @property
-    def total(self) -> int:
-        return len(self.tokens) + self.max_tokens
-
-    @property
-    def marks(self) -> tuple[tuple[int, bytes], ...]:
-        return self.images.marks if self.images else ()
-
-    def sees(self, place: int) -> bool:
-        """Whether an image lies at or behind a place of the prompt."""
-        return self.images is not None and place < self.images.end
-
-    def usage(self) -> Usage:
-        now = time.perf_counter()
-        first = self.first or now
-        return Usage(
-            prompt=len(self.tokens),
-            completion=self.generated,
-            cached=self.cached,
-            queue_seconds=max(0.0, (self.started or now) - self.created),
-            prompt_seconds=first - self.started if self.started else 0.0,
-            generation_seconds=now - first,
-        )
-
 
 class Engine:
     """Runs jobs on a model. `submit`, `cancel` and `close` may be called from any thread; `run` is the thread."""
 
-    def __init__(self, model: Any, tokenizer: Any, store: PrefixStore, chunk: int):
+    def __init__(self, model: Any, tokenizer: Any, store: PrefixStore, chunk: int, team: Alone | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.store = store
         self.chunk = chunk
-        self.team = Alone()
+        self.team = team or Alone()
+        self.orders = Orders(self.team)
         self.pace = Pace()
         self.reading: list[Job] = []
         self.batches: dict[int, tuple[Decoding, list[Job]]] = {}
@@ -133,10 +63,7 @@ class Engine:
         self.lookup = True  # whether a single answer's next tokens are guessed from what is there
         self.draft: Draft | None = None  # what else guesses them
         self.guessed = self.guessed_right = 0
-        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._numbered: WeakValueDictionary[int, Job] = WeakValueDictionary()
-        self._submitted = 0
-        self._orders: deque[tuple[str, Any]] = deque()
+        self._heard: deque[Order] = deque()
         self._over: list[Job] = []  # whose answers ended by what only the first process knows
         self._eos = StopSequences([(t,) for t in tokenizer.eos_token_ids])
         self._chunks = 0
@@ -146,14 +73,14 @@ class Engine:
 
     def submit(self, job: Job, room: int) -> None:
         """Start a job that was admitted; `room` is what running requests leave for remembered prefixes, in bytes."""
-        self._inbox.put(("submit", (job, room)))
+        self.orders.put("submit", job, room)
 
     def cancel(self, job: Job, error: ApiError) -> None:
         """End a job with `error`, wherever it is; its memory is free when the error is posted."""
-        self._inbox.put(("cancel", (job, error)))
+        self.orders.put("cancel", job, error)
 
     def close(self) -> None:
-        self._inbox.put(("close", None))
+        self.orders.put("close")
 
     # ---- the engine's own thread
 
@@ -161,12 +88,12 @@ class Engine:
         """Work until closed. An error of the model's ends this call; `recover` says what to do then."""
         while not self._closed:
             idle = not (self.reading or self.batches or self.unread)
-            if idle and self.store.files and self.store.files.waiting and self._inbox.empty():
+            if idle and self.store.files and self.store.files.waiting and self.orders.empty():
                 self.store.files.write_one()
                 continue
-            self._orders += self._hear(block=idle and not self._orders)
-            while self._orders:  # one that fails leaves the others
-                self._obey(*self._orders.popleft())
+            self._heard += self.orders.hear(wait=idle and not self._heard)
+            while self._heard:  # one that fails leaves the others
+                self._obey(*self._heard.popleft())
             if self.batches:
                 tic = time.perf_counter()
                 grew = [job for key in sorted(self.batches) for job in self._decode(key)]
@@ -209,43 +136,6 @@ class Engine:
             job.post(
                 job, ApiError(500, f"the engine failed on this request: {type(error).__name__}", code="engine_error")
             )
-
-    def _hear(self, block: bool) -> list[tuple[str, Any]]:
-        """What came in since the last turn; waits for it with `block`."""
-        if self.team.follows:
-            return [self._understood(*words) for words in self.team.agree(None)]
-        orders: list[tuple[str, Any]] = []
-        while not self._closed:
-            try:
-                orders.append(self._inbox.get(block and not orders))
-            except queue.Empty:
-                break
-            self._closed = orders[-1][0] == "close"
-        self.team.agree([self._words(*order) for order in orders])
-        return orders
-
-    def _words(self, kind: str, value: Any) -> list[Any]:
-        """An order as other processes are told of it."""
-        if kind == "close":
-            return [kind]
-        job, detail = value
-        if kind == "cancel":
-            return [kind, job.number]
-        self._submitted += 1
-        job.number = self._submitted
-        return [kind, job.number, job.tokens, job.max_tokens, job.leader.number if job.leader else 0, detail]
-
-    def _understood(self, kind: str, number: int = 0, *words: Any) -> tuple[str, Any]:
-        """An order that the first process was given. Its answers are made here, too, and told to nobody."""
-        if kind == "submit":
-            tokens, max_tokens, leader, room = words
-            silent: Any = Mute()
-            job = Job(tokens, max_tokens, SamplingParams(), silent, lambda *_: None, number=number)
-            # One that is over already is not waited for; that there was one still counts.
-            job.leader = self._numbered.get(leader, job) if leader else None
-            self._numbered[number] = job
-            return kind, (job, room)
-        return kind, (self._numbered.get(number), ApiError(499, "the client went away"))
 
     def _obey(self, kind: str, value: Any) -> None:
         if kind == "submit":
@@ -444,7 +334,7 @@ class Engine:
     def _end_step(self, grew: list[Job]) -> None:
         """After a step: end what only the first process saw ending, and note whose answers have a block to be read."""
         for number, length in self.team.agree([[job.number, len(job.answer)] for job in self._over]):
-            if self.team.follows and (job := self._numbered.get(number)):
+            if self.team.follows and (job := self.orders.job(number)):
                 del job.answer[length:]
                 self._leave(job)
         self._over.clear()
@@ -479,7 +369,9 @@ class Engine:
             lookup.add(token)
         if self.lookup and lookup.wanted and (guesses := lookup.guess(batch.newest, min(room, LONGEST))):
             return guesses, lookup
-        return self.draft.guess(lookup.tokens, batch.newest, room) if self.draft else [], None
+        if self.draft and not job.images:
+            return self.draft.guess(lookup.tokens, batch.newest, room), None
+        return [], None
 
     def _chosen(self, token: int, logprobs: mx.array, top: int) -> Chosen:
         """A token with its log probability; JSON has no infinity, so an impossible token has OpenAI's -9999."""

@@ -217,8 +217,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     if getattr(model, "vision", None):
         images_bytes = prices.budget // 8  # held until their prompts are read; taken from what requests may hold
         admission.budget -= images_bytes
-    engine = Engine(model, tokenizer, store, step)
-    engine.team = team
+    engine = Engine(model, tokenizer, store, step, team)
     engine.lookup = options.lookup and team.size == 1  # guesses are settled by one process
     if draft:
         engine.draft = Draft(draft, options.drafts, model_context(draft) or longest)

@@ -25,8 +25,9 @@ from ..dialogue.prompt import Prompt, Prompter, check_choices, too_long
 from ..dialogue.request import Done, Generated, GenerationRequest, Progress
 from .admission import Admission
 from .diverge import Watch
-from .engine import Engine, Event, Job
+from .engine import Engine
 from .grammar import Grammars
+from .job import Event, Job
 from .metrics import Metrics
 from .team import Lost, gone
 from .worker import Worker

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..dialogue.errors import ApiError
 from ..dialogue.request import Done, Generated, Progress
-from .engine import Event
+from .job import Event
 from .service import GONE
 
 
