@@ -136,21 +136,41 @@ def heads(rows: Rows, markdown: Markdown) -> str:
 def bits(rows: Rows, markdown: Markdown) -> str:
     """Divergence of every spec and codec, and the bits that it saves beside the front of uniform specs."""
     found = kind(rows, "calibration", "spec")
-    names = [n for n in dict.fromkeys(name for _, name in found) if all((t, n) in found for t in TEXTS.values())]
-    if not names:
-        return NONE.format("calibration")
-    mean = {n: np.mean([np.log(k[0]) for t in TEXTS.values() for k in found[t, n]["kl"]]) for n in names}
-    size = {n: found["code", n]["bits"] for n in names}
-    front = sorted((mean[n], size[n]) for n in names if n.endswith(FREE))
     body = []
-    for n in names:
-        ks = ["{:.4f}".format(np.exp(np.mean([np.log(k[0]) for k in found[t, n]["kl"]]))) for t in TEXTS.values()]
-        saved = "" if n.endswith(FREE) else f"{needed(front, mean[n]) - size[n]:+.2f}"
-        body.append([f"`{n}`", f"{size[n]:.2f}", *ks, saved])
+    for n in dict.fromkeys(name for _, name in found):
+        texts = [t for t in TEXTS.values() if (t, n) in found]
+        size, saved = found[texts[0], n]["bits"], ""
+        if not n.endswith(FREE):
+            uniform = {u: found[texts[0], u]["bits"] for _, u in found if u.endswith(FREE)}
+            front = lower([(level(found, u, texts), size) for u, size in uniform.items()])
+            saved = f"{needed(front, level(found, n, texts)) - size:+.2f}"
+        ks = [f"{np.exp(level(found, n, [t])):.4f}" if t in texts else "" for t in TEXTS.values()]
+        body.append([f"`{n}`", f"{size:.2f}", *ks, saved])
     return table(["spec: keys / values", "bits", "code", "prose", "bits saved"], body, found, markdown, "calibration")
 
 
-def needed(front: list[tuple[float, float]], wanted: float) -> float:
+def level(found: Found, name: str, texts: list[str]) -> float:
+    """Mean log KL over texts and depths."""
+    return float(np.mean([np.log(k[0]) for t in texts for k in found[t, name]["kl"]]))
+
+
+Point = tuple[float, float]
+
+
+def lower(points: list[Point]) -> list[Point]:
+    """The lower convex hull of (log KL, bits), by rising KL: mixtures of two specs reach what lies on its lines."""
+    hull: list[Point] = []
+    for x, y in sorted(points):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def needed(front: list[Point], wanted: float) -> float:
     """Bits at which the front has this log KL: between neighbours, or beyond its ends by their slope."""
     at = min(max(sum(kl < wanted for kl, _ in front), 1), len(front) - 1)
     (x0, y0), (x1, y1) = front[at - 1], front[at]
