@@ -108,3 +108,45 @@ def test_what_the_launch_does_not_serve_is_made_in_parts(fused, monkeypatch):
     monkeypatch.setattr(backends, "active", lambda: None)
     assert mx.allclose(got, run(plain, 100, 5), atol=1e-6).item() and same_state(cache, plain)
     assert dispatch.candidates()[-1][0] == "tiled"
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("spec", ["int4", "tq5/tq3:nc:center:sink=4", "k8v4:norot", "f16/int4"])
+def test_a_step_of_the_cpu_leaves_the_bits_that_single_operations_leave(monkeypatch, spec, length):
+    """Columns bit for bit, also of tokens beyond fp16's range; outputs within rounding."""
+    from opentq.kernels.cpu import attention as cpu
+    from opentq.kernels.cpu import step as cpu_step
+
+    if not cpu.BACKEND.available():
+        pytest.skip("no C++ compiler")
+    calls = []
+    launch = cpu_step.Launch.__call__
+    monkeypatch.setattr(cpu_step.Launch, "__call__", lambda self, *a: (calls.append(1), launch(self, *a))[1])
+    k, v = vectors(SHAPE, 150 + 3 * length)
+    k[..., -1, 0] = 1e6
+    q = queries(SHAPE, length, dtype=mx.float32)
+
+    def run(backend):
+        monkeypatch.setattr(backends, "active", lambda: backend)
+        cache = OpenTQCache(spec)
+        fill(cache, k[:, :, :150], v[:, :, :150], [70, 80])
+        outs = []
+        for start in range(150, 150 + 3 * length, length):
+            piece = slice(start, start + length)
+            handles = cache.update_and_fetch(k[:, :, piece], v[:, :, piece])
+            outs.append(handles[0].step.attend(q, scale=0.125, mask="causal" if length > 1 else None))
+        return cache, mx.concatenate(outs, axis=2)
+
+    (fused, out), (plain, expected) = run(cpu.BACKEND), run(replace(cpu.BACKEND, step=None))
+    assert len(calls) == 3 and same_state(fused, plain)
+    assert mx.allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_step_of_the_cpu_leaves_to_others():
+    from opentq.kernels.cpu import step as cpu_step
+    from opentq.spec.kv import KVSpec
+
+    def turned(spec, dim):
+        return cpu_step.turned(KVSpec.parse(spec).codecs()[0], dim)
+
+    assert turned("int4", 80) is None and turned("int4", 64) is True and turned("int4:norot", 80) is False
