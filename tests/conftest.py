@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import pytest
 
@@ -50,6 +52,25 @@ def agent(folder):
 
     with serving(folder, names=("tiny",), max_context=20_000, any_model=True, prefill_step=256) as running:
         yield running
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `opentq ARGS` in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        from opentq.cli import main as cli
+
+        monkeypatch.setattr(sys, "argv", ["opentq", *args])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

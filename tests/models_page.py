@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -134,17 +135,21 @@ class Verdict:
 
 @functools.cache
 def verdict(name: str) -> Verdict:
-    """Find out, by running it, what opentq does with architecture `name`."""
-    model = build(name)
-    caches = make_prompt_cache(model)
-    features = _features(model, caches)
-    want, own = forward(model, fp16 := rounded(model, False)), [c for cache in fp16 for c in members(cache)]
-    unbounded = sum(type(c) in (KVCache, Rounded) and not c.empty() for c in own)
+    """What opentq does with architecture `name`."""
+    return judged(name, build(name), sys.modules[__name__])
+
+
+def judged(name: str, model: Any, page: Any) -> Verdict:
+    """Find out, by running it, what opentq does with an architecture; `page` knows its host."""
+    caches = page.make_prompt_cache(model)
+    features = page.features(model, caches)
+    want, own = page.forward(model, fp16 := page.rounded(model, False)), [c for cache in fp16 for c in members(cache)]
+    unbounded = sum(page.grows(c) for c in own)
     window = None
-    if any(isinstance(c, RotatingKVCache) for c in own):
-        want_window = forward(model, rounded(model, True))
+    if any(isinstance(c, page.RotatingKVCache) for c in own):
+        want_window = page.forward(model, page.rounded(model, True))
         plans = hooks.compress(model, "f16:window=compress")
-        window = distance(forward(model, model.make_cache()), want_window)
+        window = distance(page.forward(model, model.make_cache()), want_window)
         if not any(p.window for p in plans):
             window = None
     try:
@@ -153,16 +158,21 @@ def verdict(name: str) -> Verdict:
         hooks.uninstall(model)
         reasons = _counted(decide_all(model, caches))
         return Verdict(name, 0, unbounded, reasons, 0.0, window, (), "-", True, None, features)
-    fidelity = distance(forward(model, model.make_cache()), want)
+    fidelity = distance(page.forward(model, model.make_cache()), want)
     plans = hooks.compress(model, "int4")
     stats = hooks.installed(model).stats
     before = {key: s.calls for key, s in stats.items()}
-    forward(model, model.make_cache())
+    page.forward(model, model.make_cache())
     packed = [(p.index, p.part) for p in plans if p.compressed]
     calls = tuple((stats[key].calls - before[key]) / len(STEPS) for key in packed)
     native = _counted((p.kind, p.reason) for p in plans if not p.compressed)
-    batch, resumed, trimmed = _batch(model), _resumes(model), _trims(model)
+    batch, resumed, trimmed = page.batch(model), page.resumes(model), page.trims(model)
     return Verdict(name, len(packed), unbounded, native, fidelity, window, calls, batch, resumed, trimmed, features)
+
+
+def grows(cache: Any) -> bool:
+    """Whether a cache that has seen tokens grows with the context."""
+    return type(cache) in (KVCache, Rounded) and not cache.empty()
 
 
 def decide_all(model: Any, caches: list[Any]) -> list[tuple[str, str]]:
@@ -177,7 +187,7 @@ def _counted(reasons: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(f"{n} {kind}: {reason}" for (kind, reason), n in sorted(Counter(reasons).items()))
 
 
-def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
+def features(model: Any, caches: list[Any]) -> tuple[str, ...]:
     source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
     kinds = {type(c) for cache in caches for c in members(cache)}
     found = {
@@ -194,7 +204,7 @@ def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
     return tuple(word for word, there in found.items() if there)
 
 
-def _batch(model: Any) -> str:
+def batch(model: Any) -> str:
     """Ragged prompts in one batch against the same prompts alone."""
     prompts = [PROMPT[:n] for n in RAGGED]
     try:
@@ -225,7 +235,7 @@ def _native_batches(model: Any, prompts: list[list[int]]) -> bool | None:
         hooks.compress(model, spec)
 
 
-def _resumes(model: Any) -> bool:
+def resumes(model: Any) -> bool:
     """A cache that was copied, or saved and loaded by mlx-lm, continues bit for bit."""
     cache = model.make_cache()
     forward(model, cache, [(0, 100)])
@@ -239,7 +249,7 @@ def _resumes(model: Any) -> bool:
     return all(distance(forward(model, other, STEPS[1:3]), want) == 0 for other in (copied, loaded))
 
 
-def _trims(model: Any) -> bool | None:
+def trims(model: Any) -> bool | None:
     """Five tokens taken back leave no trace; None where mlx-lm can't take tokens back (windows, recurrent states)."""
     plain, cache = model.make_cache(), model.make_cache()
     forward(model, plain, [(0, 100)])

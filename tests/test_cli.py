@@ -21,23 +21,6 @@ TINY = Path(__file__).parents[1] / "models" / "tiny-llama"
 QUESTION = "# The secret code of Babilu is 48213.\n\nimport os\nimport sys\nWhat is the secret code of Babilu?"
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `opentq ARGS` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["opentq", *args])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_help_is_quick():
     """Processor seconds, which a busy machine does not stretch as it does the clock's."""
     times = []

@@ -8,7 +8,6 @@ import sys
 import mlx.core as mx
 import pytest
 
-from opentq.cli import main as cli
 from opentq.errors import UserError
 from opentq.evaluate import contenders, show
 from opentq.evaluate.plot import heat_map
@@ -16,23 +15,6 @@ from opentq.evaluate.simulate import SimulatedCache, coded
 from opentq.spec.kv import KVSpec, SpecError
 
 from .test_evaluate import TEXT
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `opentq ARGS` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["opentq", *args])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_the_command_prints_tables_and_keeps_records(run, folder, tmp_path):

@@ -45,21 +45,6 @@ def taking(option: str) -> list[str]:
     return [name for name in NAMES if option in options(name)]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["opentq", *args])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_the_walk_sees_all_commands():
     assert len(NAMES) >= 20 and {"generate", "eval fidelity", "bench model", "cache build"} <= set(NAMES)
 

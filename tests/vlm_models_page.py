@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,9 @@ from opentq.caches.composite import members
 from opentq.hosts import hooks
 from opentq.hosts.mlx_vlm.host import HOST
 from opentq.hosts.mlx_vlm.seams import SEAMS
-from opentq.hosts.plan import NothingCompressed
 from opentq.hosts.policy import native_reason
 
-from .models_page import BUDGET, PAGE, PROMPT, RAGGED, STEPS, Verdict, _counted, decide_all, distance
+from .models_page import BUDGET, PAGE, PROMPT, RAGGED, STEPS, Verdict, distance, judged
 from .vlm_architectures import LEFT_OUT, NAMES, build
 
 TITLE = "# Models of mlx-vlm"
@@ -118,45 +118,18 @@ def tokens_together(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 @functools.cache
 def verdict(name: str) -> Verdict:
-    """Find out, by running it, what opentq does with architecture `name`."""
-    model = build(name)
-    caches = make_prompt_cache(model)
-    features = _features(model, caches)
-    want, own = forward(model, fp16 := rounded(model, False)), [c for cache in fp16 for c in members(cache)]
-    unbounded = sum(_grows(c) for c in own)
-    window = None
-    if any(isinstance(c, RotatingKVCache) for c in own):
-        want_window = forward(model, rounded(model, True))
-        plans = hooks.compress(model, "f16:window=compress")
-        window = distance(forward(model, model.make_cache()), want_window)
-        if not any(p.window for p in plans):
-            window = None
-    try:
-        hooks.compress(model, "f16")
-    except NothingCompressed:
-        hooks.uninstall(model)
-        reasons = _counted(decide_all(model, caches))
-        return Verdict(name, 0, unbounded, reasons, 0.0, window, (), "-", True, None, features)
-    fidelity = distance(forward(model, model.make_cache()), want)
-    plans = hooks.compress(model, "int4")
-    stats = hooks.installed(model).stats
-    before = {key: s.calls for key, s in stats.items()}
-    forward(model, model.make_cache())
-    packed = [(p.index, p.part) for p in plans if p.compressed]
-    calls = tuple((stats[key].calls - before[key]) / len(STEPS) for key in packed)
-    native = _counted((p.kind, p.reason) for p in plans if not p.compressed)
-    batch, resumed, trimmed = _batch(model), _resumes(model), _trims(model)
-    return Verdict(name, len(packed), unbounded, native, fidelity, window, calls, batch, resumed, trimmed, features)
+    """What opentq does with architecture `name`."""
+    return judged(name, build(name), sys.modules[__name__])
 
 
-def _grows(cache: Any) -> bool:
+def grows(cache: Any) -> bool:
     """Whether a cache that has seen tokens grows with the context."""
     return (
         not cache.empty() and not isinstance(cache, (RotatingKVCache, ArraysCache)) and not hasattr(cache, "chunk_size")
     )
 
 
-def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
+def features(model: Any, caches: list[Any]) -> tuple[str, ...]:
     source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
     kinds = {type(c) for cache in caches for c in members(cache)}
     found = {
@@ -171,7 +144,7 @@ def _features(model: Any, caches: list[Any]) -> tuple[str, ...]:
     return tuple(word for word, there in found.items() if there)
 
 
-def _batch(model: Any) -> str:
+def batch(model: Any) -> str:
     """Ragged prompts in one batch against the same prompts alone."""
     prompts = [PROMPT[:n] for n in RAGGED]
     try:
@@ -197,7 +170,7 @@ def _native_batches(model: Any, prompts: list[list[int]]) -> bool | None:
         hooks.compress(model, spec)
 
 
-def _resumes(model: Any) -> bool:
+def resumes(model: Any) -> bool:
     """A cache that was copied, or taken apart and put together as mlx-vlm does it, continues bit for bit."""
     cache = model.make_cache()
     forward(model, cache, [(0, 100)])
@@ -210,7 +183,7 @@ def _resumes(model: Any) -> bool:
     return all(distance(forward(model, other, STEPS[1:3]), want) == 0 for other in (copied, again))
 
 
-def _trims(model: Any) -> bool | None:
+def trims(model: Any) -> bool | None:
     """Five tokens taken back leave no trace; None where mlx-vlm can't take tokens back (windows, recurrent states)."""
     plain, cache = model.make_cache(), model.make_cache()
     forward(model, plain, [(0, 100)])

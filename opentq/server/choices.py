@@ -7,13 +7,11 @@ and the others go on from its caches (`Job.leader`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from ..dialogue.errors import ApiError
-from ..dialogue.request import Done, Generated, GenerationRequest, Progress, Usage
-from .job import Event
-from .service import GONE, Service, Stream
+from ..dialogue.request import Done, Generated, GenerationRequest, Usage
+from .service import GONE, Events, Service, Stream
 
 
 def parts(request: GenerationRequest) -> list[GenerationRequest]:
@@ -40,25 +38,15 @@ async def open_all(service: Service, request: GenerationRequest) -> Stream | Sev
     return streams[0] if len(streams) == 1 else Several(streams)
 
 
-class Several:
+class Several(Events):
     """What `Stream` is, for several: every event says which answer it belongs to, and the last `Done` ends it."""
 
     def __init__(self, streams: list[Stream]):
-        self.id = streams[0].id
+        super().__init__(streams[0].id)
         self.streams = streams
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._left = len(streams)
         self._usage = Usage()
         self._tasks = [asyncio.ensure_future(self._forward(i, s)) for i, s in enumerate(streams)]
-
-    async def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]:
-        while True:
-            event = await self.events.get()
-            if isinstance(event, ApiError):
-                raise event
-            yield event
-            if isinstance(event, Done) and event.last:
-                return
 
     def cancel(self, error: ApiError = GONE) -> None:
         """End all of them. Safe at any time."""

@@ -57,15 +57,12 @@ class ServiceConfig:
     images_bytes: int = 0  # what the images of prompts that are not read yet may hold
 
 
-class Stream:
-    """One accepted request: iterate over its events, or `cancel` it. Ends with a Done or raises an ApiError."""
+class Events:
+    """What becomes of a request: iterate over its events. Ends with the last Done or raises an ApiError."""
 
-    def __init__(self, service: Service, job: Job):
-        self.id = secrets.token_hex(12)
-        self.job = job
+    def __init__(self, id: str):
+        self.id = id
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.ended = False
-        self._service = service
 
     async def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]:
         while True:
@@ -73,8 +70,18 @@ class Stream:
             if isinstance(event, ApiError):
                 raise event
             yield event
-            if isinstance(event, Done):
+            if isinstance(event, Done) and event.last:
                 return
+
+
+class Stream(Events):
+    """The events of one accepted request, which `cancel` ends."""
+
+    def __init__(self, service: Service, job: Job):
+        super().__init__(secrets.token_hex(12))
+        self.job = job
+        self.ended = False
+        self._service = service
 
     def cancel(self, error: ApiError = GONE) -> None:
         """End it; nobody else notices. Safe at any time."""
