@@ -91,7 +91,7 @@ def test_characters_show_the_grid():
         (("--depths", "500,100"), "ascending"),
         (("--window", "30"), "multiple of --step"),
         (("--depths", "100,120"), "windows overlap"),
-        (("--depths", "9999999"), "give more text"),
+        (("--depths", "9999999"), "the model was made for 4,096"),
         (("--format", "xml"), "output format 'xml'"),
         (("--text", "/nowhere.txt"), "does not exist"),
         (("--records", "/proc/x/y.jsonl"), "can't use the records file"),
