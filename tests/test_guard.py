@@ -155,7 +155,7 @@ def test_doctor_shows_the_verdict(plant, monkeypatch):
     backend = plant(attend=wrong)
     step = args()
     assert dispatch.attend(step)[1] == "tiled"
-    found = verdicts.findings(backend.name)
+    found = verdicts.checks(backend.name)
     assert [f.state for f in found] == ["ok", "slow"]
     assert "differs from the portable path by 3.0e-02" in found[1].detail and "delete" in found[1].remedy
 
@@ -318,7 +318,7 @@ def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, mo
     assert text(model) == expected
     said = lines(caplog)
     assert len(said) == 1 and "no more registers" in said[0] and "set aside" in said[0]
-    aside = [f.detail for f in verdicts.findings(backend.name) if f.name == "set aside"]
+    aside = [f.detail for f in verdicts.checks(backend.name) if f.name == "set aside"]
     assert len(aside) == 1 and "in a generation" in aside[0]
 
 
@@ -350,7 +350,7 @@ def test_damaged_verdicts_are_judged_again(monkeypatch, tmp_path):
     (tmp_path / "metal").write_text("{\nno\n")
     assert verdicts.kept("metal") == {}
     verdicts.keep("metal", "attention", "")
-    assert [f.detail for f in verdicts.findings("metal")] == ["1 variants right on this machine"]
+    assert [f.detail for f in verdicts.checks("metal")] == ["1 variants right on this machine"]
 
 
 def test_memory_that_ran_out_is_no_verdict(plant):
@@ -363,7 +363,7 @@ def test_memory_that_ran_out_is_no_verdict(plant):
     backend = plant(attend=full)
     with pytest.raises(RuntimeError, match="Insufficient Memory"):
         dispatch.attend(args())
-    assert all(finding.state == "ok" for finding in verdicts.findings(backend.name))
+    assert all(finding.state == "ok" for finding in verdicts.checks(backend.name))
 
 
 def test_what_a_verdict_depends_on(monkeypatch):

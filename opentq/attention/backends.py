@@ -6,7 +6,8 @@ import functools
 import importlib
 
 from ..codecs import rotation
-from ..contracts.backend import Backend, Finding
+from ..contracts.backend import Backend
+from ..contracts.check import Check
 from ..contracts.layout import CANONICAL, Layout
 from ..kernels import build
 from . import guard, verdicts
@@ -41,9 +42,9 @@ def layout_named(name: str) -> Layout:
     raise ValueError(f"storage layout {name!r} is not known to this version of opentq")
 
 
-def findings() -> list[Finding]:
+def checks() -> list[Check]:
     """What `opentq doctor` says about kernels and matrix products."""
     dialect = build.active_dialect()
     if dialect is None:
-        return [Finding("kernels", "slow", "none for this device")]
-    return [*backend(dialect).findings(), *verdicts.findings(dialect)]
+        return [Check("kernels", "slow", "none for this device")]
+    return [*backend(dialect).checks(), *verdicts.checks(dialect)]

@@ -14,7 +14,7 @@ import platform
 from pathlib import Path
 
 from .. import kernels, machine, records
-from ..contracts.backend import Finding
+from ..contracts.check import Check
 from ..errors import UserError
 from ..kernels import build
 from ..kernels.metal import launch as metal
@@ -82,11 +82,11 @@ def identity(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def findings(name: str) -> list[Finding]:
+def checks(name: str) -> list[Check]:
     """What `opentq doctor` says of verdicts: how many variants were right here, and each that was set aside."""
     path = file(name)
     rows = _read(path)
-    found = [Finding("judged kernels", "ok", f"{sum(not why for why in rows.values())} variants right on this machine")]
+    found = [Check("judged kernels", "ok", f"{sum(not why for why in rows.values())} variants right on this machine")]
     remedy = f"report it with opentq doctor --bench; delete {path} to have it judged again"
     wrong = [(what, why) for what, why in rows.items() if why]
-    return found + [Finding("set aside", "slow", f"{what} {why}", remedy) for what, why in wrong]
+    return found + [Check("set aside", "slow", f"{what} {why}", remedy) for what, why in wrong]

@@ -6,23 +6,14 @@ import importlib.metadata
 import json
 import platform
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..contracts.check import Check
 from ..errors import UserError
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding: `ok`, `slow` (works, could be faster) or `wrong`; `remedy` says what to do."""
-
-    name: str
-    state: str
-    detail: str
-    remedy: str = ""
 
 
 def doctor(
@@ -145,7 +136,7 @@ def _wired() -> list[Check]:
 def _kernels() -> list[Check]:
     from ..attention import backends
 
-    return [Check(f.name, f.state, f.detail, f.remedy) for f in backends.findings()]
+    return backends.checks()
 
 
 def _seam() -> Check:

@@ -1,3 +1,3 @@
 """Contracts: what the rooms below and above agree on: `codec` (vector to bits), `layout` (how bits lie in memory),
-`attention` (one call), `backend` (the kernels of one kind of machine).
+`attention` (one call), `backend` (the kernels of one kind of machine), `check` (what `doctor` says of them).
 """

@@ -9,22 +9,13 @@ from typing import Any
 import mlx.core as mx
 
 from .attention import AttnArgs
+from .check import Check
 from .codec import Codec
 from .layout import Layout
 from .shared import Shared
 
 Pair = tuple[Any, Any]
 """Something of keys and the same of values."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of `opentq doctor`: state is `ok`, `slow` (works, could be faster) or `wrong`."""
-
-    name: str
-    state: str
-    detail: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Backend(Shared):
             `center` taken off keys. None in place of the function where there is no such launch.
         rotate: `codecs.rotation.rotate` in one launch, or None for vectors that it does not serve.
         choose: `(sketches, rows, packed, count)`: the pages of most weight (`attention.pages`), or None.
-        findings: what `opentq doctor` should say.
+        checks: what `opentq doctor` should say.
     """
 
     name: str
@@ -57,4 +48,4 @@ class Backend(Shared):
     step: Callable[[AttnArgs, Pair, mx.array | None], tuple[mx.array, mx.array, mx.array] | None] | None = None
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
     choose: Callable[[mx.array, mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
-    findings: Callable[[], list[Finding]] = list
+    checks: Callable[[], list[Check]] = list

@@ -17,7 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...contracts.attention import AttnArgs, PackedKV
-from ...contracts.backend import Backend, Finding, Pair
+from ...contracts.backend import Backend, Pair
+from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Halves, WithOutliers
 from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
@@ -187,16 +188,16 @@ def _packed(side: PackedKV, views: list[np.ndarray]) -> ctypes.Array[cpu.Packed]
     return runs
 
 
-def findings() -> list[Finding]:
+def checks() -> list[Check]:
     """What `opentq doctor` says about the kernels and about matrix products."""
     status = cpu.status()
     if status.error:
-        found = Finding("kernels", "slow", f"portable path only: {status.error}", "install g++ or clang++, or set CXX")
+        found = Check("kernels", "slow", f"portable path only: {status.error}", "install g++ or clang++, or set CXX")
     else:
-        found = Finding("kernels", "ok", f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}")
+        found = Check("kernels", "ok", f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}")
     product = blas.status()
     slow = product.kind == "reference"
-    return [found, Finding("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
+    return [found, Check("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
 
 
-BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, step=step, choose=choose, findings=findings)
+BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, step=step, choose=choose, checks=checks)

@@ -13,7 +13,8 @@ import functools
 import mlx.core as mx
 
 from ...contracts.attention import AttnArgs, Lengths
-from ...contracts.backend import Backend, Finding
+from ...contracts.backend import Backend
+from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
 from . import launch as cuda
 from . import pages
@@ -306,9 +307,9 @@ def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
     return mx.concatenate(parts, axis=2).astype(args.q.dtype)
 
 
-def findings() -> list[Finding]:
+def checks() -> list[Check]:
     """What `opentq doctor` says about the kernels."""
-    return [Finding("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use")]
+    return [Check("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use")]
 
 
 BACKEND = Backend(
@@ -321,5 +322,5 @@ BACKEND = Backend(
     step,
     cuda.rotate,
     pages.choose,
-    findings,
+    checks,
 )

@@ -11,7 +11,8 @@ from ...codecs import codebooks
 from ...codecs.packing import words
 from ...codecs.rounding import lengths
 from ...contracts.attention import AttnArgs
-from ...contracts.backend import Backend, Finding, Pair
+from ...contracts.backend import Backend, Pair
+from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Integers
 from ...contracts.layout import Canonical, Layout
 from . import launch as metal
@@ -149,9 +150,9 @@ def _cuts(books: tuple[Codebook, ...]) -> tuple[mx.array, mx.array]:
     return mx.array(cuts, dtype=mx.float32), mx.array(entries, dtype=mx.float32)
 
 
-def findings() -> list[Finding]:
+def checks() -> list[Check]:
     """What `opentq doctor` says about the kernels."""
-    return [Finding("kernels", "ok", "Metal, compiled on first use")]
+    return [Check("kernels", "ok", "Metal, compiled on first use")]
 
 
-BACKEND = Backend("metal", mx.metal.is_available, attend, layouts, extend=extend, step=step, findings=findings)
+BACKEND = Backend("metal", mx.metal.is_available, attend, layouts, extend=extend, step=step, checks=checks)
