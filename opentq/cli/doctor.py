@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -110,9 +109,11 @@ def examine() -> list[Check]:
 
 
 def _versions() -> list[Check]:
+    from importlib.metadata import version  # slow to import, and --help is to be quick
+
     checks = [Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
     for name in ("opentq", "mlx", "mlx-lm"):
-        checks.append(Check(name, "ok", importlib.metadata.version(name)))
+        checks.append(Check(name, "ok", version(name)))
     return checks
 
 

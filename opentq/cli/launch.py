@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +90,9 @@ def _folder() -> Path:
 
 def find(url: str, key: str) -> Target | None:
     """The server at `url`, or None when nothing listens. Raises UserError for one that is not opentq's or refuses."""
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
