@@ -57,3 +57,8 @@ def test_later_records_replace_earlier_ones_and_other_models_are_left_out():
 @pytest.mark.parametrize("table", ["goal", "needles", "use", "tasks", "depth", "scale", "cpu"])
 def test_without_records_a_sentence_says_how_to_make_them(table):
     assert getattr(study, table)([], markdown).startswith("No record yet")
+
+
+def test_bits_count_the_tokens_that_stay_in_fp16():
+    row = {"bits": 4.0, "settings": {"spec": "tq4:sink=4:recent=28", "depth": 128}}
+    assert study.held(row) == 4 + 12 * 32 / 128
