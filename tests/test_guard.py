@@ -82,7 +82,8 @@ def plant(request, monkeypatch, tmp_path):
     monkeypatch.delenv("OPENTQ_KERNELS", raising=False)
 
     def planted(**changes):
-        broken = replace(real, **{name: change(getattr(real, name)) for name, change in changes.items()})
+        whole = replace(real, step=None) if "attend" in changes else real  # a step's kernel is another one
+        broken = replace(whole, **{name: change(getattr(whole, name)) for name, change in changes.items()})
         monkeypatch.setattr(backends, "active", lambda: broken)
         return broken
 
