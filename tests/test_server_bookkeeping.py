@@ -194,6 +194,25 @@ def test_names_are_of_all_tokens_before(store):
     assert block_names([1 << 31] * BLOCK, BLOCK) != block_names([0] * BLOCK, BLOCK)
 
 
+def test_names_are_of_the_images_that_begin_before():
+    """The same tokens stand for other images in other prompts: a name tells them apart from where they begin on."""
+    tokens = [7] * (4 * BLOCK)
+    plain = block_names(tokens, BLOCK)
+    for place in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK - 1, 3 * BLOCK):
+        marked = block_names(tokens, BLOCK, [(place, b"cat")])
+        first = place // BLOCK
+        assert marked[:first] == plain[:first] and not set(marked[first:]) & set(plain)
+        others = [[(place, b"dog")], [(place, b"cat"), (place, b"cat")], [(place + 1, b"cat")], [(place, b"")]]
+        for marks in others:
+            assert not set(block_names(tokens, BLOCK, marks)[first + 1 :]) & set(marked), marks
+            assert len(set(block_names(tokens, BLOCK, marks)) | set(plain)) > len(plain)
+    after = [(4 * BLOCK, b"cat")]
+    assert block_names(tokens, BLOCK, after) == plain, "an image after the last whole block"
+    # What stands in a mark can't be mistaken for two marks.
+    one, two = [(0, b"a\xff\xff\xff\xff0:1:b")], [(0, b"a"), (0, b"b")]
+    assert block_names(tokens, BLOCK, one) != block_names(tokens, BLOCK, two)
+
+
 def test_what_is_taken_as_ones_own_is_gone(store):
     mine = store(1000)
     tokens = list(range(3 * BLOCK))

@@ -306,8 +306,9 @@ class Life:
             raise Wrong(f"pages are sketched by channels {made.channels[0].tolist()}, not those of the recipe")
         if count:
             want = pages.encode(cache.k_codec.unrotate(keys[:, :, : count * pages.PAGE]), made.channels)
-            if not mx.array_equal(made.buffer.arrays[0][:, :, :count], want).item():
-                raise Wrong("sketches are not those of the packed keys")
+            other = (made.buffer.arrays[0][:, :, :count] != want).astype(mx.float32).mean().item()
+            if other > 0.02:  # a product over other tokens rounds some values to the next code
+                raise Wrong(f"{other:.0%} of the sketches are not those of the packed keys")
 
     def _check_step(self, step, extents, center, counts: list[int], length: int) -> None:
         """A step sees the tokens that were there before it, and its own."""
