@@ -95,7 +95,7 @@ def metal() -> str:
 
 
 def counted() -> dict[tuple, dict[str, Any]]:
-    return latest(records("metal-counts"), "kv", "gqa", "variant")
+    return latest([r for r in records("metal-counts") if r["kind"] == "metal-count"], "kv", "gqa", "variant")
 
 
 @table

@@ -47,6 +47,8 @@ SPECS = (
     *("tq6", "tq5", "tq4", "tq3", "tq2", "tq1", "tq2.5", "tq3.5", "tq3p/int4", "qjl2/int4", "polar4"),
 )
 RATIOS = (1, 2, 4, 8, 16)
+COLUMNS = 32
+"""fp16 columns of a step that is counted: half a block."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,30 @@ def ours(spec: str, gqa: int, dim: int, variant: str) -> Cost:
     return difference(f"opentq {spec}, {variant}", *found, PACKED, TOKENS[1] - TOKENS[0])
 
 
+def step_kernels(gqa: int, dim: int) -> dict[str, dict[str, float]]:
+    """What surrounds attention in a step of one KV head with `COLUMNS` fp16 columns, by kernel: whole launches."""
+    shape = Shape(q_heads=gqa, kv_heads=1, key_dim=dim, value_dim=dim)
+    k, v = oracle.vectors(shape, 64 + COLUMNS + 1, dtype=mx.float16)
+    with emulated("lanes"):
+        cache = OpenTQCache("int4")
+        oracle.fill(cache, k[:, :, :-1], v[:, :, :-1], [64 + COLUMNS])
+        keys, _ = cache.update_and_fetch(k[:, :, -1:], v[:, :, -1:])
+        mx.eval(keys.step.attend(oracle.queries(shape, 1, dtype=mx.float16), scale=dim**-0.5))
+    found = {name.removeprefix("opentq_"): report for name, report in launch.launches[-3:]}
+    assert list(found) == ["append", "decode_lanes", "merge"]
+    return {
+        name: {
+            "unique": sum(report.unique_bytes),
+            "fetched": sum(report.fetched_bytes),
+            "written": sum(report.written_bytes),
+            "operations": report.arithmetic(),
+            "threadgroups": report.threadgroups,
+        }
+        for name, report in found.items()
+        if name != "decode_lanes"
+    }
+
+
 def mlx_fp16(gqa: int, dim: int) -> Cost:
     """MLX's own two-pass attention over fp16 K/V: the kernel that MLX chooses for this GQA ratio and head dim."""
     variant = gqa == 8 and dim in (64, 128)
@@ -140,7 +166,11 @@ def mlx_fp16(gqa: int, dim: int) -> Cost:
 
 def count(path: Path, seconds: float) -> None:
     """Append a row for every spec, GQA ratio and variant that `path` lacks, and for MLX's own kernel; D 128."""
-    done = {(r["kv"], r["gqa"], r["variant"]) for r in (read([path]) if path.exists() else [])}
+    rows = read([path]) if path.exists() else []
+    done = {(r["kv"], r["gqa"], r["variant"]) for r in rows if r["kind"] == "metal-count"}
+    for gqa in set(RATIOS) - {r["gqa"] for r in rows if r["kind"] == "metal-step"}:
+        for kernel, counts in step_kernels(gqa, 128).items():
+            append(path, [record("metal-step", kernel=kernel, gqa=gqa, dim=128, columns=COLUMNS, per_launch=counts)])
     wanted = [("mlx f16", gqa, "") for gqa in RATIOS]
     wanted += [(spec, gqa, variant) for gqa in RATIOS for spec in SPECS for variant in metal.CHOICES["variant"]]
     start = time.monotonic()
