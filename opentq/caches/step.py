@@ -57,6 +57,18 @@ class Handle(Shared):
             "can't be used with a compressed cache"
         )
 
+    def __getitem__(self, key) -> Handle:
+        """`handle[..., :n, :]`: the tokens without the newest ones of this step, for who verifies drafts one by one."""
+        index = (*key[:-2], key[-2]) if len(key) == (3 if key[0] is Ellipsis else 4) and key[-1] == slice(None) else key
+        end, length = index[-1], self.shape[2]
+        rest = index[:-1] in ((Ellipsis,), (slice(None), slice(None)))
+        if not (rest and isinstance(end, slice) and end.start is end.step is None and isinstance(end.stop, int)):
+            raise TypeError(f"compressed keys and values can only be cut to their first tokens, not by {key}")
+        stop = min(end.stop, length) if end.stop >= 0 else length + end.stop
+        if stop == length:
+            return self
+        return Handle(self.step.without(length - stop), (*self.shape[:2], stop, self.shape[3]), self.dtype)
+
     def astype(self, dtype: mx.Dtype) -> Handle:
         """The same tokens, said to be of another dtype: attention computes in the query's (stablelm asks for this)."""
         return Handle(self.step, self.shape, dtype)
@@ -70,7 +82,7 @@ class Step:
     """
 
     __slots__ = (
-        *("_dense_k", "_dense_v", "cache", "centered", "fresh", "k", "lens"),
+        *("_dense_k", "_dense_v", "cache", "centered", "cuts", "fresh", "k", "lens"),
         *("sketches", "stats", "v", "window"),
     )
 
@@ -90,6 +102,7 @@ class Step:
         self.lens, self.window, self.stats, self.centered, self.sketches = lens, window, stats, centered, sketches
         self.fresh: tuple[mx.array, mx.array] | None = None
         self.cache: OpenTQCache | None = None  # whose columns the fresh tokens are to join
+        self.cuts: dict[int, Step] = {}
 
     @property
     def dense_k(self) -> mx.array:
@@ -100,6 +113,13 @@ class Step:
     def dense_v(self) -> mx.array:
         self.append_fresh()
         return self._dense_v
+
+    def without(self, newest: int) -> Step:
+        """The cache as the tokens of this step before the `newest` see it; they are in fp16 columns all."""
+        if newest not in self.cuts:
+            dense = (d[:, :, : d.shape[2] - newest] for d in (self.dense_k, self.dense_v))
+            self.cuts[newest] = Step(self.k, self.v, *dense, self.lens, self.window, self.stats, self.centered)
+        return self.cuts[newest]
 
     def append_fresh(self) -> None:
         """Let fresh tokens join the columns, in a launch of their own."""
