@@ -18,7 +18,7 @@ from PIL import Image
 from opentq.dialogue import pictures
 from opentq.dialogue.request import GenerationRequest
 from opentq.hosts.mlx_vlm import images
-from opentq.server import anthropic
+from opentq.server import anthropic, responses
 from opentq.spec.kv import KVSpec
 
 from . import vlm_tiny
@@ -146,6 +146,20 @@ def test_anthropics_image_blocks(server):
     assert tool["content"] == "seen:" and [p["type"] for p in user["content"]] == ["image", "text"]
 
 
+def test_images_of_the_responses_api(server):
+    url = f"data:image/png;base64,{RED}"
+    question = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": TEXT}]
+    said = server.openai.responses.create(
+        model="tiny", input=[{"role": "user", "content": question}], max_output_tokens=6, temperature=0
+    )
+    assert said.output_text == ask(server, shown(RED)).choices[0].message.content
+    calls = [{"type": "function_call", "name": "look", "arguments": "{}", "call_id": str(i)} for i in range(2)]
+    results = [{"type": "function_call_output", "call_id": str(i), "output": question} for i in range(2)]
+    messages = responses.read({"input": [*calls, *results]}, []).request.messages
+    assert [m["role"] for m in messages] == ["assistant", "tool", "tool", "user"]
+    assert messages[1]["content"] == TEXT and [p["type"] for p in messages[3]["content"]] == ["image"] * 2
+
+
 @pytest.mark.parametrize(
     "url, words",
     [
@@ -171,6 +185,8 @@ def refused(server, messages, words):
 def test_limits_of_images(server, monkeypatch):
     monkeypatch.setattr(images, "PIXELS", 1000)
     refused(server, shown(RED), "112 x 84 pixels, more than 1,000")
+    monkeypatch.setattr(images, "PIXELS", 112 * 84 + 10)
+    refused(server, shown(RED, BLUE), "more than the 10 that the images before it leave")
     monkeypatch.setattr(images, "BYTES", 100)
     refused(server, shown(RED), "MB, more than")
     refused(server, shown(*[RED] * (pictures.MOST + 1)), f"{pictures.MOST} at most")

@@ -79,7 +79,7 @@ class Prompter:
                 if request.messages is None:
                     prompt = Prompt(self._text(request, limit, abandoned))
                 elif found := pictures.of(request.messages):
-                    prompt = self._see(found, request, limit)
+                    prompt = self._see(found, request, limit, abandoned)
                 else:
                     prompt = Prompt(self._chat(request, limit, abandoned))
             except TooLong as error:
@@ -123,20 +123,29 @@ class Prompter:
 
         return self.encoder.encode(text, limit, special, look)
 
-    def _see(self, found: list[pictures.Picture], request: GenerationRequest, limit: int | None) -> Prompt:
+    def _see(
+        self,
+        found: list[pictures.Picture],
+        request: GenerationRequest,
+        limit: int | None,
+        abandoned: Callable[[], bool],
+    ) -> Prompt:
         """A prompt with images. Images are decoded here: it takes time, and the largest are refused before."""
         if self.vision is None:
             raise bad(f"{found[0].where}: this model takes text only, no images", found[0].where, "no_images")
         if len(found) > pictures.MOST:
             raise bad(f"the prompt has {len(found)} images; {pictures.MOST} at most", "messages")
-        from ..hosts.mlx_vlm.images import ImageError, decode
+        from ..hosts.mlx_vlm.images import PIXELS, ImageError, decode
 
-        images = []
+        images, left = [], PIXELS
         for picture in found:
+            if abandoned():
+                raise Abandoned
             try:
-                images.append(decode(picture.data, picture.where))
+                images.append(decode(picture.data, picture.where, left))
             except ImageError as error:
                 raise bad(str(error), picture.where, "invalid_image") from error
+            left -= images[-1].width * images[-1].height
         messages = self._messages(request)
         text = self._render(request.clear.apply(messages) if request.clear else messages, request)
         try:

@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .host import host_of
+
 SAMPLE = 8
 """Numbers of every parameter that are looked at."""
 
@@ -16,8 +18,10 @@ SAMPLE = 8
 def fingerprint(model: Any) -> str:
     """A hash of the parameters' names, shapes and first numbers; the same in every float type that holds them.
 
-    Quantised weights count as what they stand for: a CPU may have decoded them (`floats.py`).
+    Quantised weights count as what they stand for: a CPU may have decoded them (`floats.py`). Of a model with encoders
+    its language model counts, which may be loaded without them.
     """
+    model = host_of(model).decoder(model)
     digest = hashlib.sha256()
     parameters: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
     shapes = {name: tuple(array.shape) for name, array in parameters.items()}

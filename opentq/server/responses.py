@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..dialogue import pictures
 from ..dialogue.errors import bad, missing, text_of, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
 from .openai import form_schema, free_text_tool, refuse_unsupported
@@ -29,6 +30,8 @@ IDLE: dict[str, tuple[Any, ...]] = {"background": (False,), "conversation": (), 
 
 SEARCHES = ("web_search", "web_search_preview", "web_search_2025_08_26", "web_search_preview_2025_03_11")
 """Tools that run on OpenAI's servers and that Codex names in every request: the model is not told of them."""
+
+OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 SEALED = "opentq:"
 """How a thought begins that a client keeps for us as `encrypted_content`: it is text, in base64, and no secret."""
@@ -206,6 +209,12 @@ def read_items(items: list[Item], first: int, names: dict[str, ToolName]) -> lis
     inner = {(n.namespace, n.name): name for name, n in names.items()}
     out: list[dict[str, Any]] = []
     turn: dict[str, Any] | None = None  # the assistant's, while it goes on
+    shown: list[str | pictures.Picture] = []  # by tools; the model sees them after the last result, as the user's
+
+    def show() -> None:
+        if shown:
+            out.append({"role": "user", "content": pictures.content(shown)})
+            shown.clear()
 
     def model(new: bool = False) -> dict[str, Any]:
         nonlocal turn
@@ -216,16 +225,19 @@ def read_items(items: list[Item], first: int, names: dict[str, ToolName]) -> lis
 
     for i, item in enumerate(items, first):
         path, kind = f"input[{i}]", item.get("type") or "message"
+        if kind not in OUTPUTS:
+            show()
         if kind == "message":
-            role, text = item.get("role"), _text(item.get("content"), f"{path}.content")
+            role, where = item.get("role"), f"{path}.content"
+            content = _content(item.get("content"), where, images=role == "user")
             if role == "assistant":
                 said = model(new=turn is not None and ("tool_calls" in turn or bool(turn["content"])))
-                said["content"] = text
+                said["content"] = content
                 continue
             if role not in ("user", "system", "developer"):
                 raise bad(f"{path}.role must be user, system, developer or assistant", f"{path}.role")
             turn = None
-            out.append({"role": "user" if role == "user" else "system", "content": text})
+            out.append({"role": "user" if role == "user" else "system", "content": content})
         elif kind == "reasoning":
             if thought := _thought(item):
                 model(new=turn is not None and (len(turn) > 2 or bool(turn["content"])))["reasoning_content"] = thought
@@ -240,29 +252,35 @@ def read_items(items: list[Item], first: int, names: dict[str, ToolName]) -> lis
             call = {"id": text_of(item, "call_id", path), "type": "function"}
             function = {"name": name, "arguments": arguments}
             model().setdefault("tool_calls", []).append(call | {"function": function})
-        elif kind in ("function_call_output", "custom_tool_call_output"):
+        elif kind in OUTPUTS:
             turn = None
-            result = _text(item.get("output"), f"{path}.output")
+            found = pictures.parts(_content(item.get("output"), f"{path}.output", images=True))
+            result = "\n".join(p for p in found if isinstance(p, str))
             out.append({"role": "tool", "tool_call_id": text_of(item, "call_id", path), "content": result})
+            shown += [p for p in found if not isinstance(p, str)]
         elif kind != "additional_tools":
             hint = "send the item itself" if kind == "item_reference" else "it belongs to a tool that does not run here"
             raise unsupported(f"{path}.type", f"{kind!r}; {hint}")
+    show()
     return out
 
 
-def _text(content: Any, path: str) -> str:
+def _content(content: Any, path: str, images: bool = False) -> pictures.Content:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
         raise bad(f"{path} must be a string or an array of parts", path)
-    texts = []
+    found: list[str | pictures.Picture] = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text", "refusal") or not isinstance(text, str):
-            raise unsupported(f"{path}[{i}].type", f"{kind!r}; this model reads text only")
-        texts.append(text)
-    return "\n".join(texts)
+        if kind in ("input_text", "output_text", "text", "refusal") and isinstance(text, str):
+            found.append(text)
+        elif images and kind == "input_image" and isinstance(part.get("image_url"), str):
+            found.append(pictures.from_url(part["image_url"], f"{path}[{i}].image_url"))
+        else:
+            raise unsupported(f"{path}[{i}].type", f"{kind!r}; only text, and images in data URLs, can be read here")
+    return pictures.content(found, "\n")
 
 
 def _thought(item: Item) -> str:

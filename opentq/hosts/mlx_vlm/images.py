@@ -14,7 +14,7 @@ BYTES = 20_000_000
 """Largest file."""
 
 PIXELS = 64_000_000
-"""Largest picture, decoded: it takes three bytes a pixel before the model makes it smaller."""
+"""What the pictures of one prompt have together: each takes three bytes a pixel before the model makes it smaller."""
 
 
 class ImageError(UserError):
@@ -34,16 +34,21 @@ def read(path: Path) -> bytes:
     return data
 
 
-def decode(data: bytes, name: str = "the image") -> Image.Image:
-    """The image in `data`, upright, RGB; `name` is what errors call it. Raises ImageError."""
+def decode(data: bytes, name: str = "the image", pixels: int | None = None) -> Image.Image:
+    """The image in `data`, upright, RGB; `name` is what errors call it, `pixels` what others have left of `PIXELS`.
+
+    Raises ImageError.
+    """
+    most = PIXELS if pixels is None else pixels
     if len(data) > BYTES:
         raise ImageError(_too_large(name, len(data)))
     try:
         picture = Image.open(io.BytesIO(data), formats=KINDS)
         # The size stands in the header: a picture that would fill the memory is refused before it is decoded.
-        if picture.width * picture.height > PIXELS:
+        if picture.width * picture.height > most:
+            bound = f"{PIXELS:,}" if most == PIXELS else f"the {most:,} that the images before it leave"
             raise ImageError(
-                f"{name} has {picture.width:,} x {picture.height:,} pixels, more than {PIXELS:,}: make it smaller"
+                f"{name} has {picture.width:,} x {picture.height:,} pixels, more than {bound}: make it smaller"
             )
         picture.load()
     except UnidentifiedImageError as error:
