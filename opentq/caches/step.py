@@ -102,7 +102,7 @@ class Step:
         self.lens, self.window, self.stats, self.centered, self.sketches = lens, window, stats, centered, sketches
         self.fresh: tuple[mx.array, mx.array] | None = None
         self.cache: OpenTQCache | None = None  # whose columns the fresh tokens are to join
-        self.cuts: dict[int, Step] = {}
+        self.cuts: dict[int, Step] | None = None
 
     @property
     def dense_k(self) -> mx.array:
@@ -116,6 +116,7 @@ class Step:
 
     def without(self, newest: int) -> Step:
         """The cache as the tokens of this step before the `newest` see it; they are in fp16 columns all."""
+        self.cuts = self.cuts or {}
         if newest not in self.cuts:
             dense = (d[:, :, : d.shape[2] - newest] for d in (self.dense_k, self.dense_v))
             self.cuts[newest] = Step(self.k, self.v, *dense, self.lens, self.window, self.stats, self.centered)
