@@ -146,10 +146,12 @@ class Prompter:
             except ImageError as error:
                 raise bad(str(error), picture.where, "invalid_image") from error
             left -= images[-1].width * images[-1].height
-        messages = self._messages(request)
-        text = self._render(request.clear.apply(messages) if request.clear else messages, request)
+        messages, digests = self._messages(request), [picture.digest for picture in found]
         try:
-            prompt = self.vision.prompt(text, images, [picture.digest for picture in found])
+            prompt = self.vision.prompt(self._render(messages, request), images, digests)
+            if request.clear and request.clear.due(len(prompt.tokens), messages):
+                messages = request.clear.apply(messages)
+                prompt = self.vision.prompt(self._render(messages, request), images, digests)
         except UserError as error:
             raise bad(str(error), "messages", "invalid_image") from error
         if limit is not None and len(prompt.tokens) > limit:
