@@ -118,8 +118,8 @@ class Step:
         """The cache as the tokens of this step before the `newest` see it; they are in fp16 columns all."""
         self.cuts = self.cuts or {}
         if newest not in self.cuts:
-            dense = (d[:, :, : d.shape[2] - newest] for d in (self.dense_k, self.dense_v))
-            self.cuts[newest] = Step(self.k, self.v, *dense, self.lens, self.window, self.stats, self.centered)
+            k, v = (d[:, :, : d.shape[2] - newest] for d in (self.dense_k, self.dense_v))
+            self.cuts[newest] = Step(self.k, self.v, k, v, self.lens, self.window, self.stats, self.centered)
         return self.cuts[newest]
 
     def append_fresh(self) -> None:
