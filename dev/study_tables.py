@@ -71,6 +71,19 @@ def divergences(rows: Rows, specs: Sequence[str], markdown: Callable[..., str]) 
     return markdown(["spec", "bits", *heads], body) + footer(list(found.values()))
 
 
+def headline(rows: Rows, markdown: Callable[..., str]) -> str:
+    """What README says of the real network: a few caches after the most tokens."""
+    found, depths = fidelity(rows)
+    names = {"mlx4": "mlx-lm `--kv-bits 4`", "q4_0": "llama.cpp's q4_0, rotated"}
+    body = []
+    for spec in ("mlx4", "q4_0", "int4", "tq5/tq3:nc:center:sink=4"):
+        cells = [found[text, depths[-1], spec] for text in TEXTS.values()]
+        body.append([names.get(spec, f"opentq `{spec}`"), f"{cells[0]['bits']:.3g}"])
+        body[-1] += [f"{short(c['kl_mean'][0])} ({100 * c['top1'][0]:.1f} %)" for c in cells]
+    heads = [f"{text}: KL to fp16 (same top token)" for text in TEXTS.values()]
+    return markdown([f"SmolLM2-135M after {depths[-1]:,} tokens", "bits", *heads], body) + footer(list(found.values()))
+
+
 def ratio(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float]:
     """KL of `a` over that of `b` on the same tokens, with the interval of a bootstrap over pairs of blocks."""
     x, y = np.array(a["kl_blocks"]), np.array(b["kl_blocks"])

@@ -231,7 +231,7 @@ HEADLINE = {"n": 131072, "batch": 1, "q_heads": 64, "dim": 128, "k": "int4:g32",
 @table
 def nvidia_model() -> str:
     """All of Llama-3.1-70B's shape on one card, KV cache filled to depth."""
-    rows = models("model-cuda")
+    rows = [r for r in models("model-cuda") if r["model"].startswith("llama-3.1-70b")]
     found = latest(rows, "device", "kv", "depth", "test")
     body = []
     for (device, kv, depth, test), r in sorted(found.items()):
@@ -244,6 +244,29 @@ def nvidia_model() -> str:
     head = ["Llama-3.1-70B's shape, random 4-bit weights", "KV cache", "depth", "tokens/s", "KV held", "peak"]
     command = "opentq bench model llama-3.1-70b --weights random-4bit -n 64 -r 2"
     return f"{markdown(head, body)}\n\n{machine(rows)}; `{command}`, in full in the records."
+
+
+@table
+def nvidia_step() -> str:
+    """Tokens per second of smaller models beside mlx-lm's own cache in the same run, by depth."""
+    rows = [
+        r for r in models("model-cuda") if "commit" in r and r["commit"] and not r["model"].startswith("llama-3.1-70b")
+    ]
+    found = latest(rows, "model", "test", "kv", "depth")
+    depths = sorted({depth for *_, depth in found})
+    body = []
+    for test in ("tg128", "pp2048", "pp512"):
+        for model, kv in sorted({(m, k) for m, t, k, _ in found if t == test}):
+            cells = []
+            for depth in depths:
+                r = found.get((model, test, kv, depth))
+                ratio = f" ({r['vs_native']:.2f}x)" if r and r["vs_native"] and kv != "native" else ""
+                cells.append(f"{r['tokens_per_s']:,.0f}{ratio}" if r and r["tokens_per_s"] else "")
+            label = "mlx-lm's own fp16" if kv == "native" else f"`{kv}`"
+            body.append([test, model.split(" (")[0], label, *cells])
+    head = ["test", "shape, random 4-bit weights", "KV cache", *(f"{d // 1024}K" if d else "0" for d in depths)]
+    command = "opentq bench model SHAPE --weights random-4bit --fill random -p 512,2048 -n 128 -r 3"
+    return f"{markdown(head, body)}\n\n{machine(rows)}; `{command}`."
 
 
 @table
@@ -318,6 +341,11 @@ def long() -> str:
     ]
     head = ["context, `tiny-llama`", "KV cache", "prefill tokens/s", "decode tokens/s", "KV held", "peak", "needle"]
     return f"{markdown(head, body)}\n\n{machine(rows)}, {rows[-1]['threads']} threads; `{rows[-1]['command']}`."
+
+
+@table
+def real_headline() -> str:
+    return study.headline(records("fidelity"), markdown)
 
 
 @table
