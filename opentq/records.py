@@ -77,6 +77,15 @@ def check(path: Path) -> None:
         raise UserError(f"can't use the records file {str(path)!r}: {error.strerror}") from error
 
 
+def make_folder(path: Path, option: str, mode: int = 0o777) -> Path:
+    """`path`, made if need be, before any work. Raises UserError, naming the `option`, when it can't be."""
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: {str(path)!r} can't be made: {error.strerror}") from error
+    return path
+
+
 def append(path: Path, records: Sequence[Record]) -> None:
     """Add records to a JSONL file, all of them or none, after whatever line a killed process left without an end.
 

@@ -137,6 +137,28 @@ def test_a_model_that_says_nothing_of_its_context_is_measured_at_any(small):
     check_length(model, 1 << 30)
 
 
+# ---- folders
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "MODEL", "--port", "0", "--prompt-cache-dir", "PLACE"],
+        ["bench", "report", "r.jsonl", "--export", "PLACE"],
+        ["lab", "run", "dev/studies/seeds.toml", "--folder", "PLACE"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_where_folders_are_made_is_checked_before_any_work(run, monkeypatch, folder, tmp_path, words):  # noqa: F811
+    from opentq.server import launch
+
+    monkeypatch.setattr(launch, "make_service", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "x")
+    code, _, err = run(*({"MODEL": str(folder), "PLACE": place}.get(word, word) for word in words))
+    assert code == 2 and place in err and "can't be made" in err and err.count("\n") == 1, err
+
+
 # ---- text
 
 

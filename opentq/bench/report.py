@@ -111,7 +111,6 @@ def export(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Every chart as PNG and SVG files (needs the extra `plot`); returns what was written."""
     from .plot import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     return [
         save(chart, folder / f"{chart.name}{ending}") for chart, _ in charts(records) for ending in (".png", ".svg")
     ]

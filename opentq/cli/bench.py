@@ -172,6 +172,8 @@ def report(
     from ..bench import report as reports
 
     check_output(output)
+    if export:
+        store.make_folder(export, "--export")
     records = store.read(files)
     write(reports.page(records), output)
     typer.echo(f"{output}: {len(records)} records")

@@ -42,7 +42,7 @@ class Store:
         self.study = study
         self.folder = folder
         self.results = folder / f"{study.name}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        records.make_folder(folder, "--folder")
         self.url = study.storage or f"sqlite:///{folder / study.name}.db"
         optuna = need_optuna()
         from sqlalchemy.exc import SQLAlchemyError
@@ -164,7 +164,7 @@ class Store:
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
     """One runner per study on this machine. The lock goes with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    records.make_folder(folder, "--folder")
     with (folder / f"{name}.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder, ra
 from ..hosts.mlx_vlm.load import takes_images
 from ..memory.device import GIB
 from ..memory.loaded import model_context
-from ..records import fingerprint
+from ..records import fingerprint, make_folder
 from ..spec.recipe import Recipe
 from ..spec.recommended import advice
 from ..spec.text import AUTO, Asked
@@ -32,7 +32,7 @@ from .draft import Draft
 from .engine import Engine
 from .pace import choose_chunk, fits_blocks
 from .prefix import PrefixStore
-from .prefix_files import NOTE, Identity, PrefixFiles, kept_chunk, make_folder
+from .prefix_files import NOTE, OPTION, Identity, PrefixFiles, kept_chunk
 from .pricing import Prices, appraise
 from .roster import Roster
 from .service import Service, ServiceConfig
@@ -129,6 +129,8 @@ def check(options: ServeOptions) -> None:
     for name, value in (parts | {"--allow-model-loading": options.loadable}).items():
         if value and ranks() > 1:
             raise UserError(f"{name} can't be used where several processes run the model; leave it out")
+    if options.prompt_cache_dir:
+        make_folder(options.prompt_cache_dir.expanduser(), OPTION, 0o700)
     for folder in options.loadable:
         check_folder(folder)
         if not Path(folder).expanduser().exists():
@@ -211,7 +213,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
         pending = prices.budget // 8  # held until they are written; taken from what requests may hold
         admission.budget -= pending
         disk_bytes = options.prompt_cache_dir_bytes
-        here = make_folder(folder / f"{NOTE}-{step}")
+        here = make_folder(folder / f"{NOTE}-{step}", OPTION, 0o700)
         store.files = PrefixFiles(here, identity, store.block, disk_bytes, pending, lambda: make_cache(model))
     images_bytes = 0
     if getattr(model, "vision", None):

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from ..caches import disk
-from ..errors import UserError
 from ..files import appearing
+from ..records import make_folder
 from .pace import fits_blocks
 from .prefix import DIGEST, block_names, exact_trim
 
@@ -47,7 +47,7 @@ class Identity:
     def folder(self, root: Path) -> Path:
         """The folder of this model and spec. Raises UserError when it can't be made."""
         name = hashlib.sha256(f"{self.revision} {self.spec}".encode()).hexdigest()[:16]
-        return make_folder(root.expanduser() / name)
+        return make_folder(root.expanduser() / name, OPTION, 0o700)
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,7 @@ class PrefixFile:
     trimmable: bool
 
 
-def make_folder(path: Path) -> Path:
-    """`path`, made if need be. Raises UserError when it can't be."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--prompt-cache-dir: {str(path)!r} can't be made: {error.strerror}") from error
-    return path
-
-
+OPTION = "--prompt-cache-dir"
 INDEX = TypeAdapter(PrefixFile)
 
 
