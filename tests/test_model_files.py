@@ -22,7 +22,7 @@ from opentq.memory.loaded import model_context, weight_bytes
 from opentq.spec.text import parse, specs
 
 from . import architectures
-from .test_habits import needs, options, run, taking  # noqa: F401
+from .test_habits import needs, taking
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_plan_and_load_refuse_a_config_that_can_not_be(copy, fault):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_command_looks_at_both_first(run, monkeypatch, copy, name):  # noqa: F811
+def test_every_command_looks_at_both_first(run, monkeypatch, copy, name):
     """Of a config that is a list and weights that are none, each command says so in a line, before any work."""
     monkeypatch.setattr(corpus, "load", lambda _: None)  # the model is looked at after the text
     monkeypatch.chdir(copy.parent)

@@ -15,7 +15,7 @@ from opentq.hosts.mlx_lm.tokens import SLICE, Encoder, TooLong
 from opentq.memory.loaded import check_length
 
 from .architectures import NAMES, build
-from .test_habits import COMMANDS, needs, run, taking  # noqa: F401
+from .test_habits import COMMANDS, needs, taking
 from .tiny_model import write
 
 # ---- numbers
@@ -46,7 +46,7 @@ SAMPLING += [("--seed", "-5"), ("-m", "-1"), ("--prefill-step-size", "0")]
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "serve", "cache use"])
-def test_generate_chat_and_serve_refuse_the_same_numbers(run, tmp_path, name):  # noqa: F811
+def test_generate_chat_and_serve_refuse_the_same_numbers(run, tmp_path, name):
     words = name.split() + ([str(tmp_path / "f.cache")] if name == "cache use" else needs(name, str(tmp_path / "gone")))
     for option, value in SAMPLING:
         if name in taking(option):
@@ -58,7 +58,7 @@ def test_generate_chat_and_serve_refuse_the_same_numbers(run, tmp_path, name):  
 
 
 @pytest.mark.parametrize("name", ["generate", "cache build"])
-def test_a_system_prompt_without_a_template_is_refused(run, folder, tmp_path, name):  # noqa: F811
+def test_a_system_prompt_without_a_template_is_refused(run, folder, tmp_path, name):
     extra = ["hello"] if name == "generate" else [str(tmp_path / "f.cache"), "--text", "hello"]
     code, _, err = run(*name.split(), str(folder), *extra, "--system-prompt", "Be brief.", "--ignore-chat-template")
     assert code == 2 and "--system-prompt goes through the chat template" in err and err.count("\n") == 1
@@ -87,7 +87,7 @@ def small(tmp_path_factory):
     return write(tmp_path_factory.mktemp("small"), context=512, layers=1)
 
 
-def test_generate_and_cache_build_refuse_a_prompt_beyond_the_context(run, small, tmp_path):  # noqa: F811
+def test_generate_and_cache_build_refuse_a_prompt_beyond_the_context(run, small, tmp_path):
     long, file = tmp_path / "long.txt", tmp_path / "f.cache"
     long.write_text("x" * 600)
     for words in (["generate", str(small), "--prompt-file"], ["cache", "build", str(small), str(file), "--text-file"]):
@@ -102,7 +102,7 @@ def test_generate_and_cache_build_refuse_a_prompt_beyond_the_context(run, small,
     assert code == 0, err
 
 
-def test_an_answer_ends_where_the_context_does(run, small):  # noqa: F811
+def test_an_answer_ends_where_the_context_does(run, small):
     prompt = "x" * 480
     code, out, err = run("generate", str(small), prompt, "--ignore-chat-template", "--json")
     assert code == 0 and json.loads(out.splitlines()[-1])["context"] <= 512, err
@@ -124,7 +124,7 @@ def test_a_text_far_too_long_is_not_tokenized_whole(small):
 @pytest.mark.parametrize(
     "name", ["eval fidelity", "eval needle", "eval generate", "eval layers", "eval use", "calibrate"]
 )
-def test_nothing_is_measured_beyond_the_context(run, small, tmp_path, monkeypatch, name):  # noqa: F811
+def test_nothing_is_measured_beyond_the_context(run, small, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     lengths = {"eval fidelity": "--depths", "eval needle": "--lengths"}
     code, out, err = run(*name.split(), str(small), lengths.get(name, "--context"), "2000")
@@ -149,7 +149,7 @@ def test_a_model_that_says_nothing_of_its_context_is_measured_at_any(small):
     ],
     ids=lambda words: words[0],
 )
-def test_where_folders_are_made_is_checked_before_any_work(run, monkeypatch, folder, tmp_path, words):  # noqa: F811
+def test_where_folders_are_made_is_checked_before_any_work(run, monkeypatch, folder, tmp_path, words):
     from opentq.server import launch
 
     monkeypatch.setattr(launch, "make_service", lambda _: pytest.fail("the model was loaded"))
@@ -162,7 +162,7 @@ def test_where_folders_are_made_is_checked_before_any_work(run, monkeypatch, fol
 # ---- text
 
 
-def test_evaluation_reads_no_bytes_that_are_no_text(run, folder, tmp_path):  # noqa: F811
+def test_evaluation_reads_no_bytes_that_are_no_text(run, folder, tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe ".encode("latin-1") * 100)
     for text in (latin, tmp_path):
