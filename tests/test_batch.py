@@ -295,7 +295,7 @@ def test_windowed_models_in_a_batch():
     prompts = [[(7 * i + i * i + n) % 97 + 1 for i in range(n)] for n in (1, 40, 130)]
     got, caches = tokens_together(model, prompts, [12, 12, 12])
     assert got == [tokens_alone(model, p, 12) for p in prompts]
-    assert all(type(c) is OpenTQCache for cache in caches for c in cache)
+    assert {type(c) for cache in caches for c in cache} == {OpenTQCache}
 
 
 # ---- through mlx-lm
@@ -331,7 +331,7 @@ def test_batch_generator_tokens_equal_single_runs(spec):
     want = [tokens_alone(model, p, n) for p, n in zip(prompts, BUDGETS)]
     got, caches = tokens_together(model, prompts, BUDGETS, completion_batch_size=5, prefill_batch_size=3)
     assert got == want
-    assert all(type(c) is OpenTQCache for cache in caches for c in cache)
+    assert {type(c) for cache in caches for c in cache} == {OpenTQCache}
 
 
 def test_extracted_caches_continue_alone():

@@ -105,7 +105,9 @@ def test_long_contexts_are_checked_in_some_heads(monkeypatch):
 def test_an_arm_that_takes_too_long_says_so():
     rows = list(kernel.bench((4, 2, 64), [64, 128, 1 << 14], specs("int4"), **QUICK, budget=1e-9))
     assert rows[0]["note"].startswith("timed once: 2 windows would take") and rows[0]["windows_ms"] == [rows[0]["ms"]]
-    assert all(r["ms"] is None and r["note"].startswith("left out: a call would take") for r in rows[1:])
+    assert len(rows) > 1 and all(
+        r["ms"] is None and r["note"].startswith("left out: a call would take") for r in rows[1:]
+    )
     assert "left out" in table.render(rows, "md") and charts(rows)
 
 
@@ -230,7 +232,7 @@ def test_long_goes_on_when_an_arm_ends(config, monkeypatch):
 def test_long_measures(config):
     built = build.build(config, "random-f16")
     rows = list(long.bench(built, ["native", "mlx4", "int4"], 128, 128, long.Limits()))
-    assert all(r["prefill_per_s"] > 0 and r["decode_per_s"] > 0 for r in rows)
+    assert rows and all(r["prefill_per_s"] > 0 and r["decode_per_s"] > 0 for r in rows)
     rows = list(long.bench(built, ["native"], 128, 128, long.Limits(memory=1 << 10)))
     assert "out of memory" in rows[0]["note"]
 

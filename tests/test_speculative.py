@@ -45,7 +45,7 @@ def test_tokens_equal_plain_decoding(twin, spec, proposals):
     tokens, drafted, caches = speculative(model, draft, proposals)
     assert tokens == plain(model)
     assert drafted >= COUNT // 2 - 1 if twin else drafted <= 5
-    assert all(type(c) is OpenTQCache for c in caches)
+    assert {type(c) for c in caches} == {OpenTQCache}
     assert [c.offset for c in caches] == [c.offset for c in native], "everything rejected is out, and nothing else"
 
 
