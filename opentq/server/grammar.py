@@ -108,7 +108,7 @@ class Grammars:
             list(t or ()) for t in (self.tokenizer.think_start_tokens, self.tokenizer.think_end_tokens)
         ]
         thoughts = [ids[0] for ids in ends if len(ids) == 1]
-        more = f" (<{json.dumps(sorted(set(thoughts)))}> TEXT)*" if thoughts else ""
+        more = f" (<[{','.join(map(str, sorted(set(thoughts))))}]> TEXT)*" if thoughts else ""
         return f"free: TEXT{more}\nTEXT: /(?s:.*)/ & ~/(?s:.*){_pattern(self._start)}(?s:.*)/\n"
 
     @property
