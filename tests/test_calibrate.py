@@ -215,7 +215,7 @@ def test_the_command(folder, tmp_path):
         ([str(folder), "-o", "r.json"], "must end in .toml"),
         ([str(folder), "-o", "no/folder/r.toml"], "does not exist"),
         ([str(folder), "--tokens", "64"], "at least 512"),
-        ([str(folder), *options[:-2], "--tokens", "64k", "--context", "64k"], "give more text"),
+        ([str(folder), *options[:-2], "--tokens", "64k", "--context", "64k"], "the model was made for 4,096"),
     ):
         with pytest.raises(UserError, match=match):
             run(app, ["calibrate", *arguments], catch_exceptions=False)
