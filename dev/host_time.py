@@ -122,13 +122,13 @@ def stubbed() -> Iterator[Callable[[str], None]]:
         for module, name, value in changes:
             setattr(module, name, value)
         cuda.compiled.cache_clear()
-        metal.kernel.cache_clear()
+        metal.forget()
         yield lambda path: active.__setitem__(0, ready.get(path))
     finally:
         for module, name, value in reversed(saved):
             setattr(module, name, value)
         cuda.compiled.cache_clear()
-        metal.kernel.cache_clear()
+        metal.forget()
 
 
 def caches(spec: str, batch: int, layers: int) -> list[Any]:

@@ -394,11 +394,11 @@ def test_a_broken_metal_kernel(plant, monkeypatch, caplog, change, words):
     backend = backends.backend("metal")
     monkeypatch.setattr(metal, "make", lambda **creation: launch.MetalKernel(change=change, **creation))
     monkeypatch.setattr(metal, "cores", lambda: 1)
-    metal.kernel.cache_clear()
+    metal.forget()
     monkeypatch.setattr(backends, "active", lambda: backend)
     step = args(length=1)
     out, name = dispatch.attend(step)
-    metal.kernel.cache_clear()
+    metal.forget()
     assert name == "tiled" and words in lines(caplog)[0] and "the metal kernel" in lines(caplog)[0]
     oracle.judge(step, out)
 

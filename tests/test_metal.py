@@ -161,7 +161,7 @@ def test_runs_in_ragged_sequences(spec):
     packed, sink, start = args.lens[0]
     args = replace(args, lens=((packed, sink, start), (packed - 50, sink, start)))
     for tune in (LANES, MATRIX):
-        metal.kernel.cache_clear()
+        metal.forget()
         metal.tuning = lambda tune=tune: tune
         oracle.judge(args)
 
@@ -211,7 +211,7 @@ def test_one_call_over_ragged_sequences():
     packed, _, _ = args.lens[0]
     ragged = replace(args, lens=((packed, 4, 4), (packed - 50, 3, 9), (0, 0, 30)))
     for tune in (LANES, MATRIX):
-        metal.kernel.cache_clear()
+        metal.forget()
         metal.tuning = lambda tune=tune: tune
         oracle.judge(ragged)
     oracle.judge(replace(ragged, q=oracle.queries(shape, 20, dtype=mx.float16)))

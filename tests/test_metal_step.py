@@ -210,7 +210,7 @@ def test_the_order_of_lanes_does_not_matter():
             kernel.order = order
             return kernel
 
-        metal.kernel.cache_clear()
+        metal.forget()
         metal.make = make
         outs.append([dispatch.attend(a)[0] for a in args])
     assert all(mx.array_equal(a, b).item() for a, b in zip(*outs))

@@ -101,7 +101,7 @@ def emulated(variant: str):
         (backends, "active", lambda: backend),
     ]
     saved = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    metal.kernel.cache_clear()
+    metal.forget()
     try:
         for module, name, value in changes:
             setattr(module, name, value)
@@ -109,7 +109,7 @@ def emulated(variant: str):
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
-        metal.kernel.cache_clear()
+        metal.forget()
 
 
 def ours(spec: str, gqa: int, dim: int, variant: str) -> Cost:

@@ -30,10 +30,10 @@ def gpu(monkeypatch, request):
     metal_backend = replace(fused_metal.BACKEND, available=lambda: True)
     monkeypatch.setattr(backends, "active", lambda: metal_backend)
     monkeypatch.setenv("OPENTQ_KERNELS", "native")
-    metal.kernel.cache_clear()
+    metal.forget()
     before = len(launch.launches)
     yield
-    metal.kernel.cache_clear()
+    metal.forget()
     no_trouble_since(before)
     tally.leave(request.node, before)
 

@@ -32,17 +32,17 @@ KEPT = 512
 class Call:
     """One kernel call without its inputs: the kernel, keywords of MLX's object for it, and its arrays of numbers."""
 
-    __slots__ = ("given", "kernel", "made", "maker", "numbers")
+    __slots__ = ("given", "kept", "kernel", "made", "numbers")
 
     def __init__(
         self, name: str, template: Sequence[tuple[str, Any]], given: dict[str, Any], numbers: tuple[mx.array, ...]
     ) -> None:
         self.kernel, self.given, self.numbers = (name, tuple(template)), given, numbers
-        self.maker: Any = None
+        self.kept: Any = None
 
     def __call__(self, inputs: list[mx.array]) -> list[mx.array]:
-        if self.maker is not metal.make:
-            self.made, self.maker = metal.kernel(*self.kernel), metal.make
+        if self.kept is not metal.kernels:
+            self.made, self.kept = metal.kernel(*self.kernel), metal.kernels
         return self.made(inputs=inputs, **self.given)
 
 

@@ -216,17 +216,28 @@ Template = tuple[tuple[str, Any], ...]
 TYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
-@functools.cache
+kernels: dict[tuple[str, Template], Any] = {}
+"""What was built; whoever keeps a kernel asks whether this is still the same object."""
+
+
+def forget() -> None:
+    """Build all kernels anew, as when tests change their text or what builds them."""
+    global kernels
+    kernels = {}
+
+
 def kernel(name: str, template: Template = ()) -> Any:
     """The `mx.fast.metal_kernel` object called `name` with these constants, built once.
 
     They are written into its text: MLX's own template arguments are put together anew in every call, which takes the
     host as long as the call itself.
     """
+    if (name, template) in kernels:
+        return kernels[name, template]
     spec = KERNELS[name]
     header, body = source(spec.file)
     text = "".join(_constant(*pair) for pair in template)
-    return make(
+    made = make(
         name=f"opentq_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}",
         input_names=list(spec.inputs),
         output_names=list(spec.outputs),
@@ -234,6 +245,8 @@ def kernel(name: str, template: Template = ()) -> Any:
         header=header,
         ensure_row_contiguous=spec.strided,
     )
+    kernels[name, template] = made
+    return made
 
 
 def _constant(name: str, value: Any) -> str:
