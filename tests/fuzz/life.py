@@ -265,11 +265,12 @@ class Life:
     def check(self) -> None:
         """Lengths, bytes, and every token of every sequence."""
         self.check_lengths()
+        reported = self.cache.nbytes  # asked first: a step's last tokens then join the columns
         held = sum(a.nbytes for a in held_arrays(self.cache).values())
         waiting = getattr(self.cache.sketches, "_keys", None)  # of a step that was not attended
         held -= 0 if waiting is None else waiting.nbytes
-        if self.cache.nbytes != held:
-            raise Wrong(f"{self.cache.nbytes} bytes are reported, {held} are held")
+        if reported != held:
+            raise Wrong(f"{reported} bytes are reported, {held} are held")
         for i, one in enumerate(self.lanes):
             cache = self.cache.extract(i) if self.batched else self.cache
             if not len(one):
