@@ -27,7 +27,7 @@ bench = typer.Typer(help="Measure attention kernels and whole models; every row 
 
 Form = Annotated[str, typer.Option("--format", help="md, csv, json or jsonl.")]
 BenchModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model folder or .gguf file, or a shape such as llama-3.1-8b.")
+    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, or a shape such as llama-3.1-8b.")
 ]
 
 
@@ -35,7 +35,7 @@ BenchModel = Annotated[
 def kernel(
     shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dim.")] = "64,8,128",
     ctx: Annotated[str, typer.Option("--ctx", help="Contexts, such as 1k,8k,32k,128k.")] = "1k,8k,32k",
-    kv: Specs = "f16,int4,k8v4",
+    kv: Annotated[str, typer.Option("--kv", metavar="SPECS", help="KV specs, separated by commas.")] = "f16,int4,k8v4",
     against: Annotated[str, typer.Option(help="Rivals: mlx, mlx-lm, llama.cpp, ort.")] = "",
     windows: Annotated[int, typer.Option(min=2, help="Timed windows per arm.")] = 7,
     warm: Annotated[float, typer.Option(min=0, callback=finite, help="Seconds of warm-up per arm.")] = 1.0,
@@ -94,7 +94,7 @@ def model(
     output: Output = None,
     records: RecordsFile = None,
 ) -> None:
-    """A whole model: tokens per second of prompt and generation at depth, memory, ratio to f16."""
+    """A whole model: tokens per second of prompt and generation at depth, memory, ratio to mlx-lm's own cache."""
     from ..bench import model as models
     from ..bench.build import build
     from ..bench.rivals import llama_cpp_model
@@ -132,7 +132,13 @@ def long_context(
     model: BenchModel = "",
     model_option: ModelOption = "",
     kv: Annotated[
-        str, typer.Option("--kv", "--arms", help="KV specs, by commas; also off, and mlx4 (mlx-lm --kv-bits 4).")
+        str,
+        typer.Option(
+            "--kv",
+            "--arms",
+            metavar="SPECS",
+            help="KV specs, separated by commas; 'off' is mlx-lm's own cache, mlx4 its --kv-bits 4.",
+        ),
     ] = "off,mlx4,int4",
     start: Annotated[str, typer.Option(help="First context; it doubles.")] = "1k",
     stop: Annotated[str, typer.Option(help="Last context; default: the model's limit.")] = "",
@@ -163,7 +169,7 @@ def long_context(
 
 @bench.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="JSONL files of records.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL files of records.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
     export: Annotated[Path | None, typer.Option(help="Write every chart as PNG and SVG into this folder.")] = None,
 ) -> None:

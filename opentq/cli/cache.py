@@ -44,7 +44,7 @@ def build(
     model: ModelArgument = "",
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to write the cache.")] = None,
     model_option: ModelOption = "",
-    text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads stdin.")] = None,
+    text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads standard input.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="The text itself.")] = None,
     kv: KV = None,
     system_prompt: SystemPrompt = None,
@@ -97,7 +97,7 @@ def build(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A file that `opentq cache build` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `opentq cache build` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Check a cache file and say what it holds."""
@@ -116,7 +116,7 @@ def info(
 
 @app.command()
 def use(
-    file: Annotated[Path, typer.Argument(help="A file that `opentq cache build` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `opentq cache build` wrote.")],
     question: Annotated[str, typer.Option("--prompt", "-p", help="What follows the cached text.")] = "",
     model: Annotated[str, typer.Option("--model", help="The model, if it is not where it was.")] = "",
     max_tokens: MaxTokens = 256,

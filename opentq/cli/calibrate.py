@@ -8,19 +8,21 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .options import KV, ModelArgument, ModelOption, check_output, one_model
+from .options import ModelArgument, ModelOption, PrefillStep, check_output, one_model
 from .plan import parse_count
 
 
 def calibrate(
     model: ModelArgument = "",
     model_option: ModelOption = "",
-    kv: KV = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", metavar="SPEC", help="KV spec of the recipe; default: recommended.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens to read, such as 8k.")] = "8k",
     context: Annotated[str, typer.Option(help="Tokens of each text.")] = "2k",
     text: Annotated[Path | None, typer.Option(help="Text file or folder to read instead of Python's library.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which texts.")] = 0,
-    prefill_step_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 512,
+    prefill_step_size: PrefillStep = 512,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("calibrated.toml"),
 ) -> None:
     """Find out in which channels a model's queries look, so that a long cache can be read page by page."""

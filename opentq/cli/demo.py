@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import KV, ModelOption, one_model
+from .options import ModelOption, one_model
 
 if TYPE_CHECKING:
     from ..hosts.generation import Result
@@ -26,9 +26,13 @@ OTHERS = (("Tomige", "90317", 0.1), ("Kesora", "15562", 0.6), ("Rudani", "73048"
 
 
 def demo(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder; default: models/tiny-llama.")] = "",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As for `opentq generate`; default: models/tiny-llama.")
+    ] = "",
     model_option: ModelOption = "",
-    kv: KV = "int4",
+    kv: Annotated[
+        str, typer.Option("--kv", metavar="SPEC", help="KV spec or recipe to compare with mlx-lm's own cache.")
+    ] = "int4",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
 ) -> None:
     """Read a long document, find the fact in it, and compare the caches."""

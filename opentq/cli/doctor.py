@@ -22,7 +22,9 @@ def doctor(
         typer.Option("--bench", help="Compile, verify and time every kernel on this device (minutes); keep records."),
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="With --bench: small sizes, to see that it works.")] = False,
-    kv: Annotated[str, typer.Option("--kv", help="With --bench: only these KV specs, comma-separated.")] = "",
+    kv: Annotated[
+        str, typer.Option("--kv", metavar="SPECS", help="With --bench: only these KV specs, separated by commas.")
+    ] = "",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="With --bench: the JSONL file; default: named after the device."),

@@ -33,7 +33,10 @@ TOKENS = "numbers of tokens, such as 512,2048,"
 SPECS = "int4,int4:norot,tq4,tq3,tq3p,polar4,qjl,k8v4"
 
 Specs = Annotated[
-    str, typer.Option("--kv", help="Specs, comma-separated; also native, mlx4, mlx8 (mlx-lm's --kv-bits), q4_0.")
+    str,
+    typer.Option(
+        "--kv", metavar="SPECS", help="KV specs, separated by commas; also off, mlx4, mlx8 (mlx-lm's --kv-bits), q4_0."
+    ),
 ]
 Text = Annotated[
     Path | None, typer.Option("--text", help="Text to read: code or prose (Python's own), or a file or folder.")
@@ -50,7 +53,7 @@ def fidelity(
     model: ModelArgument = "",
     model_option: ModelOption = "",
     kv: Specs = SPECS,
-    depths: Annotated[str, typer.Option(help="Context lengths, comma-separated.")] = "512,2048,4096",
+    depths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,2048,4096",
     window: Annotated[int, typer.Option(min=1, help="Tokens scored at each depth.")] = 128,
     step: Annotated[int, typer.Option(min=1, help="Tokens per teacher-forced step.")] = 16,
     sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 4,
@@ -79,9 +82,11 @@ def fidelity(
 def needle(
     model: ModelArgument = "",
     model_option: ModelOption = "",
-    kv: Specs = "native,int4,tq4,tq3",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "1024,4096",
-    depths: Annotated[str, typer.Option(help="Depths of the fact from 0 to 1, comma-separated.")] = "0,0.25,0.5,0.75,1",
+    kv: Specs = "off,int4,tq4,tq3",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "1024,4096",
+    depths: Annotated[
+        str, typer.Option(help="Depths of the fact from 0 to 1, separated by commas.")
+    ] = "0,0.25,0.5,0.75,1",
     trials: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Needles read together.")] = 8,
     kind: Annotated[str, typer.Option(help="What is hidden: secret code, phone number or magic word.")] = "secret code",

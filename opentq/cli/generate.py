@@ -40,9 +40,11 @@ from .options import (
 
 def generate(
     model: Annotated[str | None, ARGUMENT] = None,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; '-' reads standard input.")
+    ] = None,
     model_option: ModelOption = "",
-    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")] = None,
+    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     kv: KV = None,
     kv_bits: KVBits = None,

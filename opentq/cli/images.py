@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..hosts.mlx_vlm.vision import ImagePrompt
 
 Images = Annotated[
-    list[Path] | None, typer.Option("--image", help="An image that the prompt is about; give it again for more.")
+    list[Path] | None, typer.Option("--image", help="An image that the prompt is about; may be repeated.")
 ]
 
 

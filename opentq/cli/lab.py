@@ -11,7 +11,7 @@ from .options import Output, check_output, write
 
 lab = typer.Typer(help="Run studies, ask their record, write their report.", no_args_is_help=True)
 
-StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML).")]
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (TOML).")]
 Folder = Annotated[Path, typer.Option("--folder", help="Where results and databases are.")]
 RESULTS = Path("results/lab")
 
@@ -30,7 +30,7 @@ def run_study(
 
 @lab.command("ask")
 def ask_record(
-    question: Annotated[str, typer.Argument(help="Words, such as 'rotation on keys'.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="Words, such as 'rotation on keys'.")],
     study: Annotated[Path, typer.Option("--study", help="Study file (TOML).")] = Path("dev/studies/seeds.toml"),
     limit: Annotated[int, typer.Option(min=1, help="Most answers.")] = 10,
     folder: Folder = RESULTS,

@@ -28,10 +28,13 @@ START_SECONDS = 900.0
 
 
 def launch(
-    client: Annotated[str, typer.Argument(help=f"{', '.join(CLIENTS)}.")],
-    args: Annotated[list[str] | None, typer.Argument(help="The client's own arguments, after --.")] = None,
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help=f"{', '.join(CLIENTS)}.")],
+    args: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGS", help="The client's own arguments, after --.")
+    ] = None,
     model: Annotated[
-        str, typer.Option("--model", help="Model to serve when no server answers: folder or repository.")
+        str,
+        typer.Option("--model", help="Model to serve when no server answers: a folder, a .gguf file, or a repository."),
     ] = "",
     host: Annotated[str, typer.Option(help="Where a server is looked for, or started.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.", min=1, max=65535)] = 8080,

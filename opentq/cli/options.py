@@ -20,7 +20,7 @@ from ..text import check
 if TYPE_CHECKING:
     from ..spec.text import Asked
 
-ARGUMENT = typer.Argument(metavar="MODEL", help="Model folder or Hugging Face repository.")
+ARGUMENT = typer.Argument(metavar="MODEL", help="A folder, a .gguf file, or a Hugging Face repository.")
 ModelArgument = Annotated[str, ARGUMENT]
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="The same, as an option.")]
 KV = Annotated[
@@ -51,7 +51,6 @@ Wire = Annotated[
         "--wire", help="Macs: keep the plan's bytes in memory (wired): auto where it needs it, off, or a size."
     ),
 ]
-Format = Annotated[str, typer.Option("--format", help="How the table is written.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file; default: standard output.")]
 RecordsFile = Annotated[
     Path | None,

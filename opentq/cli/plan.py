@@ -15,7 +15,11 @@ from .options import ModelOption, PrefillStep, Specs, check_output, one_model
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, config.json, repository, or shape such as llama-3.1-70b.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a .gguf file, a config.json, a repository, or a shape such as llama-3.1-70b.",
+        ),
     ] = "",
     model_option: ModelOption = "",
     kv: Specs = "off,k8v4,int4,tq5/tq3:nc",

@@ -95,7 +95,7 @@ def serve(
     chat_template: Annotated[str | None, typer.Option(help="Chat template in place of the model's own.")] = None,
     chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
     allowed_origins: Annotated[
-        str, typer.Option(help="Origins that browsers may send from, by commas; default: none.")
+        str, typer.Option(help="Origins that browsers may send from, separated by commas; default: none.")
     ] = "",
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="Name this server may be called by; may be repeated.")
