@@ -138,7 +138,10 @@ class ImagePrompt:
         except BROKEN as error:
             raise VisionError(f"the model can't read these images: {_first_line(error)}") from error
         if found["inputs_embeds"].shape[1] != len(self.tokens) or "cross_attention_states" in found:
-            raise VisionError("this model keeps images beside the tokens, which `opentq generate` alone can do")
+            raise VisionError(
+                "this model keeps images beside the tokens (cross attention): only mlx_vlm.generate, after "
+                "opentq.compress(model), can show it one"
+            )
         if hasattr(language, "get_rope_index"):
             if positions is None:  # they were not known without the towers
                 positions = found.get("position_ids", language._position_ids)
