@@ -98,11 +98,11 @@ def _strings(value: Any) -> list[str]:
 
 
 def table(files: Sequence[Sequence[Record]], context: int = 32768) -> str:
-    """README's table of Macs: one layer's attention of one token, ours by the faster kernel, beside MLX's own."""
+    """The table of Macs: one layer's attention of one token, ours by the faster kernel, beside MLX's own."""
     rows = [row for records in files for row in _row(records, context)]
     if not rows:
         return (
-            "None yet. [Three commands](docs/metal.md#what-a-mac-owner-does) make the file that fills this table; "
+            "None yet. [Three commands](metal.md#what-a-mac-owner-does) make the file that fills this table; "
             "hosted Macs compile and judge every kernel, but their times are a virtual machine's."
         )
     head = ["chip", "`int4`, ms", "MLX fp16 / `int4`", "`tq5/tq3:nc`, ms", "MLX fp16, ms", "mlx-lm 4 bits, ms", "GB/s"]
