@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def environment() -> Record:
 def _commit() -> str:
     """The commit of the source tree that runs, with `+` when it is changed; GITHUB_SHA or "" where there is no git."""
     root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return os.environ.get("GITHUB_SHA", "")[:12]
 
     def git(*args: str) -> str:

@@ -117,6 +117,16 @@ def test_one_environment_for_every_store():
     assert Records().add({"s": 1}, {"x": 1}).keys() == made.keys() - {"kind"} | {"settings"}
 
 
+def test_a_checkout_on_a_machine_without_git_still_measures(tmp_path, monkeypatch):
+    package = tmp_path / "opentq"
+    package.mkdir()
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("GITHUB_SHA", raising=False)
+    assert records._commit() == ""
+
+
 # ---- a stopped run goes on, in every store
 
 
