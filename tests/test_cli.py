@@ -213,3 +213,11 @@ def test_sigterm_ends_long_work_even_where_a_parent_ignores_it():
     time.sleep(0.5)
     process.terminate()
     assert process.wait(5) == -signal.SIGTERM
+
+
+def test_chat_needs_no_mlx_vlm_for_text():
+    """`make demo` installs none."""
+    code = "import sys; sys.modules['mlx_vlm'] = None; from opentq.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "chat", str(TINY), "-m", "4"]
+    done = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False) and done.stdout.strip(), done.stderr

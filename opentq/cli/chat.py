@@ -57,6 +57,7 @@ def chat(
     from ..chat.conversation import Conversation, Settings
     from ..chat.editor import Editor, Pipe
     from ..hosts.mlx_lm.load import load
+    from ..hosts.mlx_vlm.load import takes_images
     from ..memory.loaded import model_context
     from ..memory.wiring import needs, parse_wire, wired
     from ..spec.recommended import advice
@@ -66,7 +67,8 @@ def chat(
     options = {"trust_remote_code": trust_remote_code or None}
     reader = Editor(WORDS) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     with reader.aside():
-        lm, tokenizer = load(path, kv=spec, images=True, tokenizer_config=options)
+        # Text stays with mlx-lm, which needs no mlx-vlm.
+        lm, tokenizer = load(path, kv=spec, images=bool(seen) or takes_images(path), tokenizer_config=options)
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768
