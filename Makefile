@@ -29,7 +29,7 @@ install: pyproject.toml  ## install for this platform, with EXTRA=dev the develo
 	@$(MAKE) --no-print-directory $(STAMPS)/$(if $(EXTRA),$(EXTRA),demo)
 
 test: $(STAMPS)/dev  ## install with development tools and run the tests
-	@$(QUIET_BLAS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 $(TESTS)
+	@$(QUIET_BLAS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 $(TESTS)
 
 lint: $(STAMPS)/dev  ## formatting, lint, types, workflows and files that people sent in
 	@$(BIN)/ruff format --check .
