@@ -12,34 +12,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 # isort: off
-import opentq  # before MLX, so that its faster matrix product is found on CPUs
+import opentq  # noqa: F401 (before MLX, so that its faster matrix product is found on CPUs)
 import mlx.core as mx
 
 # isort: on
 import numpy as np
-from mlx_lm.utils import dequantize_model
 
-from opentq.attention import tiled
 from opentq.evaluate import corpus, fidelity, layers
 from opentq.evaluate.contenders import NATIVE, Contender, enter
 from opentq.evaluate.corpus import about
 from opentq.evaluate.simulate import SimulatedCache
 from opentq.hosts import hooks, rotary
-from opentq.hosts.mlx_lm.load import model_folder
-from opentq.records import Records, model_name
 from opentq.spec.kv import KVSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
+from network import Network, on_gpu, options
 from pages import prose
 from runs import Balanced, Clipped, Pair, Runs, halves
 
-ROOT = Path(__file__).parents[2]
 FREE = ":nc:center:sink=4"
 FRONT = [
     f"{k}/{v}{FREE}"
@@ -124,22 +119,14 @@ def klt(metric: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return best[:, :, ::-1].swapaxes(1, 2) @ root
 
 
-class Study:
+class Study(Network):
     """One model and its records."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.began = args, time.perf_counter()
-        self.model, self.tokenizer = opentq.load(args.model)
-        self.model.set_dtype(mx.float32)
-        dequantize_model(self.model)
-        mx.eval(self.model.parameters())
-        self.id = model_name(args.model, model_folder(args.model))
-        self.records = Records(args.results / "calibration.jsonl")
+        super().__init__(args)
+        self.records = self.file("calibration")
         self.judged = {"code": corpus.standard_library(), "prose": prose(1)}
         self.seen: dict[str, list[Seen]] = {}
-
-    def say(self, *words: object) -> None:
-        print(f"{time.perf_counter() - self.began:6.0f} s ", *words, flush=True)
 
     def calibrated(self, kind: str) -> list[Seen]:
         """What all layers are like on calibration text of one kind."""
@@ -239,17 +226,9 @@ class Study:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what MLX uses")
-    parser.add_argument("--quick", action="store_true", help="a few hundred tokens: a test of this script")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser = options(__doc__)
     args = parser.parse_args()
-    if args.device:
-        mx.set_default_device(mx.Device(getattr(mx, args.device)))
-    if mx.default_device() == mx.Device(mx.gpu):
-        mx.set_cache_limit(4 << 30)
-        tiled.SCRATCH = 512 << 20  # larger tiles, fewer launches; the numbers are the same
+    on_gpu(args)
     Study(args).run()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 # isort: off
-import opentq  # before MLX, so that its faster matrix product is found on CPUs
+import opentq  # noqa: F401 (before MLX, so that its faster matrix product is found on CPUs)
 import mlx.core as mx
 
 # isort: on
 import numpy as np
-from mlx_lm.utils import dequantize_model
 from safetensors.numpy import load_file
 
-from opentq.attention import channels, tiled
+from opentq.attention import channels
 from opentq.contracts.rotary import Rotary
 from opentq.evaluate import corpus, fidelity, metrics, needle
 from opentq.evaluate.contenders import NATIVE, enter
@@ -39,15 +37,14 @@ from opentq.evaluate.corpus import Corpus, about
 from opentq.evaluate.forward import greedy, prefill
 from opentq.evaluate.metrics import wilson
 from opentq.hosts import hooks
-from opentq.hosts.mlx_lm.load import model_folder
-from opentq.records import Record, Records, model_name
+from opentq.records import Record
 from opentq.spec.kv import KVSpec
 from opentq.tuning.calibrate import Calibrator, Reading, texts
 
 sys.path.insert(0, str(Path(__file__).parent))
+from network import ROOT, Network, on_gpu, options
 from rules import MEAN, ORACLE, QUEST, SPEC, Call, Rule, Sparse, sketch
 
-ROOT = Path(__file__).parents[2]
 BUDGETS = (512, 1024, 2048)
 PAGES = (16, 32, 64, 128)
 OWN = "own: "
@@ -110,17 +107,12 @@ class Looking:
                 self.spread.append([round(float(np.exp(x)), 2) for x in entropy.tolist()])
 
 
-class Study:
+class Study(Network):
     """One model and its records."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.began = args, time.perf_counter()
-        self.model, self.tokenizer = opentq.load(args.model)
-        self.model.set_dtype(mx.float32)
-        dequantize_model(self.model)
-        mx.eval(self.model.parameters())
-        self.id = model_name(args.model, model_folder(args.model))
-        self.records = Records(args.results / "pages.jsonl")
+        super().__init__(args)
+        self.records = self.file("pages")
         self.judged = {"code": corpus.standard_library(), "prose": prose(1)}
         self.read = {"code": corpus.standard_library(corpus.CALIBRATION), "prose": prose(0)}
         self.folder = args.work / Path(str(args.model)).stem
@@ -132,9 +124,6 @@ class Study:
     @property
     def sources(self) -> list[str]:
         return list(SOURCES)[: 2 if self.args.quick else None]
-
-    def say(self, *words: object) -> None:
-        print(f"{time.perf_counter() - self.began:6.0f} s ", *words, flush=True)
 
     def recipe(self, source: str, spec: str = str(SPEC)) -> Path:
         """The calibration on a text, made once."""
@@ -352,25 +341,15 @@ PARTS = ("rules", "fidelity", "caches", "needles")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what MLX uses")
+    parser = options(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
     parser.add_argument("--context", type=int, default=6144, help="tokens of the text of `rules`")
     parser.add_argument("--depth", type=int, default=6912, help="tokens before those of `fidelity`")
     parser.add_argument("--lengths", type=lambda s: tuple(map(int, s.split(","))), default=(1536, 3584, 6656))
     parser.add_argument("--batch", type=int, help="needles read together; default: 25, on a CPU 5")
-    parser.add_argument("--quick", action="store_true", help="a few hundred tokens of each: a test of this script")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "recipes", help="where recipes are kept")
     args = parser.parse_args()
-    if args.device:
-        mx.set_default_device(mx.Device(getattr(mx, args.device)))
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    args.batch = args.batch or (25 if on_gpu else 5)
-    if on_gpu:
-        mx.set_cache_limit(8 << 30)
-        tiled.SCRATCH = 512 << 20  # larger tiles, fewer launches; the numbers are the same
+    args.batch = args.batch or (25 if on_gpu(args, 8 << 30) else 5)
     study = Study(args)
     for part in args.only.split(","):
         getattr(study, part)()

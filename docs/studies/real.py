@@ -12,26 +12,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 # isort: off
-import opentq  # before MLX, so that its faster matrix product is found on CPUs
-import mlx.core as mx
+import opentq  # noqa: F401 (before MLX, so that its faster matrix product is found on CPUs)
 
 # isort: on
-from mlx_lm.utils import dequantize_model
-
-from opentq.attention import tiled
 from opentq.evaluate import corpus, fidelity, layers, needle, tasks, use
 from opentq.evaluate.evaluation import Evaluation
-from opentq.hosts.mlx_lm.load import model_folder
-from opentq.records import Records, model_name
+from opentq.records import Records
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
-
-ROOT = Path(__file__).parents[2]
+from network import Network, on_gpu, options
 
 RIVALS = ["native", "mlx4", "mlx8", "q4_0", "q4_0:norot"]
 FRONT = """
@@ -49,40 +42,23 @@ SHORT = ["int4", "q4_0", "mlx4", "tq5/tq3:nc", "tq5/tq3:nc:center:sink=4", "tq3:
 GAINS, SPREADS = (0.25, 4), (0.5, 2)
 
 
-def load(name: str):
-    """The model in float32, decoded, and its tokenizer."""
-    model, tokenizer = opentq.load(name)
-    model.set_dtype(mx.float32)
-    dequantize_model(model)
-    mx.eval(model.parameters())
-    return model, tokenizer
-
-
-class Study:
+class Study(Network):
     """One model, where its records go, and how much is measured."""
 
     def __init__(self, args: argparse.Namespace):
-        self.model, self.tokenizer = load(args.model)
-        self.id = model_name(args.model, model_folder(args.model))
-        self.quick, self.batch, self.results = args.quick, args.batch, args.results
+        super().__init__(args)
+        self.quick, self.batch = args.quick, args.batch
         self.texts = [corpus.load(Path(name)) for name in ("code", "prose")]
-        self.began = time.perf_counter()
-
-    def records(self, name: str) -> Records:
-        return Records(self.results / f"{name}.jsonl")
 
     def on(self, names: list[str], records: Records, text: corpus.Corpus | None = None) -> Evaluation:
         return Evaluation(self.model, self.id, self.tokenizer, text, names, records)
-
-    def say(self, *words: object) -> None:
-        print(f"{time.perf_counter() - self.began:6.0f} s ", *words, flush=True)
 
     def fidelity(self) -> None:
         """Every spec on code and prose at four depths."""
         depths, window, sequences = ((256,), 32, 1) if self.quick else ((512, 2048, 4096, 7168), 128, 2)
         protocol = fidelity.Protocol(depths, window=window, sequences=sequences, simulate=True)
         names = ["native", "mlx4", "q4_0", "tq5/tq3:nc:center:sink=4"] if self.quick else [*RIVALS, *FRONT]
-        records = self.records("fidelity")
+        records = self.file("fidelity")
         for text in self.texts:
             for some in (names[i : i + 8] for i in range(0, len(names), 8)):
                 for r in fidelity.run(self.on(some, records, text), protocol):
@@ -93,7 +69,7 @@ class Study:
         """Five depths of three lengths."""
         lengths, trials = ((600,), 1) if self.quick else ((1536, 3584, 6656), 4)
         grid = needle.Grid(lengths, trials=trials, batch=self.batch, answer=24)
-        records = self.records("needle")
+        records = self.file("needle")
         for name in ["native", *SHORT]:
             found = needle.run(self.on([name], records, self.texts[0]), grid)
             self.say("needles", name, [r["correct"] for r in found])
@@ -104,21 +80,21 @@ class Study:
         """Answers to 200 short prompts."""
         job = use.Task(prompts=4, tokens=8, batch=4) if self.quick else use.Task(batch=self.batch)
         for name in SHORT[:1] if self.quick else SHORT:
-            (r,) = use.run(self.on([name], self.records("use")), job)
+            (r,) = use.run(self.on([name], self.file("use")), job)
             self.say("use", name, r["equal"])
 
     def tasks(self) -> None:
         """Multiple choice, paired with the model's own cache."""
         job = tasks.Task(questions=8, batch=4) if self.quick else tasks.Task(batch=self.batch)
         for name in SHORT[:1] if self.quick else SHORT:
-            first, r = tasks.run(self.on([name], self.records("tasks")), job)
+            first, r = tasks.run(self.on([name], self.file("tasks")), job)
             self.say("tasks", name, first["accuracy"], r["accuracy"], r["difference"])
 
     def depth(self) -> None:
         """Error per layer."""
         view = layers.View(256, 16, 1) if self.quick else layers.View(context=2048, window=32, sequences=2)
         for name in ["int4"] if self.quick else ["int4", "tq3", "tq1", "qjl2/int4", "tq5/tq3:nc", "tq2"]:
-            layers.run(self.on([name], self.records("layers"), self.texts[0]), view)
+            layers.run(self.on([name], self.file("layers"), self.texts[0]), view)
             self.say("layers", name)
 
     def scale(self) -> None:
@@ -134,7 +110,7 @@ class Study:
             measure.change(self.model, gain, alpha)
             changed = {**self.id, "change": title, "gain": gain, "alpha": alpha}
             for task, job in ((fidelity, protocol), (layers, view)):
-                task.run(self.on(specs, self.records("scale"), self.texts[0])._replace(model_id=changed), job)
+                task.run(self.on(specs, self.file("scale"), self.texts[0])._replace(model_id=changed), job)
             measure.change(self.model, 1 / gain, 1 / alpha)
             self.say("scale", title)
 
@@ -143,21 +119,11 @@ PARTS = ("fidelity", "needles", "use", "tasks", "depth", "scale")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what MLX uses")
+    parser = options(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
-    parser.add_argument("--quick", action="store_true", help="a few hundred tokens of each: a test of this script")
     parser.add_argument("--batch", type=int, help="prompts read together; default: 40, on a CPU 4")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args()
-    if args.device:
-        mx.set_default_device(mx.Device(getattr(mx, args.device)))
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    args.batch = args.batch or (40 if on_gpu else 4)
-    if on_gpu:
-        mx.set_cache_limit(4 << 30)
-        tiled.SCRATCH = 512 << 20  # larger tiles, fewer launches; the numbers are the same
+    args.batch = args.batch or (40 if on_gpu(args) else 4)
     study = Study(args)
     for part in args.only.split(","):
         getattr(study, part)()
