@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def divergences(rows: Rows, specs: Sequence[str], markdown: Callable[..., str]) 
         cells = [found.get((text, depth, spec)) for text in TEXTS.values() for depth in depths]
         if any(cells):
             bits = next(c for c in cells if c)["bits"]
-            body.append([f"`{spec}`", f"{bits:.3g}", *(short(c["kl_mean"][0]) if c else "" for c in cells)])
+            body.append([label(spec), f"{bits:.3g}", *(short(c["kl_mean"][0]) if c else "" for c in cells)])
     heads = [f"{text} @{depth}" for text in TEXTS.values() for depth in depths]
     return markdown(["spec", "bits", *heads], body) + footer(list(found.values()))
 
@@ -95,8 +96,14 @@ def ratio(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float]:
 def held(row: dict[str, Any]) -> float:
     """Bits per value with the first and the newest tokens that a spec keeps in fp16 whatever the length."""
     spec, depth = row["settings"]["spec"], row["settings"]["depth"]
-    tokens = sum(int(n) for n in re.findall(r":(?:sink|recent)=(\d+)", spec))
+    tokens = sum(int(n) for n in re.findall(r":(?:sink|recent)=(\d+)", spec)) / len(spec.split("|"))
     return row["bits"] + (16 - row["bits"]) * min(1.0, tokens / depth)
+
+
+def label(spec: str) -> str:
+    """A spec as tables show it; of a recipe how many layers have which."""
+    layers = Counter(spec.split("|"))
+    return f"`{spec}`" if len(layers) == 1 else " + ".join(f"{n} x `{layer}`" for layer, n in layers.most_common())
 
 
 def best(found: dict[tuple[str, int, str], dict[str, Any]], cells: Sequence[tuple[str, int]]) -> str:
@@ -126,7 +133,7 @@ def goal(rows: Rows, markdown: Callable[..., str]) -> str:
     bits = found[next(k for k in found if k[2] == winner)]["bits"]
     head = [
         "",
-        f"`{winner}`, {bits:.3g} bits",
+        f"{label(winner)}, {bits:.3g} bits",
         "`q4_0` rotated, 4.5",
         "mlx-lm `--kv-bits 4`, 4.5",
         "to q4_0",

@@ -139,6 +139,16 @@ def test_contenders_state_their_true_bits_and_leave_the_model_alone(loaded, name
     assert "_opentq" not in model.__dict__
 
 
+def test_a_rival_that_the_device_cant_compute_is_refused_before_any_work(loaded, monkeypatch):
+    def missing(*_args, **_options):
+        raise RuntimeError("[quantized_matmul] No implementation")
+
+    monkeypatch.setattr(mx, "quantized_matmul", missing)
+    with pytest.raises(UserError, match=r"^mlx4: .*No implementation.*--simulate"):
+        contenders.enter("mlx4", loaded[0])
+    assert contenders.enter("mlx4", loaded[0], simulate=True).name == "mlx4"
+
+
 def test_protected_layers_count_as_fp16(loaded):
     assert contenders.enter("int4:skip=first1", loaded[0]).bits == pytest.approx((16 + 5) / 2)
 

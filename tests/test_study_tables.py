@@ -62,3 +62,9 @@ def test_without_records_a_sentence_says_how_to_make_them(table):
 def test_bits_count_the_tokens_that_stay_in_fp16():
     row = {"bits": 4.0, "settings": {"spec": "tq4:sink=4:recent=28", "depth": 128}}
     assert study.held(row) == 4 + 12 * 32 / 128
+
+
+def test_recipes_are_shown_by_the_layers_that_are_alike():
+    spec = "tq5/tq3:sink=4|tq5/tq4:sink=4|tq5/tq3:sink=4"
+    assert study.held({"bits": 4.0, "settings": {"spec": spec, "depth": 128}}) == 4 + 12 * 4 / 128
+    assert study.label(spec) == "2 x `tq5/tq3:sink=4` + 1 x `tq5/tq4:sink=4`" and study.label("int4") == "`int4`"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from .eval import Simulate
 from .options import ModelArgument, ModelOption, RecordsFile, check_output, finite, one_model
 from .plan import counts, parse_count
 
@@ -23,6 +24,7 @@ def tune(
     sequences: Annotated[int, typer.Option(min=1, help="Texts read together.")] = 4,
     window: Annotated[str, typer.Option(help="Sliding-window layers: native or compress.")] = "native",
     generations: Annotated[int, typer.Option(min=1, help="Most generations of eight recipes.")] = 8,
+    simulate: Simulate = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file.")] = Path("recipe.toml"),
     records: RecordsFile = None,
 ) -> None:
@@ -35,19 +37,23 @@ def tune(
         raise UserError(f"--max-kl {max_kl:g} must be above 0; 0.02 is strict, 0.1 is loose")
     if window not in ("native", "compress"):
         raise UserError(f"--window {window!r} is not known: use native or compress")
-    from .. import records as store
+    from ..evaluate import corpus
+    from ..evaluate.evaluation import Evaluation
     from ..evaluate.fidelity import Protocol
+    from ..hosts.mlx_lm.load import load, model_folder
     from ..lab.store import need_optuna
     from ..memory.device import parse_memory
+    from ..records import Records, model_name
     from ..spec.recipe import text
     from ..tuning.tune import Goal, Tuner
 
     need_optuna()
     goal = Goal(max_kl, parse_memory(memory) if memory else 0, parse_count(context) if context else 0, min_speed)
-    protocol = Protocol(tuple(counts(depths)), 64, 16, sequences)
-    kept = records or Path("results/tune") / f"{Path(name).name}.jsonl"
-    store.check(kept)
-    winner = Tuner(name, goal, kept, protocol, window, typer.echo).run(generations)
+    protocol = Protocol(tuple(counts(depths)), 64, 16, sequences, simulate=simulate)
+    kept = Records(records or Path("results/tune") / f"{Path(name).name}.jsonl")
+    loaded, tokenizer = load(name)
+    on = Evaluation(loaded, model_name(name, model_folder(name)), tokenizer, corpus.load(None), [], kept)
+    winner = Tuner(on, goal, protocol, window, typer.echo).run(generations)
     against = f"{100 * winner.saving:.1f} % smaller than {winner.uniform}, the smallest uniform spec within the bound"
     if winner.saving <= 0:
         against = f"no recipe is smaller than {winner.uniform}, which is uniform"
@@ -64,11 +70,11 @@ def tune(
         "uniform": winner.uniform,
         "uniform_bits": round(winner.uniform_bits, 4),
         "saving": round(winner.saving, 4),
-        "records": str(kept),
+        "records": str(kept.path),
     }
     output.write_text(
         text(winner.layers, f"Found by opentq tune for {name}. Use it with --kv {output}\n{summary}", evidence)
     )
     typer.echo("\n".join(f"layer {i:>3}  {layer}" for i, layer in enumerate(winner.layers)))
     typer.echo(summary)
-    typer.echo(f"recipe: {output}; evidence: {kept}")
+    typer.echo(f"recipe: {output}; evidence: {kept.path}")

@@ -156,7 +156,9 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
     if not simulate and name == NATIVE:
         return Contender(name, 16.0, own)
     if not simulate and bits:
-        return Contender(name, bits + 32 / 64, lambda: [_quantised(c, bits) for c in own()])
+        quantised = Contender(name, bits + 32 / 64, lambda: [_quantised(c, bits) for c in own()])
+        _try(quantised, model)
+        return quantised
     spec = _spec(name)
     record = hooks.prepare(model, spec)
     plans = [p for p in record.plans if p.compressed]
@@ -182,6 +184,19 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
         return caches
 
     return Contender(name, true_bits, simulated)
+
+
+def _try(contender: Contender, model: Any) -> None:
+    """Raise UserError where MLX has no product of quantised keys and values for this device and type."""
+    try:
+        caches = contender.caches()
+        for length in (64, 1):  # as prompts are read, and as answers are made
+            mx.eval(model(mx.zeros((1, length), dtype=mx.int32), cache=caches))
+    except RuntimeError as error:
+        raise UserError(
+            f"{contender.name}: MLX can't compute mlx-lm's quantised cache here ({error}); "
+            "compare it with eval fidelity --simulate, or on another device"
+        ) from error
 
 
 def _spec(name: str) -> Spec:
