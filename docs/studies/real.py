@@ -85,7 +85,9 @@ class Study(Network):
         """Every spec on code and prose at four depths."""
         depths, window, sequences = ((256,), 32, 1) if self.quick else ((512, 2048, 4096, 7168), 128, 2)
         protocol = fidelity.Protocol(depths, window=window, sequences=sequences, simulate=True)
-        names = self.asked(["native", "mlx4", "q4_0", "tq5/tq3:nc:center:sink=4"] if self.quick else [*RIVALS, *FRONT, MIXED])
+        names = self.asked(
+            ["native", "mlx4", "q4_0", "tq5/tq3:nc:center:sink=4"] if self.quick else [*RIVALS, *FRONT, MIXED]
+        )
         records = self.file("fidelity")
         for text in self.texts:
             for some in (names[i : i + 8] for i in range(0, len(names), 8)):
