@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .eval import Simulate
+from .evaluate import Simulate
 from .options import ModelArgument, ModelOption, RecordsFile, check_output, finite, one_model
 from .plan import counts, parse_count
 
