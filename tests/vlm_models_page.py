@@ -17,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_vlm.generate.ar import BatchGenerator
-from mlx_vlm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_vlm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-from opentq.caches.composite import members
+from opentq.caches.composite import composite, members
 from opentq.hosts import hooks
 from opentq.hosts.mlx_vlm.host import HOST
 from opentq.hosts.mlx_vlm.seams import SEAMS
@@ -31,14 +31,9 @@ from .vlm_architectures import LEFT_OUT, NAMES, build
 TITLE = "# Models of mlx-vlm"
 
 
-class Rounded(KVCache):
-    """mlx-vlm's cache with keys and values rounded to float16, as a compressed cache keeps its newest tokens."""
+class Rounded:
+    """A cache of mlx-vlm with keys and values rounded to float16, as a compressed cache keeps its newest tokens."""
 
-    def update_and_fetch(self, keys, values):
-        return super().update_and_fetch(*(x.astype(mx.float16).astype(x.dtype) for x in (keys, values)))
-
-
-class RoundedWindow(RotatingKVCache):
     def update_and_fetch(self, keys, values):
         return super().update_and_fetch(*(x.astype(mx.float16).astype(x.dtype) for x in (keys, values)))
 
@@ -71,10 +66,9 @@ def rounded(model: Any, window: bool) -> list[Any]:
     caches, traits = make_prompt_cache(model), SEAMS.traits(model)
     for cache in caches:
         for part, c in enumerate(members(cache)):
-            if type(c) is KVCache and not native_reason(cache, part, None, HOST.caches, traits):
-                c.__class__ = Rounded
-            elif window and type(c) is RotatingKVCache:
-                c.__class__ = RoundedWindow
+            ours = isinstance(c, KVCache) and not native_reason(cache, part, None, HOST.caches, traits)
+            if ours or (window and type(c) is RotatingKVCache):
+                c.__class__ = type("Rounded", (Rounded, type(c)), {})
     return caches
 
 
@@ -140,6 +134,7 @@ def features(model: Any, caches: list[Any]) -> tuple[str, ...]:
         "shared KV": any(word in source for word in ("kv_shared", "kv_reuse", "previous_kvs", "loop_window")),
         "latent": SEAMS.traits(model).latent,
         "M-RoPE": hasattr(model, "get_rope_index"),
+        "an indexer, whose keys stay as they are": bool(SEAMS.traits(model).beside),
     }
     return tuple(word for word, there in found.items() if there)
 
@@ -175,12 +170,16 @@ def resumes(model: Any) -> bool:
     cache = model.make_cache()
     forward(model, cache, [(0, 100)])
     copied = copy.deepcopy(cache)
-    again = [
-        type(c).from_state(c.state, c.meta_state) if hasattr(c, "from_state") and not c.empty() else c
-        for c in copy.deepcopy(cache)
-    ]
+    again = [taken_apart(c) for c in copy.deepcopy(cache)]
     want = forward(model, cache, STEPS[1:3])
     return all(distance(forward(model, other, STEPS[1:3]), want) == 0 for other in (copied, again))
+
+
+def taken_apart(cache: Any) -> Any:
+    """A cache made of its own state. mlx-vlm's CacheList itself finds only classes of mlx-vlm's own module."""
+    if composite(cache):
+        return CacheList(*map(taken_apart, members(cache)))
+    return type(cache).from_state(cache.state, cache.meta_state) if not cache.empty() else cache
 
 
 def trims(model: Any) -> bool | None:

@@ -1,4 +1,4 @@
-"""Attention over chosen tokens of a packed cache: models that select tokens themselves (DSA) name them by position.
+"""Attention over chosen tokens of a packed cache: models that choose tokens themselves (DSA, QSA) name their positions.
 
 Only the chosen rows are gathered, packed as they are, and decoded: the scratch is K decoded tokens however long the
 context is. Plain MLX operations, on any back end.
@@ -15,9 +15,11 @@ def attend(args: AttnArgs, positions: mx.array) -> mx.array:
     """Attention of one query per sequence, `q [B, Hq, 1, Dk]`, to some of its tokens: `[B, Hq, 1, Dv]` in q's dtype.
 
     Args:
-        args: the call; its `mask` is not read, because `positions` says what is seen.
+        args: the call, of a cache that stores one row per token; its `mask` is not read, because `positions` says
+            what is seen.
         positions: int32 `[B, K]`, logical positions in each sequence; negative ones are no tokens.
     """
+    assert args.k.layout.block == args.v.layout.block == 1, "single tokens can't be gathered from blocks"
     batch, heads, _, _ = args.q.shape
     lens = args.lens_array()
     packed, sink, tail = (lens[:, i : i + 1] for i in range(3))
@@ -46,12 +48,8 @@ def _rows(side: PackedKV, dense: mx.array, row: mx.array, column: mx.array, in_p
     out = mx.take_along_axis(dense, _index(column, heads, dense.ndim), axis=2).astype(mx.float32)
     if not side.arrays:
         return out
-    block = side.layout.block
-    stored = tuple(mx.take_along_axis(a, _index(row // block, a.shape[1], a.ndim), axis=2) for a in side.arrays)
+    stored = tuple(mx.take_along_axis(a, _index(row, a.shape[1], a.ndim), axis=2) for a in side.arrays)
     packed = side.layout.load(stored)
-    if block > 1:  # the whole block of every chosen token was gathered: keep the token
-        within = mx.arange(row.shape[1]) * block + row % block
-        packed = tuple(mx.take_along_axis(a, _index(within, a.shape[1], a.ndim), axis=2) for a in packed)
     decoded = side.codec.decode(packed, mx.float32, side.head_dim)
     return mx.where(in_packed[:, None, :, None], decoded, out)
 

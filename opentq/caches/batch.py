@@ -302,14 +302,16 @@ class BatchOpenTQCache(OpenTQCache):
         layouts = f"{self.k_layout.name} {self.v_layout.name}"
         head = str(self.spec), layouts, self.window, int(self.lends), self.latent, lengths or None
         if self.dense_k is None:
-            return BatchState(*head)
+            return BatchState(*head, beside=self._beside())
         used = max((e.packed for e in self.extents), default=0)
         packed_k, packed_v = (
             list(b.truncated(b.rows_of(used))) if used else None for b in (self.packed_k, self.packed_v)
         )
         sketches = None if self.sketches is None else self.sketches.state
         centered = [int(done) for done in self.centered] or None
-        return BatchState(*head, packed_k, packed_v, self.dense_k, self.dense_v, self.center, centered, sketches)
+        return BatchState(
+            *head, packed_k, packed_v, self.dense_k, self.dense_v, self.center, centered, sketches, self._beside()
+        )
 
     @state.setter
     def state(self, value) -> None:

@@ -363,6 +363,7 @@ class OpenTQCache:
             self.dense_v,
             self.center,
             None if self.sketches is None else self.sketches.state,
+            self._beside(),
         )
 
     @state.setter
@@ -381,6 +382,7 @@ class OpenTQCache:
         self.window = state.window
         self.lends, self.latent = bool(state.lends), state.latent
         self._reset()
+        self._restore_beside(state.beside)
         if state.dense_k is None:
             return
         self.dense_k, self.dense_v, self.center = state.dense_k, state.dense_v, state.center
@@ -392,6 +394,13 @@ class OpenTQCache:
             self.packed_k.write(0, relay(tuple(state.packed_k), names[0], self.k_layout))
         if state.packed_v:
             self.packed_v.write(0, relay(tuple(state.packed_v), names[1], self.v_layout))
+
+    def _beside(self) -> list[Any] | None:
+        """What a host's kind of cache holds besides, as arrays and numbers."""
+        return None
+
+    def _restore_beside(self, beside: list[Any] | None) -> None:
+        """Take back what `_beside` gave."""
 
     @classmethod
     def from_state(cls, state) -> OpenTQCache:

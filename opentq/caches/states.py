@@ -1,7 +1,7 @@
 """What a cache's state is made of: what mlx-lm evaluates, saves and loads, in order and by name.
 
 A part that is not there yet (no packed row, no sinks, no center) is None: an empty list has no leaves and would be lost
-on its way through a file.
+on its way through a file. `beside` is what a host's kind of cache holds besides (`OpenTQCache._beside`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class State(NamedTuple):
     dense_v: mx.array | None = None
     center: mx.array | None = None
     sketches: list[Any] | None = None
+    beside: list[Any] | None = None
 
 
 class BatchState(NamedTuple):
@@ -48,3 +49,4 @@ class BatchState(NamedTuple):
     center: mx.array | None = None
     centered: list[int] | None = None
     sketches: list[Any] | None = None
+    beside: list[Any] | None = None

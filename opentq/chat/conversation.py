@@ -139,7 +139,7 @@ class Conversation:
                 f"the conversation would be {length} tokens and the context is {self.context}: /clear, or say less"
             )
         if prompt.images:
-            prompt.images.settle(self.model.model)
+            prompt.images.examine(self.model.model, alone=True)
         return prompt, self.prompter.initial_state(ask, prompt.tokens)
 
     def _generate(self, prompt: Prompt, state: str) -> Generator[Delta | Progress, None, None]:
@@ -152,10 +152,7 @@ class Conversation:
         try:
             yield from self._read(prompt)
             if prompt.images:
-                from ..hosts.mlx_vlm.text import Shifted
-
-                prompt.images.release()
-                model = Shifted(self.model, prompt.images.shift)
+                model = prompt.images.speaker(self.model)
             stream = stream_generate(
                 model,
                 self.tokenizer,

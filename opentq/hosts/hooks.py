@@ -151,7 +151,9 @@ def make_caches(record: Installation) -> list[Any]:
     for plan in record.plans:
         if plan.spec is None:
             continue
-        kind = record.host.latent if plan.latent else record.host.single
+        host = record.host
+        kind = host.latent if plan.latent else host.choosing if plan.beside else host.single
+        assert kind is not None
         ours = kind(plan.spec, record.stats[plan.index, plan.part], plan.window)
         ours.lends, ours.rotary, ours.seam = record.traits.lends, plan.rotary, record.host.seam
         slot = caches[plan.index]

@@ -35,6 +35,7 @@ class Host:
         traits: what is special about a decoder's attention.
         enter, leave: give the attention classes that need it a seam of their own, and take all of them back.
         single, latent: our caches of one sequence under this host's protocol.
+        choosing: the same of layers that hold an indexer's keys, too (`Traits.beside`), where the host has such models.
         classes: all of them, which the host looks up by name in `caches`.
         seam: whether its functions have ours in them.
     """
@@ -50,6 +51,7 @@ class Host:
     single: type[OpenTQCache]
     latent: type[OpenTQCache]
     classes: tuple[type, ...]
+    choosing: type[OpenTQCache] | None = None
     seam: Seam = field(default_factory=Seam)
 
 

@@ -29,6 +29,7 @@ class Seams:
         wide_masks: those whose sliding windows stay native even under window=compress, and why.
         lenders: those that ask a cache for its keys and values again, in the step that filled it.
         cross: those that look at an image: its keys and values are made anew, and their caches stay empty.
+        kinds: those with a cache class of their own that holds keys and values as KVCache does, and its name.
     """
 
     package: str
@@ -40,6 +41,7 @@ class Seams:
     wide_masks: dict[str, str] = field(default_factory=dict)
     lenders: tuple[str, ...] = ()
     cross: tuple[str, ...] = ()
+    kinds: dict[str, str] = field(default_factory=dict)
     originals: dict[type, Callable] = field(default_factory=dict)  # the `__call__`s that were replaced
 
     def modules(self, model: Any) -> Iterator[tuple[str, Any]]:
@@ -61,6 +63,7 @@ class Seams:
             lends=not classes.isdisjoint(self.lenders),
             indexed="" if classes.isdisjoint(self.sparse) else sparse.INDEX,
             unused=Traits.unused if classes.isdisjoint(self.cross) else CROSS,
+            kind=next((kind for name, kind in self.kinds.items() if name in classes), ""),
         )
 
     def served(self) -> dict[str, Callable[..., Any]]:

@@ -35,8 +35,9 @@ class LayerPlan:
         constant: bytes that a native layer holds whatever the context (recurrent state).
         window: tokens that a query of a compressed sliding-window layer sees; 0 when it sees all.
         latent: the cache holds latents (MLA): the key is the latent, the value its rotary part.
-        whole: why the layer is read whole where pages were asked for; "" otherwise.
+        whole: why the layer has no pages where they were asked for; "" otherwise.
         rotary: how the layer's keys are turned, once a token has shown it.
+        beside: bytes per token that stay as the host made them beside keys and values: those of an indexer.
     """
 
     index: int
@@ -53,6 +54,7 @@ class LayerPlan:
     latent: bool = False
     whole: str = ""
     rotary: Rotary = NO_ROTARY
+    beside: float = 0.0
 
     @property
     def compressed(self) -> bool:
@@ -76,11 +78,11 @@ class LayerPlan:
     def bytes_per_token(self) -> float:
         """Bytes that one packed token takes in this layer, metadata included."""
         if self.spec is None:
-            return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8
+            return self.kv_heads * (self.key_dim + self.value_dim) * FP16_BITS / 8 + self.beside
         key, value = self.codecs
         bits = key.bits_per_value(self.key_dim) * self.key_dim + value.bits_per_value(self.value_dim) * self.value_dim
         sketches = pages.bytes_per_token(self.key_dim) if self.spec.pages else 0
-        return self.kv_heads * (bits / 8 + sketches)
+        return self.kv_heads * (bits / 8 + sketches) + self.beside
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Traits:
         lends: layers attend to keys and values that another layer's cache has taken.
         indexed: why the second of a layer's caches stays native, which holds the keys of an indexer; "" without one.
         unused: what it means when a layer leaves its cache empty.
+        kind: the model's own class of caches that hold keys and values as the host's KVCache does; "" without one.
+        beside: bytes per token that these hold of an indexer, by which the model chooses tokens; 0 without one.
     """
 
     arrays: str = ""
@@ -102,6 +106,8 @@ class Traits:
     lends: bool = False
     indexed: str = ""
     unused: str = "the layer has no attention"
+    kind: str = ""
+    beside: float = 0.0
 
 
 PLAIN = Traits()

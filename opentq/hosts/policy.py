@@ -43,7 +43,8 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
         else:
             own = spec.for_layer(order[i, part], len(compressible))
             window = native_bound(cache)
-            whole = _read_whole(own, window, traits)
+            beside = _beside(cache, traits)
+            whole = _read_whole(own, window, traits, beside > 0)
             if whole:
                 own = replace(own, pages=0)
             if window:
@@ -51,7 +52,7 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
             elif traits.latent:
                 own = latent_spec(own)
             latent = traits.latent and not window
-            plan = LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole)
+            plan = LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole, beside=beside)
             if refusal := _refused(shaped(plan, cache)):
                 plan = LayerPlan(i, kind, None, refusal, part, bound=window)
             plans.append(plan)
@@ -73,10 +74,16 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
     return plans
 
 
-def left_alone(caches: Sequence[Any]) -> list[LayerPlan]:
+def left_alone(caches: Sequence[Any], traits: Traits = PLAIN) -> list[LayerPlan]:
     """One native plan per cache, as where nobody asks for compression; their shapes filled in."""
     slots = [(i, n, c) for i, cache in enumerate(caches) for n, c in enumerate(members(cache))]
-    return [shaped(LayerPlan(i, type(c).__name__, None, "not compressed", n), c) for i, n, c in slots]
+    plans = [LayerPlan(i, type(c).__name__, None, "not compressed", n, beside=_beside(c, traits)) for i, n, c in slots]
+    return [shaped(p, c) for p, (_, _, c) in zip(plans, slots)]
+
+
+def _beside(cache: Any, traits: Traits) -> float:
+    """Bytes per token that a layer's indexer keeps beside keys and values."""
+    return traits.beside if type(cache).__name__ == traits.kind else 0.0
 
 
 def _refused(plan: LayerPlan) -> str:
@@ -90,10 +97,12 @@ def _refused(plan: LayerPlan) -> str:
     return ""
 
 
-def _read_whole(spec: KVSpec, window: int, traits: Traits) -> str:
-    """Why a layer whose spec asks for pages is read whole; "" where it isn't, or doesn't ask."""
+def _read_whole(spec: KVSpec, window: int, traits: Traits, chooses: bool) -> str:
+    """Why a layer whose spec asks for pages has none; "" where it has, or doesn't ask."""
     if not spec.pages:
         return ""
+    if chooses:
+        return "the model chooses tokens itself"
     if window:
         return "a window is short"
     if traits.latent:
@@ -129,7 +138,7 @@ def native_reason(slot: Any, part: int, spec: Spec | None, kinds: ModuleType, tr
     cache = members(slot)[part]
     if traits.indexed and part == 1:
         return traits.indexed
-    if type(cache) is kinds.KVCache:
+    if type(cache) is kinds.KVCache or type(cache).__name__ == traits.kind:
         return traits.arrays
     if isinstance(cache, kinds.RotatingKVCache):
         if cache.keep:

@@ -44,9 +44,12 @@ class Report:
             layers = f"{first.index}" if first.index == last.index else f"{first.index}-{last.index}"
             if first.compressed:
                 calls = sum(r.calls for r in rows)
-                detail = f"{first.bytes_per_token():.0f} bytes/token/layer, attention by {served}, {calls} calls"
+                indexer = f" ({first.beside:.0f} of them the indexer's)" if first.beside else ""
+                detail = (
+                    f"{first.bytes_per_token():.0f} bytes/token/layer{indexer}, attention by {served}, {calls} calls"
+                )
                 if first.whole:
-                    detail += f"; read whole: {first.whole}"
+                    detail += f"; no pages: {first.whole}"
                 elif held := sum(r.held for r in rows):
                     detail += f"; decode read {100 * sum(r.read for r in rows) / held:.0f} % of packed tokens"
             else:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..errors import UserError
 from ..hosts import hooks
+from ..hosts.host import host_of
 from ..hosts.mlx_lm.files import context_length
 from ..hosts.mlx_lm.public import make_prompt_cache
 from ..hosts.plan import LayerPlan
@@ -27,7 +28,8 @@ def layer_plans(model: Any) -> list[LayerPlan]:
         return record.plans
     caches = make_prompt_cache(model)
     mx.eval(model(mx.array([[0]]), cache=caches), [c.state for c in caches])
-    return left_alone(caches)
+    host = host_of(model)
+    return left_alone(caches, host.traits(host.decoder(model)))
 
 
 def check_length(model: Any, tokens: int) -> None:

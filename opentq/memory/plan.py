@@ -42,10 +42,10 @@ def held(plan: LayerPlan, tokens: int, float_bytes: int = 2, step: int = PREFILL
     """
     if plan.spec is None:
         per_token = plan.kv_heads * (plan.key_dim + plan.value_dim) * float_bytes
-        return plan.constant + native_rows(plan.bound, tokens, step) * per_token
+        return plan.constant + round(native_rows(plan.bound, tokens, step) * (per_token + plan.beside))
     rows, dense = lengths(Limits(plan.spec.sink, plan.spec.recent, plan.window), tokens, step)
     fp16 = plan.kv_heads * (plan.key_dim + plan.value_dim) * 2
-    return round(rows * plan.bytes_per_token()) + dense * fp16
+    return round(rows * plan.bytes_per_token()) + round(dense * (fp16 + plan.beside))
 
 
 def price(plans: Sequence[LayerPlan], tokens: int, float_bytes: int = 2, step: int = PREFILL_STEP) -> int:

@@ -124,10 +124,11 @@ class Skeleton:
 
     def plans(self, spec: Spec | None) -> list[LayerPlan]:
         """One plan per cache with its shapes filled in; without a spec every layer is mlx-lm's own."""
-        if spec is None:
-            return left_alone(self.caches)
         host = host_of(self.model)
-        plans = decide(self.caches, spec, host.caches, host.traits(self.model))
+        traits = host.traits(self.model)
+        if spec is None:
+            return left_alone(self.caches, traits)
+        plans = decide(self.caches, spec, host.caches, traits)
         return [shaped(p, members(self.caches[p.index])[p.part]) for p in plans]
 
 

@@ -155,7 +155,7 @@ class Engine:
         self.store.give_way(room)
         if job.images:
             try:
-                job.images.settle(self.model.model)
+                job.images.examine(self.model.model)
             except UserError as error:
                 self.at_work = None
                 job.post(job, bad(str(error), "messages", "invalid_image"))

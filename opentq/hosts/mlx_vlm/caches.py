@@ -164,16 +164,12 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
         batch.pads = [0] * len(caches)  # type: ignore[attr-defined]
         return batch
 
-    @property
-    def state(self):
-        """The batch's own state, and the padding that is still to come."""
-        return [*super().state, self.pads]
+    def _beside(self) -> list[Any] | None:
+        """The padding that is still to come."""
+        return list(self.pads) or None
 
-    @state.setter
-    def state(self, value) -> None:
-        *rest, pads = value
-        BatchOpenTQCache.state.fset(self, rest)  # type: ignore[attr-defined]
-        self.pads = pads
+    def _restore_beside(self, beside: list[Any] | None) -> None:
+        self.pads = beside or []
 
 
 class BatchVLMLatentCache(BatchVLMCache, BatchOpenTQLatentCache):
@@ -196,6 +192,10 @@ class PaddedStep:
         q = _rolled(q, self.pads, 2)
         return _rolled(self.step.attend(q, scale=scale, mask=mask, sinks=sinks, softcap=softcap), back, 2)
 
+    def attend_rows(self, q, positions, *, scale: float, sinks=None) -> mx.array:
+        """`Step.attend_rows`: one column, rotated, is itself."""
+        return self.step.attend_rows(q, positions, scale=scale, sinks=sinks)
+
     def _mask(self, mask: mx.array, count: int) -> mx.array:
         """`mask [B or 1, H or 1, L, S]` for the rotated columns; rows of padding may see anything."""
         while mask.ndim < 4:
@@ -215,6 +215,3 @@ def _rolled(x: mx.array, shifts: Sequence[int], axis: int) -> mx.array:
     shape = [1] * x.ndim
     shape[0], shape[axis] = len(shifts), count
     return mx.take_along_axis(x, index.reshape(shape), axis=axis)
-
-
-CLASSES = (VLMCache, BatchVLMCache, VLMLatentCache, BatchVLMLatentCache)

@@ -7,7 +7,8 @@ from typing import Any
 from ...errors import UserError
 from ..host import Host
 from . import private
-from .caches import CLASSES, VLMCache, VLMLatentCache
+from .caches import BatchVLMCache, BatchVLMLatentCache, VLMCache, VLMLatentCache
+from .qsa import BatchVLMQSACache, VLMQSACache
 from .seams import SEAMS
 
 
@@ -33,5 +34,6 @@ HOST = Host(
     leave=SEAMS.leave,
     single=VLMCache,
     latent=VLMLatentCache,
-    classes=CLASSES,
+    classes=(VLMCache, BatchVLMCache, VLMLatentCache, BatchVLMLatentCache, VLMQSACache, BatchVLMQSACache),
+    choosing=VLMQSACache,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,11 +12,15 @@ from ...caches.single import OpenTQCache
 from ...caches.step import Handle
 from .. import sparse
 from ..patches import Seams
-from ..seams import gemma2, plamo
+from ..plan import Traits
+from ..seams import gemma2, heads, plamo
 from ..shim import attend
+from . import qsa
 
 DIRECT = ("moondream2", "moondream3", "phi3_v", "phi4_siglip", "phi4mm", "plamo2vl")
 """Packages whose language model calls MLX's attention function and not mlx-vlm's."""
+
+CHOOSER = "qwen4_exp.language.Qwen4ExpAttention"
 
 
 def _gemma3n(layer: Any, x: mx.array, mask: Any, cache: OpenTQCache) -> mx.array:
@@ -47,10 +51,25 @@ def _glm_dsa(layer: Any, x: mx.array, mask: Any, cache: Any, chosen: Any) -> tup
     return sparse.project(layer, out), chosen
 
 
+def _hy_v4(layer: Any, x: mx.array, mask: Any, cache: Any, chosen: Any) -> tuple[mx.array, Any]:
+    """As DeepSeek's, with sinks and a gate; some layers see the tokens that an earlier one chose."""
+    index = cache[1] if layer.indexer is not None else None
+    out, chosen = sparse.attend(layer, x, mask, cache[0], index, chosen, layer.learnable_sink_param)
+    return sparse.project(layer, out * mx.sigmoid(heads(layer.linear_gate(x), layer.num_heads))), chosen
+
+
 def _longcat_sparse(layer: Any, x: mx.array, mask: Any, latents: Any, index: Any, chosen: Any) -> tuple[mx.array, Any]:
     """As DeepSeek's; one indexer serves several attention blocks."""
     out, chosen = sparse.attend(layer, x, mask, latents, index, chosen)
     return sparse.project(layer, out), chosen
+
+
+def _qsa_exactly(forward: Any, layer: Any, x: mx.array, cache: Any, positions: mx.array | None, mask: Any) -> mx.array:
+    """mlx-vlm's own way for decode steps and drafts: every token as it would be alone."""
+    if isinstance(cache, qsa.Choosing):
+        return qsa.one_by_one(layer, x, cache, positions, forward._linear)
+    own = next(value for owner, _, value in _replaced if owner is type(forward))
+    return own(forward, layer, x, cache, positions, mask)
 
 
 class _Fast:
@@ -83,6 +102,11 @@ _core = _Core()
 class _Seams(Seams):
     """Of some models a module's names are replaced, too."""
 
+    def traits(self, model: Any) -> Traits:
+        found = super().traits(model)
+        choosers = [module for name, module in self.modules(model) if name == CHOOSER]
+        return replace(found, beside=qsa.bytes_per_token(choosers[0].indexer)) if choosers else found
+
     def enter(self, model: Any) -> None:
         super().enter(model)
         for name, module in self.modules(model):
@@ -91,6 +115,10 @@ class _Seams(Seams):
             if name.startswith("inkling."):
                 # What lies outside a window is masked in any case; compressed keys can't be cut to it.
                 _replace(sys.modules[type(module).__module__], "_SLIDING_KV_SLICE", False)
+            if name == CHOOSER:
+                _replace(
+                    sys.modules[type(module).__module__].Qwen4ExpBatchInvariantForward, "_qsa_attention", _qsa_exactly
+                )
 
     def leave(self) -> None:
         while _replaced:
@@ -98,13 +126,13 @@ class _Seams(Seams):
         super().leave()
 
 
-_replaced: list[tuple[ModuleType, str, Any]] = []
+_replaced: list[tuple[Any, str, Any]] = []
 
 
-def _replace(module: ModuleType, name: str, value: Any) -> None:
-    if getattr(module, name) is not value:
-        _replaced.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+def _replace(owner: Any, name: str, value: Any) -> None:
+    if getattr(owner, name) is not value:
+        _replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
 
 
 SEAMS = _Seams(
@@ -115,8 +143,10 @@ SEAMS = _Seams(
         "gemma2.language.Attention": gemma2,
         "plamo.language.Attention": plamo,
         "glm_moe_dsa.language.GlmMoeDsaAttention": _glm_dsa,
+        "hy_v4.language.HyV4Attention": _hy_v4,
         "longcat_flash_sparse.language.LongcatFlashMLA": _longcat_sparse,
         "gemma3n.language.Gemma3nAttention": _gemma3n,
+        CHOOSER: qsa.attention,
     },
     latent=(
         "deepseek_v3.language.DeepseekV3Attention",
@@ -129,6 +159,7 @@ SEAMS = _Seams(
     sparse=(
         "deepseek_v32.language.DeepseekV32Attention",
         "glm_moe_dsa.language.GlmMoeDsaAttention",
+        "hy_v4.language.HyV4Attention",
         "longcat_flash_sparse.language.LongcatFlashMLA",
     ),
     native={
@@ -143,4 +174,5 @@ SEAMS = _Seams(
     reads="has_sparse_index",
     lenders=("afm7.language.KVReuseAttention", "gemma3n.language.Gemma3nAttention"),
     cross=("mllama.language.MllamaTextCrossAttention",),
+    kinds={"hy_v4.language.HyV4Attention": "HyV4KVCache", CHOOSER: "QSAKVCache"},
 )

@@ -27,7 +27,7 @@ class TextModel(nn.Module):
     def __init__(self, model: Any, config: Any):
         super().__init__()
         self.model = model
-        self.model_type = self.language_model.model_type
+        self.model_type = getattr(self.language_model, "model_type", config.model_type)
         self.config = config
         self.args = getattr(config, "text_config", None) or config
 
@@ -59,12 +59,17 @@ class TextModel(nn.Module):
 
 
 class Shifted:
-    """A model for the text after a prompt's images, for generators that know of none."""
+    """A model for the text after a prompt's images, for generators that know of none.
 
-    def __init__(self, model: TextModel, shift: int):
-        self._model, self._shift = model, shift
+    `shown` is what a model with cross attention takes with the first tokens; later ones take only the images of it.
+    """
+
+    def __init__(self, model: TextModel, shift: int, shown: dict[str, Any]):
+        self._model, self._shift, self._shown = model, shift, shown
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None, **options: Any) -> mx.array:
+        options |= self._shown
+        self._shown = {k: v for k, v in self._shown.items() if k == "cross_attention_states"}
         return self._model(inputs, cache, (self._shift,), **options)
 
     def __getattr__(self, name: str) -> Any:

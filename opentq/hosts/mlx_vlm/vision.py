@@ -1,7 +1,8 @@
 """Prompts with images: what a model's processor and towers make of them, read piece by piece into any caches.
 
 `Vision.prompt` turns text and images into tokens, in any thread. `ImagePrompt.read` gives a piece of them to the model,
-in the thread that runs it. After the last image a prompt is text again, and only its positions may be shifted.
+in the thread that runs it. After the last image a prompt is text again, and only its positions may be shifted; but
+models with cross attention (mllama) show the images to every token.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from .text import Shifted, TextModel
 WHOLE = 8192
 """Most tokens that are read at once, for the models whose images see each other in both directions."""
 
+CROSS = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
+"""What models with cross attention take with the tokens of a prompt; with those of an answer, the first of it."""
+
 BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, OSError)
 """What processors and towers raise for images that they can't take."""
 
@@ -40,12 +44,12 @@ class ImagePrompt:
 
     Attributes:
         tokens: ids of the whole prompt, an image's places among them.
-        end: tokens up to the last place of an image; what follows is text.
+        end: tokens up to the last place of an image; what follows is text. All of them, with cross attention.
         marks: (place, digest) of the images: from that place on, what the caches hold depends on the image, too.
         inputs: what the processor made: `input_ids [1, L]`, pixels, and what else the model takes.
         shift: how far positions are from places after the images, for models with positions of several axes (M-RoPE);
-            known after `settle`.
-        whole: whether all up to `end` must be read at once; known after `settle`.
+            known after `examine`.
+        whole: whether all up to `end` must be read at once; known after `examine`.
     """
 
     tokens: list[int]
@@ -54,19 +58,31 @@ class ImagePrompt:
     inputs: dict[str, Any] = field(repr=False)
     shift: int = 0
     whole: bool = False
-    _settled: bool = False
+    _examined: bool = False
     _embedded: dict[str, Any] | None = field(default=None, repr=False)
+    _shown: dict[str, Any] = field(default_factory=dict, repr=False)  # what cross attention takes with the last token
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds until it is read."""
         return sum(v.nbytes for v in self.inputs.values() if isinstance(v, mx.array))
 
-    def settle(self, model: Any) -> None:
-        """Find `shift` and `whole`. Raises VisionError for a prompt that would be read at once and is too long."""
-        if self._settled:
+    def examine(self, model: Any, alone: bool = False) -> None:
+        """Find `shift`, `whole` and, with cross attention, `end`.
+
+        Raises VisionError for a prompt that would be read at once and is too long, and for cross attention unless the
+        answer is written `alone`, not in a batch.
+        """
+        if self._examined:
             return
         inputs, language = self.inputs, decoder(model)
+        if _crosses(language):
+            if not alone:
+                raise VisionError(
+                    "this model shows its images to every token (cross attention), which a batch of answers can't do: "
+                    "use opentq generate --image or opentq chat"
+                )
+            self.end = len(self.tokens)
         self.whole = not chunks_allowed(model, inputs)
         if hasattr(language, "get_rope_index"):
             known = {**inputs, "attention_mask": inputs.get("attention_mask")}
@@ -81,23 +97,30 @@ class ImagePrompt:
             raise VisionError(
                 f"this model reads all up to the last image at once, which can be {WHOLE} tokens, not {self.end}"
             )
-        self._settled = True
+        self._examined = True
 
-    def begin(self, model: TextModel, caches: list[Any], step: int = 2048, held: int = 0) -> tuple[Any, int]:
-        """Read all up to the last image into `caches`, which hold the first `held` tokens.
+    def begin(self, model: TextModel, caches: list[Any], step: int = 2048) -> tuple[Any, int]:
+        """Read all up to the last image into empty `caches`.
 
         Returns what stands for the model for the text that follows, and how many tokens the caches hold. Raises
         VisionError.
         """
-        self.settle(model.model)
-        end, at = max(min(self.end, len(self.tokens) - 1), held), held
+        self.examine(model.model, alone=True)
+        end, at = min(self.end, len(self.tokens) - 1), 0
         while at < end:
             stop = end if self.whole else min(at + step, end)
             self.read(model.model, caches, at, stop)
             mx.eval([c.state for c in caches])
             at = stop
+        return self.speaker(model), at
+
+    def speaker(self, model: TextModel) -> TextModel | Shifted:
+        """What stands for the model for the text that follows; what is not needed any more is let go."""
+        if _crosses(decoder(model.model)) and not self._shown:  # all of it was read in an earlier turn
+            self._embed(model.model)
+        shown = self._shown
         self.release()
-        return (Shifted(model, self.shift) if self.shift else model), at
+        return Shifted(model, self.shift, shown) if self.shift or shown else model
 
     def read(self, model: Any, caches: Sequence[Any], start: int, stop: int) -> Any:
         """Give the tokens from `start` to `stop` to the model; `start` is before `end`. Returns logits `[1, L, V]`.
@@ -122,7 +145,7 @@ class ImagePrompt:
 
     def release(self) -> None:
         """Let go what is not needed any more once all is read."""
-        self.inputs, self._embedded = {}, None
+        self.inputs, self._embedded, self._shown = {}, None, {}
 
     def _embed(self, model: Any) -> dict[str, Any]:
         """What the language model takes: `inputs_embeds [1, L, E]`, `input_ids`, and what the model adds to them."""
@@ -137,11 +160,13 @@ class ImagePrompt:
             mx.eval(*[v for v in found.values() if isinstance(v, mx.array)])
         except BROKEN as error:
             raise VisionError(f"the model can't read these images: {_first_line(error)}") from error
-        if found["inputs_embeds"].shape[1] != len(self.tokens) or "cross_attention_states" in found:
+        if found["inputs_embeds"].shape[1] != len(self.tokens):
             raise VisionError(
-                "this model keeps images beside the tokens (cross attention): only mlx_vlm.generate, after "
+                "this model puts more tokens in an image's place than its processor says: only mlx_vlm.generate, after "
                 "opentq.compress(model), can show it one"
             )
+        if _crosses(language):
+            self._shown = {name: found[name] for name in CROSS if name in found}
         if hasattr(language, "get_rope_index"):
             if positions is None:  # they were not known without the towers
                 positions = found.get("position_ids", language._position_ids)
@@ -218,6 +243,11 @@ def places(ids: np.ndarray, token: int | None, digests: list[bytes]) -> tuple[in
     if len(starts) == len(digests):
         return end, tuple(zip(starts, digests))
     return end, ((starts[0], b"".join(digests)),)
+
+
+def _crosses(language: Any) -> bool:
+    """Whether every token attends to the images by cross attention."""
+    return CROSS[0] in inspect.signature(type(language).__call__).parameters
 
 
 def _forget(language: Any) -> None:
