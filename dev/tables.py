@@ -343,58 +343,22 @@ def long() -> str:
     return f"{markdown(head, body)}\n\n{machine(rows)}, {rows[-1]['threads']} threads; `{rows[-1]['command']}`."
 
 
-@table
-def real_headline() -> str:
-    return study.headline(records("fidelity"), markdown)
+REAL = {
+    "headline": ("fidelity", study.headline),
+    "codecs": ("fidelity", lambda rows, markdown: study.divergences(rows, study.CODECS, markdown)),
+    "negative": ("fidelity", lambda rows, markdown: study.divergences(rows, study.NEGATIVE, markdown)),
+    "goal": ("fidelity", study.goal),
+    "needles": ("needle", study.needles),
+    "use": ("use", study.use),
+    "tasks": ("tasks", study.tasks),
+    "depth": ("layers", study.depth),
+    "scale": ("scale", study.scale),
+    "cpu": ("real-cpu", study.cpu),
+}
+"""Tables of the study of a real network: what they are made from, and by what."""
 
-
-@table
-def real_codecs() -> str:
-    return study.divergences(records("fidelity"), study.CODECS, markdown)
-
-
-@table
-def real_negative() -> str:
-    return study.divergences(records("fidelity"), study.NEGATIVE, markdown)
-
-
-@table
-def real_goal() -> str:
-    return study.goal(records("fidelity"), markdown)
-
-
-@table
-def real_needles() -> str:
-    return study.needles(records("needle"), markdown)
-
-
-@table
-def real_use() -> str:
-    return study.use(records("use"), markdown)
-
-
-@table
-def real_tasks() -> str:
-    return study.tasks(records("tasks"), markdown)
-
-
-@table
-def real_depth() -> str:
-    return study.depth(records("layers"), markdown)
-
-
-@table
-def real_scale() -> str:
-    return study.scale(records("scale"), markdown)
-
-
-@table
-def real_cpu() -> str:
-    return study.cpu(records("real-cpu"), markdown)
-
-
-for _name, (_study, _make) in page_tables.TABLES.items():
-    TABLES[_name] = lambda study=_study, make=_make: make(records(study), markdown)
+for _name, (_file, _make) in {**{f"real_{n}": t for n, t in REAL.items()}, **page_tables.TABLES}.items():
+    TABLES[_name] = lambda file=_file, make=_make: make(records(file), markdown)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from opentq.evaluate import corpus
 from opentq.hosts.mlx_lm import files
 from opentq.hosts.plan import NothingCompressed
 from opentq.memory import skeleton, source
-from opentq.memory.answer import answer
+from opentq.memory.forecast import forecast
 from opentq.memory.loaded import model_context, weight_bytes
 from opentq.spec.text import parse, specs
 
@@ -113,7 +113,7 @@ def test_plan_and_load_refuse_what_is_not_whole(copy, fault):
         opentq.load(str(copy))
     if fault != "no weights":  # of which a plan may be made
         with pytest.raises(UserError, match=words):
-            answer(str(copy), specs("int4"), [1024], "8GB")
+            forecast(str(copy), specs("int4"), [1024], "8GB")
 
 
 def test_a_whole_file_beside_old_shards_counts_once(copy):
@@ -146,7 +146,7 @@ MODELS = [name for name in taking("--model") if name not in ("cache use", "launc
 def test_plan_and_load_refuse_a_config_that_can_not_be(copy, fault):
     config, words = CONFIGS[fault]
     (copy / "config.json").write_text(json.dumps(config))
-    for use in (lambda: opentq.load(str(copy)), lambda: answer(str(copy), specs("int4"), [1024], "8GB")):
+    for use in (lambda: opentq.load(str(copy)), lambda: forecast(str(copy), specs("int4"), [1024], "8GB")):
         with pytest.raises(UserError, match=words):
             use()
 
@@ -171,7 +171,7 @@ def test_every_command_looks_at_both_first(run, monkeypatch, copy, name):
 def test_fields_of_the_wrong_type_are_said(copy, field, value):
     """mlx-lm's own words, or that what it makes of them does not fit the weights; never a traceback."""
     change(copy, **{field: value})
-    for use in (lambda: opentq.load(str(copy)), lambda: answer(str(copy), specs("int4"), [1024], "8GB")):
+    for use in (lambda: opentq.load(str(copy)), lambda: forecast(str(copy), specs("int4"), [1024], "8GB")):
         try:
             use()
         except UserError as error:
@@ -193,7 +193,7 @@ def test_the_context_is_found_under_every_name(copy):
     config = json.loads(path.read_text())
     del config["max_position_embeddings"]
     path.write_text(json.dumps(config | {"max_seq_len": 2048}))
-    assert model_context(opentq.load(str(copy))[0]) == 2048 == answer(str(copy), [None], [512]).skeleton.context_limit
+    assert model_context(opentq.load(str(copy))[0]) == 2048 == forecast(str(copy), [None], [512]).skeleton.context_limit
 
 
 # ---- every architecture

@@ -16,8 +16,8 @@ from opentq.errors import UserError
 from opentq.hosts import hooks
 from opentq.memory import device as machines
 from opentq.memory import shapes, skeleton, source
-from opentq.memory.answer import answer
 from opentq.memory.device import GIB
+from opentq.memory.forecast import forecast
 from opentq.memory.plan import capacity, payload, predict, price
 from opentq.spec.kv import KVSpec
 from opentq.spec.text import specs
@@ -232,7 +232,7 @@ def test_gemma_4_counts_windows_once_and_full_layers_by_their_own_heads():
 
 
 def test_a_64_gb_mac_and_its_wired_limit():
-    result = answer("meta-llama/Llama-3.1-70B", specs("off,int4"), [131072], "64GB")
+    result = forecast("meta-llama/Llama-3.1-70B", specs("off,int4"), [131072], "64GB")
     assert result.device.usable == 48 * GIB
     assert [r.fits for r in result.rows] == ["no", "raised"]
     total = result.rows[1].estimate.total
@@ -294,18 +294,18 @@ def test_folder_with_weights_is_counted_from_the_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY["llama"]))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
     real = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
-    result = answer(str(tmp_path), specs("int4"), [1024], "8GB", "cpu")
+    result = forecast(str(tmp_path), specs("int4"), [1024], "8GB", "cpu")
     assert result.rows[0].estimate.weights == real
     assert "from the files" in result.weights_said
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(UserError, match="cut off"):
-        answer(str(tmp_path), specs("int4"), [1024])
+        forecast(str(tmp_path), specs("int4"), [1024])
 
 
 def test_bad_input_is_said_in_words(tmp_path):
     def refuse(match, model="llama-3.1-8b", kv=("int4",), **more):
         with pytest.raises(UserError, match=match):
-            answer(model, specs(",".join(kv)), [1024], **more)
+            forecast(model, specs(",".join(kv)), [1024], **more)
 
     refuse("no folder, config.json or known shape", model="nonsense")
     refuse("no config.json", model=str(tmp_path))
@@ -331,7 +331,7 @@ def test_an_unknown_model_type_is_assumed_a_llama_and_said():
 
 
 def test_contexts_beyond_the_model_and_memory_below_the_weights():
-    text = answer("llama-3.1-70b", specs("int4"), [1 << 18], "16GB").table()
+    text = forecast("llama-3.1-70b", specs("int4"), [1 << 18], "16GB").table()
     assert "beyond the model's 128K" in text
     assert "weights alone" in text and "no context fits" in text
 
@@ -360,7 +360,7 @@ def test_plot_is_drawn(tmp_path):
     from opentq.memory.plot import draw
 
     path = tmp_path / "plan.svg"
-    draw(answer("llama-3.1-8b", specs("off,int4"), [8192, 131072], "64GB"), path)
+    draw(forecast("llama-3.1-8b", specs("off,int4"), [8192, 131072], "64GB"), path)
     assert "<svg" in path.read_text()
     with pytest.raises(UserError, match="must end in"):
-        draw(answer("llama-3.1-8b", [None], [8192], "64GB"), tmp_path / "plan.bmp")
+        draw(forecast("llama-3.1-8b", [None], [8192], "64GB"), tmp_path / "plan.bmp")

@@ -213,6 +213,13 @@ def test_names_are_of_the_images_that_begin_before():
     assert block_names(tokens, BLOCK, one) != block_names(tokens, BLOCK, two)
 
 
+def test_names_stay_what_they_are():
+    """Files on disk are found by them: by another name, what was read before an update would be read again."""
+    first = "c40f38877773d15048a2f75aaeacd918b6871035"
+    assert block_names(range(8), 4) == [first, "58adcc8d0d4ba7c728610fa59c135d249daa72bd"]
+    assert block_names(range(8), 4, [(5, b"cat")]) == [first, "feb3d19ccd672047cd86a89a52c2ab0ead21ec6f"]
+
+
 def test_what_is_taken_as_ones_own_is_gone(store):
     mine = store(1000)
     tokens = list(range(3 * BLOCK))

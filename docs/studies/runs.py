@@ -34,12 +34,6 @@ class Simulated(Codec):
     def bits_per_value(self, head_dim: int) -> float:
         return self.bits
 
-    def rotate(self, x: mx.array) -> mx.array:
-        return x
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return y
-
     def coded(self, y: mx.array) -> mx.array:
         """Float32 vectors `[B, H, T, D]` as they come back."""
         raise NotImplementedError

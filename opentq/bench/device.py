@@ -19,7 +19,6 @@ import mlx.core as mx
 from .. import records as store
 from ..attention import backends, dispatch, reference
 from ..caches.single import OpenTQCache
-from ..caches.step import Step
 from ..contracts.attention import AttnArgs, AttnFn
 from ..contracts.codec import Codec, Packed
 from ..kernels.metal import launch as metal
@@ -157,12 +156,9 @@ def _scrubbed(record: Record) -> Record:
 
 def _judge(tokens: int, name: str, variant: kernel.Variant, spec: str, shape: Shape, call: Case) -> Iterator[Record]:
     """One call, by every attention function that serves it."""
-    heads, kv_heads, dim = shape
     length, dtype, window = call
-    mx.random.seed(dim)
-    step = _step(spec, kv_heads, dim, tokens, length)
-    q = step.k.codec.rotate(mx.random.normal((1, heads, length, dim)).astype(DTYPES[dtype]))
-    args = AttnArgs(q, step.k, step.v, step.dense_k, step.dense_v, step.lens, dim**-0.5, True, window)
+    mx.random.seed(shape[2])
+    args = attention(tokens, spec, shape, call)
     case = {"kv": spec, "shape": list(shape), "length": length, "dtype": dtype, "window": window}
     for candidate, function in dispatch.candidates():
         verdict = _verdict(args, candidate, function, variant)
@@ -170,14 +166,17 @@ def _judge(tokens: int, name: str, variant: kernel.Variant, spec: str, shape: Sh
             yield _record("conformance", served_by=candidate, variant=name, **case, **verdict)
 
 
-def _step(spec: str, kv_heads: int, dim: int, tokens: int, length: int) -> Step:
-    """A cache of `tokens` random tokens, the last `length` of which are new."""
+def attention(tokens: int, spec: str, shape: Shape, call: Case) -> AttnArgs:
+    """A call over `tokens` random tokens, the last of which are new."""
+    heads, kv_heads, dim = shape
+    length, dtype, window = call
     k, v = (mx.random.normal((1, kv_heads, tokens, dim)).astype(mx.float16) for _ in range(2))
     cache = OpenTQCache(spec)
     cache.update_and_fetch(k[:, :, :-length], v[:, :, :-length])
     step = cache.update_and_fetch(k[:, :, -length:], v[:, :, -length:])[0].step
     mx.eval(cache.state)
-    return step
+    q = step.k.codec.rotate(mx.random.normal((1, heads, length, dim)).astype(DTYPES[dtype]))
+    return AttnArgs(q, step.k, step.v, step.dense_k, step.dense_v, step.lens, dim**-0.5, True, window)
 
 
 def _verdict(args: AttnArgs, name: str, function: AttnFn, variant: kernel.Variant) -> Record | None:

@@ -9,18 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import (
-    ModelOption,
-    Output,
-    PrefillStep,
-    RecordsFile,
-    Specs,
-    check_output,
-    finite,
-    numbers,
-    one_model,
-    write,
-)
+from . import options
 from .plan import counts, parse_count
 
 bench = typer.Typer(help="Measure attention kernels and whole models; every row is a record.", no_args_is_help=True)
@@ -38,15 +27,15 @@ def kernel(
     kv: Annotated[str, typer.Option("--kv", metavar="SPECS", help="KV specs, separated by commas.")] = "f16,int4,k8v4",
     against: Annotated[str, typer.Option(help="Rivals: mlx, mlx-lm, llama.cpp, ort.")] = "",
     windows: Annotated[int, typer.Option(min=2, help="Timed windows per arm.")] = 7,
-    warm: Annotated[float, typer.Option(min=0, callback=finite, help="Seconds of warm-up per arm.")] = 1.0,
-    window: Annotated[float, typer.Option(min=0, callback=finite, help="Least seconds per window.")] = 0.25,
+    warm: Annotated[float, typer.Option(min=0, callback=options.finite, help="Seconds of warm-up per arm.")] = 1.0,
+    window: Annotated[float, typer.Option(min=0, callback=options.finite, help="Least seconds per window.")] = 0.25,
     budget: Annotated[
-        float, typer.Option(min=0, callback=finite, help="Seconds of an arm; slower ones run once.")
+        float, typer.Option(min=0, callback=options.finite, help="Seconds of an arm; slower ones run once.")
     ] = 20.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random vectors.")] = 0,
     form: Form = "md",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
     tune: Annotated[bool, typer.Option("--tune", help="Find the fastest Metal variant and keep it; no table.")] = False,
 ) -> None:
     """One layer's attention of one query token: time, bandwidth, error against float64, memory."""
@@ -61,7 +50,7 @@ def kernel(
     from ..spec.kv import KVSpec
     from ..spec.text import specs, split
 
-    sizes = numbers(shape, "--shape", "whole numbers")
+    sizes = options.numbers(shape, "--shape", "whole numbers")
     contexts = counts(ctx)
     rivals = [a for a in against.split(",") if a]
     asked = [spec for spec in specs(kv) if isinstance(spec, KVSpec)]
@@ -76,23 +65,23 @@ def kernel(
 @bench.command()
 def model(
     model: BenchModel = "",
-    model_option: ModelOption = "",
+    model_option: options.ModelOption = "",
     prompts: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt lengths; 0 skips.")] = "512",
     generates: Annotated[str, typer.Option("-n", "--n-gen", help="Generation lengths; 0 skips.")] = "128",
     depths: Annotated[str, typer.Option("-d", "--n-depth", help="Depths, such as 0,8k,32k.")] = "0",
-    kv: Specs = "off,int4",
+    kv: options.Specs = "off,int4",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Timed repetitions.")] = 5,
     fill: Annotated[str, typer.Option(help="How caches get to a depth: prefill, or random vectors.")] = "",
     weights: Annotated[str, typer.Option(help="random-4bit or random-f16; for shapes.")] = "",
     layers: Annotated[int, typer.Option(min=0, help="With random weights: only so many layers; 0 is all.")] = 0,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences generated as one batch; skips prompts.")] = 1,
-    prefill_step_size: PrefillStep = 2048,
+    prefill_step_size: options.PrefillStep = 2048,
     memory_limit: Annotated[str, typer.Option(help="Stop an arm that needs more, such as 64GB.")] = "",
     against: Annotated[str, typer.Option(help="llama.cpp: the same .gguf file there, f16, q8_0 and q4_0.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
     form: Form = "md",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """A whole model: tokens per second of prompt and generation at depth, memory, ratio to mlx-lm's own cache."""
     from ..bench import model as models
@@ -103,7 +92,7 @@ def model(
 
     _check(form, output, records)
     asked = specs(kv)
-    path = one_model(model, model_option)
+    path = options.one_model(model, model_option)
     if against not in ("", "llama.cpp"):
         raise UserError(f"--against {against!r} is not known for whole models: llama.cpp is")
     if against and (parallel > 1 or weights):
@@ -130,7 +119,7 @@ def model(
 @bench.command("long")
 def long_context(
     model: BenchModel = "",
-    model_option: ModelOption = "",
+    model_option: options.ModelOption = "",
     kv: Annotated[
         str,
         typer.Option(
@@ -143,13 +132,15 @@ def long_context(
     start: Annotated[str, typer.Option(help="First context; it doubles.")] = "1k",
     stop: Annotated[str, typer.Option(help="Last context; default: the model's limit.")] = "",
     memory_limit: Annotated[str, typer.Option(help="End an arm that needs more, such as 64GB.")] = "",
-    max_seconds: Annotated[float, typer.Option(min=1, callback=finite, help="Most seconds of an arm's row.")] = 600.0,
+    max_seconds: Annotated[
+        float, typer.Option(min=1, callback=options.finite, help="Most seconds of an arm's row.")
+    ] = 600.0,
     weights: Annotated[str, typer.Option(help="random-4bit or random-f16; for shapes.")] = "",
     layers: Annotated[int, typer.Option(min=0, help="With random weights: only so many layers; 0 is all.")] = 0,
-    prefill_step_size: PrefillStep = 2048,
+    prefill_step_size: options.PrefillStep = 2048,
     form: Form = "md",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """Double the context until memory, time or the model's limit ends it: speed, peak, and a needle at each length."""
     from ..bench import long
@@ -160,7 +151,7 @@ def long_context(
 
     _check(form, output, records)
     arms = [check(name) for name in split(kv)]
-    built = build(one_model(model, model_option), weights, layers)
+    built = build(options.one_model(model, model_option), weights, layers)
     limits = long.Limits(parse_memory(memory_limit) if memory_limit else 0, max_seconds, built.context_limit)
     last = parse_count(stop) if stop else built.context_limit or 1 << 20
     found = long.bench(built, arms, parse_count(start), last, limits, prefill_step_size)
@@ -177,11 +168,11 @@ def report(
     from .. import records as store
     from ..bench import report as reports
 
-    check_output(output)
+    options.check_output(output)
     if export:
         store.make_folder(export, "--export")
     records = store.read(files)
-    write(reports.page(records), output)
+    options.write(reports.page(records), output)
     typer.echo(f"{output}: {len(records)} records")
     if export:
         typer.echo("\n".join(str(path) for path in reports.export(records, export)))
@@ -198,7 +189,7 @@ def _check(form: str, output: Path | None, records: Path | None) -> None:
 
     if form not in table.FORMATS:
         raise UserError(f"--format {form!r} is not known: use {', '.join(table.FORMATS)}")
-    check_output(output)
+    options.check_output(output)
     if records:
         store.check(records)
 
@@ -216,4 +207,4 @@ def _emit(found: Iterable[dict[str, Any]], form: str, output: Path | None, recor
         if form == "jsonl" and output is None:
             typer.echo(table.render([record], "jsonl"))
     if form != "jsonl" or output is not None:
-        write(table.render(rows, form), output)
+        options.write(table.render(rows, form), output)

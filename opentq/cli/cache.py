@@ -11,19 +11,7 @@ import typer
 
 from .. import text as texts
 from ..errors import UserError
-from .options import (
-    KV,
-    MaxContext,
-    MaxTokens,
-    ModelArgument,
-    ModelOption,
-    PrefillStep,
-    SystemPrompt,
-    Temp,
-    check_output,
-    one_model,
-    spec_for,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ..caches.disk import Manifest
@@ -41,28 +29,28 @@ JOIN = "\n\n"
 
 @app.command()
 def build(
-    model: ModelArgument = "",
+    model: options.ModelArgument = "",
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to write the cache.")] = None,
-    model_option: ModelOption = "",
+    model_option: options.ModelOption = "",
     text_file: Annotated[Path | None, typer.Option("--text-file", help="The text; '-' reads standard input.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="The text itself.")] = None,
-    kv: KV = None,
-    system_prompt: SystemPrompt = None,
+    kv: options.KV = None,
+    system_prompt: options.SystemPrompt = None,
     ignore_chat_template: Annotated[bool, typer.Option(help="Take the text as it is, without the template.")] = False,
-    prefill_step_size: PrefillStep = 2048,
-    max_context: MaxContext = None,
+    prefill_step_size: options.PrefillStep = 2048,
+    max_context: options.MaxContext = None,
 ) -> None:
     """Process a text with a model and write its cache to a file: opentq cache build MODEL FILE."""
     import time
 
     if model_option and model and file is None:
         model, file = "", Path(model)  # the only argument is the file where --model names the model
-    path = one_model(model, model_option)
+    path = options.one_model(model, model_option)
     if file is None:
         raise UserError("no file given: opentq cache build MODEL FILE")
-    check_output(file, "FILE")
+    options.check_output(file, "FILE")
     content = _read(text, text_file)
-    spec = spec_for(path, kv)
+    spec = options.spec_for(path, kv)
     import mlx.core as mx
 
     from ..caches import disk
@@ -119,9 +107,9 @@ def use(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `opentq cache build` wrote.")],
     question: Annotated[str, typer.Option("--prompt", "-p", help="What follows the cached text.")] = "",
     model: Annotated[str, typer.Option("--model", help="The model, if it is not where it was.")] = "",
-    max_tokens: MaxTokens = 256,
-    max_context: MaxContext = None,
-    temp: Temp = 0.0,
+    max_tokens: options.MaxTokens = 256,
+    max_context: options.MaxContext = None,
+    temp: options.Temp = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
 ) -> None:
     """Ask something about a cached text: only the question is processed."""

@@ -7,50 +7,33 @@ from typing import Annotated
 
 import typer
 
-from . import images
+from . import images, options
 from .images import Images
-from .options import (
-    KV,
-    KVBits,
-    KVGroupSize,
-    MinP,
-    ModelArgument,
-    ModelOption,
-    Seed,
-    SystemPrompt,
-    Temp,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    Wire,
-    one_model,
-    spec_for,
-)
 
 
 def chat(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
-    kv: KV = None,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = None,
-    system_prompt: SystemPrompt = None,
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
+    kv: options.KV = None,
+    kv_bits: options.KVBits = None,
+    kv_group_size: options.KVGroupSize = None,
+    system_prompt: options.SystemPrompt = None,
     max_context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.", min=2)] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Most tokens of one answer; 0: all that fit.", min=0)
     ] = 0,
-    temp: Temp = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    seed: Seed = None,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
     image: Images = None,
-    wire: Wire = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    wire: options.Wire = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Chat with a model in the terminal, on a compressed cache."""
-    path = one_model(model, model_option)
-    spec = spec_for(path, kv, kv_bits, kv_group_size)
+    path = options.one_model(model, model_option)
+    spec = options.spec_for(path, kv, kv_bits, kv_group_size)
     from pathlib import Path
 
     from ..chat.console import WORDS, Console
@@ -64,11 +47,11 @@ def chat(
 
     wiring = parse_wire(wire)
     seen = images.read(image) if image else []
-    options = {"trust_remote_code": trust_remote_code or None}
+    tokenizer_config = {"trust_remote_code": trust_remote_code or None}
     reader = Editor(WORDS) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     with reader.aside():
         # Text stays with mlx-lm, which needs no mlx-vlm.
-        lm, tokenizer = load(path, kv=spec, images=bool(seen) or takes_images(path), tokenizer_config=options)
+        lm, tokenizer = load(path, kv=spec, images=bool(seen) or takes_images(path), tokenizer_config=tokenizer_config)
     if line := advice(lm, spec):
         print(line, file=sys.stderr)
     context = max_context or model_context(lm) or 32768

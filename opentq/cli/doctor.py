@@ -107,7 +107,9 @@ def _case(record: dict[str, Any]) -> str:
 
 def examine() -> list[Check]:
     """Every check, in the order of the way of a token."""
-    return [*_versions(), _device(), *_wired(), *_kernels(), _seam(), *_conformance()]
+    from ..attention import backends
+
+    return [*_versions(), _device(), *_wired(), *backends.checks(), _seam(), *_conformance()]
 
 
 def _versions() -> list[Check]:
@@ -136,12 +138,6 @@ def _wired() -> list[Check]:
     return [Check("wired limit", "ok", wiring.explain(machine, device.raised_limit()))]
 
 
-def _kernels() -> list[Check]:
-    from ..attention import backends
-
-    return backends.checks()
-
-
 def _seam() -> Check:
     """A random two-layer model, compressed: `compress` runs one token and counts the calls."""
     from ..hosts import hooks
@@ -160,19 +156,13 @@ def _conformance() -> list[Check]:
     import mlx.core as mx
 
     from ..attention import dispatch, reference
-    from ..caches.single import OpenTQCache
-    from ..contracts.attention import AttnArgs
+    from ..bench.device import attention
 
     worst: dict[str, float] = {}
     mx.random.seed(0)
     for spec in ("int8", "int4", "int3", "int2", "k8v4"):
         for heads, dim, length in ((8, 128, 1), (1, 64, 1), (4, 80, 3), (2, 128, 40)):
-            cache = OpenTQCache(spec)
-            k, v = (mx.random.normal((1, 2, 333, dim)) for _ in range(2))
-            cache.update_and_fetch(k[:, :, :-length], v[:, :, :-length])
-            step = cache.update_and_fetch(k[:, :, -length:], v[:, :, -length:])[0].step
-            q = mx.random.normal((1, 2 * heads, length, dim)).astype(mx.float16)
-            args = AttnArgs(q, step.k, step.v, step.dense_k, step.dense_v, step.lens, dim**-0.5, causal=True)
+            args = attention(333, spec, (2 * heads, 2, dim), (length, "float16", 0))
             judge = reference.attend(args)
             for name, function in dispatch.candidates():
                 out = function(args)
@@ -185,22 +175,10 @@ def _conformance() -> list[Check]:
     ]
 
 
-def _probe_model():
-    import mlx.core as mx
+def _probe_model() -> Any:
+    from ..bench.build import random_model
+    from ..memory.shapes import NAMED
 
-    from ..hosts.mlx_lm.public import llama
-
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        vocab_size=32,
-    )
-    model = llama.Model(args)
-    mx.eval(model.parameters())
-    return model
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 32, "num_hidden_layers": 2, "head_dim": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return random_model({**NAMED["llama-3.1-8b"], **sizes, **heads}, "random-f16")

@@ -11,17 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import (
-    ModelArgument,
-    ModelOption,
-    Output,
-    PrefillStep,
-    RecordsFile,
-    check_output,
-    numbers,
-    one_model,
-    write,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ..evaluate.evaluation import Evaluation
@@ -50,38 +40,38 @@ Texts = Annotated[int, typer.Option("--seed", min=0, help="Which texts.")]
 
 @app.command()
 def fidelity(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = SPECS,
     depths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,2048,4096",
     window: Annotated[int, typer.Option(min=1, help="Tokens scored at each depth.")] = 128,
     step: Annotated[int, typer.Option(min=1, help="Tokens per teacher-forced step.")] = 16,
     sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 4,
-    prefill_step_size: PrefillStep = 512,
+    prefill_step_size: options.PrefillStep = 512,
     seed: Texts = 0,
     simulate: Simulate = False,
     text: Text = None,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
     from ..evaluate import fidelity as task
     from ..evaluate import show
 
     protocol = task.Protocol(
-        numbers(depths, "--depths", TOKENS), window, step, sequences, prefill_step_size, seed, simulate
+        options.numbers(depths, "--depths", TOKENS), window, step, sequences, prefill_step_size, seed, simulate
     )
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records, protocol.length)
+    on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, protocol.length)
     passes = len(on.names) + ("native" not in on.names)
     found = _run(on, task, protocol, passes * protocol.sequences * (protocol.length - 1))
-    write(show.fidelity(found, form), output)
+    options.write(show.fidelity(found, form), output)
 
 
 @app.command()
 def needle(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = "off,int4,tq4,tq3",
     lengths: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "1024,4096",
     depths: Annotated[
@@ -92,13 +82,13 @@ def needle(
     kind: Annotated[str, typer.Option(help="What is hidden: secret code, phone number or magic word.")] = "secret code",
     distractors: Annotated[int, typer.Option(min=0, help="Facts about other names in the text.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map to this PNG.")] = None,
-    prefill_step_size: PrefillStep = 512,
+    prefill_step_size: options.PrefillStep = 512,
     seed: Texts = 0,
     simulate: Simulate = False,
     text: Text = None,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """Find a planted fact in a long text, at every length and depth."""
     from ..evaluate import needle as task
@@ -106,80 +96,80 @@ def needle(
     from ..evaluate.plot import heat_map
     from ..plots import pyplot
 
-    check_output(plot, "--plot")
+    options.check_output(plot, "--plot")
     if plot is not None:
         pyplot()  # a missing matplotlib is reported now, not after the work
-    whole = numbers(lengths, "--lengths", TOKENS)
-    parts = numbers(depths, "--depths", "numbers from 0 to 1", float)
+    whole = options.numbers(lengths, "--lengths", TOKENS)
+    parts = options.numbers(depths, "--depths", "numbers from 0 to 1", float)
     grid = task.Grid(
         whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
     )
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records, max(whole))
+    on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, max(whole))
     found = _run(on, task, grid, len(on.names) * sum(whole) * len(parts) * trials)
-    write(show.needle(found, form), output)
+    options.write(show.needle(found, form), output)
     if plot is not None:
         heat_map(found, plot)
 
 
 @app.command()
 def generate(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = SPECS,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 2048,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, read as one batch.")] = 8,
     questions: Annotated[int, typer.Option(min=0, help="Exact-answer questions of each kind; 0 asks none.")] = 8,
     distractors: Annotated[int, typer.Option(min=0, help="Facts about other names in each question's text.")] = 8,
-    prefill_step_size: PrefillStep = 512,
+    prefill_step_size: options.PrefillStep = 512,
     seed: Texts = 0,
     text: Text = None,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """How long greedy generation agrees with the model's own cache, and exact answers."""
     from ..evaluate import agreement as task
     from ..evaluate import show
 
     job = task.Task(context, tokens, prompts, questions, distractors, prefill_step_size, seed)
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records, context + tokens)
+    on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, context + tokens)
     found = _run(on, task, job, (len(on.names) + 1) * prompts * (context + tokens))
-    write(show.agreement(found, form), output)
+    options.write(show.agreement(found, form), output)
 
 
 @app.command()
 def layers(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = "int4,tq4,tq3",
     context: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 2048,
     window: Annotated[int, typer.Option(min=1, help="Last tokens whose attention is looked at.")] = 32,
     sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 2,
-    prefill_step_size: PrefillStep = 512,
+    prefill_step_size: options.PrefillStep = 512,
     seed: Texts = 0,
     text: Text = None,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """Error of keys, values, logits and attention output per layer, and how it grows with depth."""
     from ..evaluate import layers as task
     from ..evaluate import show
 
     view = task.View(context, window, sequences, prefill_step_size, seed)
-    on = _prepare(one_model(model, model_option), kv, text, form, output, records, context)
+    on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, context)
     rivals = [n for n in on.names if n in ("native", "q4_0", "q4_0:norot") or n.startswith("mlx")]
     if rivals:
         raise UserError(f"eval layers looks into this package's caches only: leave out {', '.join(rivals)}")
     found = _run(on, task, view, (len(on.names) + 1) * sequences * context)
-    write(show.layers(found, form), output)
+    options.write(show.layers(found, form), output)
 
 
 @app.command()
 def use(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = SPECS,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 200,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 384,
@@ -187,40 +177,40 @@ def use(
     batch: Annotated[int, typer.Option(min=1, help="Prompts read together.")] = 8,
     seed: Texts = 0,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """Short prompts answered greedily: how many answers equal those with the model's own cache, and for how long."""
     from ..evaluate import show
     from ..evaluate import use as task
 
     job = task.Task(prompts, context, tokens, batch=batch, seed=seed)
-    on = _prepare(one_model(model, model_option), kv, None, form, output, records, context + tokens)
+    on = _prepare(options.one_model(model, model_option), kv, None, form, output, records, context + tokens)
     found = _run(on, task, job, (len(on.names) + 1) * prompts * (context + tokens))
-    write(show.use(found, form), output)
+    options.write(show.use(found, form), output)
 
 
 @app.command()
 def tasks(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = SPECS,
     questions: Annotated[int, typer.Option(min=1, help="Questions.")] = 200,
     context: Annotated[int, typer.Option(min=1, help="Tokens of documentation before each question.")] = 640,
     batch: Annotated[int, typer.Option(min=1, help="Questions read together.")] = 8,
     seed: Texts = 0,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """Multiple choice by log likelihood: accuracy, and the paired difference to the model's own cache."""
     from ..evaluate import show
     from ..evaluate import tasks as task
 
     job = task.Task(questions, context, batch=batch, seed=seed)
-    on = _prepare(one_model(model, model_option), kv, None, form, output, records, context)
+    on = _prepare(options.one_model(model, model_option), kv, None, form, output, records, context)
     found = _run(on, task, job, (len({*on.names, "native"})) * questions * context)
-    write(show.tasks(found, form), output)
+    options.write(show.tasks(found, form), output)
 
 
 def _run(on: Evaluation, task: Any, job: Any, tokens: int) -> list[Record]:
@@ -236,7 +226,7 @@ def _prepare(
     from ..evaluate.show import check_format
 
     check_format(form)
-    check_output(output)
+    options.check_output(output)
     check_tokenizer(model)
     from ..evaluate import contenders, corpus
     from ..evaluate.evaluation import Evaluation

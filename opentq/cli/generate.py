@@ -12,61 +12,39 @@ import typer
 
 from .. import text as texts
 from ..errors import UserError
-from . import images
+from . import images, options
 from .images import Images
-from .options import (
-    ARGUMENT,
-    KV,
-    KVBits,
-    KVGroupSize,
-    MaxContext,
-    MaxTokens,
-    MinP,
-    ModelOption,
-    PrefillStep,
-    Seed,
-    SystemPrompt,
-    Temp,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    Wire,
-    check_output,
-    one_model,
-    spec_for,
-    write,
-)
 
 
 def generate(
-    model: Annotated[str | None, ARGUMENT] = None,
+    model: Annotated[str | None, options.ARGUMENT] = None,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The prompt; '-' reads standard input.")
     ] = None,
-    model_option: ModelOption = "",
+    model_option: options.ModelOption = "",
     prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    kv: KV = None,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = None,
-    max_tokens: MaxTokens = 256,
-    temp: Temp = 0.0,
-    top_p: TopP = 0.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    seed: Seed = None,
-    system_prompt: SystemPrompt = None,
+    kv: options.KV = None,
+    kv_bits: options.KVBits = None,
+    kv_group_size: options.KVGroupSize = None,
+    max_tokens: options.MaxTokens = 256,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 0.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    system_prompt: options.SystemPrompt = None,
     ignore_chat_template: Annotated[bool, typer.Option(help="Use the prompt as it is.")] = False,
-    prefill_step_size: PrefillStep = 2048,
-    max_context: MaxContext = None,
+    prefill_step_size: options.PrefillStep = 2048,
+    max_context: options.MaxContext = None,
     draft_model: Annotated[str | None, typer.Option(help="Draft model for speculative decoding.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens the draft model proposes per round.")] = 3,
     image: Images = None,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Begin after the text of this file, made by `opentq cache build`.")
     ] = None,
-    wire: Wire = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    wire: options.Wire = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the answer to this file, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document as the last line.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the per-layer report first.")] = False,
@@ -74,10 +52,10 @@ def generate(
     """Generate text from a prompt: opentq generate MODEL PROMPT."""
     if model_option and model is not None and prompt is None:
         model, prompt = None, model  # the only argument is the prompt where --model names the model
-    path = one_model(model or "", model_option)
+    path = options.one_model(model or "", model_option)
     text = read_prompt(prompt, prompt_option, prompt_file)
-    check_output(output)
-    spec = spec_for(path, kv, kv_bits, kv_group_size)
+    options.check_output(output)
+    spec = options.spec_for(path, kv, kv_bits, kv_group_size)
     from ..hosts.generation import Request
     from ..hosts.mlx_lm.generate import check_context, check_draft, encode_prompt, run
     from ..hosts.mlx_lm.load import is_first_rank, load
@@ -97,8 +75,8 @@ def generate(
 
         spec = asked(read_manifest(prompt_cache)[0].spec) if kv is None and kv_bits is None else spec
     seen = images.read(image) if image else []
-    options = {"trust_remote_code": trust_remote_code or None}
-    lm, tokenizer = load(path, kv=spec, images=bool(seen), tokenizer_config=options)
+    tokenizer_config = {"trust_remote_code": trust_remote_code or None}
+    lm, tokenizer = load(path, kv=spec, images=bool(seen), tokenizer_config=tokenizer_config)
     draft = None
     if draft_model:
         draft, own = load(draft_model, kv=spec)
@@ -146,7 +124,7 @@ def generate(
         return
     print(flush=True)
     if output:
-        write(result.text, output)
+        options.write(result.text, output)
     times: dict[str, float] = {"images": len(seen)} if seen else {}
     line = result.summary()
     if prompt_cache:

@@ -40,11 +40,11 @@ def plan(
     from ..hosts.mlx_lm.deferred import defer_mlx_lm
 
     defer_mlx_lm()
-    from ..memory.answer import answer
+    from ..memory.forecast import forecast
     from ..spec.text import specs
 
     check_output(plot, "--plot")
-    result = answer(
+    result = forecast(
         one_model(model, model_option),
         specs(kv),
         contexts=counts(ctx) if ctx else [],

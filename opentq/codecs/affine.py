@@ -52,7 +52,7 @@ class Affine(Codec):
     def basis(self) -> str:
         return "hadamard" if self.rotated else "none"
 
-    def format(self, head_dim: int) -> Integers:
+    def format(self, head_dim: int) -> Integers | None:
         return Integers(self.bits, self.group)
 
     def rotate(self, x: mx.array) -> mx.array:

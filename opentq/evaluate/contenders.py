@@ -46,32 +46,20 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class _Q4(Codec):
+class _Q4(Affine):
     """llama.cpp's q4_0 as scale and zero: the extreme of a block of 32 becomes -8, `x = (code - 8) * scale`.
 
-    Not an `Affine`, whose fused kernels would choose scales and codes in their own way.
+    No kernel knows its format: fused ones would choose scales and codes in their own way.
     """
-
-    rotated: bool = True
 
     def __str__(self) -> str:
         return "q4_0" + ("" if self.rotated else ":norot")
 
-    @property
-    def grid(self) -> Affine:
-        return Affine(4, 32, self.rotated)
-
-    def check(self, head_dim: int) -> None:
-        self.grid.check(head_dim)
+    def format(self, head_dim: int) -> None:
+        return None
 
     def bits_per_value(self, head_dim: int) -> float:
-        return 4 + 16 * self.grid.groups(head_dim) / head_dim  # the zero follows from the scale and is not stored
-
-    def rotate(self, x: mx.array) -> mx.array:
-        return self.grid.rotate(x)
-
-    def unrotate(self, y: mx.array) -> mx.array:
-        return self.grid.unrotate(y)
+        return 4 + 16 * self.groups(head_dim) / head_dim  # the zero follows from the scale and is not stored
 
     def encode(self, y: mx.array) -> Packed:
         if y.shape[-1] % 32:
@@ -83,16 +71,13 @@ class _Q4(Codec):
         codes = mx.clip(mx.floor(blocks / step + 8.5), 0, 15).reshape(y.shape)
         return packing.pack(codes, 4), mx.concatenate([scale, scale * -8], axis=-1).reshape(*y.shape[:-1], -1)
 
-    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
-        return self.grid.decode(packed, dtype, head_dim)
-
 
 @dataclass(frozen=True)
 class _Q4Spec(KVSpec):
     """A spec for the cache of this package whose codec is q4_0; evaluation only."""
 
     def codecs(self) -> tuple[Codec, Codec]:
-        return _Q4(self.rotate), _Q4(self.rotate)
+        return _Q4(rotated=self.rotate), _Q4(rotated=self.rotate)
 
     def __str__(self) -> str:
         return "q4_0" if self.rotate else "q4_0:norot"

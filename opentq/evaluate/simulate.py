@@ -18,7 +18,7 @@ from ..caches.single import OpenTQCache, mean_key, shifted
 from ..caches.step import Handle, Step
 from ..codecs import Affine
 from ..contracts.attention import Lengths, PackedKV
-from ..contracts.codec import Codec, Format, Packed
+from ..contracts.codec import Codec
 from ..contracts.layout import FLUSH
 from ..spec.kv import KVSpec
 
@@ -27,10 +27,11 @@ BARE = Affine(8)
 
 
 @dataclass(frozen=True)
-class Unpacked(Codec):
+class Unpacked(Affine):
     """The basis of `inner`, for calls without packed tokens: to kernels these would be `BARE`'s."""
 
-    inner: Codec
+    bits: int = 8
+    inner: Codec = BARE
 
     def __str__(self) -> str:
         return f"none/{self.inner}"
@@ -39,23 +40,11 @@ class Unpacked(Codec):
     def basis(self) -> str:
         return self.inner.basis
 
-    def format(self, head_dim: int) -> Format | None:
-        return BARE.format(head_dim)
-
-    def bits_per_value(self, head_dim: int) -> float:
-        return BARE.bits_per_value(head_dim)
-
     def rotate(self, x: mx.array) -> mx.array:
         return self.inner.rotate(x)
 
     def unrotate(self, y: mx.array) -> mx.array:
         return self.inner.unrotate(y)
-
-    def encode(self, y: mx.array) -> Packed:
-        return BARE.encode(y)
-
-    def decode(self, packed: Packed, dtype: mx.Dtype, head_dim: int) -> mx.array:
-        return BARE.decode(packed, dtype, head_dim)
 
 
 class SimulatedCache(OpenTQCache):
@@ -104,7 +93,7 @@ class SimulatedCache(OpenTQCache):
         super()._choose_layouts()
         self.k_layout, self.v_layout = dispatch.layouts(BARE, BARE, self.dims)
         self._bare = tuple(
-            PackedKV(Unpacked(codec), layout, (), dim)
+            PackedKV(Unpacked(inner=codec), layout, (), dim)
             for codec, layout, dim in zip((self.k_codec, self.v_codec), (self.k_layout, self.v_layout), self.dims)
         )
 

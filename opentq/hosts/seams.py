@@ -57,6 +57,14 @@ def latent_and_rotary(layer: Any, x: mx.array) -> tuple[mx.array, mx.array]:
     return latent if scale is None else latent * scale, rotary[:, None]
 
 
+def queries(layer: Any, q: mx.array) -> list[mx.array]:
+    """Projected queries `[B, L, H * D]` of such a layer: the plain part and the rotary part, not yet turned."""
+    q = heads(q, getattr(layer, "num_heads", 0) or layer.num_attention_heads)
+    if getattr(layer, "mla_scale_q_lora", None) is not None:
+        q = q * layer.mla_scale_q_lora
+    return mx.split(q, [layer.qk_nope_head_dim], axis=-1)
+
+
 def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
     """Queries are taken into the latent's space, the output back; keys are `[latent | rotary]`, values the latent."""
     *scales, _mask, cache = rest
@@ -64,11 +72,8 @@ def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
         q = layer.q_proj(x)
     else:
         q = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x)))
-    q = heads(q, getattr(layer, "num_heads", 0) or layer.num_attention_heads)
+    q_plain, q_rotary = queries(layer, q)
     latent, rotary = latent_and_rotary(layer, x)
-    if getattr(layer, "mla_scale_q_lora", None) is not None:
-        q = q * layer.mla_scale_q_lora
-    q_plain, q_rotary = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
     if hasattr(layer, "rope"):
         offset = cache.offset
         q_rotary, rotary = layer.rope(q_rotary, offset), layer.rope(rotary, offset)

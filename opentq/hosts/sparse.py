@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .seams import flat, heads, latent_and_rotary
+from .seams import flat, latent_and_rotary, queries
 
 INDEX = "keys of the indexer: all of them are scored at every step"
 """Why the second cache of a sparse layer stays native."""
@@ -35,11 +35,8 @@ def attend(
     """
     batch, length, _ = x.shape
     low = layer.q_a_layernorm(layer.q_a_proj(x))
-    q = heads(layer.q_b_proj(low), getattr(layer, "num_heads", 0) or layer.num_attention_heads)
+    plain, rotated = queries(layer, layer.q_b_proj(low))
     latent, rotary = latent_and_rotary(layer, x)
-    if getattr(layer, "mla_scale_q_lora", None) is not None:
-        q = q * layer.mla_scale_q_lora
-    plain, rotated = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
     offset = latents.offset
     rotated, rotary = layer.rope(rotated, offset), layer.rope(rotary, offset)
     keys, _ = latents.update_and_fetch(latent, rotary)

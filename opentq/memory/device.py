@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -76,13 +76,10 @@ def here() -> Device:
     """The machine this runs on, on the device that MLX uses."""
     kind, name = machine.device()
     if kind == "cpu":
-        memory = machine.ram()
-        return Device("cpu", name, memory, memory - reserve(memory), float_bytes=4)
+        return replace(assumed(machine.ram(), kind), name=name)
     info = mx.device_info()
-    memory = int(info.get("memory_size") or info.get("total_memory") or 0)
-    if kind == "mac":
-        return Device("mac", name, memory, int(info["max_recommended_working_set_size"]))
-    return Device("gpu", name, memory, memory - GIB)
+    found = replace(assumed(int(info.get("memory_size") or info.get("total_memory") or 0), kind), name=name)
+    return replace(found, usable=int(info["max_recommended_working_set_size"])) if kind == "mac" else found
 
 
 def raised_limit() -> int:

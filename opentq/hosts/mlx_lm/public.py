@@ -14,12 +14,10 @@ _HOME = {
     **dict.fromkeys((*_CACHE, "make_prompt_cache", "can_trim_prompt_cache", "trim_prompt_cache"), "models.cache"),
     **dict.fromkeys(("generate_step", "speculative_generate_step", "stream_generate"), "generate"),
     **dict.fromkeys(("make_logits_processors", "make_sampler"), "sample_utils"),
-    "llama": "models",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"mlx_lm.{_HOME[name]}")
-    return importlib.import_module(f"mlx_lm.models.{name}") if name == "llama" else getattr(module, name)
+    return getattr(importlib.import_module(f"mlx_lm.{_HOME[name]}"), name)

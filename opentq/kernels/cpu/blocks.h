@@ -57,7 +57,7 @@ template <int BITS, bool LOOKUP> struct Reader {
 template <int BITS> struct Reader<BITS, true> {
   explicit Reader(const uint8_t* entries) : book(entries) {}
   INLINE I operator()(const uint8_t* tile, int i, int part) const { return book[field<BITS>(tile, i, part)]; }
-  Book<BITS> book;
+  Table<BITS> book;
 };
 
 // All tiles of a block with one byte per code (the 8-bit layout), for callers that read a block many times.

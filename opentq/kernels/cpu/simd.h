@@ -122,9 +122,9 @@ INLINE I bits_of(F a) { return _mm512_castps_si512(a); }
 INLINE I join(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm512_dpbusd_epi32(acc, codes, q); }
 #if defined(__AVX512VBMI__)
-template <int BITS> struct Book {
+template <int BITS> struct Table {
   I table;
-  explicit Book(const uint8_t* p) : table(iload(p)) {}
+  explicit Table(const uint8_t* p) : table(iload(p)) {}
   INLINE I operator[](I codes) const {
     return BITS <= 4 ? _mm512_shuffle_epi8(table, codes) : _mm512_permutexvar_epi8(codes, table);
   }
@@ -263,9 +263,9 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   return vdotq_s32(vdotq_s32(acc, top, s), top, s);
 #endif
 }
-template <int BITS> struct Book {
+template <int BITS> struct Table {
   uint8x16x4_t table;
-  explicit Book(const uint8_t* p) : table(vld1q_u8_x4(p)) {}
+  explicit Table(const uint8_t* p) : table(vld1q_u8_x4(p)) {}
   INLINE I operator[](I codes) const {
     const uint8x16_t c = vreinterpretq_u8_s32(codes);
     if constexpr (BITS <= 4) return vreinterpretq_s32_u8(vqtbl1q_u8(table.val[0], c));
@@ -324,9 +324,9 @@ template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   const S16 even = (S16)(codes & iset32(0x00ff00ff)) * ((S16)(shl(q, 8)) >> int16_t(8)), odd = (S16)shr(codes, 8) * ((S16)q >> int16_t(8));
   return acc + ((I)((U32)even << 16) >> 16) + ((I)even >> 16) + ((I)((U32)odd << 16) >> 16) + ((I)odd >> 16);
 }
-template <int BITS> struct Book {
+template <int BITS> struct Table {
   const uint8_t* table;
-  explicit Book(const uint8_t* p) : table(p) {}
+  explicit Table(const uint8_t* p) : table(p) {}
   INLINE I operator[](I codes) const {
     uint8_t c[16];
     istore(c, codes);
@@ -337,12 +337,12 @@ template <int BITS> struct Book {
 
 #endif
 
-// Book<BITS>(entries)[codes] looks up one byte per code: of 64 entries, of which 2^BITS count and repeat.
+// Table<BITS>(entries)[codes] looks up one byte per code: of 64 entries, of which 2^BITS count and repeat.
 #if defined(OPENTQ_BOOK_OF_16)
-template <int BITS> struct Book {
+template <int BITS> struct Table {
   static constexpr int TABLES = BITS <= 4 ? 1 : BITS == 5 ? 2 : 4;
   I table[TABLES];
-  explicit Book(const uint8_t* p) {
+  explicit Table(const uint8_t* p) {
     for (int i = 0; i < TABLES; i++) table[i] = entries16(p + 16 * i);
   }
   INLINE I operator[](I codes) const {

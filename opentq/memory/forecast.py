@@ -1,4 +1,4 @@
-"""The answer of `opentq plan`: rows for every spec and context, what fits, and what to do when it almost fits."""
+"""What `opentq plan` foresees: rows for every spec and context, what fits, and what to do when it almost fits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Forecast:
     """Everything that `opentq plan` says; `table()` for people, `record()` for programs."""
 
     skeleton: Skeleton
@@ -98,7 +98,7 @@ class Answer:
         return text + (f", {d.ceiling / GIB:.1f} GiB with the wired limit raised" if d.ceiling > d.usable else "")
 
 
-def answer(
+def forecast(
     model: str,
     specs: Sequence[Spec | None],
     contexts: Sequence[int] = (),
@@ -106,7 +106,7 @@ def answer(
     device: str = "mac",
     weights: str = "",
     step: int = 2048,
-) -> Answer:
+) -> Forecast:
     """Plan `model` for each spec (None: the host's own cache) and context. Raises UserError for what makes no sense."""
     machine = machines.assumed(machines.parse_memory(memory), device) if memory else machines.here()
     origin = source.find(model)
@@ -126,7 +126,7 @@ def answer(
         largest[name(spec)] = (found[0], found[1])
     if size > machine.ceiling:
         notes.append(f"The weights alone ({size / GIB:.1f} GiB) are more than this machine can use: no context fits.")
-    return Answer(skeleton, said, machine, tuple(rows), largest, _layers(skeleton, specs[-1]), tuple(notes))
+    return Forecast(skeleton, said, machine, tuple(rows), largest, _layers(skeleton, specs[-1]), tuple(notes))
 
 
 def _weights(origin: source.Source, skeleton: Skeleton, asked: str, machine: Device) -> tuple[int, str]:
