@@ -57,12 +57,13 @@ def latent_and_rotary(layer: Any, x: mx.array) -> tuple[mx.array, mx.array]:
     return latent if scale is None else latent * scale, rotary[:, None]
 
 
-def queries(layer: Any, q: mx.array) -> list[mx.array]:
+def queries(layer: Any, q: mx.array) -> tuple[mx.array, mx.array]:
     """Projected queries `[B, L, H * D]` of such a layer: the plain part and the rotary part, not yet turned."""
     q = heads(q, getattr(layer, "num_heads", 0) or layer.num_attention_heads)
     if getattr(layer, "mla_scale_q_lora", None) is not None:
         q = q * layer.mla_scale_q_lora
-    return mx.split(q, [layer.qk_nope_head_dim], axis=-1)
+    plain, rotary = mx.split(q, [layer.qk_nope_head_dim], axis=-1)
+    return plain, rotary
 
 
 def latent(layer: Any, x: mx.array, *rest: Any) -> mx.array:
