@@ -124,6 +124,8 @@ def scale() -> None:
     spread: dict[str, tuple[list[float], list[float]]] = {}
     for r in of("scale", "fidelity"):
         change, spec = r["settings"]["model"], r["settings"]["spec"]
+        if change["name"] != "tiny-gemma":
+            continue
         probes = [
             p for p in of("scale", "layers") if p["settings"]["model"] == change and p["settings"]["spec"] == spec
         ]

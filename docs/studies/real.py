@@ -17,6 +17,7 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 # isort: off
 import opentq  # noqa: F401 (before MLX, so that its faster matrix product is found on CPUs)
@@ -30,7 +31,6 @@ from opentq.spec.text import split
 from opentq.tuning.tune import Goal, Tuner
 
 sys.path.insert(0, str(Path(__file__).parent))
-import measure
 from network import Network, on_gpu, options
 
 RIVALS = ["native", "mlx4", "mlx8", "q4_0", "q4_0:norot"]
@@ -133,11 +133,11 @@ class Study(Network):
         variants = [(1.0, 1.0, "none"), *variants, *((s, 1.0, f"gain x{s:g}") for s in SPREADS)]
         specs = self.asked(["tq3"] if self.quick else ["int4", "tq3", "tq2"])
         for gain, alpha, title in variants[:2] if self.quick else variants:
-            measure.change(self.model, gain, alpha)
+            change(self.model, gain, alpha)
             changed = {**self.id, "change": title, "gain": gain, "alpha": alpha}
             for task, job in ((fidelity, protocol), (layers, view)):
                 task.run(self.on(specs, self.file("scale"), self.texts[0])._replace(model_id=changed), job)
-            measure.change(self.model, 1 / gain, 1 / alpha)
+            change(self.model, 1 / gain, 1 / alpha)
             self.say("scale", title)
 
     def tuner(self, max_kl: float = 1.0) -> Tuner:
@@ -173,6 +173,17 @@ class Study(Network):
             self.say("tune", name, numbers)
         self.specs, self.part, self.of = recipes, 1, 1
         self.fidelity()
+
+
+def change(model: Any, gain: float, alpha: float) -> None:
+    """Multiply the queries of every layer by `gain` and its attention scale by `alpha`."""
+    for layer in model.layers:
+        attention = layer.self_attn
+        if hasattr(attention, "q_norm"):  # Gemma stores the gain minus one
+            attention.q_norm.weight = (1 + attention.q_norm.weight) * gain - 1
+        else:
+            attention.q_proj.weight = attention.q_proj.weight * gain
+        attention.scale = attention.scale * alpha
 
 
 PARTS = ("fidelity", "needles", "use", "tasks", "depth", "scale", "probes", "tune")
