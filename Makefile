@@ -45,8 +45,8 @@ format: $(STAMPS)/dev  ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix .
 
 test-real: $(STAMPS)/dev  ## the real network in full: llama.cpp as the judge, the goal on code and prose (long)
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,dev bench)]'
-	@$(BIN)/python -m pytest tests/test_real.py tests/test_gguf.py -m "slow or not slow"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(call EXTRAS,dev bench eval)]'
+	@$(BIN)/python -m pytest tests/test_real.py tests/test_gguf.py tests/test_harness.py -m "slow or not slow"
 
 CLIENTS := $(VENV)/clients
 test-clients: $(STAMPS)/dev  ## coding assistants and libraries from npm and PyPI, against a server on loopback (long)

@@ -123,6 +123,16 @@ def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
+def harness(records: Sequence[Record], style: str) -> str:
+    """One row per task and spec: the task's metrics, with standard errors."""
+    rows = []
+    for r in records:
+        own = r["metrics"]
+        shown = (f"{k} {v:.4g} ± {own.get(f'{k}_stderr', 0):.2g}" for k, v in own.items() if "stderr" not in k)
+        rows.append([r["settings"]["task"]["name"], r["settings"]["spec"], f"{r['bits']:.3g}", ", ".join(shown)])
+    return table(["task", "spec", "bits", "metrics"], rows, style, records)
+
+
 def table(head: list[str], rows: list[list[str]], style: str, records: Sequence[Record] = ()) -> str:
     """Aligned columns: as Markdown (`md`), plain (`text`), or the records themselves, one per line (`json`)."""
     if style == "json":
