@@ -215,15 +215,15 @@ def tasks(
 
 @app.command()
 def harness(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
     kv: Specs = "off,int4",
     tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas.")] = "arc_easy",
     include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task; 0 is all.")] = 0,
     form: Form = "text",
-    output: Output = None,
-    records: RecordsFile = None,
+    output: options.Output = None,
+    records: options.RecordsFile = None,
 ) -> None:
     """Tasks of lm-evaluation-harness with a compressed cache (extra `eval`); their data is often downloaded."""
     from ..evaluate import harness as task
@@ -232,9 +232,9 @@ def harness(
     task.need()
     if include is not None and not include.is_dir():
         raise UserError(f"--include {str(include)!r} is not a folder")
-    on = _prepare(one_model(model, model_option), kv, None, form, output, records, 1)
+    on = _prepare(options.one_model(model, model_option), kv, None, form, output, records, 1)
     found = task.run(on, [name.strip() for name in tasks.split(",")], limit, include)
-    write(show.harness(found, form), output)
+    options.write(show.harness(found, form), output)
 
 
 def _run(on: Evaluation, task: Any, job: Any, tokens: int) -> list[Record]:
