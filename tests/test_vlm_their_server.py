@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("mlx_vlm")
 
 import mlx_vlm
-from mlx_vlm.apc import APCManager
+from mlx_vlm.apc import APCManager, DiskBlockStore
 from mlx_vlm.prompt_utils import apply_chat_template
 from mlx_vlm.server import generation
 from PIL import Image
@@ -67,6 +67,23 @@ def test_their_prefix_cache_holds_packed_bytes(folder, monkeypatch):
     kept = [c for entry in apc._exact_cache.values() for c in entry.prompt_cache]
     assert kept and all(type(c) is VLMCache and c.n_packed for c in kept)
     assert got == want
+
+
+def test_their_prefix_files_hold_packed_bytes(folder, tmp_path):
+    """Written by a thread of theirs, and read by another manager."""
+    model, *_ = load(folder, "int4")
+    language, tokens = model.language_model, [(7 * i) % 90 + 4 for i in range(150)]
+    caches = mlx_vlm.models.cache.make_prompt_cache(language)
+    language(mx.array([tokens]), cache=caches)
+    first = APCManager(num_blocks=8, block_size=16, disk=DiskBlockStore(tmp_path, namespace="tiny"))
+    assert first.store_exact_cache(tokens, caches)
+    first.close()
+    second = APCManager(num_blocks=8, block_size=16, disk=DiskBlockStore(tmp_path, namespace="tiny"))
+    restored, count = second.lookup_exact_cache([*tokens, 5])
+    second.close()
+    assert count == 150 and all(type(c) is VLMCache and c.n_packed == 128 for c in restored)
+    ours, theirs = (language(mx.array([[5]]), cache=c).logits for c in (caches, restored))
+    assert mx.array_equal(ours, theirs)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ class _Protocol:
         """A cache that holds `state`; there is nothing beside it."""
         cache = cls.__new__(cls)
         cache.state = state  # type: ignore[attr-defined]
+        mx.eval(cache._arrays())  # type: ignore[attr-defined]  # another thread may write it to a disk
         return cache
 
     def memory_profile(self, token_count: int) -> None:

@@ -23,6 +23,10 @@ def decoder(model: Any) -> Any:
     return language
 
 
+CLASSES = (VLMCache, BatchVLMCache, VLMLatentCache, BatchVLMLatentCache, VLMQSACache, BatchVLMQSACache)
+for _cls in CLASSES:
+    _cls.__module__ = private.caches.__name__  # where mlx-vlm's prefix cache finds the classes that its files name
+
 HOST = Host(
     name="mlx-vlm",
     base=private.base,
@@ -34,6 +38,6 @@ HOST = Host(
     leave=SEAMS.leave,
     single=VLMCache,
     latent=VLMLatentCache,
-    classes=(VLMCache, BatchVLMCache, VLMLatentCache, BatchVLMLatentCache, VLMQSACache, BatchVLMQSACache),
+    classes=CLASSES,
     choosing=VLMQSACache,
 )
