@@ -33,7 +33,9 @@ class LatentCodec(Codec):
         return f"latent{self.latent}/{self.inner}"
 
     def rotary(self, channels: int) -> Codec:
-        """What serves a rotary part of so many channels."""
+        """What serves a rotary part of so many channels, or of none."""
+        if not channels:
+            return Raw()
         try:
             self.inner.check(channels)
         except ValueError:

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..caches.composite import members
 from ..caches.single import OpenTQCache
-from . import sparse
 from .plan import Traits
 from .seams import latent
 
@@ -23,7 +22,8 @@ class Seams:
     Attributes:
         own: those that are served at their own seam, and by what.
         latent: those that cache a latent and a rotary part (MLA) in place of keys and values.
-        sparse: those with latents and, in the second of a layer's caches, the keys of an indexer (`hosts/sparse.py`).
+        sparse: those with latents and an indexer (`hosts/sparse.py`), and which of a layer's caches are not latents:
+            number of caches, place -> why this one stays native, or "".
         native: those whose caches stay as they are, and why. Layers share masks, so one keeps all KVCaches native.
         reads: the attribute by which a class of `native` says whether a layer reads its cache in that way.
         wide_masks: those whose sliding windows stay native even under window=compress, and why.
@@ -35,7 +35,7 @@ class Seams:
     package: str
     own: dict[str, Callable[..., Any]]
     latent: tuple[str, ...]
-    sparse: tuple[str, ...]
+    sparse: dict[str, Callable[[int, int], str]]
     native: dict[str, str]
     reads: str
     wide_masks: dict[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Seams:
             windows=next((reason for name, reason in self.wide_masks.items() if name in classes), ""),
             latent=not classes.isdisjoint((*self.latent, *self.sparse)),
             lends=not classes.isdisjoint(self.lenders),
-            indexed="" if classes.isdisjoint(self.sparse) else sparse.INDEX,
+            indexed=next((reason for name, reason in self.sparse.items() if name in classes), None),
             unused=Traits.unused if classes.isdisjoint(self.cross) else CROSS,
             kind=next((kind for name, kind in self.kinds.items() if name in classes), ""),
         )

@@ -5,6 +5,7 @@ The start-up report, the memory planner and the server's admission check read th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..attention import pages
@@ -94,7 +95,8 @@ class Traits:
         windows: why its sliding windows can't be compressed; "" when they can.
         latent: its growing caches hold a latent and a rotary part (MLA), not keys and values.
         lends: layers attend to keys and values that another layer's cache has taken.
-        indexed: why the second of a layer's caches stays native, which holds the keys of an indexer; "" without one.
+        indexed: of a model with latents and an indexer, why one of so many caches of a layer stays native
+            (`Seams.sparse`).
         unused: what it means when a layer leaves its cache empty.
         kind: the model's own class of caches that hold keys and values as the host's KVCache does; "" without one.
         beside: bytes per token that these hold of an indexer, by which the model chooses tokens; 0 without one.
@@ -104,7 +106,7 @@ class Traits:
     windows: str = ""
     latent: bool = False
     lends: bool = False
-    indexed: str = ""
+    indexed: Callable[[int, int], str] | None = None
     unused: str = "the layer has no attention"
     kind: str = ""
     beside: float = 0.0

@@ -136,8 +136,8 @@ def native_bound(cache: Any) -> int:
 def native_reason(slot: Any, part: int, spec: Spec | None, kinds: ModuleType, traits: Traits = PLAIN) -> str:
     """Why member `part` of a layer's cache stays as it is; "" when it can be compressed."""
     cache = members(slot)[part]
-    if traits.indexed and part == 1:
-        return traits.indexed
+    if traits.indexed and (reason := traits.indexed(len(members(slot)), part)):
+        return reason
     if type(cache) is kinds.KVCache or type(cache).__name__ == traits.kind:
         return traits.arrays
     if isinstance(cache, kinds.RotatingKVCache):

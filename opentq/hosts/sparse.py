@@ -14,7 +14,12 @@ import mlx.core as mx
 from .seams import flat, latent_and_rotary, queries
 
 INDEX = "keys of the indexer: all of them are scored at every step"
-"""Why the second cache of a sparse layer stays native."""
+"""Why a cache of an indexer stays native."""
+
+
+def beside_latents(count: int, part: int) -> str:
+    """Why member `part` of a sparse layer's `count` caches stays native; "" for latents."""
+    return INDEX if part == 1 else ""
 
 
 def attend(
@@ -33,7 +38,7 @@ def attend(
     Returns:
         `[B, H, L, Dv]` and the positions.
     """
-    batch, length, _ = x.shape
+    length = x.shape[1]
     low = layer.q_a_layernorm(layer.q_a_proj(x))
     plain, rotated = queries(layer, layer.q_b_proj(low))
     latent, rotary = latent_and_rotary(layer, x)
@@ -47,19 +52,33 @@ def attend(
         # The indexer's cache is evaluated even when it chose nothing, so that its graph does not grow.
         latents.keys = mx.depends(latents.keys, (index.keys, index.values))
     q = mx.concatenate([layer.embed_q(plain), rotated], axis=-1)
+    return layer.unembed_out(see(keys.step, latents, q, chosen, mask, layer.scale, sinks)), chosen
+
+
+def see(
+    step: Any,
+    latents: Any,
+    q: mx.array,
+    chosen: mx.array | None,
+    mask: Any,
+    scale: float,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of `q [B, H, L, D]` to the tokens `chosen [B, 1, L, K]` (negative: none): `[B, H, L, latent]`."""
+    length = q.shape[2]
     if chosen is None:
-        out = keys.step.attend(q, scale=layer.scale, mask="causal" if length > 1 else None, sinks=sinks)
-    elif length == 1:
+        return step.attend(q, scale=scale, mask="causal" if length > 1 else None, sinks=sinks)
+    if length == 1:
         seen = chosen[:, 0, 0].astype(mx.int32)
-        valid = mx.array(True) if mask is None else mx.take_along_axis(_rows(mask, batch), chosen, axis=-1)[:, 0, 0]
+        valid = seen >= 0
+        if mask is not None:
+            valid = valid & mx.take_along_axis(_rows(mask, len(seen)), mx.maximum(chosen, 0), axis=-1)[:, 0, 0]
         padding = latents.left_padding[:, None] if hasattr(latents, "left_padding") else 0
-        positions = mx.where(valid, seen - padding, -1)
-        out = keys.step.attend_rows(q, positions, scale=layer.scale, sinks=sinks)
-    else:
-        allowed = mx.zeros((*chosen.shape[:3], mask.shape[-1]), mx.bool_)
-        allowed = mx.put_along_axis(allowed, chosen, mx.array(True), axis=-1) & mask
-        out = keys.step.attend(q, scale=layer.scale, mask=allowed, sinks=sinks)
-    return layer.unembed_out(out), chosen
+        return step.attend_rows(q, mx.where(valid, seen - padding, -1), scale=scale, sinks=sinks)
+    total = mask.shape[-1]
+    allowed = mx.zeros((*chosen.shape[:3], total + 1), mx.bool_)  # one column more, for what is no token
+    allowed = mx.put_along_axis(allowed, mx.where(chosen < 0, total, chosen), mx.array(True), axis=-1)
+    return step.attend(q, scale=scale, mask=allowed[..., :total] & mask, sinks=sinks)
 
 
 def project(layer: Any, out: mx.array) -> mx.array:

@@ -47,7 +47,7 @@ SEAMS = Seams(
         "longcat_flash.LongcatFlashMLA",
         "mistral4.Mistral4Attention",
     ),
-    sparse=("deepseek_v32.DeepseekV32Attention",),
+    sparse={"deepseek_v32.DeepseekV32Attention": sparse.beside_latents},
     native={"minimax_m3_vl.Attention": "sparse attention: single tokens are picked out of the cache as arrays"},
     reads="is_sparse_attn",
     wide_masks={"plamo3.Attention": "its mask is one token wider than its cache"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...caches.composite import members
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle
 from .. import sparse
@@ -45,23 +46,40 @@ def _afm7(model: Any, inputs: Any, embeds: Any, cache: list[Any]) -> mx.array:
     return model.output_norm(h)
 
 
-def _glm_dsa(layer: Any, x: mx.array, mask: Any, cache: Any, chosen: Any) -> tuple[mx.array, Any]:
-    """As DeepSeek's; some layers see the tokens that an earlier one chose."""
-    out, chosen = sparse.attend(layer, x, mask, cache[0], cache[1], chosen)
+def _dsa(layer: Any, x: mx.array, mask: Any, *rest: Any) -> tuple[mx.array, Any]:
+    """As DeepSeek's; an indexer serves several layers or blocks, and HyV4 has sinks and a gate."""
+    *caches, chosen = rest
+    latents, index, *_ = caches if len(caches) == 2 else (*members(caches[0]), None)
+    out, chosen = sparse.attend(layer, x, mask, latents, index, chosen, getattr(layer, "learnable_sink_param", None))
+    if hasattr(layer, "linear_gate"):
+        out = out * mx.sigmoid(heads(layer.linear_gate(x), layer.num_heads))
     return sparse.project(layer, out), chosen
 
 
-def _hy_v4(layer: Any, x: mx.array, mask: Any, cache: Any, chosen: Any) -> tuple[mx.array, Any]:
-    """As DeepSeek's, with sinks and a gate; some layers see the tokens that an earlier one chose."""
-    index = cache[1] if layer.indexer is not None else None
-    out, chosen = sparse.attend(layer, x, mask, cache[0], index, chosen, layer.learnable_sink_param)
-    return sparse.project(layer, out * mx.sigmoid(heads(layer.linear_gate(x), layer.num_heads))), chosen
+def _glm5(layer: Any, x: mx.array, padding: Any, cache: Any, chosen: Any, last: bool) -> tuple[mx.array, mx.array]:
+    """As DeepSeek's, with latents alone, and pools of tokens, which the indexer chooses."""
+    latents, *others = members(cache)
+    low, latent = mx.split(layer.qkv_a_proj(x), [layer.q_lora_rank], axis=-1)
+    low, latent, offset = layer.q_a_layernorm(low), layer.kv_a_layernorm(latent)[:, None], latents.offset
+    keys, _ = latents.update_and_fetch(latent, latent[..., :0])
+    if layer.indexer is not None:
+        index, pools = others[:2]
+        chosen = layer.indexer(x, low, padding, index, pools, offset)
+        # Flags of what is padding are evaluated even where nothing reads them, so that their graph does not grow.
+        latents.keys = mx.depends(latents.keys, (index.keys, index.values))
+    q = layer.embed_q(heads(layer.q_b_proj(low), layer.num_heads))
+    if last:
+        q, chosen = q[:, :, -1:], chosen[:, -1:]
+    mask = None if q.shape[2] == 1 else mx.ones((1, 1, 1, latents.size()), mx.bool_)
+    out = sparse.see(keys.step, latents, q, chosen[:, None], mask, layer.scale)
+    return sparse.project(layer, layer.unembed_out(out)), chosen
 
 
-def _longcat_sparse(layer: Any, x: mx.array, mask: Any, latents: Any, index: Any, chosen: Any) -> tuple[mx.array, Any]:
-    """As DeepSeek's; one indexer serves several attention blocks."""
-    out, chosen = sparse.attend(layer, x, mask, latents, index, chosen)
-    return sparse.project(layer, out), chosen
+def _beside_glm5(count: int, part: int) -> str:
+    """The last of a layer's caches is for prompts that are read on latents of mlx-vlm's own."""
+    if part and part == count - 1:
+        return "keys and values of all heads, which compressed latents don't use: it stays empty"
+    return sparse.INDEX if part else ""
 
 
 def _qsa_exactly(forward: Any, layer: Any, x: mx.array, cache: Any, positions: mx.array | None, mask: Any) -> mx.array:
@@ -142,9 +160,10 @@ SEAMS = _Seams(
         "deepseek_v32.language.DeepseekV32Attention": sparse.deepseek,
         "gemma2.language.Attention": gemma2,
         "plamo.language.Attention": plamo,
-        "glm_moe_dsa.language.GlmMoeDsaAttention": _glm_dsa,
-        "hy_v4.language.HyV4Attention": _hy_v4,
-        "longcat_flash_sparse.language.LongcatFlashMLA": _longcat_sparse,
+        "glm5_next.language.Glm5NextAttention": _glm5,
+        "glm_moe_dsa.language.GlmMoeDsaAttention": _dsa,
+        "hy_v4.language.HyV4Attention": _dsa,
+        "longcat_flash_sparse.language.LongcatFlashMLA": _dsa,
         "gemma3n.language.Gemma3nAttention": _gemma3n,
         CHOOSER: qsa.attention,
     },
@@ -156,16 +175,14 @@ SEAMS = _Seams(
         "longcat_flash.language.LongcatFlashMLA",
         "youtu_vl.language.YoutuAttention",
     ),
-    sparse=(
-        "deepseek_v32.language.DeepseekV32Attention",
-        "glm_moe_dsa.language.GlmMoeDsaAttention",
-        "hy_v4.language.HyV4Attention",
-        "longcat_flash_sparse.language.LongcatFlashMLA",
-    ),
+    sparse={
+        "deepseek_v32.language.DeepseekV32Attention": sparse.beside_latents,
+        "glm5_next.language.Glm5NextAttention": _beside_glm5,
+        "glm_moe_dsa.language.GlmMoeDsaAttention": sparse.beside_latents,
+        "hy_v4.language.HyV4Attention": sparse.beside_latents,
+        "longcat_flash_sparse.language.LongcatFlashMLA": sparse.beside_latents,
+    },
     native={
-        "glm5_next.language.Glm5NextAttention": (
-            "sparse attention: single tokens of every head are picked out as arrays"
-        ),
         "limite.language.Attention": "the newest values are read back as arrays",
         "minimax_m3_vl.language.MiniMaxAttention": (
             "sparse attention: single blocks are picked out of the cache as arrays"
