@@ -150,4 +150,4 @@ def native_reason(slot: Any, part: int, spec: Spec | None, kinds: ModuleType, tr
         return "recurrent state, constant size"
     if isinstance(cache, kinds.ChunkedKVCache):
         return f"chunked attention, bounded at {cache.chunk_size} tokens"
-    return f"cache class {type(cache).__name__} is not known to opentq"
+    return traits.arrays or f"cache class {type(cache).__name__} is not known to opentq"

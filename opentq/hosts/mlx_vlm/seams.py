@@ -187,6 +187,7 @@ SEAMS = _Seams(
         "minimax_m3_vl.language.MiniMaxAttention": (
             "sparse attention: single blocks are picked out of the cache as arrays"
         ),
+        "unlimited_ocr.language.LanguageModel": "the answer's tokens overwrite each other in a ring behind the prompt",
     },
     reads="has_sparse_index",
     lenders=("afm7.language.KVReuseAttention", "gemma3n.language.Gemma3nAttention"),
