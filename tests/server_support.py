@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import openai
 
-from opentq.server.launch import ServeOptions, Server, make_service
+from opentq.server.launch import Server, make_service
+from opentq.server.options import ServeOptions
 from opentq.spec.kv import KVSpec
 
 RECORDED = Path(__file__).parent / "clients"

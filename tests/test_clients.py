@@ -259,7 +259,7 @@ def test_the_place_where_prompts_part_is_told():
 
 
 def test_aliases_and_any_model(folder, agent):
-    from opentq.server.launch import ServeOptions, aliases
+    from opentq.server.options import ServeOptions, aliases
 
     options = ServeOptions("m/tiny", loadable=("m/other",))
     assert aliases(["claude", "gpt=other"], options) == (("claude", "tiny"), ("gpt", "other"))

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from opentq.errors import UserError
-from opentq.server import launch
+from opentq.server import launch, options
 
 from .server_support import HI, LONG, NO_END, TOOL, Streaming, reachable, serving, wait_for
 from .tiny_model import write
@@ -140,10 +140,11 @@ def test_ranks_stop_together_on_a_signal(folder, tmp_path):
 
 
 def test_what_can_not_be_cut_is_refused_by_name(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "ranks", lambda: 2)
+    for module in (launch, options):
+        monkeypatch.setattr(module, "ranks", lambda: 2)
     gemma = write(tmp_path / "gemma", "gemma3_text")
     with pytest.raises(UserError, match=r"gemma.*gemma3_text can't be cut by heads"):
-        launch.make_service(launch.ServeOptions(str(gemma)))
+        launch.make_service(options.ServeOptions(str(gemma)))
     for option in ({"draft": "x"}, {"prompt_cache_dir": tmp_path}, {"loadable": ("x",)}):
         with pytest.raises(UserError, match="several processes"):
-            launch.check(launch.ServeOptions(str(folder), **option))
+            options.check(options.ServeOptions(str(folder), **option))

@@ -9,7 +9,8 @@ import pytest
 
 from opentq.errors import UserError
 from opentq.server import draft as drafts
-from opentq.server.launch import ServeOptions, make_service
+from opentq.server.launch import make_service
+from opentq.server.options import ServeOptions
 
 from .server_support import NO_END, serving, wait_for
 from .tiny_model import write

@@ -18,7 +18,7 @@ import pytest
 
 from opentq.errors import UserError
 from opentq.server import anthropic, schema
-from opentq.server.launch import ServeOptions, check
+from opentq.server.options import ServeOptions, check
 
 from .server_support import HI, LONG, PERSON, TOOL, content, events, serving, wait_for
 

@@ -25,7 +25,7 @@ from opentq.dialogue.sampling import make_processors, make_sampler
 from opentq.errors import UserError
 from opentq.hosts.mlx_lm.tokens import SLICE
 from opentq.server import anthropic, connections, openai, pace, schema
-from opentq.server.launch import ServeOptions
+from opentq.server.options import ServeOptions
 
 from .server_support import HI, LONG, Slow, Streaming, content, serving, wait_for
 from .tiny_model import write

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from opentq.caches import disk
 from opentq.cli.main import app
 from opentq.errors import UserError
-from opentq.server.launch import ServeOptions, Server, bind
+from opentq.server.launch import Server, bind
+from opentq.server.options import ServeOptions
 
 from .server_support import LONG, NO_END, Running, Slow, Streaming, content, reachable, serving, wait_for
 from .tiny_model import write
@@ -287,8 +288,8 @@ def test_a_process_stops_cleanly_and_a_killed_one_leaves_whole_files(folder, tmp
         ask(n)
     process.kill()  # most likely while the sixth prefix is being written
     process.communicate()
-    for index in tmp_path.rglob("*.json"):
-        disk.load(index.with_suffix(".safetensors"))
+    for file in tmp_path.rglob("*.safetensors"):
+        disk.load(file)
     process = start()
     assert ask(0)["usage"]["prompt_tokens_details"]["cached_tokens"] == 896
     assert not list(tmp_path.rglob(".*.tmp*"))

@@ -194,7 +194,7 @@ def test_limits_of_images(server, monkeypatch):
 
 
 def test_images_that_wait_are_bounded(server, monkeypatch):
-    monkeypatch.setattr(server.service.config, "images_bytes", 1000)
+    monkeypatch.setattr(server.service, "images_bytes", 1000)
     response = server.post(messages=shown(RED))
     assert response.status_code == 503 and "no room for more images" in response.json()["error"]["message"]
 

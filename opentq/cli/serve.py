@@ -142,7 +142,8 @@ def serve(
     from ..hosts.mlx_lm.load import is_first_rank
     from ..memory.device import parse_memory
     from ..memory.wiring import parse_wire, wired
-    from ..server.launch import ServeOptions, Server, aliases, bind, check, describe, follow, make_service
+    from ..server.launch import Server, bind, describe, follow, make_service
+    from ..server.options import ServeOptions, aliases, check
 
     wiring = parse_wire(wire)
 

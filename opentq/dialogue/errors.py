@@ -45,6 +45,13 @@ class ApiError(Exception):
         return {"retry-after": str(self.retry_after)} if self.retry_after else {}
 
 
+class Gone(ApiError):
+    """Nobody is there to be answered."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client went away", code="client_closed")
+
+
 def bad(message: str, param: str = "", code: str = "") -> ApiError:
     """400: the request itself is wrong."""
     return ApiError(400, message, param, code)

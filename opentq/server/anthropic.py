@@ -11,9 +11,8 @@ from ..dialogue.clearing import ClearTools
 from ..dialogue.errors import ApiError, bad, missing, text_of, unsupported
 from ..dialogue.request import Delta, Done, Generated, GenerationRequest, SamplingParams, Usage
 from .claude_tools import function
-from .openai import as_int, check_continued, refuse_unsupported
-from .schema import CountRequest, MessagesRequest, check
-from .sse import frame
+from .openai import check_continued, refuse_unsupported
+from .schema import ClaudeToolChoice, CountRequest, MessagesRequest, OutputConfig, check
 from .tool_choice import choose
 
 log = logging.getLogger("opentq.serve")
@@ -27,44 +26,40 @@ EFFORT = {"xhigh": "high", "max": "high"}
 def read(body: dict[str, Any], count_only: bool = False) -> GenerationRequest:
     """The `GenerationRequest` of a /v1/messages body (or of /v1/messages/count_tokens). Raises ApiError."""
     refuse_unsupported(body, IDLE)
-    check(body, CountRequest if count_only else MessagesRequest)
-    choice = body.get("tool_choice") or {"type": "auto"}
+    asked = check(body, CountRequest if count_only else MessagesRequest)
+    choice = asked.tool_choice or ClaudeToolChoice(type="auto")
     tools = [function(t, f"tools[{i}]") for i, t in enumerate(body.get("tools") or ())]
-    mode = {"any": "required", "tool": "required"}.get(choice["type"], choice["type"])
+    mode = {"any": "required", "tool": "required"}.get(choice.type, choice.type)
     messages: list[dict[str, Any]] = []
     if system := _blocks(body.get("system"), "system"):
         messages.append({"role": "system", "content": system})
     for i, turn in enumerate(body["messages"]):
         messages += _turn(turn, f"messages[{i}]")
-    wanted = body.get("output_config") or {}
-    where = "output_format" if body.get("output_format") else "output_config.format"
-    form = body.get("output_format") or wanted.get("format")
+    wanted = asked.output_config or OutputConfig()
+    where = "output_format" if asked.output_format else "output_config.format"
+    form = asked.output_format or wanted.format
     if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
         messages.pop()  # nothing to go on with
     if goes_on := messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
         check_continued(messages, form, where)
     template: dict[str, Any] = {}
-    if (thinking := body.get("thinking")) is not None:
-        template["enable_thinking"] = thinking["type"] != "disabled"
-    if effort := wanted.get("effort"):
-        template["reasoning_effort"] = EFFORT.get(effort, effort)
+    if asked.thinking:
+        template["enable_thinking"] = asked.thinking.type != "disabled"
+    if wanted.effort:
+        template["reasoning_effort"] = EFFORT.get(wanted.effort, wanted.effort)
     return GenerationRequest(
-        model=body.get("model"),
+        model=asked.model,
         messages=tuple(messages),
-        max_tokens=as_int(body.get("max_tokens")),
-        stop=tuple(s for s in body.get("stop_sequences") or () if s),
-        parallel_calls=not choice.get("disable_parallel_tool_use"),
+        max_tokens=asked.max_tokens,
+        stop=tuple(s for s in asked.stop_sequences or () if s),
+        parallel_calls=not choice.disable_parallel_tool_use,
         schema=_format(form, where),
         continue_last=goes_on,
         template=template,
         clear=_clearing(body.get("context_management") or {}),
-        stream=bool(body.get("stream")),
-        sampling=SamplingParams(
-            temperature=body.get("temperature"),  # type: ignore[arg-type]  # None: the server's default
-            top_p=body.get("top_p"),  # type: ignore[arg-type]
-            top_k=as_int(body.get("top_k")),  # type: ignore[arg-type]
-        ),
-        **choose(tools, mode, [choice.get("name")] if choice["type"] == "tool" else None),
+        stream=bool(asked.stream),
+        sampling=SamplingParams(asked.temperature, asked.top_p, asked.top_k),  # type: ignore[arg-type]  # None: default
+        **choose(tools, mode, [choice.name] if choice.type == "tool" else None),
     )
 
 
@@ -221,105 +216,68 @@ def stop_reason(done: Done) -> str:
     return {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[done.reason]
 
 
-class Blocks:
-    """Pieces of an answer as content blocks; neighbouring text is one block."""
+class Writer:
+    """A message as it grows: pieces of an answer become content blocks, and every change says itself as events."""
 
-    def __init__(self) -> None:
+    ping = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+    def __init__(self, id: str, model: str, prompt_tokens: int):
         self.blocks: list[dict[str, Any]] = []
+        self.message = {
+            "id": f"msg_{id}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": self.blocks,
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage(Usage(prompt=prompt_tokens)),
+        }
 
-    def add(self, delta: Delta) -> tuple[dict[str, Any], bool]:
-        """The block that the piece belongs to, and whether it is new."""
+    def opening(self) -> list[dict[str, Any]]:
+        return [{"type": "message_start", "message": self.message}, {"type": "ping"}]
+
+    def step(self, step: Generated) -> list[dict[str, Any]]:
+        return [event for delta in step.deltas for event in self._add(delta)]
+
+    def done(self, done: Done) -> list[dict[str, Any]]:
+        end = {"stop_reason": stop_reason(done), "stop_sequence": done.matched or None}
+        self.message |= end | {"usage": usage(done.usage)}
+        last = {"type": "message_delta", "delta": end, "usage": self.message["usage"]}
+        return [*self._close(), last, {"type": "message_stop"}]
+
+    def error(self, error: ApiError) -> list[dict[str, Any]]:
+        return [error_body(error)]
+
+    def whole(self) -> dict[str, Any]:
+        return self.message
+
+    def _add(self, delta: Delta) -> list[dict[str, Any]]:
+        """One more piece: neighbouring text is one block."""
         if delta.call:
-            call = delta.call
-            block = {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)}
+            inner = {"type": "input_json_delta", "partial_json": delta.call.arguments}
+            block = {"type": "tool_use", "id": delta.call.id, "name": delta.call.name, "input": {}}
+            events = self._open(block)
+            block["input"] = _input(delta.call.arguments)
         else:
             kind = "thinking" if delta.kind == "reasoning" else "text"
-            if self.blocks and self.blocks[-1]["type"] == kind:
-                self.blocks[-1][kind] += delta.text
-                return self.blocks[-1], False
-            block = {"type": kind, kind: delta.text}
-            if kind == "thinking":
-                block["signature"] = ""
+            inner = {"type": f"{kind}_delta", kind: delta.text}
+            events = []
+            if not (self.blocks and self.blocks[-1]["type"] == kind):
+                events = self._open({"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {}))
+            self.blocks[-1][kind] += delta.text
+        return [*events, {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": inner}]
+
+    def _open(self, block: dict[str, Any]) -> list[dict[str, Any]]:
+        events = self._close()
         self.blocks.append(block)
-        return block, True
+        start = {"type": "content_block_start", "index": len(self.blocks) - 1, "content_block": dict(block)}
+        return [*events, start]
+
+    def _close(self) -> list[dict[str, Any]]:
+        return [{"type": "content_block_stop", "index": len(self.blocks) - 1}] if self.blocks else []
 
 
 def _input(arguments: str) -> Any:
     value = json.loads(arguments or "{}")
     return value if isinstance(value, dict) else {"value": value}
-
-
-def message(id: str, model: str, blocks: list[dict[str, Any]], done: Done | None, u: Usage) -> dict[str, Any]:
-    return {
-        "id": f"msg_{id}",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": blocks,
-        "stop_reason": stop_reason(done) if done else None,
-        "stop_sequence": (done.matched or None) if done else None,
-        "usage": usage(u),
-    }
-
-
-class Gathered:
-    """The whole message, for clients that don't stream."""
-
-    def __init__(self, id: str, model: str):
-        self.id, self.model, self.blocks = id, model, Blocks()
-
-    def step(self, step: Generated) -> None:
-        for delta in step.deltas:
-            self.blocks.add(delta)
-
-    def done(self, done: Done) -> dict[str, Any]:
-        return message(self.id, self.model, self.blocks.blocks, done, done.usage)
-
-
-EMPTY: dict[str, dict[str, Any]] = {"tool_use": {"input": {}}, "text": {"text": ""}, "thinking": {"thinking": ""}}
-
-
-class MessageFeed:
-    """The named events of a streamed message."""
-
-    ping = frame({"type": "ping"}, "ping")
-
-    def __init__(self, id: str, model: str, prompt_tokens: int):
-        self.id, self.model, self.prompt_tokens, self.blocks = id, model, prompt_tokens, Blocks()
-
-    def opening(self) -> bytes:
-        start = message(self.id, self.model, [], None, Usage(prompt=self.prompt_tokens))
-        return _event("message_start", message=start) + self.ping
-
-    def step(self, step: Generated) -> bytes:
-        return b"".join(self._delta(d) for d in step.deltas)
-
-    def _delta(self, delta: Delta) -> bytes:
-        out = b""
-        before = len(self.blocks.blocks)
-        block, new = self.blocks.add(delta)
-        index = len(self.blocks.blocks) - 1
-        if new:
-            if before:
-                out += _event("content_block_stop", index=before - 1)
-            empty = {**block, **EMPTY[block["type"]]}
-            out += _event("content_block_start", index=index, content_block=empty)
-        if delta.call:
-            inner = {"type": "input_json_delta", "partial_json": delta.call.arguments}
-        elif block["type"] == "thinking":
-            inner = {"type": "thinking_delta", "thinking": delta.text}
-        else:
-            inner = {"type": "text_delta", "text": delta.text}
-        return out + _event("content_block_delta", index=index, delta=inner)
-
-    def done(self, done: Done) -> bytes:
-        out = _event("content_block_stop", index=len(self.blocks.blocks) - 1) if self.blocks.blocks else b""
-        delta = {"stop_reason": stop_reason(done), "stop_sequence": done.matched or None}
-        return out + _event("message_delta", delta=delta, usage=usage(done.usage)) + _event("message_stop")
-
-    def error(self, error: ApiError) -> bytes:
-        return frame(error_body(error), "error")
-
-
-def _event(name: str, **fields: Any) -> bytes:
-    return frame({"type": name, **fields}, name)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -23,48 +21,29 @@ from .. import __version__
 from ..dialogue.errors import ApiError, bad
 from ..dialogue.request import GenerationRequest
 from . import anthropic, openai, openai_out, responses, responses_out
-from .choices import open_all
 from .openapi import document
+from .options import ServeOptions
 from .responses_store import Responses
 from .roster import Roster
 from .schema import parse
-from .service import Service
-from .stream import EventStream, WholeResponse, unless_gone
+from .service import Service, Stream
+from .stream import Answer, Writer, unless_gone
 
 log = logging.getLogger("opentq.serve")
 
 T = TypeVar("T")
-S = TypeVar("S")
 
 BODY_SECONDS = 60.0
 MAX_HEADERS = 32 << 10
 INLINE = 1 << 18  # bodies up to this size are parsed in the event loop
 
 
-@dataclass(frozen=True)
-class Access:
-    """Who may ask.
-
-    Attributes:
-        api_key: None for no key.
-        hosts: names that the Host header may have; None for any. Keeps web pages from reaching a local server through
-            a name of their own (DNS rebinding).
-        origins: origins that browsers may send requests from; none by default.
-        max_body: bytes of a request body.
-    """
-
-    api_key: str | None = None
-    hosts: frozenset[str] | None = None
-    origins: tuple[str, ...] = ()
-    max_body: int = 32 << 20
-
-
-def build(roster: Roster, access: Access) -> Starlette:
+def build(roster: Roster, options: ServeOptions) -> Starlette:
     """The ASGI application."""
-    routes = Routes(roster, access)
-    middleware = [Middleware(Guard, access=access)]
-    if access.origins:
-        cors = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
+    routes = Routes(roster, options.max_body)
+    middleware = [Middleware(Guard, options=options)]
+    if options.origins:
+        cors = Middleware(CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"])
         middleware.insert(0, cors)
     gets = {"/models": routes.models, "/models/{name:path}": routes.model}
     posts = {
@@ -92,9 +71,10 @@ def build(roster: Roster, access: Access) -> Starlette:
 class Guard:
     """Hosts and keys, before anything else looks at a request. /health needs no key."""
 
-    def __init__(self, app: ASGIApp, access: Access):
+    def __init__(self, app: ASGIApp, options: ServeOptions):
         self.app = app
-        self.access = access
+        self.key = options.api_key
+        self.hosts = options.allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._refusal(scope)):
@@ -105,16 +85,16 @@ class Guard:
         headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
         if sum(len(k) + len(v) for k, v in scope["headers"]) > MAX_HEADERS:
             return ApiError(431, f"the headers are larger than {MAX_HEADERS} bytes", code="headers_too_large")
-        hosts = self.access.hosts
-        if hosts is not None and _host_name(headers.get(b"host", b"").decode("latin-1")) not in hosts:
+        host = _host_name(headers.get(b"host", b"").decode("latin-1"))
+        if self.hosts is not None and host not in self.hosts:
             return ApiError(
                 403, "this Host is not served here; use localhost, or --allowed-host", code="host_not_allowed"
             )
-        if self.access.api_key is None or scope["path"] == "/health":
+        if self.key is None or scope["path"] == "/health":
             return None
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        if not hmac.compare_digest(given, self.access.api_key.encode()):
+        if not hmac.compare_digest(given, self.key.encode()):
             return ApiError(
                 401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'", code="invalid_api_key"
             )
@@ -131,10 +111,9 @@ def _host_name(host: str) -> str:
 class Routes:
     """One method per route."""
 
-    def __init__(self, roster: Roster, access: Access):
+    def __init__(self, roster: Roster, max_body: int):
         self.roster = roster
-        self.access = access
-        self.fingerprint = f"opentq-{__version__}"
+        self.max_body = max_body
         self.kept = Responses()
 
     @property
@@ -146,7 +125,7 @@ class Routes:
         return JSONResponse(self.service.health())
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self.service.gauges().text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(document(__version__))
@@ -161,38 +140,26 @@ class Routes:
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        context = self.service.config.max_context
+        context = self.service.max_context
         created = int(self.service.started)
         return {"id": name, "object": "model", "created": created, "owned_by": "opentq", "max_model_len": context}
 
     async def chat(self, request: Request) -> Response:
-        return await self._openai(request, openai.read_chat, True)
+        asked = await self._read(request, openai.read_chat)
+        return await self._answer(
+            request, asked, lambda stream, model: openai_out.Writer(stream.id, model, asked, chat=True)
+        )
 
     async def completions(self, request: Request) -> Response:
-        return await self._openai(request, openai.read_completion, False)
+        asked = await self._read(request, openai.read_completion)
 
-    async def _openai(
-        self, request: Request, read: Callable[[dict[str, Any]], GenerationRequest], chat: bool
-    ) -> Response:
-        asked = await self._read(request, read)
-        service, stream = await self._start(request, asked, open_all)
-        tokenizer = service.engine.tokenizer
-        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in asked.prompts] if asked.echo else []
-        head = openai_out.Head(
-            id=("chatcmpl-" if chat else "cmpl-") + stream.id,
-            created=int(time.time()),
-            model=asked.model or service.config.shown[0],
-            fingerprint=self.fingerprint,
-            chat=chat,
-            include_usage=asked.include_usage,
-            custom=asked.custom,
-            echo=tuple(text for text in texts for _ in range(asked.n)),
-        )
-        count = asked.n * max(len(asked.prompts), 1)
-        if asked.stream:
-            feed = openai_out.Feed(head, asked.logprobs is not None, count)
-            return EventStream(stream, feed, service.config.keep_alive)
-        return WholeResponse(stream, openai_out.Gathered(head, asked.logprobs is not None, count))
+        def writer(stream: Stream, model: str) -> openai_out.Writer:
+            decode = self.service.engine.tokenizer.decode
+            texts = [p if isinstance(p, str) else decode(p) for p in asked.prompts] if asked.echo else []
+            echo = tuple(text for text in texts for _ in range(asked.n))
+            return openai_out.Writer(stream.id, model, asked, chat=False, echo=echo)
+
+        return await self._answer(request, asked, writer)
 
     async def responses(self, request: Request) -> Response:
         def read(body: dict[str, Any]) -> responses.Asked:
@@ -200,16 +167,29 @@ class Routes:
             earlier = self.kept.get(before, "previous_response_id").items if isinstance(before, str) else []
             return responses.read(body, earlier)
 
-        def keep(writer: responses_out.Writer) -> None:
-            if asked.kept:
-                self.kept.keep(writer.response, asked.items)
-
         asked = await self._read(request, read)
-        service, stream = await self._start(request, asked.request, Service.open)
-        writer = responses_out.Writer(stream.id, asked.request.model or service.config.shown[0], asked)
-        if asked.request.stream:
-            return EventStream(stream, responses_out.Feed(writer, keep), service.config.keep_alive)
-        return WholeResponse(stream, responses_out.Gathered(writer, keep))
+        return await self._answer(
+            request, asked.request, lambda stream, model: responses_out.Writer(stream.id, model, asked, self.kept)
+        )
+
+    async def messages(self, request: Request) -> Response:
+        asked = await self._read(request, anthropic.read)
+        return await self._answer(
+            request, asked, lambda stream, model: anthropic.Writer(stream.id, model, len(stream.jobs[0].tokens))
+        )
+
+    async def _answer(
+        self, request: Request, asked: GenerationRequest, writer: Callable[[Stream, str], Writer]
+    ) -> Response:
+        """Have a request admitted by the service of its model, unless its client goes away, and answer it."""
+
+        async def admitted() -> tuple[Service, Stream]:
+            service = await self.roster.find(asked)
+            return service, await service.open(asked)
+
+        service, stream = await unless_gone(request.receive, admitted())
+        words = writer(stream, asked.model or service.shown[0])
+        return Answer(stream, words, asked.stream, service.options.keep_alive)
 
     async def kept_response(self, request: Request) -> Response:
         id = request.path_params["id"]
@@ -218,34 +198,11 @@ class Routes:
             return JSONResponse({"id": id, "object": "response", "deleted": True})
         return JSONResponse(self.kept.get(id).response)
 
-    async def messages(self, request: Request) -> Response:
-        asked = await self._read(request, anthropic.read)
-        service, stream = await self._start(request, asked, Service.open)
-        model = asked.model or service.config.shown[0]
-        if asked.stream:
-            feed = anthropic.MessageFeed(stream.id, model, len(stream.job.tokens))
-            return EventStream(stream, feed, service.config.keep_alive)
-        return WholeResponse(stream, anthropic.Gathered(stream.id, model))
-
     async def count_tokens(self, request: Request) -> Response:
         asked = await self._read(request, lambda body: anthropic.read(body, count_only=True))
         service = await self.roster.find(asked)
         count = await unless_gone(request.receive, service.count(asked))
         return JSONResponse({"input_tokens": count})
-
-    async def _start(
-        self,
-        request: Request,
-        asked: GenerationRequest,
-        open: Callable[[Service, GenerationRequest], Coroutine[Any, Any, S]],
-    ) -> tuple[Service, S]:
-        """Have a request admitted by the service of its model; that ends when its client goes away."""
-
-        async def admitted() -> tuple[Service, S]:
-            service = await self.roster.find(asked)
-            return service, await open(service, asked)
-
-        return await unless_gone(request.receive, admitted())
 
     async def _read(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T:
         body = await self._body(request)
@@ -256,7 +213,7 @@ class Routes:
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits of type, size and time."""
         _check_type(request)
-        limit = min(self.access.max_body, self.service.max_body)
+        limit = min(self.max_body, self.service.max_body)
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)

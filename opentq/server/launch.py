@@ -6,7 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,124 +18,32 @@ from ..contracts.layout import FLUSH
 from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.mlx_lm.generate import check_draft
-from ..hosts.mlx_lm.load import check_folder, load, make_cache, model_folder, ranks
+from ..hosts.mlx_lm.load import load, make_cache, model_folder, ranks
 from ..hosts.mlx_vlm.load import takes_images
 from ..memory.device import GIB
 from ..memory.loaded import model_context
 from ..records import fingerprint, make_folder
 from ..spec.recipe import Recipe
 from ..spec.recommended import advice
-from ..spec.text import AUTO, Asked
+from ..spec.text import AUTO
 from . import connections
 from .admission import Admission
-from .app import MAX_HEADERS, Access, build
+from .app import MAX_HEADERS, build
 from .draft import Draft
 from .engine import Engine
-from .pace import choose_chunk, fits_blocks
+from .options import ServeOptions
+from .pace import choose_chunk
 from .prefix import PrefixStore
 from .prefix_files import NOTE, OPTION, Identity, PrefixFiles, kept_chunk
 from .pricing import Prices, appraise
 from .roster import Roster
-from .service import Service, ServiceConfig
+from .service import Service
 from .team import Alone, Team, gone
 from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LOCAL_HOSTS = frozenset({"127.0.0.1", "[::1]", "localhost"})
 MAX_CHUNK = 2048
-
-
-@dataclass
-class ServeOptions:
-    """What `opentq serve` was asked for; see its help for the meanings."""
-
-    model: str
-    kv: Asked = AUTO
-    names: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8080
-    api_key: str | None = None
-    insecure: bool = False
-    hosts: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
-    max_body: int = 32 << 20
-    max_context: int | None = None
-    max_tokens: int = 4096
-    memory: int | None = None
-    prompt_cache_bytes: int | None = None
-    prompt_cache_dir: Path | None = None
-    prompt_cache_dir_bytes: int = 20 << 30
-    concurrency: int = 64
-    queue: int = 64
-    prefill_step: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    adapter: str | None = None
-    chat_template: str | None = None
-    template: dict[str, Any] = field(default_factory=dict)
-    keep_alive: float = 5.0
-    drain: float = 30.0
-    trust_remote_code: bool = False
-    loadable: tuple[str, ...] = ()
-    aliases: tuple[tuple[str, str], ...] = ()
-    any_model: bool = False
-    lookup: bool = True
-    draft: str = ""
-    drafts: int = 3
-    keep_volatile: bool = False
-
-    @property
-    def served_names(self) -> tuple[str, ...]:
-        """The names that requests may give: the model's own, the path or repository as it was given, and aliases."""
-        short = Path(self.model).name
-        own = self.names or ((short,) if short == self.model else (short, self.model))
-        return (*own, "default_model", *(alias for alias, name in self.aliases if name in own))
-
-    @property
-    def shown_names(self) -> tuple[str, ...]:
-        """The names that everybody is told: without the folder, and without mlx-lm's name for any model."""
-        hidden = {"default_model", *([self.model] if Path(self.model).expanduser().exists() else [])} - set(self.names)
-        return tuple(n for n in self.served_names if n not in hidden) or (Path(self.model).resolve().name,)
-
-
-def aliases(given: list[str], options: ServeOptions) -> tuple[tuple[str, str], ...]:
-    """The pairs of (alias, name) of `--alias NAME[=MODEL]`. Raises UserError for a model that is not served."""
-    models = [options.served_names, *((Path(folder).name, folder) for folder in options.loadable)]
-    own = options.served_names[0]
-    pairs = []
-    for text in given:
-        alias, _, name = (part.strip() for part in text.partition("="))
-        if not alias or not any((name or own) in names for names in models):
-            served = ", ".join(names[0] for names in models)
-            raise UserError(f"--alias {text!r} must be NAME or NAME=MODEL, and MODEL one of {served}")
-        pairs.append((alias, name or own))
-    return tuple(pairs)
-
-
-def check(options: ServeOptions) -> None:
-    """Raise UserError for options that must not go together, before anything is loaded."""
-    if options.host not in LOOPBACK and not options.api_key and not options.insecure:
-        raise UserError(
-            f"--host {options.host} can be reached from other machines: set --api-key (or OPENTQ_API_KEY), "
-            "or say --insecure"
-        )
-    step = options.prefill_step
-    if step is not None and not fits_blocks(step):
-        raise UserError(f"--prefill-step-size {step} must divide 64, the tokens packed together, or be a multiple")
-    parts = {"--prompt-cache-dir": options.prompt_cache_dir, "--draft-model": options.draft}
-    for name, value in (parts | {"--allow-model-loading": options.loadable}).items():
-        if value and ranks() > 1:
-            raise UserError(f"{name} can't be used where several processes run the model; leave it out")
-    if options.prompt_cache_dir:
-        make_folder(options.prompt_cache_dir.expanduser(), OPTION, 0o700)
-    for folder in options.loadable:
-        check_folder(folder)
-        if not Path(folder).expanduser().exists():
-            raise UserError(f"--allow-model-loading {folder} is neither a folder nor a .gguf file")
 
 
 def bind(options: ServeOptions) -> socket.socket:
@@ -197,7 +106,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     wanted = options.max_context or context or 32768
     prices = appraise(model, step, options.memory, wanted, draft)
     prices = replace(prices, budget=team.least(prices.budget))
-    admission = Admission(prices.cached(), prices.budget, options.concurrency, options.queue)
+    admission = Admission(lru_cache(4096)(prices.price), prices.budget, options.concurrency, options.queue)
     longest = admission.largest(wanted)
     if longest < wanted:
         if options.max_context:
@@ -224,27 +133,7 @@ def _prepare(options: ServeOptions, worker: Worker) -> tuple[Service, Prices]:
     if draft:
         engine.draft = Draft(draft, options.drafts, model_context(draft) or longest)
     vocab = int(model(mx.array([[0]])).shape[-1])
-    config = ServiceConfig(
-        names=options.served_names,
-        shown=options.shown_names,
-        max_context=longest,
-        max_tokens=options.max_tokens,
-        sampling={k: getattr(options, k) for k in ("temperature", "top_p", "top_k", "min_p")},
-        prompt_cache_bytes=store.max_bytes,
-        template=options.template,
-        keep_alive=options.keep_alive,
-        any_model=options.any_model,
-        keep_volatile=options.keep_volatile,
-        images_bytes=images_bytes,
-    )
-    return Service(engine, admission, config, vocab, worker), prices
-
-
-def access(options: ServeOptions) -> Access:
-    hosts = None
-    if options.host in LOOPBACK or options.hosts:
-        hosts = LOCAL_HOSTS | {h.lower() for h in options.hosts}
-    return Access(options.api_key, hosts, options.origins, options.max_body)
+    return Service(engine, admission, options, longest, vocab, worker, images_bytes), prices
 
 
 class Server(uvicorn.Server):
@@ -253,7 +142,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, options: ServeOptions):
         self.roster = Roster(service, options, lambda o: make_service(o, service.worker)[0])
         config = uvicorn.Config(
-            build(self.roster, access(options)),
+            build(self.roster, options),
             host=options.host,
             port=options.port,
             http=connections.limited(connections.allowed()),
@@ -322,7 +211,7 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
     """What is in use, for the terminal."""
     from ..hosts.report import report
 
-    config, engine = service.config, service.engine
+    engine = service.engine
     lines = []
     if hooks.installed(engine.model):
         lines.append(str(report(engine.model)))
@@ -334,13 +223,13 @@ def describe(service: Service, prices: Prices, options: ServeOptions) -> str:
         lines.append(f"{engine.team.size} processes run the model, a part each; bytes are those of one part")
     if engine.draft:
         lines.append(f"draft: {options.draft} guesses {options.drafts} tokens of single answers at once")
-    full = prices.price(config.max_context)
+    full = prices.price(service.max_context)
     lines += [
-        f"context: {config.max_context} tokens, {full / 2**20:.0f} MiB each when full; "
+        f"context: {service.max_context} tokens, {full / 2**20:.0f} MiB each when full; "
         f"{prices.budget / GIB:.2f} GiB for requests and remembered prefixes",
         f"prompts are read in chunks of {engine.chunk} tokens; up to {service.admission.slots} requests run, "
         f"{service.admission.queue} wait",
         "prompts may have images" if service.prompter.vision else "prompts are text",
-        f"serving {', '.join(config.shown)} on http://{options.host}:{options.port}/v1",
+        f"serving {', '.join(service.shown)} on http://{options.host}:{options.port}/v1",
     ]
     return "\n".join(lines)

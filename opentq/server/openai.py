@@ -176,9 +176,11 @@ def read_message(message: Message, path: str) -> dict[str, Any]:
     return out
 
 
-def read_content(content: str | list[Part] | None, path: str, images: bool = False) -> pictures.Content:
-    """What a content holds: a string, or text parts joined; with `images`, those too. Raises ApiError for other parts
-    and for images elsewhere.
+def read_content(
+    content: str | list[Part] | None, path: str, images: bool = False, between: str = ""
+) -> pictures.Content:
+    """What a content holds: a string, or text parts joined with `between`; with `images`, those too. Raises ApiError
+    for other parts and for images elsewhere.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -194,7 +196,7 @@ def read_content(content: str | list[Part] | None, path: str, images: bool = Fal
         else:
             known = "only text parts, and images of the user's, can be read"
             raise unsupported(f"{where}.type", f"{part.type!r}; {known}")
-    return pictures.content(found)
+    return pictures.content(found, between)
 
 
 def check_continued(messages: Sequence[dict[str, Any]], form: Any, param: str) -> None:
@@ -275,7 +277,3 @@ def _common(form: Common) -> dict[str, Any]:
             logit_bias=tuple((int(k), v) for k, v in bias.items()),
         ),
     }
-
-
-def as_int(value: Any) -> int | None:
-    return None if value is None else int(value)

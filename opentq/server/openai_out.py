@@ -3,51 +3,139 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from .. import __version__
 from ..dialogue.errors import ApiError
-from ..dialogue.request import Chosen, Delta, Done, Generated, ToolCall, Usage
-from .sse import frame
+from ..dialogue.request import Chosen, Delta, Done, Generated, GenerationRequest, ToolCall, Usage
+
+FINGERPRINT = f"opentq-{__version__}"
 
 
-@dataclass(frozen=True)
-class Head:
-    """What all chunks of one response share."""
+@dataclass
+class Choice:
+    """One answer of a response so far; `offset` is where in the text its next token stands."""
 
-    id: str
-    created: int
-    model: str
-    fingerprint: str
-    chat: bool
-    include_usage: bool = False
-    custom: frozenset[str] = frozenset()
-    echo: tuple[str, ...] = ()
+    deltas: list[Delta] = field(default_factory=list)
+    tokens: list[Chosen] = field(default_factory=list)
+    calls: int = 0
+    offset: int = 0
+    reason: str | None = None
 
-    def call(self, call: ToolCall) -> dict[str, Any]:
+
+class Writer:
+    """A response as it grows, of one answer or several; every change says itself as chunks."""
+
+    ping = b": keep-alive\n\n"
+
+    def __init__(self, id: str, model: str, asked: GenerationRequest, chat: bool, echo: tuple[str, ...] = ()):
+        """`echo` is what each answer begins with: its prompt, where that was asked for."""
+        self.asked = asked
+        self.chat = chat
+        self.echo = echo
+        self.choices = [Choice() for _ in range(asked.n * max(len(asked.prompts), 1))]
+        self.usage = Usage()
+        self.kind = "chat.completion" if chat else "text_completion"
+        self.head = {
+            "id": ("chatcmpl-" if chat else "cmpl-") + id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def opening(self) -> list[Any]:
+        """The chunks before the first token: chat names the role, an echo repeats the prompt."""
+        if self.chat:
+            return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.choices))]
+        return [self._chunk(i, text) for i, text in enumerate(self.echo) if text]
+
+    def step(self, step: Generated) -> list[Any]:
+        """One chunk per delta; log probabilities of tokens whose text is still held back come with an empty one."""
+        choice, deltas = self.choices[step.choice], step.deltas
+        choice.deltas += deltas
+        choice.tokens += step.tokens
+        if step.tokens and not deltas:
+            deltas = (Delta("content"),)
+        chunks = [self._chunk(step.choice, self._said(choice, d)) for d in deltas]
+        if step.tokens:
+            chunks[0]["choices"][0]["logprobs"] = self._logprobs(step.tokens, choice.offset)
+            choice.offset += sum(len(t.text) for t in step.tokens)
+        return chunks
+
+    def done(self, done: Done) -> list[Any]:
+        """The chunk with the finish reason, and the one with the usage (its `choices` are empty) when asked for."""
+        self.choices[done.choice].reason, self.usage = done.reason, done.usage
+        last = self._chunk(done.choice, {} if self.chat else "", done.reason) | {"opentq": timings(done.usage)}
+        if not done.last:
+            return [last]
+        if self.asked.include_usage:
+            return [last, self._wrap([]) | {"usage": usage(done.usage)}, "[DONE]"]
+        return [last, "[DONE]"]
+
+    def error(self, error: ApiError) -> list[Any]:
+        return [error.body(), "[DONE]"]
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for i, choice in enumerate(self.choices):
+            logprobs = None if self.asked.logprobs is None else self._logprobs(tuple(choice.tokens))
+            choices.append({"index": i, **self._whole(i), "finish_reason": choice.reason, "logprobs": logprobs})
+        told = {"choices": choices, "usage": usage(self.usage), "opentq": timings(self.usage)}
+        return self.head | {"object": self.kind, **told}
+
+    def _whole(self, index: int) -> dict[str, Any]:
+        """An answer's message, or its text."""
+        deltas = self.choices[index].deltas
+        reasoning = "".join(d.text for d in deltas if d.kind == "reasoning")
+        content = "".join(d.text for d in deltas if d.kind == "content")
+        if not self.chat:
+            return {"text": (self.echo[index] if self.echo else "") + content}
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning:
+            message |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        if calls := [self._call(d.call) for d in deltas if d.call]:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {"message": message}
+
+    def _chunk(self, index: int, said: Any, reason: str | None = None) -> dict[str, Any]:
+        body = {"delta": said} if self.chat else {"text": said}
+        return self._wrap([{"index": index, **body, "finish_reason": reason, "logprobs": None}])
+
+    def _wrap(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else self.kind
+        none_yet = {"usage": None} if self.asked.include_usage else {}
+        return self.head | {"object": kind, "choices": choices, **none_yet}
+
+    def _said(self, choice: Choice, delta: Delta) -> Any:
+        if not self.chat:
+            return delta.text
+        if delta.call:
+            choice.calls += 1
+            return {"tool_calls": [{"index": choice.calls - 1, **self._call(delta.call)}]}
+        if delta.kind == "reasoning":
+            return {"reasoning": delta.text, "reasoning_content": delta.text}
+        return {"content": delta.text}
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
         """A tool call in the client's form: of a function, or of a tool whose input is text."""
-        if call.name not in self.custom:
+        if call.name not in self.asked.custom:
             return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": free_text(call)}}
 
-    def echoed(self, choice: int) -> str:
-        """What an answer begins with: its prompt, where that was asked for."""
-        return self.echo[choice] if self.echo else ""
-
-    def wrap(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
-        kind = ("chat.completion" + (".chunk" if chunk else "")) if self.chat else "text_completion"
-        body = {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-            "choices": choices,
+    def _logprobs(self, tokens: tuple[Chosen, ...], offset: int = 0) -> dict[str, Any]:
+        """The log probabilities of an answer's tokens; those of /v1/completions say where in the text each stands."""
+        if self.chat:
+            return {"content": [chosen(t) for t in tokens], "refusal": None}
+        *offsets, _end = accumulate((len(t.text) for t in tokens), initial=offset)
+        return {
+            "tokens": [t.text for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [dict(t.top) for t in tokens],
+            "text_offset": offsets,
         }
-        if chunk and self.include_usage:
-            body["usage"] = None
-        return body
 
 
 def free_text(call: ToolCall) -> str:
@@ -58,113 +146,6 @@ def free_text(call: ToolCall) -> str:
         return call.arguments
     text = given.get("input") if isinstance(given, dict) else None
     return text if isinstance(text, str) else call.arguments
-
-
-class Chunks:
-    """Chunks of one streamed answer; numbers its tool calls and its text offsets."""
-
-    def __init__(self, head: Head, logprobs: bool, index: int = 0):
-        self.head = head
-        self.logprobs = logprobs
-        self.index = index
-        self.calls = 0
-        self.offset = 0
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first token: chat names the role, an echo repeats the prompt."""
-        if self.head.chat:
-            return [self._chunk({"role": "assistant", "content": ""})]
-        return [self._chunk(echo)] if (echo := self.head.echoed(self.index)) else []
-
-    def step(self, deltas: tuple[Delta, ...], tokens: tuple[Chosen, ...]) -> list[dict[str, Any]]:
-        """One chunk per delta; log probabilities of tokens whose text is still held back come with an empty one."""
-        deltas = deltas or ((Delta("content"),) if self.logprobs and tokens else ())
-        chunks = [self._said(d) for d in deltas]
-        if self.logprobs and tokens and chunks:
-            chunks[0]["choices"][0]["logprobs"] = _logprobs(self.head, tokens, self.offset)
-            self.offset += sum(len(t.text) for t in tokens)
-        return chunks
-
-    def _said(self, delta: Delta) -> dict[str, Any]:
-        if not self.head.chat:
-            return self._chunk(delta.text)
-        if delta.call:
-            self.calls += 1
-            return self._chunk({"tool_calls": [{"index": self.calls - 1, **self.head.call(delta.call)}]})
-        if delta.kind == "reasoning":
-            return self._chunk({"reasoning": delta.text, "reasoning_content": delta.text})
-        return self._chunk({"content": delta.text})
-
-    def end(self, done: Done) -> list[dict[str, Any]]:
-        """The chunk with the finish reason, and the one with the usage (its `choices` are empty) when asked for."""
-        last = self._chunk({} if self.head.chat else "", done.reason) | {"opentq": timings(done.usage)}
-        if not (self.head.include_usage and done.last):
-            return [last]
-        return [last, self.head.wrap([], True) | {"usage": usage(done.usage)}]
-
-    def _chunk(self, delta: Any, reason: str | None = None) -> dict[str, Any]:
-        body = {"delta": delta} if self.head.chat else {"text": delta}
-        return self.head.wrap([{"index": self.index, **body, "finish_reason": reason, "logprobs": None}], True)
-
-
-class Feed:
-    """The chunks of all answers as server-sent events."""
-
-    ping = b": keep-alive\n\n"
-
-    def __init__(self, head: Head, logprobs: bool, count: int = 1):
-        self.choices = [Chunks(head, logprobs, i) for i in range(count)]
-
-    def opening(self) -> bytes:
-        return b"".join(frame(chunk) for choice in self.choices for chunk in choice.opening())
-
-    def step(self, step: Generated) -> bytes:
-        return b"".join(map(frame, self.choices[step.choice].step(step.deltas, step.tokens)))
-
-    def done(self, done: Done) -> bytes:
-        chunks = b"".join(map(frame, self.choices[done.choice].end(done)))
-        return chunks + frame("[DONE]") if done.last else chunks
-
-    def error(self, error: ApiError) -> bytes:
-        return frame(error.body()) + frame("[DONE]")
-
-
-class Gathered:
-    """The whole response, for clients that don't stream."""
-
-    def __init__(self, head: Head, logprobs: bool, count: int = 1):
-        self.head, self.logprobs = head, logprobs
-        self.deltas: list[list[Delta]] = [[] for _ in range(count)]
-        self.tokens: list[list[Chosen]] = [[] for _ in range(count)]
-        self.choices: dict[int, dict[str, Any]] = {}
-
-    def step(self, step: Generated) -> None:
-        self.deltas[step.choice] += step.deltas
-        self.tokens[step.choice] += step.tokens
-
-    def done(self, done: Done) -> dict[str, Any]:
-        """The response so far, which is whole when the last answer has ended."""
-        logprobs = _logprobs(self.head, self.tokens[done.choice]) if self.logprobs else None
-        choice = {"index": done.choice, "finish_reason": done.reason, "logprobs": logprobs}
-        self.choices[done.choice] = choice | self._said(done.choice)
-        choices = [self.choices[i] for i in sorted(self.choices)]
-        return self.head.wrap(choices, False) | {"usage": usage(done.usage), "opentq": timings(done.usage)}
-
-    def _said(self, index: int) -> dict[str, Any]:
-        """An answer's message, or its text."""
-        deltas = self.deltas[index]
-        content, reasoning = (
-            "".join(d.text for d in deltas if not d.call and (d.kind == "reasoning") == thought)
-            for thought in (False, True)
-        )
-        if not self.head.chat:
-            return {"text": self.head.echoed(index) + content}
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if reasoning:
-            message |= {"reasoning": reasoning, "reasoning_content": reasoning}
-        if calls := [self.head.call(d.call) for d in deltas if d.call]:
-            message |= {"content": content or None, "tool_calls": calls}
-        return {"message": message}
 
 
 def usage(u: Usage) -> dict[str, Any]:
@@ -185,13 +166,6 @@ def timings(u: Usage) -> dict[str, float]:
     }
 
 
-def _logprobs(head: Head, tokens: Sequence[Chosen], offset: int = 0) -> dict[str, Any]:
-    """The log probabilities of an answer's tokens; those of /v1/completions say where in the text each stands."""
-    if head.chat:
-        return {"content": [chosen(t) for t in tokens], "refusal": None}
-    return _legacy(tokens, offset)
-
-
 def chosen(token: Chosen) -> dict[str, Any]:
     """A token with its log probability and those of the likeliest others."""
 
@@ -199,17 +173,3 @@ def chosen(token: Chosen) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     return entry(token.text, token.logprob) | {"top_logprobs": [entry(t, p) for t, p in token.top]}
-
-
-def _legacy(tokens: Sequence[Chosen], offset: int) -> dict[str, Any]:
-    """The log probabilities of /v1/completions."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
-    return {
-        "tokens": [t.text for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [dict(t.top) for t in tokens],
-        "text_offset": offsets,
-    }

@@ -9,7 +9,7 @@ import queue
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..dialogue.errors import ApiError
+from ..dialogue.errors import Gone
 from ..dialogue.prompt import Prompt
 from ..dialogue.request import SamplingParams
 from .job import Job
@@ -65,7 +65,7 @@ class Orders:
     def _understood(self, kind: str, number: int = 0, *words: Any) -> Order:
         """An order to the first process. Its answer is made here, too, and told to nobody."""
         if kind != "submit":
-            return kind, (self.job(number), ApiError(499, "the client went away"))
+            return kind, (self.job(number), Gone())
         tokens, max_tokens, leader, room = words
         silent: Any = Mute()
         job = Job(Prompt(tokens), max_tokens, SamplingParams(), silent, lambda *_: None, number=number)

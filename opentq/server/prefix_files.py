@@ -1,30 +1,27 @@
 """Remembered prefixes on disk: they survive a restart, and a `kill -9` in the middle of a write.
 
-Each prefix is one file of `caches/disk.py` (canonical bytes, checksum, atomic rename), named by the hash of its tokens,
-and beside it a small index of its blocks' names, written last. Models, specs and chunk sizes have folders of their own.
-Writing waits until nobody is being served, because it is the engine's thread that does it; what is still unwritten
-when the server stops is written then. Files that are damaged, gone or can't be written cost time and nothing else.
+Each prefix is one file of `caches/disk.py` (canonical bytes, checksum, atomic rename), named by the hash of its tokens.
+Models, specs and chunk sizes have folders of their own. Writing waits until nobody is being served, because it is the
+engine's thread that does it; what is still unwritten when the server stops is written then. Files that are damaged,
+gone or can't be written cost time and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, TypeAdapter
+from typing import Any
 
 from ..caches import disk
 from ..files import appearing
 from ..records import make_folder
 from .pace import fits_blocks
-from .prefix import DIGEST, block_names, exact_trim
+from .prefix import block_names, exact_trim
 
 log = logging.getLogger("opentq.serve")
 
@@ -32,8 +29,7 @@ NOTE = "pieces"
 """The file that says in which chunks a folder's prefixes were read. Its name is older than the word."""
 DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError)
 """What reading a damaged file may raise. Prefix files only save time: none of it reaches a request."""
-
-Name = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * DIGEST}}}$")]
+OPTION = "--prompt-cache-dir"
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,9 @@ class Identity:
 class PrefixFile:
     """A prefix on disk: the names of its blocks, its bytes, and whether shorter prefixes can be cut from it."""
 
-    names: tuple[Name, ...]
+    names: tuple[str, ...]
     nbytes: int
     trimmable: bool
-
-
-OPTION = "--prompt-cache-dir"
-INDEX = TypeAdapter(PrefixFile)
 
 
 class PrefixFiles:
@@ -86,11 +78,8 @@ class PrefixFiles:
         self._pending: list[tuple[tuple[str, ...], tuple[int, ...], list[Any]]] = []
         self._said: set[str] = set()
         self._sweep()
-        for path in self._sorted("*.json"):
-            self._read_index(path)
-        for path in self._sorted("*.safetensors"):
-            if path.stem not in self.files:
-                self._adopt(path)
+        for path in self._sorted():
+            self._read(path)
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +108,7 @@ class PrefixFiles:
             return None
         self.files[file.names[-1]] = self.files.pop(file.names[-1])
         with self._unless_disk_fails("the use of a prefix could not be noted"):
-            os.utime(self._index(file))
+            os.utime(self._path(file))
         return caches
 
     def save(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
@@ -141,11 +130,11 @@ class PrefixFiles:
         """Write the oldest prefix that waits."""
         names, tokens, caches = self._pending.pop(0)
         identity = self.identity
-        file = PrefixFile(names, 0, exact_trim(caches))
-        path = self._path(file)
+        path = self.folder / f"{names[-1]}.safetensors"
         with self._unless_disk_fails("a prefix could not be written"):
             disk.save(path, caches, tokens, model=identity.model, revision=identity.revision, spec=identity.spec)
-            self._add(replace(file, nbytes=path.stat().st_size))
+            file = PrefixFile(names, path.stat().st_size, exact_trim(caches))
+            self._add(file)
             for shorter in [f for f in self.files.values() if file.trimmable and names[: len(f.names)] == f.names]:
                 if len(shorter.names) < len(names):
                     self._remove(shorter)
@@ -165,13 +154,10 @@ class PrefixFiles:
     def _path(self, file: PrefixFile) -> Path:
         return self.folder / f"{file.names[-1]}.safetensors"
 
-    def _index(self, file: PrefixFile) -> Path:
-        return self.folder / f"{file.names[-1]}.json"
-
-    def _sorted(self, pattern: str) -> list[Path]:
-        """The files of a pattern, least recently used first."""
+    def _sorted(self) -> list[Path]:
+        """The files of prefixes, least recently used first."""
         found = []
-        for path in self.folder.glob(pattern):
+        for path in self.folder.glob("*.safetensors"):
             with self._unless_disk_fails("a file among the prefixes could not be looked at"):
                 if not path.name.startswith("."):
                     found.append((path.stat().st_mtime, path))
@@ -183,24 +169,10 @@ class PrefixFiles:
             if not _alive(path.name.partition(".tmp")[0].rpartition(".")[2]):
                 _unlink(path)
 
-    def _read_index(self, path: Path) -> None:
-        """Add a prefix by its index. A damaged index is dropped; its prefix is looked at in `_adopt`."""
-        data = path.with_suffix(".safetensors")
+    def _read(self, path: Path) -> None:
+        """Add the prefix in a file, by what its head says."""
         try:
-            file = INDEX.validate_json(path.read_bytes())
-            if not file.names or file.names[-1] != path.stem:
-                raise ValueError("it names another file")
-            self._add(replace(file, nbytes=data.stat().st_size), write=False)
-        except FileNotFoundError:
-            _unlink(path)
-        except (OSError, ValueError) as error:
-            log.warning("the index %s of a remembered prefix is dropped: %s", path.name, type(error).__name__)
-            _unlink(path)
-
-    def _adopt(self, path: Path) -> None:
-        """Add a prefix that has no index: its process was killed in between, or somebody removed it."""
-        try:
-            manifest, _ = disk.read_manifest(path)
+            manifest, _ = disk.read_manifest(path, check=False)
             names = block_names(manifest.tokens, self.block)
             if manifest.revision != self.identity.revision or manifest.spec != self.identity.spec:
                 raise ValueError("it is of another model")
@@ -213,21 +185,16 @@ class PrefixFiles:
         with self._unless_disk_fails("a prefix could not be looked at"):
             self._add(PrefixFile(tuple(names), path.stat().st_size, exact_trim(self.fresh())))
 
-    def _add(self, file: PrefixFile, write: bool = True) -> None:
-        """Know a prefix, and have an index of it on the disk."""
+    def _add(self, file: PrefixFile) -> None:
         if file.names[-1] in self.files:
             self._forget(self.files[file.names[-1]])
         self.files[file.names[-1]] = file
         for name in file.names:
             self._by_name.setdefault(name, []).append(file)
-        if write:
-            with self._unless_disk_fails("an index could not be written"), appearing(self._index(file)) as temporary:
-                temporary.write_text(json.dumps(asdict(file)))
 
     def _remove(self, file: PrefixFile) -> None:
         self._forget(file)
         with self._unless_disk_fails("a prefix could not be removed"):
-            self._index(file).unlink(missing_ok=True)
             self._path(file).unlink(missing_ok=True)
 
     def _forget(self, file: PrefixFile) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +29,6 @@ class Prices:
 
     def price(self, tokens: int) -> int:
         return plan.price(self.plans, tokens, self.float_bytes, self.chunk)
-
-    def cached(self) -> Callable[[int], int]:
-        """`price`, remembering what it was asked: admission asks the same again and again."""
-        known: dict[int, int] = {}
-
-        def price(tokens: int) -> int:
-            if tokens not in known:
-                if len(known) > 4096:
-                    known.clear()
-                known[tokens] = self.price(tokens)
-            return known[tokens]
-
-        return price
 
 
 def appraise(model: Any, chunk: int, memory: int | None, context: int, draft: Any = None) -> Prices:

@@ -17,8 +17,8 @@ from pydantic import Field
 from ..dialogue import pictures
 from ..dialogue.errors import bad, missing, text_of, unsupported
 from ..dialogue.request import GenerationRequest, SamplingParams
-from .openai import form_schema, free_text_tool, refuse_unsupported
-from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Form, Int, JsonObject, Share, Tokens, check, parse_json
+from .openai import form_schema, free_text_tool, read_content, refuse_unsupported
+from .schema import MAX_MESSAGES, MAX_TOP_LOGPROBS, Content, Form, Int, JsonObject, Share, Tokens, check, parse_json
 from .tool_choice import choose
 
 log = logging.getLogger("opentq.serve")
@@ -35,6 +35,9 @@ OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 SEALED = "opentq:"
 """How a thought begins that a client keeps for us as `encrypted_content`: it is text, in base64, and no secret."""
+
+
+TEXT_OR_PARTS: Any = Content | None
 
 
 class TextFormat(Form):
@@ -266,21 +269,7 @@ def read_items(items: list[Item], first: int, names: dict[str, ToolName]) -> lis
 
 
 def _content(content: Any, path: str, images: bool = False) -> pictures.Content:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise bad(f"{path} must be a string or an array of parts", path)
-    found: list[str | pictures.Picture] = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind in ("input_text", "output_text", "text", "refusal") and isinstance(text, str):
-            found.append(text)
-        elif images and kind == "input_image" and isinstance(part.get("image_url"), str):
-            found.append(pictures.from_url(part["image_url"], f"{path}[{i}].image_url"))
-        else:
-            raise unsupported(f"{path}[{i}].type", f"{kind!r}; only text, and images in data URLs, can be read here")
-    return pictures.content(found, "\n")
+    return read_content(check(content, TEXT_OR_PARTS, path), path, images, "\n")
 
 
 def _thought(item: Item) -> str:

@@ -9,16 +9,21 @@ from ..dialogue.errors import ApiError
 from ..dialogue.request import Delta, Done, Generated, Usage
 from .openai_out import chosen, free_text
 from .responses import Asked, Item, ToolName, seal
-from .sse import frame
+from .responses_store import Responses
 
 REPEATED = ("instructions", "previous_response_id", "top_logprobs", "user", "prompt_cache_key", "safety_identifier")
 
 
 class Writer:
-    """The response and its items as they grow; every change says itself as events."""
+    """The response and its items as they grow; every change says itself as events, which are numbered."""
 
-    def __init__(self, id: str, model: str, asked: Asked):
+    ping = b": keep-alive\n\n"
+
+    def __init__(self, id: str, model: str, asked: Asked, kept: Responses):
+        """`kept` takes the response when it is whole, if its client wants that."""
         self.asked = asked
+        self.kept = kept
+        self.sent = 0
         self.id = id
         self.output: list[Item] = []
         self.thoughts = 0  # steps that thought
@@ -47,8 +52,12 @@ class Writer:
             "usage": None,
         } | {name: body.get(name) for name in REPEATED}
 
+    def opening(self) -> list[Item]:
+        return self._numbered(
+            [{"type": f"response.{n}", "response": self.response} for n in ("created", "in_progress")]
+        )
+
     def step(self, step: Generated) -> list[Item]:
-        """The events of one step."""
         self.thoughts += any(d.kind == "reasoning" for d in step.deltas)
         events: list[Item] = []
         for delta in step.deltas:
@@ -60,7 +69,7 @@ class Writer:
                 for event in events:
                     if event["type"] == "response.output_text.delta":
                         event["logprobs"], logprobs = logprobs, []
-        return events
+        return self._numbered(events)
 
     def done(self, done: Done) -> list[Item]:
         """The events of the end, the last of which holds the whole response."""
@@ -73,12 +82,22 @@ class Writer:
             "output": self.output,
             "usage": usage(done.usage, self.thoughts),
         }
-        return [*events, {"type": "response.incomplete" if cut else "response.completed", "response": self.response}]
+        if self.asked.kept:
+            self.kept.keep(self.response, self.asked.items)
+        end = {"type": f"response.{self.response['status']}", "response": self.response}
+        return self._numbered([*events, end])
 
-    def failed(self, error: ApiError) -> Item:
+    def error(self, error: ApiError) -> list[Item]:
         code = error.code or error.kind
         self.response |= {"status": "failed", "error": {"code": code, "message": error.message}, "output": self.output}
-        return {"type": "response.failed", "response": self.response}
+        return self._numbered([{"type": "response.failed", "response": self.response}])
+
+    def whole(self) -> Item:
+        return self.response
+
+    def _numbered(self, events: list[Item]) -> list[Item]:
+        first, self.sent = self.sent, self.sent + len(events)
+        return [event | {"sequence_number": i} for i, event in enumerate(events, first)]
 
     def _words(self, delta: Delta, logprobs: list[Item]) -> list[Item]:
         thought = delta.kind == "reasoning"
@@ -153,50 +172,3 @@ def usage(u: Usage, thoughts: int) -> Item:
         "output_tokens_details": {"reasoning_tokens": thoughts},
         "total_tokens": u.prompt + u.completion,
     }
-
-
-class Gathered:
-    """The whole response, for clients that don't stream."""
-
-    def __init__(self, writer: Writer, keep: Any):
-        self.writer, self.keep = writer, keep
-
-    def step(self, step: Generated) -> None:
-        self.writer.step(step)
-
-    def done(self, done: Done) -> Item:
-        self.writer.done(done)
-        self.keep(self.writer)
-        return self.writer.response
-
-
-class Feed:
-    """The events of a streamed response, numbered."""
-
-    ping = b": keep-alive\n\n"
-
-    def __init__(self, writer: Writer, keep: Any):
-        self.writer, self.keep, self.sent = writer, keep, 0
-
-    def opening(self) -> bytes:
-        return self._frames(
-            [{"type": f"response.{name}", "response": self.writer.response} for name in ("created", "in_progress")]
-        )
-
-    def step(self, step: Generated) -> bytes:
-        return self._frames(self.writer.step(step))
-
-    def done(self, done: Done) -> bytes:
-        events = self.writer.done(done)
-        self.keep(self.writer)
-        return self._frames(events)
-
-    def error(self, error: ApiError) -> bytes:
-        return self._frames([self.writer.failed(error)])
-
-    def _frames(self, events: list[Item]) -> bytes:
-        out = b""
-        for event in events:
-            out += frame(event | {"sequence_number": self.sent}, event["type"])
-            self.sent += 1
-        return out

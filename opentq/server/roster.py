@@ -13,7 +13,6 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -25,10 +24,8 @@ from ..memory.device import GIB, here
 from ..memory.plan import predict
 from ..memory.skeleton import build
 from ..spec.recommended import AUTO, recommend
+from .options import ServeOptions
 from .service import Service
-
-if TYPE_CHECKING:
-    from .launch import ServeOptions
 
 log = logging.getLogger("opentq.serve")
 
@@ -60,7 +57,7 @@ class Roster:
     @property
     def names(self) -> tuple[str, ...]:
         """The names that are told: the loaded model's, then the others'."""
-        own = self.service.config.shown
+        own = self.service.shown
         others = sorted({n for o in self._known.values() for n in o.shown_names} - set(own))
         return (*own, *others)
 
@@ -112,7 +109,7 @@ class Roster:
             raise
         self.service, self.options = service, wanted
         service.start()
-        log.info("serving %s", ", ".join(service.config.names))
+        log.info("serving %s", ", ".join(service.names))
 
     async def _back(self) -> None:
         """Load the model before again. When that fails, too, each later request tries once more."""
@@ -136,7 +133,7 @@ class Roster:
 
 
 def _busy(service: Service) -> ApiError:
-    name = service.config.shown[0]
+    name = service.shown[0]
     return overloaded(f"{name!r} is answering; a request can have another model loaded after it", 10, "model_busy")
 
 

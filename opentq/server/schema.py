@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -17,10 +19,12 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
     Tag,
+    TypeAdapter,
     ValidationError,
 )
-from pydantic_core import from_json
+from pydantic_core import core_schema, from_json
 
 from ..dialogue.errors import bad, missing
 
@@ -50,14 +54,30 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _by_type(words: str) -> Discriminator:
-    """Which member of a union a value is checked against: the one of its JSON type."""
+def _tag(kind: Any) -> str:
+    """The name of a type's JSON type, as it stands in the path of an error."""
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    tags = {list: "<array>", dict: "<object>"}
+    return "<object>" if isinstance(kind, type(Form)) else tags.get(get_origin(kind), "<text>")
 
-    def tag(value: Any) -> str | None:
-        tags = {"<text>": str, "<array>": list, "<object>": (dict, Form)}
-        return next((name for name, kind in tags.items() if isinstance(value, kind)), None)  # type: ignore[arg-type]
 
-    return Discriminator(tag, "type", f"must be {words}")
+@dataclass(frozen=True)
+class OneOf:
+    """Which member of a union a value is checked against: the one of its JSON type. `words` say what there may be."""
+
+    words: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        def tag(value: Any) -> str | None:
+            tags = {"<text>": str, "<array>": list, "<object>": (dict, Form)}
+            return next((name for name, kind in tags.items() if isinstance(value, kind)), None)  # type: ignore[arg-type]
+
+        return core_schema.tagged_union_schema(
+            {_tag(kind): handler.generate_schema(kind) for kind in get_args(source)},
+            tag,
+            custom_error_type="type",
+            custom_error_message=f"must be {self.words}",
+        )
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
@@ -82,19 +102,11 @@ class Part(Form):
     type: str
     text: str | None = None
     refusal: str | None = None
-    image_url: (
-        Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[ImageUrl, Tag("<object>")],
-            _by_type("a data URL, or an object with one"),
-        ]
-        | None
-    ) = None
+    image_url: Annotated[str | ImageUrl, OneOf("a data URL, or an object with one")] | None = None
 
 
-Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[Part], Field(max_length=MAX_MESSAGES), Tag("<array>")],
-    _by_type("a string or an array of parts"),
-]
+Parts = Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+Content = Annotated[str | Parts, OneOf("a string or an array of parts")]
 
 
 # ---- OpenAI
@@ -182,6 +194,12 @@ class ChosenTool(Form):
     allowed_tools: AllowedTools | None = None
 
 
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | ChosenTool,
+    OneOf("none, auto, required, or an object that names a function"),
+]
+
+
 class StreamOptions(Form):
     include_usage: bool | None = None
 
@@ -196,13 +214,7 @@ class Common(Form):
     top_k: TopK | None = None
     min_p: Share | None = None
     seed: Annotated[Int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
-    stop: (
-        Annotated[
-            Annotated[StopText, Tag("<text>")] | Annotated[Stops, Tag("<array>")],
-            _by_type("a string or an array of strings"),
-        ]
-        | None
-    ) = None
+    stop: Annotated[StopText | Stops, OneOf("a string or an array of strings")] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
@@ -223,13 +235,7 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
-    tool_choice: (
-        Annotated[
-            Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[ChosenTool, Tag("<object>")],
-            _by_type("none, auto, required, or an object that names a function"),
-        ]
-        | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     n: Choices | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
@@ -278,12 +284,7 @@ class Block(Form):
     tool_use_id: str | None = None
     tool_name: str | None = None
     title: str | None = None
-    source: (
-        Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[JsonObject, Tag("<object>")], _by_type("a string or an object")
-        ]
-        | None
-    ) = None
+    source: Annotated[str | JsonObject, OneOf("a string or an object")] | None = None
     content: Content | None = None
     is_error: bool | None = None
 
@@ -291,8 +292,7 @@ class Block(Form):
 class Turn(Form):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[Block], Field(max_length=MAX_MESSAGES), Tag("<array>")],
-        _by_type("a string or an array of blocks"),
+        str | Annotated[list[Block], Field(max_length=MAX_MESSAGES)], OneOf("a string or an array of blocks")
     ]
 
 
@@ -352,7 +352,7 @@ class MessagesRequest(CountRequest):
 
 # ---- reading
 
-F = TypeVar("F", bound=Form)
+F = TypeVar("F")
 # pydantic speaks of Python, clients of JSON.
 WORDS = (
     (r"a valid dictionary( or instance of \w+)?", "object"),
@@ -381,13 +381,17 @@ def parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-def check(body: dict[str, Any], form: type[F]) -> F:
-    """`body` as a `form`. Raises ApiError naming the first field that does not fit, by its path."""
+@cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(form)
+
+
+def check(body: Any, form: type[F], path: str = "") -> F:
+    """`body`, or what stands at `path`, as a `form`. Raises ApiError naming the first field that does not fit."""
     try:
-        return form.model_validate(body)
+        return _adapter(form).validate_python(body)  # type: ignore[arg-type]
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
-    path = ""
     for part in wrong["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"

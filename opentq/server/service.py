@@ -13,56 +13,42 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
-
-from ..dialogue.errors import ApiError, overloaded
+from ..dialogue.errors import ApiError, Gone, overloaded
 from ..dialogue.output import Parser
 from ..dialogue.pictures import MOST
 from ..dialogue.prompt import Prompt, Prompter, check_choices, too_long
-from ..dialogue.request import Done, Generated, GenerationRequest, Progress
+from ..dialogue.request import Done, Generated, GenerationRequest, Progress, Usage
 from .admission import Admission
 from .diverge import Watch
 from .engine import Engine
 from .grammar import Grammars
 from .job import Event, Job
 from .metrics import Metrics
+from .options import ServeOptions
 from .team import Lost, gone
 from .worker import Worker
 
 log = logging.getLogger("opentq.serve")
 
 STATUS = {"shutting_down": "draining", "model_loading": "loading", "no_model": "no model", "model_lost": "failed"}
-GONE = ApiError(499, "the client went away", code="client_closed")
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+"""What requests may leave to the server's options."""
+GONE = Gone()
 
 
-@dataclass
-class ServiceConfig:
-    """What `opentq serve` was told."""
+class Stream:
+    """What becomes of an accepted request: iterate over its events. Ends with the last Done or raises an ApiError."""
 
-    names: tuple[str, ...]  # that requests may give
-    shown: tuple[str, ...]  # that are told to everybody: no folder of this machine
-    max_context: int
-    max_tokens: int = 4096
-    sampling: dict[str, Any] = field(
-        default_factory=lambda: {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    )
-    prompt_cache_bytes: int = 1 << 62
-    template: dict[str, Any] = field(default_factory=dict)
-    keep_alive: float = 5.0
-    any_model: bool = False
-    keep_volatile: bool = False
-    images_bytes: int = 0  # what the images of prompts that are not read yet may hold
-
-
-class Events:
-    """What becomes of a request: iterate over its events. Ends with the last Done or raises an ApiError."""
-
-    def __init__(self, id: str):
-        self.id = id
+    def __init__(self, service: Service, answers: int):
+        self.id = secrets.token_hex(12)
         self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.jobs: list[Job] = []  # one for each answer
+        self._left = answers
+        self._usage = Usage()
+        self._service = service
 
     async def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]:
         while True:
@@ -73,32 +59,57 @@ class Events:
             if isinstance(event, Done) and event.last:
                 return
 
-
-class Stream(Events):
-    """The events of one accepted request, which `cancel` ends."""
-
-    def __init__(self, service: Service, job: Job):
-        super().__init__(secrets.token_hex(12))
-        self.job = job
-        self.ended = False
-        self._service = service
+    def put(self, job: Job, event: Event) -> None:
+        """Tell an event of one answer: which one it is, and at its end what all have cost so far."""
+        if isinstance(event, Done):
+            self._left -= 1
+            self._usage = _sum(self._usage, event.usage, job.leader is None)
+            event = replace(event, choice=self.jobs.index(job), last=not self._left, usage=self._usage)
+        elif isinstance(event, Generated) and len(self.jobs) > 1:
+            event = replace(event, choice=self.jobs.index(job))
+        self.events.put_nowait(event)
 
     def cancel(self, error: ApiError = GONE) -> None:
         """End it; nobody else notices. Safe at any time."""
-        if not self.ended:
-            self._service.cancel(self, error)
+        for job in self.jobs:
+            self._service.cancel(job, error)
+
+
+def _sum(so_far: Usage, more: Usage, reads: bool) -> Usage:
+    """Tokens written by all; a prompt counts once, as OpenAI counts it. Seconds are those of the slowest."""
+    return Usage(
+        prompt=so_far.prompt + (more.prompt if reads else 0),
+        cached=so_far.cached + (more.cached if reads else 0),
+        completion=so_far.completion + more.completion,
+        queue_seconds=max(so_far.queue_seconds, more.queue_seconds),
+        prompt_seconds=max(so_far.prompt_seconds, more.prompt_seconds),
+        generation_seconds=max(so_far.generation_seconds, more.generation_seconds),
+    )
 
 
 class Service:
     """Prices requests and moves them between the clients and the engine."""
 
-    def __init__(self, engine: Engine, admission: Admission, config: ServiceConfig, vocab: int, worker: Worker):
-        self.engine = engine
-        self.admission = admission
-        self.config = config
-        self.metrics = Metrics()
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        options: ServeOptions,
+        max_context: int,
+        vocab: int,
+        worker: Worker,
+        images_bytes: int = 0,
+    ):
+        """`images_bytes` is what the images of prompts that are not read yet may hold."""
+        self.engine: Engine = engine
+        self.admission: Admission = admission
+        self.options = options
+        self.names, self.shown = options.served_names, options.shown_names
+        self.max_context = max_context
+        self.images_bytes = images_bytes
+        self.metrics = Metrics(self)
         vision = getattr(engine.model, "vision", None)
-        self.prompter = Prompter(engine.tokenizer, vocab, config.template, config.keep_volatile, vision)
+        self.prompter = Prompter(engine.tokenizer, vocab, options.template, options.keep_volatile, vision)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # in their order; who goes away is not even begun
         self.watch = Watch()
         self.grammars = Grammars(engine.tokenizer, vocab)
@@ -173,8 +184,8 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
             log.warning("stopping: %d requests are cancelled", len(self._streams))
-            for stream in list(self._streams.values()):
-                stream.cancel(overloaded("the server is shutting down", 10, "shutting_down"))
+            for job in list(self._streams):
+                self.cancel(job, overloaded("the server is shutting down", 10, "shutting_down"))
             await self._idle.wait()
 
     def call_soon(self, callback: Callable[[], None]) -> None:
@@ -196,7 +207,7 @@ class Service:
         the largest images in base64.
         """
         images = MOST * self.prompter.vision.largest * 4 // 3 if self.prompter.vision else 0
-        return (1 << 20) + 12 * self.prompter.encoder.longest * self.config.max_context + images
+        return (1 << 20) + 12 * self.prompter.encoder.longest * self.max_context + images
 
     @property
     def busy(self) -> bool:
@@ -205,8 +216,8 @@ class Service:
 
     # ---- requests
 
-    async def open(self, request: GenerationRequest, leader: Job | None = None) -> Stream:
-        """Admit a request; `leader` is another's job that reads the same prompt.
+    async def open(self, request: GenerationRequest) -> Stream:
+        """Admit all answers of a request, or none: `n` to each prompt, which the first of them reads for the others.
 
         Raises ApiError: 400 for what can't be served, 503 for what can't be served now.
         """
@@ -214,8 +225,24 @@ class Service:
         self._check_open()
         check_choices(request, self.vocab)
         request = self.grammars.fitted(request)
+        prompts = [replace(request, prompt=p) for p in request.prompts] or [request]
+        stream = Stream(self, request.n * len(prompts))
+        try:
+            for one in prompts:
+                leader: Job | None = None
+                for i in range(request.n):
+                    job = await self._job(one, i, leader)
+                    self._admit(job, stream)
+                    leader = leader or job
+        except BaseException:  # a client that went away included
+            stream.cancel()
+            raise
+        return stream
+
+    async def _job(self, request: GenerationRequest, index: int, leader: Job | None) -> Job:
+        """The `index`th answer to a request's prompt; `leader` is another's that reads it."""
         loop = asyncio.get_running_loop()
-        prompt = await self._encode(request, self.config.max_context) if not leader else leader.prompt
+        prompt = await self._encode(request, self.max_context) if not leader else leader.prompt
         tokens = prompt.tokens
         if not leader and (said := await loop.run_in_executor(None, self.watch.see, tokens)):
             log.info("%s", said)
@@ -223,13 +250,13 @@ class Service:
         state = self.prompter.initial_state(request, tokens)
         constraint = await loop.run_in_executor(None, self.grammars.constraint, request, state)
         given = request.sampling
-        defaults = {k: v for k, v in self.config.sampling.items() if getattr(given, k) is None}
-        sampling = replace(given, **defaults)
+        defaults = {k: getattr(self.options, k) for k in DEFAULTS if getattr(given, k) is None}
+        seed = None if given.seed is None else (given.seed + index) % 2**64
+        sampling = replace(given, seed=seed, **defaults)
         tokenizer = self.engine.tokenizer
         tools = () if request.tool_choice == "none" else request.tools
         parser = Parser(tokenizer, state, request.stop, tools, request.parallel_calls, raw=request.messages is None)
-        job = Job(prompt, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
-        return self._admit(job)
+        return Job(prompt, max_tokens, sampling, parser, self._post, constraint, request.logprobs, leader=leader)
 
     async def count(self, request: GenerationRequest) -> int:
         """Tokens of a prompt, also of one that is too long to be answered."""
@@ -247,31 +274,30 @@ class Service:
         finally:
             gone.set()
 
-    def cancel(self, stream: Stream, error: ApiError) -> None:
-        job = stream.job
+    def cancel(self, job: Job, error: ApiError) -> None:
         if job in self.admission.running:
             self.engine.cancel(job, error)
         else:
             self._deliver(job, error)
 
     def _check_model(self, request: GenerationRequest) -> None:
-        if request.model and request.model not in self.config.names and not self.config.any_model:
-            served = ", ".join(self.config.shown)
+        if request.model and request.model not in self.names and not self.options.any_model:
+            served = ", ".join(self.shown)
             raise ApiError(
                 404, f"model {request.model[:100]!r} is not served here; served: {served}", "model", "model_not_found"
             )
 
     def _answer_room(self, request: GenerationRequest, prompt: int) -> int:
         """Tokens for the answer: what was asked for, or what is left, since clients send their model's maximum."""
-        limit = self.config.max_context
+        limit = self.max_context
         if prompt >= limit:
             raise too_long(limit, str(prompt), "prompt" if request.messages is None else "messages")
-        return min(self.config.max_tokens if request.max_tokens is None else request.max_tokens, limit - prompt)
+        return min(self.options.max_tokens if request.max_tokens is None else request.max_tokens, limit - prompt)
 
-    def _admit(self, job: Job) -> Stream:
+    def _admit(self, job: Job, stream: Stream) -> None:
         self._check_open()
         held = sum(j.images.nbytes for j in (*self._streams, job) if j.images and not j.leader)
-        if held > self.config.images_bytes:
+        if held > self.images_bytes:
             self.metrics.requests.labels("refused").inc()
             raise overloaded(f"no room for more images now: they would hold {held / 2**20:.0f} MiB", 10)
         verdict = self.admission.offer(job, job.total)
@@ -283,17 +309,15 @@ class Service:
                 "free; retry later",
                 self._retry_after(),
             )
-        stream = Stream(self, job)
+        stream.jobs.append(job)
         self._streams[job] = stream
         self._idle.clear()
         self.metrics.prompt.inc(len(job.tokens))
         if verdict == "run":
             self._submit(job)
-        return stream
 
     def _submit(self, job: Job) -> None:
-        room = min(self.config.prompt_cache_bytes, self.admission.budget - self.admission.committed())
-        self.engine.submit(job, max(room, 0))
+        self.engine.submit(job, max(self.admission.budget - self.admission.committed(), 0))
 
     def _retry_after(self) -> int:
         """Seconds until the first running answer can be expected to end, at the present pace."""
@@ -319,14 +343,12 @@ class Service:
         stream = self._streams.get(job)
         if stream is None:
             return
-        stream.events.put_nowait(event)
+        stream.put(job, event)
         if isinstance(event, (Done, ApiError)):
-            self._end(stream, event)
+            self._end(job, event)
 
-    def _end(self, stream: Stream, event: Done | ApiError) -> None:
-        stream.ended = True
-        job = stream.job
-        del self._streams[job]
+    def _end(self, job: Job, event: Done | ApiError) -> None:
+        stream = self._streams.pop(job)
         for waiting in self.admission.release(job):
             self._submit(waiting)  # type: ignore[arg-type]
         if not self._streams:
@@ -344,23 +366,6 @@ class Service:
             stream.id, outcome, len(job.tokens), job.cached, 100 * job.cached / len(job.tokens), job.generated, seconds,
         )  # fmt: skip
 
-    # ---- for /health and /metrics
-
-    def gauges(self) -> Metrics:
-        m, a = self.metrics, self.admission
-        m.running.set(len(a.running))
-        m.waiting.set(len(a.waiting))
-        m.committed.set(a.committed())
-        m.budget.set(a.budget)
-        m.prefixes.set(self.engine.store.nbytes)
-        m.active.set(mx.get_active_memory())
-        m.read.set(self.engine.tokens_read)
-        m.guessed.set(self.engine.guessed)
-        m.guessed_right.set(self.engine.guessed_right)
-        m.step.set(self.engine.pace.step)
-        m.chunk.set(self.engine.pace.chunk)
-        return m
-
     def health(self) -> dict[str, Any]:
         a = self.admission
         return {
@@ -370,5 +375,5 @@ class Service:
             "committed_bytes": a.committed(),
             "budget_bytes": a.budget,
             "prefix_bytes": self.engine.store.nbytes,
-            "max_context": self.config.max_context,
+            "max_context": self.max_context,
         }

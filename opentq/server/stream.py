@@ -7,48 +7,32 @@ request is cancelled: an ASGI server says so through `receive`, without anything
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..dialogue.errors import ApiError
-from ..dialogue.request import Done, Generated, Progress
+from ..dialogue.errors import ApiError, Gone
+from ..dialogue.request import Done, Generated
 from .job import Event
-from .service import GONE
-
-
-class Source(Protocol):
-    """Events of one answer or several; the last `Done`, or an ApiError, ends them."""
-
-    id: str
-    events: asyncio.Queue[Event]
-
-    def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]: ...
-    def cancel(self, error: ApiError = GONE) -> None: ...
-
+from .service import Stream
 
 T = TypeVar("T")
 
 
-class Feed(Protocol):
-    """One API's words for the events of a stream; every method returns whole frames."""
+class Writer(Protocol):
+    """One API's words for an answer as it grows: events, and the `whole` of it for clients that don't stream."""
 
     ping: bytes
 
-    def opening(self) -> bytes: ...
-    def step(self, step: Generated) -> bytes: ...
-    def done(self, done: Done) -> bytes: ...
-    def error(self, error: ApiError) -> bytes: ...
-
-
-class Gather(Protocol):
-    """One API's whole response, for clients that don't stream."""
-
-    def step(self, step: Generated) -> None: ...
-    def done(self, done: Done) -> dict[str, Any]: ...
+    def opening(self) -> list[Any]: ...
+    def step(self, step: Generated) -> list[Any]: ...
+    def done(self, done: Done) -> list[Any]: ...
+    def error(self, error: ApiError) -> list[Any]: ...
+    def whole(self) -> dict[str, Any]: ...
 
 
 async def gone(receive: Receive) -> None:
@@ -65,103 +49,78 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError(499, "the client went away", code="client_closed")
+        raise Gone
     finally:
         watch.cancel()
         task.cancel()
 
 
-class EventStream(Response):
-    """A streamed answer: an ASGI response that ends its request when the client goes away."""
+def frame(event: Any) -> bytes:
+    """One server-sent event: JSON, with its type as its name if it has one; text as it is."""
+    if isinstance(event, str):
+        return f"data: {event}\n\n".encode()
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
 
-    media_type = "text/event-stream"
 
-    def __init__(self, stream: Source, feed: Feed, keep_alive: float):
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": stream.id}
-        super().__init__(None, 200, headers)
-        del self.headers["content-length"]
+class Answer(Response):
+    """An answer in one piece or as events; it ends its request when the client goes away."""
+
+    def __init__(self, stream: Stream, writer: Writer, streamed: bool, keep_alive: float):
+        super().__init__()
         self.stream = stream
-        self.feed = feed
+        self.writer = writer
+        self.streamed = streamed
         self.keep_alive = keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(gone(receive))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._write(send, self.feed.opening())
-            await self._pump(send, watch)
+            await unless_gone(receive, self._send(send) if self.streamed else self._gather(scope, receive, send))
+        except Gone:
+            pass
         finally:
-            watch.cancel()
             self.stream.cancel()
 
-    async def _pump(self, send: Send, watch: asyncio.Future[None]) -> None:
-        events = self.stream.events
-        due = time.monotonic() + self.keep_alive
-        waiting: asyncio.Future[Any] | None = None
-        while True:
-            if waiting is None:
-                waiting = asyncio.ensure_future(events.get())
-            timeout = max(0.0, due - time.monotonic())
-            await asyncio.wait({waiting, watch}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                waiting.cancel()
-                return
-            text = b""
-            ended = False
-            if waiting.done():
-                batch = [waiting.result()]
-                waiting = None
-                while not events.empty():
-                    batch.append(events.get_nowait())
-                for event in batch:
-                    if isinstance(event, Generated):
-                        text += self.feed.step(event)
-                    elif isinstance(event, Done):
-                        text, ended = text + self.feed.done(event), event.last
-                    elif isinstance(event, ApiError):
-                        text, ended = text + self.feed.error(event), True
-            elif time.monotonic() >= due:
-                text = self.feed.ping
-            if text:
-                await self._write(send, text)
-                due = time.monotonic() + self.keep_alive
-            if ended:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-                return
-
-    async def _write(self, send: Send, body: bytes) -> None:
-        if body:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-class WholeResponse(Response):
-    """An answer in one piece: gathered while watching for a client that goes away."""
-
-    def __init__(self, stream: Source, gather: Gather):
-        super().__init__(None, 200)
-        self.stream = stream
-        self.gather = gather
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(gone(receive))
-        work = asyncio.ensure_future(self._collect())
-        try:
-            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return
-            response = JSONResponse(work.result(), headers={"x-request-id": self.stream.id})
-        finally:
-            watch.cancel()
-            work.cancel()
-            self.stream.cancel()
-        await response(scope, receive, send)
-
-    async def _collect(self) -> dict[str, Any]:
+    async def _gather(self, scope: Scope, receive: Receive, send: Send) -> None:
         async for event in self.stream:
             if isinstance(event, Generated):
-                self.gather.step(event)
+                self.writer.step(event)
             elif isinstance(event, Done):
-                answer = self.gather.done(event)
-                if event.last:
-                    return answer
-        raise AssertionError("a stream ends with Done or an error")
+                self.writer.done(event)
+        response = JSONResponse(self.writer.whole(), headers={"x-request-id": self.stream.id})
+        await response(scope, receive, send)
+
+    async def _send(self, send: Send) -> None:
+        """Server-sent events, several in one piece where several are there, and a ping after a silence."""
+
+        async def write(body: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        headers |= {"x-accel-buffering": "no", "x-request-id": self.stream.id}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+        events, said = self.stream.events, b"".join(map(frame, self.writer.opening()))
+        due = time.monotonic() + self.keep_alive
+        while True:
+            if said:
+                await write(said)
+                due = time.monotonic() + self.keep_alive
+            try:
+                arrived = [await asyncio.wait_for(events.get(), due - time.monotonic())]
+            except TimeoutError:
+                said = self.writer.ping
+                continue
+            while not events.empty():
+                arrived.append(events.get_nowait())
+            # Each is framed before the next is heard of: a writer may go on with what it has said.
+            said = b"".join(frame(words) for event in arrived for words in self._words(event))
+            if any(isinstance(e, ApiError) or (isinstance(e, Done) and e.last) for e in arrived):
+                return await write(said, more=False)
+
+    def _words(self, event: Event) -> list[Any]:
+        if isinstance(event, Generated):
+            return self.writer.step(event)
+        if isinstance(event, Done):
+            return self.writer.done(event)
+        return self.writer.error(event) if isinstance(event, ApiError) else []
