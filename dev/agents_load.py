@@ -2,20 +2,37 @@
 
 `python dev/load_test.py --agents` runs these parts. `agents`: turns that each add a tool's output to a growing
 prompt; what the model read in all (answers and remainders of blocks included) against the distinct tokens. `edit`:
-tokens per second of one answer that goes on with a copy of a source file, with guesses from the prompt and without.
+tokens per second of one answer that repeats four fifths of a source file, with guesses from the prompt and without.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import shlex
 import statistics
 import textwrap
 import time
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
+
+import opentq  # noqa: F401  (before mlx: it brings the matrix product of the CPU)
+
+# isort: split
+import mlx.core as mx
+
+from opentq.caches.batch import BatchOpenTQCache
+from opentq.dialogue.output import Parser
+from opentq.dialogue.prompt import Prompt
+from opentq.dialogue.request import Done, Generated, SamplingParams
+from opentq.memory.device import parse_memory
+from opentq.server.job import Job
+from opentq.server.launch import make_service
+from opentq.server.options import ServeOptions
 
 
 def gauges(url: str) -> dict[str, float]:
@@ -69,23 +86,89 @@ def conversation(server: Any, args: argparse.Namespace, text: Any) -> dict[str, 
     }
 
 
-def edit(server: Any, args: argparse.Namespace, text: Any) -> dict[str, Any]:
-    """The rate of one answer that goes on copying a file of source text, and the share of it that was guessed."""
-    source = Path(textwrap.__file__).read_text()[:6000]
-    prompt = f"{source}\n\n\n{source[:1200]}"
-    body = {"prompt": prompt, "max_tokens": args.answer, "temperature": 0, **args.endless}
-    rates = []
-    for _ in range(args.repeats + 1):
-        begun = gauges(server.url)
-        answer = httpx.post(server.url + "/v1/completions", json=body, timeout=3600).raise_for_status().json()
-        rates.append(answer["usage"]["completion_tokens"] / answer["opentq"]["generation_seconds"])
-        now = gauges(server.url)
-    right = now["opentq_guessed_right_tokens"] - begun["opentq_guessed_right_tokens"]
-    guessed = now["opentq_guessed_tokens"] - begun["opentq_guessed_tokens"]
+class Held:
+    """A model whose likeliest tokens are those of a text, whatever it would say; its work is the same."""
+
+    def __init__(self, model: Any, begun: int, tokens: list[int], vocabulary: int):
+        """`begun` tokens stand before the text."""
+        self.model, self.begun = model, begun
+        self.wanted = 1e4 * (mx.array([*tokens, 0])[:, None] == mx.arange(vocabulary))
+        mx.eval(self.wanted)  # in this thread; the engine's is another
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        logits = self.model(inputs, cache=cache)
+        if not isinstance(cache[0], BatchOpenTQCache):
+            return logits  # a prompt's, which nobody looks at
+        at = cache[0].extents[0].offset - self.begun - inputs.shape[1] + 1
+        return logits + self.wanted[at : at + inputs.shape[1]]
+
+
+def edited(share: float, characters: int) -> tuple[str, str, float]:
+    """A prompt with a source file; the file again with about `share` of it from another one; what was not repeated."""
+    rng, source = random.Random(0), Path(textwrap.__file__).read_text()[:8000]
+    others = [line for line in Path(shlex.__file__).read_text().splitlines(keepends=True) if len(line) > 20]
+    answer, fresh = "", 0
+    for line in source.splitlines(keepends=True)[10:]:
+        if fresh < share * len(answer) and rng.random() < 0.5:
+            line = rng.choice(others)
+            fresh += len(line)
+        answer += line
+        if len(answer) >= characters:
+            break
+    return f"{source}\nThe file again, with the changes:\n", answer, fresh / len(answer)
+
+
+def edit(args: argparse.Namespace) -> dict[str, Any]:
+    """One answer that repeats four fifths of its prompt, with guesses and without, in turns in one process.
+
+    The model is held to the text: what is measured is the work for it, on caches and with steps as always.
+    """
+    service, _ = make_service(ServeOptions(args.model, kv=args.kv, memory=parse_memory(args.memory)))
+    engine, tokenizer = service.engine, service.engine.tokenizer
+    model, (prompt, answer, fresh) = engine.model, edited(0.2, 4 * args.answer)
+    running = service.worker.submit(engine.run)
+
+    def once(number: int, lookup: bool) -> tuple[float, float]:
+        """Seconds of the answer, and seconds of processors. The number is in the prompt: nothing of it is known."""
+        text = f"# Question {number}, {lookup}\n{prompt}"
+        tokens = tokenizer.encode(text)
+        script = tokenizer.encode(text + answer)[len(tokens) :][: args.answer]
+        engine.model, engine.lookup = Held(model, len(tokens), script, service.vocab), lookup
+        parser, events = Parser(tokenizer, raw=True), SimpleQueue[Any]()
+        job = Job(Prompt(tokens), len(script), SamplingParams(), parser, lambda job, event: events.put(event))
+        engine.submit(job, 1 << 30)
+        event: Any = None
+        started = 0.0
+        while not isinstance(event, Done):
+            if not isinstance(event, Generated):  # the prompt is still being read
+                started = time.process_time()
+            while events.empty():
+                if running.done():
+                    raise SystemExit(f"the engine failed: {running.exception()}")
+                time.sleep(0.001)
+            event = events.get()
+        seconds = event.usage.generation_seconds, time.process_time() - started
+        if job.answer != script:
+            raise SystemExit("the answer is not what the model was held to")
+        while engine.unread:
+            time.sleep(0.01)
+        return seconds
+
+    once(0, True)
+    guessed, right = engine.guessed, engine.guessed_right
+    pairs = [(once(n, True), once(n, False)) for n in range(1, args.repeats + 1)]
+    service.close()
+    guessed, right = engine.guessed - guessed, engine.guessed_right - right
     return {
-        "tokens_per_s": round(statistics.median(rates[1:]), 1),
-        "guessed": int(guessed),
-        "right": int(right),
+        "tokens_per_s": round(args.answer / statistics.median(a[0] for a, _ in pairs), 1),
+        "plain_tokens_per_s": round(args.answer / statistics.median(b[0] for _, b in pairs), 1),
+        "ratio": round(statistics.median(b[0] / a[0] for a, b in pairs), 2),
+        "processor_ratio": round(statistics.median(b[1] / a[1] for a, b in pairs), 2),
         "answer": args.answer,
-        "guessed_share": round(right / args.answer, 3),
+        "repeated": round(1 - fresh, 3),
+        "guessed": guessed // args.repeats,
+        "right": right // args.repeats,
     }

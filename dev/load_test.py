@@ -258,16 +258,8 @@ async def agents(server: Server, args: argparse.Namespace) -> dict:
     return await asyncio.to_thread(agents_load.conversation, server, args, text)
 
 
-async def edit(server: Server, args: argparse.Namespace) -> dict:
-    return await asyncio.to_thread(agents_load.edit, server, args, text)
-
-
-async def plain_edit(server: Server, args: argparse.Namespace) -> dict:
-    return await edit(server, args)
-
-
-AGENTS = {"agents": agents, "edit": edit, "plain_edit": plain_edit}
 PARTS = {"throughput": throughput, "stall": stall, "soak": soak}
+AGENTS = ("agents", "edit")
 
 
 def float32(model: str, folder: Path) -> Path:
@@ -285,11 +277,16 @@ def float32(model: str, folder: Path) -> Path:
 
 def measure(part: str, server: Server, name: str, args: argparse.Namespace) -> dict:
     try:
-        found = asyncio.run((PARTS | AGENTS)[part](server, args))
+        found = asyncio.run((PARTS | {"agents": agents})[part](server, args))
     finally:
         server.stop()
+    return noted(part, name, args, found)
+
+
+def noted(part: str, name: str, args: argparse.Namespace, found: dict) -> dict:
+    """The record of what was found."""
     if args.no_times:
-        found = {k: v for k, v in found.items() if not k.startswith("seconds") and k != "tokens_per_s"}
+        found = {k: v for k, v in found.items() if not k.startswith("seconds") and "tokens_per_s" not in k}
     about = {"part": part, "server": name, "model": Path(args.model).name, "kv": args.kv if name == "opentq" else "f32"}
     found = store.record("server", **about, **found)
     found["command"] = shlex.join(["python", "dev/load_test.py", *sys.argv[1:]])
@@ -317,8 +314,9 @@ def table(records: list[dict]) -> str:
                 f"{r['sent']} sent; at most {r['most_beside_new']} of a turn read beside its new ones; a new session "
             )
             said += f"{r['session_remembered']:.0%} remembered; {r.get('seconds_median', '?')} s a turn"
-        elif r["part"] in ("edit", "plain_edit"):
-            said = f"{r.get('tokens_per_s', '?')} tok/s; {r['right']} of {r['guessed']} guesses right"
+        elif r["part"] == "edit":
+            said = f"{r['ratio']}x the tok/s of plain steps ({r['processor_ratio']}x by processor time), "
+            said += f"{r['repeated']:.0%} of the answer repeated; {r['right']} of {r['guessed']} guesses right"
         elif r["part"] == "stall":
             said = f"{r['idle_ms']} ms between tokens, {r['busy_median_ms']} while a prompt is read ({r['ratio']}x; "
             said += f"mean {r['mean_ratio']}x, p99 {r['busy_p99_ms']} ms); {r['prompt_seconds']} s per prompt"
@@ -364,9 +362,13 @@ def main() -> int:
     records = []
     options = ["--kv", args.kv, "--memory", args.memory, "--log-level", "warning", "--queue", "256"]
     parts = list(AGENTS) if args.agents else args.parts.split(",")
-    own = {"agents": ["--max-context", str(args.agent_tokens * 5 // 4)], "plain_edit": ["--no-lookup"]}
+    own = {"agents": ["--max-context", str(args.agent_tokens * 5 // 4)]}
+    own["soak"] = ["--prompt-cache-bytes", args.prompt_cache_bytes]
     for part in parts:
-        more = ["--prompt-cache-bytes", args.prompt_cache_bytes] if part == "soak" else own.get(part, [])
+        if part == "edit":
+            records.append(noted(part, "opentq", args, agents_load.edit(args)))
+            continue
+        more = own.get(part, [])
         records.append(measure(part, Server(SERVE, args.model, *options, *more), "opentq", args))
     if args.against_mlx_lm:
         with tempfile.TemporaryDirectory() as folder:

@@ -295,7 +295,8 @@ def planned(model: str, contexts: str, *more: str) -> str:
 @table
 def server() -> str:
     """The load test: last record of every part, for opentq's and mlx-lm's servers; the soak in words."""
-    found = latest(records("server"), "part", "server")
+    rows = [r for r in records("server") if r["part"] in ("throughput", "stall", "soak")]
+    found = latest(rows, "part", "server")
     if ("throughput", "opentq") not in found:
         return "No record yet."
     body = []
@@ -319,6 +320,25 @@ def server() -> str:
             f"{soak['active_growth']:+.1%} afterwards."
         )
     return f"{text}\n\n{machine(list(found.values()))}; `python dev/load_test.py`."
+
+
+@table
+def agents() -> str:
+    """The load test's long conversation: what was read of it, in tokens."""
+    row = latest(records("server"), "part").get(("agents",))
+    if not row:
+        return "No record yet."
+    head = [
+        "turns",
+        "tokens sent",
+        "distinct",
+        "read",
+        "read besides new ones, at most in a turn",
+        "known of a new session",
+    ]
+    body = [str(row["turns"]), f"{row['sent']:,}", f"{row['distinct']:,}", f"{row['read']:,} ({row['read_ratio']}x)"]
+    body += [str(row["most_beside_new"]), f"{row['session_remembered']:.1%}"]
+    return f"{markdown(head, [body])}\n\n`{row['model']}`, `{row['kv']}`; {machine([row])}; `{row['command']}`."
 
 
 @table

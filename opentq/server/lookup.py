@@ -5,8 +5,12 @@ before is likely to follow them again (prompt lookup: Saxena 2023, github.com/ap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 GRAM = 3
+PLACES = 8
+"""The latest places of a run of tokens that are looked at, for the one with the most in common before it."""
+COMMON = 32
 LONGEST = 16
 PATIENCE = 3
 REST = 8
@@ -23,6 +27,7 @@ class Lookup:
     def __init__(self, tokens: Sequence[int]):
         self.tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # where the latest of every run of GRAM tokens ends
+        self._before = [0]  # where the one before ends, of the same tokens as the run that ends here
         self._strange = 0  # steps since something like the last few tokens was seen
         self.length = LONGEST // 4
         self.misses = self.resting = 0
@@ -34,8 +39,10 @@ class Lookup:
         """One more token of the sequence."""
         self.tokens.append(token)
         self.resting = max(self.resting - 1, 0)
-        if len(self.tokens) >= GRAM:
-            self._ends[tuple(self.tokens[-GRAM:])] = len(self.tokens)
+        run = tuple(self.tokens[-GRAM:])
+        self._before.append(self._ends.get(run, 0))
+        if len(run) == GRAM:
+            self._ends[run] = len(self.tokens)
 
     @property
     def wanted(self) -> bool:
@@ -44,9 +51,18 @@ class Lookup:
 
     def guess(self, newest: int, most: int) -> list[int]:
         """Up to `most` tokens that may follow the `newest`, which was not added; none where it is all new."""
-        at = self._ends.get((*self.tokens[1 - GRAM :], newest))
-        self._strange = self._strange + 1 if at is None else 0
-        return [] if at is None else self.tokens[at : at + min(self.length, most)]
+        places = [self._ends.get((*self.tokens[1 - GRAM :], newest), 0)]
+        while len(places) < PLACES and places[-1]:
+            places.append(self._before[places[-1]])
+        at = max(places, key=self._common)
+        self._strange = 0 if at else self._strange + 1
+        return self.tokens[at : at + min(self.length, most)] if at else []
+
+    def _common(self, end: int) -> int:
+        """How many tokens before a run that ends at `end` are those before the newest run."""
+        there, here = end - GRAM, len(self.tokens) + 1 - GRAM
+        ours, theirs = (reversed(self.tokens[max(place - COMMON, 0) : max(place, 0)]) for place in (here, there))
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
 
     def outcome(self, guessed: int, right: int) -> None:
         """How a guess turned out."""
