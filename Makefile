@@ -53,7 +53,7 @@ test-clients: $(STAMPS)/dev  ## coding assistants and libraries from npm and PyP
 	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS) @anthropic-ai/claude-code @openai/codex opencode-ai
 	@$(PYTHON) -m venv $(CLIENTS)/python && $(CLIENTS)/python/bin/pip install -q openai anthropic litellm langchain-openai instructor
 	@$(PYTHON) -m venv $(CLIENTS)/aider && $(CLIENTS)/aider/bin/pip install -q aider-chat
-	@$(BIN)/python -m pytest tests/real_clients.py
+	@OPENTQ_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/real_clients.py
 
 test-msl-full: $(STAMPS)/dev  ## every Metal case in the emulator (long)
 	@$(QUIET_BLAS) $(BIN)/python -m pytest tests/test_metal*.py tests/msl -m "slow or not slow" -n $(WORKERS)
