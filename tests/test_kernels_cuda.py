@@ -419,12 +419,57 @@ def test_compiled_kernels_are_kept(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(nvrtc.build, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "_nvfatbin", lambda: None)
     monkeypatch.setattr(nvrtc, "compile_source", lambda *a: calls.append(a) or b"code of " + a[1].encode())
     for source in ("one", "one", "two"):
         assert nvrtc.cubin("kernel", source, "sm_90") == b"code of " + source.encode()
     nvrtc.cubin("kernel", "one", "sm_100")
     assert [source for _, source, _ in calls] == ["one", "two", "one"]
     assert not list(tmp_path.glob(".build-*"))
+
+
+def test_compiled_kernels_are_compressed(monkeypatch, tmp_path):
+    """Where nvFatbin is installed; code that was kept without it is made anew."""
+    compressor = Compressor()
+    monkeypatch.setattr(nvrtc.build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *a: b"code" * 9)
+    monkeypatch.setattr(nvrtc, "_nvfatbin", lambda: None)
+    assert nvrtc.cubin("kernel", "one", "sm_90") == b"code" * 9
+    monkeypatch.setattr(nvrtc, "_nvfatbin", lambda: compressor)
+    assert [nvrtc.cubin("kernel", "one", "sm_90") for _ in range(2)] == [b"90:code"] * 2
+    assert compressor.open == 0
+    compressor.status = 6
+    with pytest.raises(nvrtc.CompileError, match="nvFatbinAddCubin answered error 6"):
+        nvrtc.cubin("kernel", "two", "sm_90")
+    assert compressor.open == 0 and len(list(tmp_path.iterdir())) == 2 * len(list(tmp_path.glob("*.cubin")))
+
+
+class Compressor:
+    """nvFatbin's calls, as the kernels' cache makes them."""
+
+    def __init__(self):
+        self.open, self.status, self.kept = 0, 0, b""
+
+    def nvFatbinCreate(self, handle, options, count):  # noqa: N802
+        self.open += 1
+        return int(options[0] != b"-compress-all" or count.value != 1)
+
+    def nvFatbinAddCubin(self, handle, code, size, arch, name):  # noqa: N802
+        self.kept = arch + b":" + code[:4]
+        return self.status
+
+    def nvFatbinSize(self, handle, size):  # noqa: N802
+        size._obj.value = len(self.kept)
+        return 0
+
+    def nvFatbinGet(self, handle, buffer):  # noqa: N802
+        buffer.raw = self.kept
+        return 0
+
+    def nvFatbinDestroy(self, handle):  # noqa: N802
+        self.open -= 1
+        return 0
 
 
 def test_who_is_not_served():
