@@ -186,8 +186,8 @@ def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
 
 def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
     """`fused_cuda.decode` with the emulator in place of the launch; checks that the tickets are zero again."""
-    outputs, left = emulated(args, Fused(), splits)
-    assert not left[-1].any(), "tickets must be zero after a launch"
+    outputs, left = emulated(args, Fused(listed=args.pages is not None), splits)
+    assert not left[7].any(), "tickets must be zero after a launch"
     return outputs[0]
 
 
@@ -219,6 +219,15 @@ STEPS = {
         True,
         False,
     ),
+    "a list of pages": (
+        3,
+        lambda: packed_args(
+            *(Turbo(5), Turbo(3), (64, 64), (2, 3), 1, [(410, 4, 4), (130, 4, 4)], 20),
+            pages=mx.array([[[0, 2, 4, 6], [1, 3, 5, 6]], [[0, 1, 2, 0], [0, 1, 2, 5]]], dtype=mx.int32),
+        ),
+        True,
+        True,
+    ),
     "one split, lent columns": (
         1,
         lambda: packed_args(INT4, INT4, (64, 64), (1, 8), 2, [(90, 0, 0)], 9, mx.bfloat16, sinks=mx.ones((8,))),
@@ -246,7 +255,7 @@ def test_a_step_in_one_launch_is_rotate_extend_attend_and_rotate(name):
         news = [single.shifted(single.dense(codecs[0], fresh[0]), center), single.dense(codecs[1], fresh[1])]
         wanted = [mx.concatenate(pair, axis=2) for pair in zip(old, news)]
     turned = [bool(fused_cuda.hadamard(codec, side.head_dim)) for codec, side in zip(codecs, (args.k, args.v))]
-    fused = Fused(append, *turned)
+    fused = Fused(append, *turned, listed=args.pages is not None)
     call = replace(args, dense_k=old[0], dense_v=old[1])
     (out, _, *dense), left = emulated(call, fused, splits, fresh, center)
     assert not left[7].any(), "tickets must be zero after a launch"
@@ -277,6 +286,13 @@ def packed_args(k, v, dims, heads, length, lens, columns, dtype=mx.float16, **op
 
 
 CASES = {
+    "a list of pages": (
+        2,
+        lambda: packed_args(
+            *(INT4, Turbo(3), (128, 64), (2, 8), 2, [(350, 4, 4), (200, 2, 2)], 20),
+            pages=mx.array([[[0, 3, 5], [1, 4, 5]], [[0, 2, 3], [1, 2, 3]]], dtype=mx.int32),
+        ),
+    ),
     "headline shape": (1, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 0, 0)], 20)),
     "many splits": (7, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 4, 4)], 50, sinks=mx.ones((8,)))),
     "ragged batch": (

@@ -18,13 +18,16 @@
 // values, which wait in shared memory for the strips that they are part of; the blocks of a head's first row tile share the
 // writing of its columns, old and new; and who has an output row turns it back before it is rounded.
 //
+// Where `Fused` says so, packed tokens are those of a list of pages, two records each: every KV head of a sequence has its
+// own, ascending, the newest page among them; a sequence with fewer pages has all of them first.
+//
 // Merge. Warps merge through shared memory. With several splits, partials (fp32 numerators, maxima, sums) go to scratch
 // and the last block to arrive at the ticket of its row tile merges them: no second launch.
 //
 // Inputs: q [B, Hq, L, QUERY] T, QUERY = Dk but where codes have a query of their own (formats.cuh); k, v: records
 // [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int [B, 3] = (packed, sink, tail_start), read
 // where sequences differ; sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls. Fused: fresh_k,
-// fresh_v [B, Hkv, L, D] T, center [B, Hkv, 1, Dk] half.
+// fresh_v [B, Hkv, L, D] T, center [B, Hkv, 1, Dk] half; pages int [B, Hkv, listed].
 // Outputs: out [B, Hq, L, Dv] T; scratch [tiles, splits, 8 NT, Dv + 2] float, unused with one split. Fused: new_k, new_v
 // [B, Hkv, Td + L, D] half.
 // Bytes moved: packed tokens x (record bytes / 32) per KV head and row tile, plus dense columns; nothing else of size.
@@ -118,7 +121,7 @@ struct QueryStage {
   }
 };
 
-// What a launch gets; `Fused` ones alone the last five.
+// What a launch gets; `Fused` ones alone the last six.
 template <class T>
 struct Tensors {
   const T* q;
@@ -129,6 +132,7 @@ struct Tensors {
   const u32* tickets;
   T* out;
   float* scratch;
+  const int* pages;
   const T *fresh_k, *fresh_v;
   const f16* center;
   f16 *new_k, *new_v;
@@ -192,10 +196,18 @@ struct Block {
     workers = splits * NW, worker = split * NW + warp;
     const int lowest = call.window ? max(0, low_row - call.window + 1 - sink) : 0;
     u0 = min(lowest, packed) / 32, u1 = (packed + 31) / 32;
+    if constexpr (FUSED::LISTED) u1 = (packed - 64 * max(0, (packed + 63) / 64 - call.listed) + 31) / 32;
   }
 
-  // Asks for record `unit` of K and of V.
-  __device__ __forceinline__ void fetch(int stage, int unit) {
+  // Which record the `u`th to be read is.
+  __device__ __forceinline__ int record(int u) const {
+    if constexpr (FUSED::LISTED) return 2 * in.pages[kv * call.listed + u / 2] + u % 2;
+    return u;
+  }
+
+  // Asks for the `u`th record of K and of V.
+  __device__ __forceinline__ void fetch(int stage, int u) {
+    const int unit = record(u);
     unsigned char* to = ring + stage * P::STAGE;
     u64* bar = bars + warp * ST + stage;
     const u32* k = in.k + kv * call.k_blocks * 2 * KF::RECORD + (size_t)unit * KF::RECORD;
@@ -287,11 +299,11 @@ struct Block {
     u32 phase = 0;
     for (int u = u0 + worker; u < u1; u += workers) {
       barrier_wait(bars + warp * ST + stage, phase);
-      u32* record = reinterpret_cast<u32*>(ring + stage * P::STAGE);
-      const bool partial = 32 * u + 32 > packed;
-      if (partial) d.blank(record + KF::RECORD, 32 * u);
-      d.record(record, record + KF::RECORD, 32 * u,
-               partial || (call.window && sink + 32 * u <= high_row - call.window));
+      u32* words = reinterpret_cast<u32*>(ring + stage * P::STAGE);
+      const int first = 32 * record(u);
+      const bool partial = first + 32 > packed;
+      if (partial) d.blank(words + KF::RECORD, first);
+      d.record(words, words + KF::RECORD, first, partial || (call.window && sink + first <= high_row - call.window));
       if (++count % 4 == 0) d.run.unbias();
       sync_warp();
       if (lane == 0 && u + ST * workers < u1) fetch(stage, u + ST * workers);
@@ -450,7 +462,7 @@ struct Block {
   }
 };
 
-template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED, class FUSED = Fused<false, false, false>>
+template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED, class FUSED = Fused<false, false, false, false>>
 __device__ __forceinline__ void decode(const Tensors<T>& in, const Call& call) {
   using P = Plan<T, KF, VF, NT, NW, ST, FUSED>;
   static_assert(P::BYTES <= SHARED, "the launch geometry reserves too little shared memory");

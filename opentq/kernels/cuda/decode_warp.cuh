@@ -21,13 +21,15 @@ struct Call {  // what the host knows: blocks allocated for k and v, dense colum
   int packed, sink, tail_start;  // of all sequences, where they agree; else packed is -1, and they are in memory
   float scale, softcap;
   int centered;  // `Fused`: whether keys have a center
+  int listed;    // `Fused`: pages of a list
 };
 
 // What a launch does beside attending. APPEND: the newest `length` of `columns` come with it, and it writes all columns
-// anew; ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back.
-template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_>
+// anew; ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back. LISTED: of the packed tokens it
+// reads the pages of a list.
+template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_, bool LISTED_>
 struct Fused {
-  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_;
+  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_, LISTED = LISTED_;
   static constexpr int LENGTH = 8;  // query tokens at most
 };
 
