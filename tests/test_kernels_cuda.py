@@ -62,7 +62,7 @@ def test_a_source_spells_its_instance_and_its_signature():
     source = geometry().source()
     assert source.name == "opentq_decode_f16_mma64_k_4g32_d128_mma64_v_4g32_d128_1_8_2"
     instance = "opentq::decode<opentq::f16, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
-    assert f"{instance}{source.shared}, opentq::Fused<false, false, false>>(" in source.body
+    assert f"{instance}{source.shared}, opentq::Fused<false, false, false, false>>(" in source.body
     unit = source.translation_unit()
     assert "//" not in unit and "#include" not in unit
     assert f'extern "C" __global__ __launch_bounds__(256, 2) void {source.name}(const opentq::f16* q, ' in unit
