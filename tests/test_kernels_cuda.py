@@ -62,7 +62,7 @@ def test_a_source_spells_its_instance_and_its_signature():
     source = geometry().source()
     assert source.name == "opentq_decode_f16_mma64_k_4g32_d128_mma64_v_4g32_d128_1_8_2"
     instance = "opentq::decode<opentq::f16, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
-    assert f"{instance}{source.shared}, opentq::Fused<false, false, false, false>>(" in source.body
+    assert f"{instance}{source.shared}, opentq::Fused<false, false, false, false, false>>(" in source.body
     unit = source.translation_unit()
     assert "//" not in unit and "#include" not in unit
     assert f'extern "C" __global__ __launch_bounds__(256, 2) void {source.name}(const opentq::f16* q, ' in unit
@@ -186,7 +186,7 @@ def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
 
 def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
     """`fused_cuda.decode` with the emulator in place of the launch; checks that the tickets are zero again."""
-    outputs, left = emulated(args, Fused(listed=args.pages is not None), splits)
+    outputs, left = emulated(args, Fused(listed=args.pages is not None, capped=args.softcap > 0), splits)
     assert not left[7].any(), "tickets must be zero after a launch"
     return outputs[0]
 
@@ -255,7 +255,7 @@ def test_a_step_in_one_launch_is_rotate_extend_attend_and_rotate(name):
         news = [single.shifted(single.dense(codecs[0], fresh[0]), center), single.dense(codecs[1], fresh[1])]
         wanted = [mx.concatenate(pair, axis=2) for pair in zip(old, news)]
     turned = [bool(fused_cuda.hadamard(codec, side.head_dim)) for codec, side in zip(codecs, (args.k, args.v))]
-    fused = Fused(append, *turned, listed=args.pages is not None)
+    fused = Fused(append, *turned, listed=args.pages is not None, capped=args.softcap > 0)
     call = replace(args, dense_k=old[0], dense_v=old[1])
     (out, _, *dense), left = emulated(call, fused, splits, fresh, center)
     assert not left[7].any(), "tickets must be zero after a launch"

@@ -232,6 +232,7 @@ inline float shuffle(float v, int lane) {
   });
   return from_bits(w[0]);
 }
+inline int uniform(int x) { return x; }
 inline bool any_lane(bool v) {
   u32 w[1] = {v};
   emulate::collective(w, 1, [](u32 (*x)[8]) {

@@ -89,7 +89,7 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[m
         once.
     """
     q = args.q
-    key = q.dtype, q.shape, args.pages is None, id(args.v.layout)
+    key = q.dtype, q.shape, args.pages is None, not args.softcap, id(args.v.layout)
     memo = args.k.memo
     if key not in memo:
         memo[key] = _launch(args, fresh)
@@ -110,7 +110,7 @@ def _launch(args: AttnArgs, fresh: Pair) -> Launch | None:
         return None
     if any(x.dtype != q.dtype for x in fresh):
         return None
-    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1]), args.pages is not None))
+    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1]), args.pages is not None, args.softcap > 0))
 
 
 class Launch:
@@ -133,7 +133,7 @@ class Launch:
         if args.pages is not None:
             tokens = min(tokens, 2 * RECORD * args.pages.shape[2])
         grid = self.grid(-(-tokens // RECORD), -(-self.columns(args) // 16))
-        out, _, *dense = self.kernel(*self.call(args, fresh, center, grid), grid)
+        out, _, *dense = self.kernel.alike(*self.call(args, fresh, center, grid), grid)
         return (out, *dense)
 
     @functools.cached_property
@@ -218,9 +218,9 @@ def _kernel(geometry: Geometry) -> cuda.Kernel:
 
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
-    key = args.q.dtype, args.q.shape, "attend", args.pages is None, id(args.v.layout)
+    key = args.q.dtype, args.q.shape, "attend", args.pages is None, not args.softcap, id(args.v.layout)
     if key not in args.k.memo:
-        args.k.memo[key] = Launch(args, Fused(listed=args.pages is not None))
+        args.k.memo[key] = Launch(args, Fused(listed=args.pages is not None, capped=args.softcap > 0))
     return args.k.memo[key](args, None, None)[0]
 
 

@@ -173,7 +173,7 @@ struct Block {
     position = reinterpret_cast<int*>(factor + ROWS);
     warp_m = reinterpret_cast<float*>(position + ROWS), warp_l = warp_m + NW * ROWS;
     last = reinterpret_cast<int*>(warp_l + NW * ROWS);
-    split = blockIdx.x, splits = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    split = blockIdx.x, splits = gridDim.x, lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     gqa = call.q_heads / call.kv_heads, length = call.length, all_rows = gqa * length;
     const int tiles = (all_rows + ROWS - 1) / ROWS;
     head = blockIdx.y / tiles, r0 = blockIdx.y % tiles * ROWS, rows = min(ROWS, all_rows - r0);
@@ -227,6 +227,7 @@ struct Block {
   __device__ __forceinline__ void append() {
     const int old = call.columns - length;
     const bool writes = r0 == 0 && split == 0;
+#pragma unroll 1
     for (int i = warp; i < 2 * length; i += NW) {  // keys first
       const int token = i % length;
       const size_t from = kv * length + token, to = kv * call.columns + old + token;
@@ -256,7 +257,7 @@ struct Block {
   }
 
   __device__ __forceinline__ void prepare() {
-    for (int r = threadIdx.x; r < ROWS; r += THREADS) position[r] = row_base + (r0 + r) % length;
+    if (threadIdx.x < ROWS) position[threadIdx.x] = row_base + (r0 + threadIdx.x) % length;
     if constexpr (KF::TABLES) KF::prepare();
     if constexpr (VF::TABLES) VF::prepare();
     sync_block();
@@ -344,6 +345,7 @@ struct Block {
   __device__ __forceinline__ void finish_rows() const {
     if constexpr (FUSED::ROTATE_V) {
       sync_block();
+#pragma unroll 1
       for (int row = warp; row < rows; row += NW) {
         Vector<VF::D> x;
         x.load(outputs + row * (VF::D + 4), lane);
@@ -394,6 +396,7 @@ struct Block {
         }
       sync_block();
       const int quads = min(4 * P::CHUNK, VF::D / 4 - 4 * j0);
+#pragma unroll 1
       for (int i = threadIdx.x; i < rows * quads; i += THREADS) {
         const int row = i / quads, dim = i % quads * 4;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -427,6 +430,7 @@ struct Block {
     if (!*last) return;
     const float* first = in.scratch + (size_t)tile_index * splits * ROWS * (VF::D + 2);
     constexpr int SPLIT = ROWS * (VF::D + 2), BATCH = 16;
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * (VF::D / 4); i += THREADS) {
       const int row = i / (VF::D / 4), dim = i % (VF::D / 4) * 4;
       float top = -1e30f, l = 0.f;
@@ -462,7 +466,8 @@ struct Block {
   }
 };
 
-template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED, class FUSED = Fused<false, false, false, false>>
+template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED, 
+          class FUSED = Fused<false, false, false, false, false>>
 __device__ __forceinline__ void decode(const Tensors<T>& in, const Call& call) {
   using P = Plan<T, KF, VF, NT, NW, ST, FUSED>;
   static_assert(P::BYTES <= SHARED, "the launch geometry reserves too little shared memory");

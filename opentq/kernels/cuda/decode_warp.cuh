@@ -24,12 +24,12 @@ struct Call {  // what the host knows: blocks allocated for k and v, dense colum
   int listed;    // `Fused`: pages of a list
 };
 
-// What a launch does beside attending. APPEND: the newest `length` of `columns` come with it, and it writes all columns
-// anew; ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back. LISTED: of the packed tokens it
-// reads the pages of a list.
-template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_, bool LISTED_>
+// What only some launches do. APPEND: the newest `length` of `columns` come with it, and it writes all columns anew;
+// ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back. LISTED: of the packed tokens it reads
+// the pages of a list. CAPPED: scores have a softcap.
+template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_, bool LISTED_, bool CAPPED_>
 struct Fused {
-  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_, LISTED = LISTED_;
+  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_, LISTED = LISTED_, CAPPED = CAPPED_;
   static constexpr int LENGTH = 8;  // query tokens at most
 };
 
@@ -211,7 +211,7 @@ struct Decode {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[s][n][i] *= f[n][i & 1] * (i < 2 ? even : odd);
-    if (softcap > 0.f) {
+    if constexpr (FUSED::CAPPED) {
 #pragma unroll
       for (int s = 0; s < STRIPS; ++s)
 #pragma unroll

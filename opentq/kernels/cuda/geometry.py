@@ -34,27 +34,30 @@ CALL = (
 
 @dataclass(frozen=True)
 class Fused:
-    """What a decode launch does beside attending: `opentq::Fused`.
+    """What only some decode launches do: `opentq::Fused`.
 
     `append`: new keys and values come with the call, and all dense columns go out. `rotate_k`, `rotate_v`: queries and
-    new keys are rotated, new values and the output back. `listed`: only the pages of a list are read.
+    new keys are rotated, new values and the output back. `listed`: only the pages of a list are read. `capped`: scores
+    have a softcap.
     """
 
     append: bool = False
     rotate_k: bool = False
     rotate_v: bool = False
     listed: bool = False
+    capped: bool = False
 
     LENGTH = 8
     """Query tokens of a launch that appends, at most."""
 
     @property
     def type(self) -> str:
-        flags = (self.append, self.rotate_k, self.rotate_v, self.listed)
+        flags = (self.append, self.rotate_k, self.rotate_v, self.listed, self.capped)
         return f"opentq::Fused<{', '.join('true' if flag else 'false' for flag in flags)}>"
 
     def __str__(self) -> str:
-        return "append" * self.append + "_k" * self.rotate_k + "_v" * self.rotate_v + "_pages" * self.listed
+        names = {"append": self.append, "k": self.rotate_k, "v": self.rotate_v, "pages": self.listed, "cap": self.capped}
+        return "_".join(name for name, does in names.items() if does)
 
 
 @dataclass(frozen=True)
