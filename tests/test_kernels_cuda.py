@@ -466,10 +466,11 @@ class Compressor:
 
     def __init__(self):
         self.open, self.status, self.kept = 0, 0, b""
+        self._name = "libnvfatbin.so.13"
 
     def nvFatbinCreate(self, handle, options, count):  # noqa: N802
         self.open += 1
-        return int(options[0] != b"-compress-all" or count.value != 1)
+        return int(list(options) != [b"-compress-all", b"-compress-mode=size"] or count.value != 2)
 
     def nvFatbinAddCubin(self, handle, code, size, arch, name):  # noqa: N802
         self.kept = arch + b":" + code[:4]

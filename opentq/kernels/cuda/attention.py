@@ -133,7 +133,7 @@ class Launch:
         if args.pages is not None:
             tokens = min(tokens, 2 * RECORD * args.pages.shape[2])
         grid = self.grid(-(-tokens // RECORD), -(-self.columns(args) // 16))
-        out, _, *dense = self.kernel.alike(*self.call(args, fresh, center, grid), grid)
+        out, _, *dense = self.kernel(*self.call(args, fresh, center, grid), grid)
         return (out, *dense)
 
     @functools.cached_property

@@ -226,30 +226,33 @@ struct Block {
   // New keys and values into shared memory, as they wait in fp16; and all columns into the new arrays.
   __device__ __forceinline__ void append() {
     const int old = call.columns - length;
-    const bool writes = r0 == 0 && split == 0;
 #pragma unroll 1
     for (int i = warp; i < 2 * length; i += NW) {  // keys first
       const int token = i % length;
-      const size_t from = kv * length + token, to = kv * call.columns + old + token;
-      if (i < length) {
-        Vector<KF::DENSE> x;
-        x.load(in.fresh_k + from * KF::DENSE, lane);
-        if constexpr (FUSED::ROTATE_K) x.rotate(lane);
-        x.settle(call.centered ? in.center + kv * KF::DENSE : nullptr, lane);
-        x.store(fresh_k + token * KF::DENSE, lane);
-        if (writes) x.store(in.new_k + to * KF::DENSE, lane);
+      const f16* center = call.centered ? in.center + kv * KF::DENSE : nullptr;
+      if constexpr (KF::DENSE == VF::D && FUSED::ROTATE_K == FUSED::ROTATE_V) {  // one code for both sides
+        const bool key = i < length;
+        append_one<VF::D, FUSED::ROTATE_V>(key ? in.fresh_k : in.fresh_v, key ? center : nullptr,
+                                           key ? fresh_k : fresh_v, key ? in.new_k : in.new_v, old, token);
+      } else if (i < length) {
+        append_one<KF::DENSE, FUSED::ROTATE_K>(in.fresh_k, center, fresh_k, in.new_k, old, token);
       } else {
-        Vector<VF::D> x;
-        x.load(in.fresh_v + from * VF::D, lane);
-        if constexpr (FUSED::ROTATE_V) x.rotate(lane);
-        x.settle(nullptr, lane);
-        x.store(fresh_v + token * VF::D, lane);
-        if (writes) x.store(in.new_v + to * VF::D, lane);
+        append_one<VF::D, FUSED::ROTATE_V>(in.fresh_v, nullptr, fresh_v, in.new_v, old, token);
       }
     }
     if (r0) return;
     copy(in.dense_k + kv * old * KF::DENSE, in.new_k + kv * call.columns * KF::DENSE, old * KF::DENSE);
     copy(in.dense_v + kv * old * VF::D, in.new_v + kv * call.columns * VF::D, old * VF::D);
+  }
+  template <int DIM, bool ROTATE>
+  __device__ __forceinline__ void append_one(const T* from, const f16* center, f16* shared, f16* columns, int old,
+                                             int token) const {
+    Vector<DIM> x;
+    x.load(from + (kv * length + token) * DIM, lane);
+    if constexpr (ROTATE) x.rotate(lane);
+    x.settle(center, lane);
+    x.store(shared + token * DIM, lane);
+    if (r0 == 0 && split == 0) x.store(columns + (kv * call.columns + old + token) * DIM, lane);
   }
   __device__ __forceinline__ void copy(const f16* from, f16* to, int count) const {  // this split's share
     for (int i = split * THREADS + threadIdx.x; i < count / 8; i += splits * THREADS)
@@ -413,21 +416,19 @@ struct Block {
       }
       if (!P::WHOLE) sync_block();
     }
-    if (splits == 1) {
-      finish_rows();
-    } else if (threadIdx.x < ROWS) {
+    if (splits > 1 && threadIdx.x < ROWS) {
       float top;
       const float l = total(threadIdx.x, top);
       *reinterpret_cast<float2*>(partial + ROWS * VF::D + 2 * threadIdx.x) = make_float2(top, l);
     }
   }
 
-  // The last block of this row tile merges the splits, a batch of them in flight at a time.
-  __device__ __forceinline__ void merge_splits() {
+  // The last block of this row tile merges the splits, a batch of them in flight at a time. False in all others.
+  __device__ __forceinline__ bool merge_splits() {
     sync_block();
     if (threadIdx.x == 0) *last = arrive_last(const_cast<u32*>(in.tickets) + tile_index, splits);
     sync_block();
-    if (!*last) return;
+    if (!*last) return false;
     const float* first = in.scratch + (size_t)tile_index * splits * ROWS * (VF::D + 2);
     constexpr int SPLIT = ROWS * (VF::D + 2), BATCH = 16;
 #pragma unroll 1
@@ -462,11 +463,11 @@ struct Block {
       }
       emit(row, dim, sum, finish(l, top, row));
     }
-    finish_rows();
+    return true;
   }
 };
 
-template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED, 
+template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED,
           class FUSED = Fused<false, false, false, false, false>>
 __device__ __forceinline__ void decode(const Tensors<T>& in, const Call& call) {
   using P = Plan<T, KF, VF, NT, NW, ST, FUSED>;
@@ -483,7 +484,7 @@ __device__ __forceinline__ void decode(const Tensors<T>& in, const Call& call) {
   block.attend_dense();
   block.attend_packed();
   block.merge_warps();
-  if (block.splits > 1) block.merge_splits();
+  if (block.splits == 1 || block.merge_splits()) block.finish_rows();
 }
 
 }  // namespace opentq

@@ -118,24 +118,17 @@ class KernelSource:
         return f'#include "emulate.hpp"\n{text(self.file, False)}{signature} {{\n{code}\n{self.body}\n  }});\n}}\n'
 
 
-Outputs = Sequence[tuple[tuple[int, ...], mx.Dtype]]
-
-
 class Kernel:
     """A compiled `KernelSource`, ready to launch."""
-
-    STEPS = 8
-    """Calls that are remembered by `alike`, at most: a model's layers make one or two kinds per step."""
 
     def __init__(self, source: KernelSource):
         self.source = source
         self.code = nvrtc.cubin(source.name, source.translation_unit(), architecture())
-        self.steps: dict[tuple, Callable[..., list[mx.array]] | None] = {}
 
     def __call__(
         self,
         inputs: Sequence[mx.array],
-        outputs: Outputs,
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
         scalars: Scalars,
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
@@ -152,25 +145,6 @@ class Kernel:
             shared_memory=self.source.shared,
             ensure_row_contiguous=True,
         )
-
-    def alike(
-        self, inputs: Sequence[mx.array], outputs: Outputs, scalars: Scalars, blocks: tuple[int, int, int]
-    ) -> list[mx.array]:
-        """`__call__` for what the layers of a step do alike.
-
-        The second such call is traced, and MLX replays it for the other layers: it then neither converts arguments nor
-        copies the code.
-        """
-        key = scalars, blocks, outputs[0][0]
-        if replay := self.steps.get(key):
-            return replay(*inputs)
-        if key not in self.steps:
-            while len(self.steps) >= self.STEPS:
-                del self.steps[next(iter(self.steps))]
-            self.steps[key] = None
-            return self(inputs, outputs, scalars, blocks)
-        replay = self.steps[key] = mx.compile(lambda *arrays: self(arrays, outputs, scalars, blocks))
-        return replay(*inputs)
 
 
 def single(x: float) -> float:
