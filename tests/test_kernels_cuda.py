@@ -468,23 +468,23 @@ class Compressor:
         self.open, self.status, self.kept = 0, 0, b""
         self._name = "libnvfatbin.so.13"
 
-    def nvFatbinCreate(self, handle, options, count):  # noqa: N802
+    def nvFatbinCreate(self, handle, options, count):
         self.open += 1
         return int(list(options) != [b"-compress-all", b"-compress-mode=size"] or count.value != 2)
 
-    def nvFatbinAddCubin(self, handle, code, size, arch, name):  # noqa: N802
+    def nvFatbinAddCubin(self, handle, code, size, arch, name):
         self.kept = arch + b":" + code[:4]
         return self.status
 
-    def nvFatbinSize(self, handle, size):  # noqa: N802
+    def nvFatbinSize(self, handle, size):
         size._obj.value = len(self.kept)
         return 0
 
-    def nvFatbinGet(self, handle, buffer):  # noqa: N802
+    def nvFatbinGet(self, handle, buffer):
         buffer.raw = self.kept
         return 0
 
-    def nvFatbinDestroy(self, handle):  # noqa: N802
+    def nvFatbinDestroy(self, handle):
         self.open -= 1
         return 0
 

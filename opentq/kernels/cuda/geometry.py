@@ -56,7 +56,13 @@ class Fused:
         return f"opentq::Fused<{', '.join('true' if flag else 'false' for flag in flags)}>"
 
     def __str__(self) -> str:
-        names = {"append": self.append, "k": self.rotate_k, "v": self.rotate_v, "pages": self.listed, "cap": self.capped}
+        names = {
+            "append": self.append,
+            "k": self.rotate_k,
+            "v": self.rotate_v,
+            "pages": self.listed,
+            "cap": self.capped,
+        }
         return "_".join(name for name, does in names.items() if does)
 
 

@@ -69,7 +69,12 @@ def compress(compressor: ctypes.CDLL, code: bytes, architecture: str) -> bytes:
         if status := getattr(compressor, name)(*arguments):
             raise CompileError(f"{name} answered error {status}")
 
-    call("nvFatbinCreate", ctypes.byref(handle), (ctypes.c_char_p * len(options))(*options), ctypes.c_size_t(len(options)))
+    call(
+        "nvFatbinCreate",
+        ctypes.byref(handle),
+        (ctypes.c_char_p * len(options))(*options),
+        ctypes.c_size_t(len(options)),
+    )
     try:
         number = architecture.removeprefix("sm_").encode()
         call("nvFatbinAddCubin", handle, code, ctypes.c_size_t(len(code)), number, b"opentq")
