@@ -90,14 +90,13 @@ def judge(
 def _naive(args: AttnArgs) -> mx.array:
     """Plain attention with every intermediate in q's dtype, over the same decoded values.
 
-    On a GPU the dtype's own arithmetic; a CPU, which is slow at it, adds up in float32 and rounds every result.
+    Products are added up in float32 and then rounded, as GPUs do it; a CPU is slow at any other dtype's.
     """
     dtype = args.q.dtype
-    work = dtype if mx.default_device() == mx.gpu else mx.float32
     outs = []
 
     def rounded(x: mx.array) -> mx.array:
-        return x.astype(dtype).astype(work)
+        return x.astype(dtype).astype(mx.float32)
 
     for b in range(args.q.shape[0]):
         packed, sink, tail_start = args.lens[b]

@@ -307,7 +307,8 @@ struct Block {
       const int first = 32 * record(u);
       const bool partial = first + 32 > packed;
       if (partial) d.blank(words + KF::RECORD, first);
-      d.record(words, words + KF::RECORD, first, partial || (call.window && sink + first <= high_row - call.window));
+      d.record(words, words + KF::RECORD, first, partial || (call.window && sink + first <= high_row - call.window),
+               u1 - u0 <= workers);
       if (++count % 4 == 0) d.run.unbias();
       sync_warp();
       if (lane == 0 && u + ST * workers < u1) fetch(stage, u + ST * workers);

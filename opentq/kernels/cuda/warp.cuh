@@ -43,6 +43,12 @@ __device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
+// What `mul_half2` has rounded off.
+__device__ __forceinline__ u32 mul_rest_half2(u32 a, u32 b) {
+  u32 y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(mul_half2(a, b) ^ 0x80008000u));
+  return y;
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(f16 x) { return half_bits(x.bits); }
