@@ -10,6 +10,7 @@ chooses in a batch what it chooses alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,9 @@ from .caches import BatchVLMCache, VLMCache
 
 AXES = 3
 """Of positions: time, height and width."""
+
+ROWS = 256
+"""Queries whose mask exists at one time: it is as wide as the context."""
 
 
 def bytes_per_token(indexer: Any) -> float:
@@ -203,6 +207,14 @@ def attend(layer: Any, x: mx.array, cache: Choosing, positions: mx.array | None,
         seen = [index.seen(indexer, c) for index, c in zip(cache.indices, chosen)]
         out = keys.step.attend_rows(q, mx.concatenate(seen), scale=layer.scale)
     else:
-        mask = mx.concatenate([indexer.build_mask(c) for c in chosen])
-        out = keys.step.attend(q, scale=layer.scale, mask=mask)
+        parts = [slice(start, start + ROWS) for start in range(0, length, ROWS)]
+        masks = (mx.concatenate([indexer.build_mask(_rows(c, part)) for c in chosen]) for part in parts)
+        outs = [keys.step.attend(q[:, :, part], scale=layer.scale, mask=mask) for part, mask in zip(parts, masks)]
+        out = mx.concatenate(outs, axis=2)
     return linear(layer.o_proj, flat(out) * mx.sigmoid(gate))
+
+
+def _rows(chosen: Any, part: slice) -> SimpleNamespace:
+    """What the indexer says of some of a step's queries."""
+    each = {name: getattr(chosen, name)[:, part] for name in ("selected_blocks", "query_ends", "complete_counts")}
+    return SimpleNamespace(**vars(chosen) | each)
