@@ -42,9 +42,16 @@ def key(r: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def fidelity(rows: Rows) -> tuple[dict[tuple[str, int, str], dict[str, Any]], list[int]]:
-    """Rows by (text, depth, spec), and the depths."""
+    """Rows by (text, depth, spec), and the depths; a text is the one with most rows of those that have its name."""
     kept = [r for r in real(rows, "fidelity") if len(r["settings"]["protocol"]["depths"]) > 1]
-    return {key(r): r for r in kept}, sorted({r["settings"]["depth"] for r in kept})
+    return {key(r): r for r in one_text(kept)}, sorted({r["settings"]["depth"] for r in kept})
+
+
+def one_text(rows: Rows) -> Rows:
+    """Of texts that have the same name (another Python's library is another text) the one with most rows."""
+    counts = Counter((r["settings"]["text"]["name"], r["settings"]["text"].get("digest")) for r in rows)
+    chosen = {name: digest for (name, digest), _ in reversed(counts.most_common())}
+    return [r for r in rows if r["settings"]["text"].get("digest") == chosen[r["settings"]["text"]["name"]]]
 
 
 def footer(rows: Rows) -> str:
@@ -143,7 +150,7 @@ def goal(rows: Rows, markdown: Callable[..., str]) -> str:
 
 
 def needles(rows: Rows, markdown: Callable[..., str]) -> str:
-    kept = [r for r in real(rows, "needle") if r["settings"]["trials"] > 1]
+    kept = one_text([r for r in real(rows, "needle") if r["settings"]["trials"] > 1])
     lengths = sorted({r["settings"]["length"] for r in kept})
     body = []
     for spec in dict.fromkeys(r["settings"]["spec"] for r in kept):
