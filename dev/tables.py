@@ -376,6 +376,7 @@ REAL = {
     "codecs": ("fidelity", lambda rows, markdown: study.divergences(rows, study.CODECS, markdown)),
     "negative": ("fidelity", lambda rows, markdown: study.divergences(rows, study.NEGATIVE, markdown)),
     "goal": ("fidelity", study.goal),
+    "recipes": ("fidelity", study.recipes),
     "needles": ("needle", study.needles),
     "use": ("use", study.use),
     "tasks": ("tasks", study.tasks),
