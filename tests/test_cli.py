@@ -78,14 +78,14 @@ def test_mlx_lm_generates_the_same_text(run):
     assert rows and all(row.calls > 0 for row in rows if row.plan.compressed)
 
 
-def test_two_processes_give_the_text_of_one():
+def test_two_processes_give_the_text_of_one(run):
     """Tensor-parallel over the loopback ring, a compressed cache on each rank."""
-    arguments = ["-m", "opentq", "generate", QUESTION, "--model", str(TINY), "--kv", "int4", "-m", "8"]
-    alone = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
-    launch = Path(sys.executable).parent / "mlx.launch"
-    pair = [str(launch), "-n", "2", "--backend", "ring", sys.executable, *arguments]
+    arguments = ["generate", QUESTION, "--model", str(TINY), "--kv", "int4", "-m", "8"]
+    code, alone, _ = run(*arguments)
+    launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring"]
+    pair = [*launch, sys.executable, "-m", "opentq", *arguments]
     together = subprocess.run(pair, capture_output=True, text=True, check=True)
-    assert "48213" in alone.stdout and together.stdout == alone.stdout
+    assert code == 0 and "48213" in alone and together.stdout == alone
 
 
 def test_a_draft_model_with_windows_is_refused(run):

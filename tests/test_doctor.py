@@ -11,14 +11,17 @@ from typer.testing import CliRunner
 
 from dev import community
 from opentq.attention import dispatch
-from opentq.bench import device, report
+from opentq.bench import device, device_times, report, timing
 from opentq.cli.main import app
 
 
 @pytest.fixture
 def doctor(monkeypatch, tmp_path):
-    """Run `opentq doctor ARGS` in an empty folder: (exit code, output, records)."""
+    """Run `opentq doctor ARGS` in an empty folder, bandwidths over little memory: (exit code, output, records)."""
     monkeypatch.chdir(tmp_path)
+    read, copied = timing.read_bandwidth, device_times.copy_bandwidth
+    monkeypatch.setattr(timing, "read_bandwidth", lambda: read(16, 2))
+    monkeypatch.setattr(device_times, "copy_bandwidth", lambda: copied(16, 2))
 
     def call(*args: str):
         done = CliRunner().invoke(app, ["doctor", *args])

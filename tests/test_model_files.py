@@ -233,7 +233,7 @@ def test_every_architecture_of_mlx_lm_is_planned(name):
 def test_what_mlx_lm_can_not_build_here_is_said():
     for name, words in {"bitnet": "on this machine", "olmo": "package that is not installed"}.items():
         config = {**architectures.COMMON, "model_type": name}
-        with pytest.raises(skeleton.ConfigError, match=words):
+        with pytest.raises(files.ModelError, match=words):
             skeleton.build(config, name)
 
 

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from opentq.cli.plan import parse_count
 from opentq.errors import UserError
 from opentq.hosts import hooks
+from opentq.hosts.mlx_lm.classes import classes
 from opentq.memory import device as machines
 from opentq.memory import shapes, skeleton, source
 from opentq.memory.device import GIB
@@ -103,7 +104,7 @@ TINY = {
 def built(name: str):
     """(skeleton, real model with random weights)."""
     config = TINY[name]
-    model_class, args_class, _ = skeleton.classes(config)
+    model_class, args_class, _ = classes(config)
     mx.random.seed(0)
     model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
     skeleton.tie(model)

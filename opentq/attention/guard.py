@@ -97,8 +97,7 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
     launch = backend.step
     if launch is None:
         return None
-    memo, listed = args.k.memo, args.pages is not None
-    key = (launch, args.q.shape[2], args.causal, args.window > 0, center is None, listed)
+    memo, key = args.k.memo, (launch, args.q.shape[2], args.causal, args.window > 0, center is None)
     if key in memo:
         try:
             return launch(args, fresh, center)

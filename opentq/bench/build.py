@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 
 from ..errors import UserError
 from ..hosts.floats import to_float32
+from ..hosts.mlx_lm.classes import classes
 from ..hosts.mlx_lm.files import context_length
 from ..memory import skeleton, source
 from ..memory.device import here
@@ -54,7 +55,7 @@ def build(model: str, weights: str = "", layers: int = 0, seed: int = 0) -> Buil
 
 def random_model(config: dict[str, Any], weights: str, seed: int = 0) -> Any:
     """An mlx-lm model whose weights are random bits of the right shapes: what speed and memory depend on."""
-    model_class, args_class, _ = skeleton.classes(config)
+    model_class, args_class, _ = classes(config)
     model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
     skeleton.tie(model)
     mx.random.seed(seed)

@@ -158,7 +158,8 @@ class Step:
         cache = self.cache
         if cache is not None:
             assert self.fresh is not None and cache.backend is not None and cache.backend.step is not None
-            done = cache.backend.step(args, self.fresh, cache.center) if args.mask is None else None
+            one = args.mask is None and listed is None
+            done = cache.backend.step(args, self.fresh, cache.center) if one else None
             if done is not None:
                 out, dense_k, dense_v = done
                 stats.served_by = cache.backend.name

@@ -10,22 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import (
-    KV,
-    KVBits,
-    KVGroupSize,
-    MinP,
-    ModelArgument,
-    ModelOption,
-    Temp,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    Wire,
-    finite,
-    one_model,
-    spec_for,
-)
+from . import options
 
 REFUSED = {
     "--prompt-cache-size": "prompts are remembered by their bytes, see --prompt-cache-bytes",
@@ -37,11 +22,11 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def serve(
-    model: ModelArgument = "",
-    model_option: ModelOption = "",
-    kv: KV = None,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = None,
+    model: options.ModelArgument = "",
+    model_option: options.ModelOption = "",
+    kv: options.KV = None,
+    kv_bits: options.KVBits = None,
+    kv_group_size: options.KVGroupSize = None,
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind to; 0: any that is free.", min=0, max=65535)] = 8080,
     api_key: Annotated[
@@ -87,10 +72,10 @@ def serve(
         int | None,
         typer.Option(min=1, help="Tokens read between two decode steps; default: at most triples their time."),
     ] = None,
-    temp: Temp = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
     adapter_path: Annotated[str | None, typer.Option(help="Folder of adapter weights (LoRA) for the model.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="Chat template in place of the model's own.")] = None,
     chat_template_args: Annotated[str, typer.Option(help="Variables for the chat template, as JSON.")] = "{}",
@@ -102,16 +87,19 @@ def serve(
     ] = None,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "32MB",
     keep_alive: Annotated[
-        float, typer.Option(help="Seconds of silence before a keep-alive.", min=0.1, callback=finite)
+        float, typer.Option(help="Seconds of silence before a keep-alive.", min=0.1, callback=options.finite)
     ] = 5.0,
     drain: Annotated[
-        float, typer.Option(help="Seconds that running answers get when the server is stopped.", min=0, callback=finite)
+        float,
+        typer.Option(
+            help="Seconds that running answers get when the server is stopped.", min=0, callback=options.finite
+        ),
     ] = 30.0,
     allow_model_loading: Annotated[
         list[str] | None, typer.Option(help="Model folder that a request may have loaded by name; may be repeated.")
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    wire: Wire = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    wire: options.Wire = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     prompt_cache_size: Refused = None,
     prompt_concurrency: Refused = None,
@@ -131,8 +119,8 @@ def serve(
             raise UserError(f"{name} is an option of mlx-lm's server, not of this one: {why}")
     if log_level not in LEVELS:
         raise UserError(f"--log-level {log_level!r} is not known: use {', '.join(LEVELS)}")
-    path = one_model(model, model_option)
-    spec = spec_for(path, kv, kv_bits, kv_group_size)
+    path = options.one_model(model, model_option)
+    spec = options.spec_for(path, kv, kv_bits, kv_group_size)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level == "info":  # of uvicorn and the rest of opentq, only warnings
         for name in ("uvicorn", "opentq", "httpx"):
@@ -150,7 +138,7 @@ def serve(
     def size(text: str | None) -> int | None:
         return None if text is None else 0 if text == "0" else parse_memory(text)
 
-    options = ServeOptions(
+    chosen = ServeOptions(
         model=path,
         kv=spec,
         names=tuple(served_model_name or ()),
@@ -187,20 +175,20 @@ def serve(
         drafts=num_draft_tokens,
         keep_volatile=keep_volatile,
     )
-    options.aliases = aliases(alias or [], options)
-    check(options)
+    chosen.aliases = aliases(alias or [], chosen)
+    check(chosen)
     if not is_first_rank():
-        service, prices = make_service(options)
+        service, prices = make_service(chosen)
         with wired(lambda: prices.weights, wiring):
             follow(service)
         return
-    listener = bind(options)
-    options.port = listener.getsockname()[1]
-    service, prices = make_service(options)
-    print(describe(service, prices, options), flush=True)
+    listener = bind(chosen)
+    chosen.port = listener.getsockname()[1]
+    service, prices = make_service(chosen)
+    print(describe(service, prices, chosen), flush=True)
     # Caches come and go: only what stays is worth wiring, and churn in wired memory is what has panicked Macs.
     with wired(lambda: prices.weights, wiring):
-        Server(service, options).run([listener])
+        Server(service, chosen).run([listener])
     if service.failure:
         raise UserError(service.failure)
 

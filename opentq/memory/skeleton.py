@@ -8,7 +8,6 @@ state. No formula per model family is needed, so none can be wrong.
 from __future__ import annotations
 
 import copy
-import importlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -18,9 +17,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..caches.composite import members
-from ..errors import UserError, first_line
+from ..errors import first_line
+from ..hosts.hooks import own_caches
 from ..hosts.host import host_of
-from ..hosts.mlx_lm.files import WRONG, context_length
+from ..hosts.mlx_lm.classes import classes
+from ..hosts.mlx_lm.files import WRONG, ModelError, context_length
 from ..hosts.plan import LayerPlan
 from ..hosts.policy import decide, left_alone, shaped
 from ..spec.text import Spec
@@ -28,10 +29,6 @@ from ..spec.text import Spec
 HEADS = ("num_attention_heads", "num_query_heads", "num_heads", "n_heads", "n_head")
 HIDDEN = ("hidden_size", "model_dim", "hidden_dim", "d_model", "n_embd")
 """Names that configurations give their query heads (a list has one number per layer) and their width."""
-
-
-class ConfigError(UserError):
-    """A model config that can't be planned with; the message names the missing or wrong field."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class Skeleton:
 
 
 def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
-    """The skeleton of a config in floats of 2 or 4 bytes. Raises ConfigError naming the wrong field or model type."""
+    """The skeleton of a config in floats of 2 or 4 bytes. Raises ModelError naming the wrong field or model type."""
     model_class, args_class, notes = classes(config)
     zero = mx.array(0, mx.bfloat16 if float_bytes == 2 else mx.float32)
     try:
@@ -144,16 +141,16 @@ def build(config: dict[str, Any], name: str, float_bytes: int = 2) -> Skeleton:
         for _, module in flat(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module)):
             if type(module) is nn.Linear:
                 module.__class__ = _Weightless
-        caches = _caches(model)
+        caches = own_caches(model)()
         model(mx.array([[0]]), cache=caches)
         return Skeleton(name, config, model, caches, notes)
     except WRONG as error:
-        raise ConfigError(
+        raise ModelError(
             f"the config of {name!r} can't be used: {first_line(error)} (model type {config.get('model_type')!r}); "
             "give the model's whole config.json"
         ) from error
     except RuntimeError as error:
-        raise ConfigError(f"{name!r} can't be planned on this machine: {first_line(error)}") from error
+        raise ModelError(f"{name!r} can't be planned on this machine: {first_line(error)}") from error
 
 
 class _Weightless(nn.Linear):
@@ -173,30 +170,3 @@ def tie(model: Any) -> None:
     if getattr(text, "model_type", "") == "gemma3_text" and "lm_head" in text:
         text.tie_word_embeddings = True
         text.pop("lm_head")
-
-
-def _caches(model: Any) -> list[Any]:
-    if hasattr(model, "make_cache"):
-        return model.make_cache()
-    from ..hosts.mlx_lm.public import KVCache
-
-    return [KVCache() for _ in model.layers]
-
-
-def classes(config: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
-    """mlx-lm's classes for a config; an unknown model type is read as a Llama, and a note says so."""
-    kind = str(config.get("model_type"))
-    try:
-        arch = importlib.import_module(f"mlx_lm.models.{kind}")
-    except ModuleNotFoundError:
-        from ..hosts.mlx_lm.private import _get_classes  # knows the renamed types, but imports transformers: 2 s
-
-        try:
-            return (*_get_classes(copy.deepcopy(config)), ())
-        except ValueError:
-            llama = importlib.import_module("mlx_lm.models.llama")
-            note = f"model type {kind!r} is not known to mlx-lm: read as a Llama with full attention in every layer"
-            return llama.Model, llama.ModelArgs, (note,)
-    except SystemExit as error:  # it has printed which
-        raise ConfigError(f"mlx-lm's model type {kind!r} needs a package that is not installed") from error
-    return arch.Model, arch.ModelArgs, ()

@@ -1,12 +1,12 @@
 // Outliers: the few largest channels of a token in fp16, beside the codes of the others (codecs/outliers.py). They are channels
-// of the model's own basis, where a outlier is one number: a key's score gains value * q[channel], q not rotated, and values
+// of the model's own basis, where an outlier is one number: a key's score gains value * q[channel], q not rotated, and values
 // gather p * value in an accumulator of their own, which the caller rotates.
 #pragma once
 #include "state.h"
 
 namespace otq {
 
-constexpr int MAX_SPIKES = 8;
+constexpr int MAX_OUTLIERS = 8;
 
 // The outliers of one side, block after block.
 struct OutlierBlock {
@@ -42,8 +42,8 @@ struct OutlierBlock {
   const Outliers& s;
   int dim;
   const uint8_t *channels, *values;
-  int32_t channel[MAX_SPIKES][64];
-  float value[MAX_SPIKES][64];
+  int32_t channel[MAX_OUTLIERS][64];
+  float value[MAX_OUTLIERS][64];
 };
 
 }  // namespace otq

@@ -35,11 +35,11 @@ def attend(args: AttnArgs) -> mx.array | None:
 
     Tensor cores multiply fp16; two fp16 parts per query are 22 bits, and the error rule asks for more of fp32.
     """
-    if not cuda.available() or args.mask is not None or args.q.dtype not in SERVED:
+    if not cuda.available() or args.mask is not None or args.pages is not None or args.q.dtype not in SERVED:
         return None
     if not (isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)):
         return None
-    if prefers_prefill(args) and args.pages is None:
+    if prefers_prefill(args):
         return prefill(args)
     return decode(args)
 
@@ -89,12 +89,12 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[m
         once.
     """
     q = args.q
-    key = q.dtype, q.shape, args.pages is None, not args.softcap, id(args.v.layout)
+    key = q.dtype, q.shape, id(args.v.layout)
     memo = args.k.memo
     if key not in memo:
         memo[key] = _launch(args, fresh)
     launch = memo[key]
-    if launch is None or args.mask is not None:
+    if launch is None or args.mask is not None or args.pages is not None:
         return None
     out, dense_k, dense_v = launch(args, fresh, center)
     return out, dense_k, dense_v
@@ -110,7 +110,7 @@ def _launch(args: AttnArgs, fresh: Pair) -> Launch | None:
         return None
     if any(x.dtype != q.dtype for x in fresh):
         return None
-    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1]), args.pages is not None, args.softcap > 0))
+    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1])))
 
 
 class Launch:
@@ -130,8 +130,6 @@ class Launch:
         """The output and, where the launch appends, the columns of keys and of values."""
         longest = _lens(args.lens)[0]
         tokens = min(longest, args.window + self.length) if args.window else longest
-        if args.pages is not None:
-            tokens = min(tokens, 2 * RECORD * args.pages.shape[2])
         grid = self.grid(-(-tokens // RECORD), -(-self.columns(args) // 16))
         out, _, *dense = self.kernel(*self.call(args, fresh, center, grid), grid)
         return (out, *dense)
@@ -162,12 +160,9 @@ class Launch:
         if self.append:
             assert fresh is not None
             inputs += [*fresh, cuda.no_halves() if center is None else center]
-        if args.pages is not None:
-            inputs += [args.pages]
         shape = (packed[0].shape[2], packed[1].shape[2], columns, self.heads, self.kv_heads, self.length)
         floats = _single(args.scale), _single(args.softcap)
-        listed = 0 if args.pages is None else args.pages.shape[2]
-        scalars = (*shape, args.window, int(args.causal), *numbers, *floats, int(center is not None), listed)
+        scalars = (*shape, args.window, int(args.causal), *numbers, *floats, int(center is not None))
         return inputs, self.outputs(grid, columns), scalars
 
     def grid(self, records: int, strips: int) -> tuple[int, int, int]:
@@ -218,9 +213,9 @@ def _kernel(geometry: Geometry) -> cuda.Kernel:
 
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
-    key = args.q.dtype, args.q.shape, "attend", args.pages is None, not args.softcap, id(args.v.layout)
+    key = args.q.dtype, args.q.shape, "attend", id(args.v.layout)
     if key not in args.k.memo:
-        args.k.memo[key] = Launch(args, Fused(listed=args.pages is not None, capped=args.softcap > 0))
+        args.k.memo[key] = Launch(args, Fused())
     return args.k.memo[key](args, None, None)[0]
 
 
