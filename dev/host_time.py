@@ -85,16 +85,18 @@ def _called(real: Callable[..., Any]) -> Callable[..., list[mx.array]]:
     return call
 
 
-@functools.cache
-def _stand_in(inputs: int, outputs: int) -> Callable[..., Any]:
-    names = [f"x{i}" for i in range(inputs)], [f"y{i}" for i in range(outputs)]
-    make: Any = mx.fast.metal_kernel
-    return make(name="stand_in", input_names=names[0], output_names=names[1], source="", ensure_row_contiguous=False)
+STAND_INS: dict[tuple[int, int], Callable[..., Any]] = {}
 
 
 def _cuda_kernel(*, inputs: Any, output_shapes: Any, output_dtypes: Any, grid: Any, threadgroup: Any, **_: Any) -> Any:
-    real = _stand_in(len(inputs), len(output_shapes))
-    return real(
+    size = len(inputs), len(output_shapes)
+    if size not in STAND_INS:
+        names = [[f"{side}{i}" for i in range(count)] for side, count in zip("xy", size)]
+        make: Any = mx.fast.metal_kernel
+        STAND_INS[size] = make(
+            name="s", input_names=names[0], output_names=names[1], source="", ensure_row_contiguous=False
+        )
+    return STAND_INS[size](
         inputs=inputs, output_shapes=output_shapes, output_dtypes=output_dtypes, grid=grid, threadgroup=threadgroup
     )
 

@@ -36,7 +36,8 @@ def planted(folder: Path, argv: list[str]) -> None:
     from opentq.cli.main import main
 
     real = backends.active()
-    step = real.step and wrong(real.step)
+    make = real.step
+    step = make and (lambda *args: None if (launch := make(*args)) is None else wrong(launch))
     broken = dataclasses.replace(real, attend=wrong(real.attend), step=step)
     backends.active = lambda: broken
     verdicts.file = lambda name: folder / f"{name}.jsonl"

@@ -193,10 +193,11 @@ def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
 
 def emulated(args: AttnArgs, fused: Fused, splits: int, fresh=None, center=None):
     """A decode launch of `splits` splits in the emulator."""
-    launch = fused_cuda.Launch(args, fused)
-    grid = launch.geometry.grid(args.q.shape[0], args.kv_heads, args.gqa * args.q.shape[2], splits)
-    inputs, outputs, scalars = launch.call(args, fresh, center, grid)
-    return emulator.run(launch.geometry.source(), grid, inputs, outputs, scalars)
+    launch = fused_cuda.Launch(args, fused, center is not None)
+    call = launch.launches.call(args.dense_k.shape[2], args.lens, splits)
+    more = () if fresh is None else (*fresh, cuda.no_halves() if center is None else center)
+    inputs = launch.inputs(args, call, fused_cuda.query(args), more)
+    return emulator.run(launch.launches.geometry.source(), call.grid, inputs, call.outputs, call.scalars)
 
 
 STEPS = {

@@ -44,10 +44,10 @@ def test_the_compiled_text_is_the_one_mlx_generates(batch, space, monkeypatch):
     shape = Shape(batch=batch)
     args = step("int4", shape, 70, 1)
     oracle.judge(args)
-    text = next(iter(made["opentq_decode_lanes"]._texts.values()))
+    text = next(iter(made["opentq_decode_whole"]._texts.values()))
     assert f"const {space} int32_t* lens [[buffer(9)]]" in text
     assert (
-        "[[kernel]] void custom_kernel_opentq_decode_lanes" in text and "device float* partial [[buffer(13)]]" in text
+        "[[kernel]] void custom_kernel_opentq_decode_whole" in text and "device float* partial [[buffer(15)]]" in text
     )
     assert mlx_sources.preamble().index("typedef half float16_t") < len(mlx_sources.preamble())
 
@@ -272,7 +272,7 @@ def test_a_model_decodes_through_the_kernels():
             steps = generate_step(mx.arange(90) % 256, model, max_tokens=4)
             tokens[mode] = [int(t) for t, _ in steps]
     assert tokens["native"] == tokens["tiled"]
-    assert reports("decode_lanes") and reports("matrix") and reports("pack")
+    assert reports("decode_whole") and reports("matrix") and reports("pack")
 
 
 # ---- geometry
@@ -311,7 +311,7 @@ def test_planned_threadgroup_memory_is_what_the_kernel_declares(shape):
     oracle.judge(args)
     k, v = fused_metal.side(args.k), fused_metal.side(args.v)
     plan = metal.plan_decode(k, v, args.gqa, shape.kv_heads, 131, LANES, metal.cores())
-    declared = reports("decode_lanes")[-1].threadgroup_memory
+    declared = reports("decode_whole")[-1].threadgroup_memory
     assert abs(declared - plan.threadgroup_bytes(k, v)) < 7 * 16  # each of seven arrays is rounded up to 16 bytes
 
 

@@ -164,9 +164,11 @@ def step_margin(args: AttnArgs) -> tuple[mx.array, mx.array] | None:
     old = [mx.contiguous(x[:, :, : x.shape[2] - length]) for x in (args.dense_k, args.dense_v)]
     fresh = tuple(mx.random.normal((*x.shape[:2], length, x.shape[3])).astype(args.q.dtype) for x in old)
     center = mx.random.normal((*old[0].shape[:2], 1, old[0].shape[3])).astype(mx.float16) if args.window == 40 else None
-    done = fused_cuda.step(replace(args, dense_k=old[0], dense_v=old[1]), fresh, center)
-    if done is None:
+    call = replace(args, dense_k=old[0], dense_v=old[1])
+    launch = fused_cuda.step(call, fresh, center)
+    if launch is None:
         return None
+    done = launch(call, fresh, center)
     codecs = args.k.codec, args.v.codec
     wanted = [shifted(dense(codecs[0], fresh[0]), center), dense(codecs[1], fresh[1])]
     wanted = [mx.concatenate(pair, axis=2) for pair in zip(old, wanted)]

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..contracts.attention import AttnArgs, AttnFn
-from ..contracts.backend import Backend, Pair
+from ..contracts.attention import AttnArgs, AttnFn, PackedKV
+from ..contracts.backend import Backend, Pair, StepFn, Stepped
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
 from ..errors import UserError
@@ -50,14 +50,12 @@ def _guarded(backend: Backend) -> Backend:
     changes: dict[str, Any] = {"layouts": functools.partial(layouts, backend)}
     if backend.extend is not Backend.extend:
         changes["extend"] = functools.partial(extend, backend)
-    if backend.step is not None:
-        changes["step"] = functools.partial(step, backend)
     return replace(backend, **changes)
 
 
 def guarded(backend: Backend) -> Backend:
-    """The back end with its storage, appends and steps believed once they were right here; `attend` and `choose` are
-    dispatch's.
+    """The back end with its storage and appends believed once they were right here; caches ask `step` for decode steps,
+    dispatch for `attend` and `choose`.
     """
     return _guarded(backend) if judging else backend
 
@@ -88,33 +86,40 @@ def attend(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
     return out
 
 
-Stepped = tuple[mx.array, mx.array, mx.array]
-"""Output, and the fp16 columns of keys and of values with the new tokens behind them."""
-
-
 def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped | None:
     """The back end's decode step in one launch, once it was right on this machine; None where there is none."""
-    launch = backend.step
-    if launch is None:
+    q, memo = args.q, args.k.memo
+    key = q.shape, q.dtype, args.causal, args.window, args.scale, args.softcap, args.sinks is None, center is None
+    kept: tuple[PackedKV, StepFn | None] | None = memo.get(key)
+    if kept is None or kept[0] is not args.v:
+        launch, done = _first_step(backend, args, fresh, center)
+        memo[key] = args.v, launch
+        return done
+    if kept[1] is None:
         return None
-    memo, key = args.k.memo, (launch, args.q.shape[2], args.causal, args.window > 0, center is None)
-    if key in memo:
-        try:
-            return launch(args, fresh, center)
-        except RuntimeError as error:
-            del memo[key]
-            _failed(backend.name, (launch, center is None, args.kind()), _step(args, center), error)
-            return None
-    out = _first(
+    try:
+        return kept[1](args, fresh, center)
+    except RuntimeError as error:
+        memo[key] = args.v, None
+        _failed(backend.name, (backend.step, center is None, args.kind()), _step(args, center), error)
+        return None
+
+
+def _first_step(
+    backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None
+) -> tuple[StepFn | None, Stepped | None]:
+    """What makes such steps, and the first of them."""
+    launch = None if backend.step is None else backend.step(args, fresh, center)
+    if backend.step is None or launch is None:
+        return None, None
+    done = _first(
         backend.name,
-        (launch, center is None, args.kind()),
+        (backend.step, center is None, args.kind()),
         functools.partial(_step, args, center),
         functools.partial(launch, args, fresh, center),
-        functools.partial(judge.step, launch, args, center is not None),
+        functools.partial(judge.step, backend.step, args, center is not None),
     )
-    if out is not None:
-        memo[key] = True
-    return out
+    return (None if done is None else launch), done
 
 
 def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:

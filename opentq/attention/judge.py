@@ -13,7 +13,7 @@ import numpy as np
 
 from ..codecs import rotation as rotation_of
 from ..contracts.attention import EXACT, AttnArgs, AttnFn, Lengths, PackedKV
-from ..contracts.backend import Backend, Pair
+from ..contracts.backend import Backend, Pair, StepFn
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, FLUSH, Layout
 from . import tiled
@@ -49,16 +49,17 @@ def attention(function: AttnFn, args: AttnArgs) -> str:
     return ""
 
 
-def step(launch: Callable, args: AttnArgs, centred: bool) -> str:
+def step(made: Callable[..., StepFn | None], args: AttnArgs, centred: bool) -> str:
     length, (k_codec, v_codec) = args.q.shape[2], (args.k.codec, args.v.codec)
     for lens, own, columns in CASES:
         ours, theirs = _case(args, lens, args.kv_heads if own else 1, columns, length)
         shape = (len(lens), ours.kv_heads, length)
         k, v = (_draw(*shape, side.head_dim, seed=i).astype(args.q.dtype) for i, side in enumerate((args.k, args.v), 1))
         center = _draw(*shape[:2], 1, args.k.head_dim, seed=3).astype(mx.float16) if centred else None
-        done = launch(ours, (k, v), center)
-        if done is None:
+        launch = made(ours, (k, v), center)
+        if launch is None:
             continue
+        done = launch(ours, (k, v), center)
         new = [c.rotate(x.astype(mx.float32)) for c, x in ((k_codec, k), (v_codec, v))]
         new[0] = new[0] if center is None else new[0] - center
         dense = [mx.concatenate([d, n.astype(mx.float16)], axis=2) for d, n in zip((ours.dense_k, ours.dense_v), new)]

@@ -128,7 +128,8 @@ class OpenTQCache:
         alive.check(self.seam)
         if self._dense_k is None:
             self._start(keys, values)
-        self._append_fresh()
+        if self._waiting is not None:
+            self._waiting.append_fresh()
         assert self._dense_k is not None and self._dense_v is not None
         batch, heads, count, key_dim = keys.shape
         if self.sketches is not None:
@@ -203,9 +204,8 @@ class OpenTQCache:
     def _step(self, dense_k, dense_v, packed_k, packed_v, lens) -> Step:
         kept = self._kept
         if kept is None or kept[0] is not packed_k or kept[1] is not packed_v:
-            memos = (kept[2].memo, kept[3].memo) if kept else ({}, {})
-            k = PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0], memos[0])
-            v = PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1], memos[1])
+            k = PackedKV(self.k_codec, self.k_layout, packed_k, self.dims[0])
+            v = PackedKV(self.v_codec, self.v_layout, packed_v, self.dims[1])
             self._kept = kept = packed_k, packed_v, k, v
         return Step(
             kept[2], kept[3], dense_k, dense_v, lens, self.window, self.stats, self.spec.center, self.sketches

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..attention import dispatch, pages, selected
+from ..attention import dispatch, guard, pages, selected
 from ..contracts.attention import AttnArgs, Lengths, PackedKV
 from ..contracts.shared import Shared
 from ..errors import UserError
@@ -136,35 +136,34 @@ class Step:
 
     def attend(self, q, *, scale: float, mask=None, sinks=None, softcap: float = 0.0) -> mx.array:
         """Attention of `q [B, Hq, L, Dk]` (as the model made it, not rotated): `[B, Hq, L, Dv]` in q's dtype."""
-        causal = isinstance(mask, str)
-        if causal and mask != "causal":
-            raise ValueError(f"attention mask {mask!r} is not known: use None, 'causal' or an array")
+        causal, window = False, self.window
+        if isinstance(mask, str):
+            if mask != "causal":
+                raise ValueError(f"attention mask {mask!r} is not known: use None, 'causal' or an array")
+            asked = getattr(mask, "window", 0)
+            causal, mask, window = True, None, min(asked, window) if asked and window else asked or window
         if self.centered and (sinks is not None or softcap):
             raise UserError(
                 "centred keys can't serve attention sinks or soft-capped logits: drop center from the KV spec"
             )
-        asked = getattr(mask, "window", 0) if causal else 0
-        window = min(asked, self.window) if asked and self.window else asked or self.window
         listed = None
         if self.sketches is not None:
             self.sketches.observe(q)
-            listed = self._pages(q, float(scale), window or (mask is not None and not causal))
+            listed = self._pages(q, float(scale), window or mask is not None)
         args = AttnArgs(
-            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window,
-            None if causal else mask, sinks, softcap, listed,
+            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window, mask, sinks,
+            softcap, listed,
         )  # fmt: skip
-        stats = self.stats
+        stats, cache, fresh = self.stats, self.cache, self.fresh
         stats.calls += 1
-        cache = self.cache
-        if cache is not None:
-            assert self.fresh is not None and cache.backend is not None and cache.backend.step is not None
-            one = args.mask is None and listed is None
-            done = cache.backend.step(args, self.fresh, cache.center) if one else None
+        if cache is not None and fresh is not None:
+            backend = cache.backend
+            assert backend is not None
+            done = guard.step(backend, args, fresh, cache.center) if mask is None and listed is None else None
             if done is not None:
-                out, dense_k, dense_v = done
-                stats.served_by = cache.backend.name
-                self.join(dense_k, dense_v)
-                return out
+                stats.served_by = backend.name
+                self.join(done[1], done[2])
+                return done[0]
             args.dense_k, args.dense_v = self.dense_k, self.dense_v
         args.q = self.k.codec.rotate(q)
         out, stats.served_by = dispatch.attend(args)

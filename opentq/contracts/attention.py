@@ -21,7 +21,7 @@ from .layout import FLUSH, Layout
 class PackedKV:
     """Packed keys or values: storage arrays `[B, H, rows, ...]` (over-allocated), their codec, layout and head dim.
 
-    `memo` is what a back end keeps for attention of this codec in this layout, whatever the arrays; caches hand it on.
+    `memo` is what is kept for attention of these very arrays: what serves it, and what is made once.
     """
 
     codec: Codec

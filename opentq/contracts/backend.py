@@ -17,6 +17,13 @@ from .shared import Shared
 Pair = tuple[Any, Any]
 """Something of keys and the same of values."""
 
+Stepped = tuple[mx.array, mx.array, mx.array]
+"""The output of a decode step, rotated back, and the fp16 columns of keys and of values with its tokens behind them."""
+
+StepFn = Callable[[AttnArgs, Pair, mx.array | None], Stepped]
+"""`(args, fresh, center)`: a decode step. All is as the model made it: `args.q` and the `fresh` keys and values are not
+rotated, `args.dense_k` and `dense_v` are without these; `center` is taken off keys."""
+
 
 @dataclass(frozen=True)
 class Backend(Shared):
@@ -30,10 +37,10 @@ class Backend(Shared):
         layout_named: the layout of that name, on any machine, or None when it is another back end's.
         extend: `(codecs, dense, fresh)`: new keys and values behind the fp16 columns in one launch, rotated; None for
             codecs that it does not serve.
-        step: `(args, fresh, center)`, a decode step in one launch, or None for what it does not serve. Everything is as
-            the model made it: `args.q` and the `fresh` keys and values are not rotated, `args.dense_k` and `dense_v`
-            are without these. Returns the output, rotated back, and the columns with the new tokens behind them,
-            `center` taken off keys. None in place of the function where there is no such launch.
+        step: `(args, fresh, center)` of a decode step to what makes such steps in one launch, or None for what it does
+            not serve. It makes them as long as `args.k` and `args.v` are these very objects and queries have this shape
+            and dtype, whatever the lengths and columns; mask, window, scale, softcap, and whether there are sinks and a
+            center, stay the same. None in place of the function where there is no such launch.
         rotate: `codecs.rotation.rotate` in one launch, or None for vectors that it does not serve.
         choose: `(sketches, rows, packed, count)`: the pages of most weight (`attention.pages`), or None.
         checks: what `opentq doctor` should say.
@@ -45,7 +52,7 @@ class Backend(Shared):
     layouts: Callable[[Codec, Codec, tuple[int, int]], tuple[Layout, Layout]]
     layout_named: Callable[[str], Layout | None] = lambda name: None
     extend: Callable[[Pair, Pair, Pair], Pair | None] = lambda codecs, dense, fresh: None
-    step: Callable[[AttnArgs, Pair, mx.array | None], tuple[mx.array, mx.array, mx.array] | None] | None = None
+    step: Callable[[AttnArgs, Pair, mx.array | None], StepFn | None] | None = None
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
     choose: Callable[[mx.array, mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
     checks: Callable[[], list[Check]] = list

@@ -127,12 +127,15 @@ def ours(spec: str, gqa: int, dim: int, variant: str) -> Cost:
 
 
 def step_kernels(gqa: int, dim: int) -> dict[str, dict[str, float]]:
-    """What surrounds attention in a step of one KV head with `COLUMNS` fp16 columns, by kernel: whole launches."""
-    shape = Shape(q_heads=gqa, kv_heads=1, key_dim=dim, value_dim=dim)
-    k, v = oracle.vectors(shape, 64 + COLUMNS + 1, dtype=mx.float16)
+    """What surrounds attention in a step of one KV head with `COLUMNS` fp16 columns, by kernel: whole launches. The
+    merge is of four parts.
+    """
+    shape, held = Shape(q_heads=gqa, kv_heads=1, key_dim=dim, value_dim=dim), 384 + COLUMNS
+    k, v = oracle.vectors(shape, held + 1, dtype=mx.float16)
     with emulated("lanes"):
+        metal.tuning = lambda: metal.Tuning(teams=2, simdgroups=8)
         cache = OpenTQCache("int4")
-        oracle.fill(cache, k[:, :, :-1], v[:, :, :-1], [64 + COLUMNS])
+        oracle.fill(cache, k[:, :, :-1], v[:, :, :-1], [held])
         keys, _ = cache.update_and_fetch(k[:, :, -1:], v[:, :, -1:])
         mx.eval(keys.step.attend(oracle.queries(shape, 1, dtype=mx.float16), scale=dim**-0.5))
     found = {name.removeprefix("opentq_"): report for name, report in launch.launches[-3:]}

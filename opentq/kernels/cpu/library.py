@@ -153,15 +153,23 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     assert lib.opentq_page_call_bytes() == ctypes.sizeof(PageCall)
     for name, arguments in (("attend", 1), ("pack", 5), ("pages", 1), ("store", 5), ("load", 5)):
         function = getattr(lib, f"opentq_{name}")
-        function.argtypes, function.restype = [c_void_p] * arguments, c_int
+        function.argtypes, function.restype, function.errcheck = [c_void_p] * arguments, c_int, _checked
     return lib, ""
 
 
 def call(name: str, *arguments: ctypes.Structure | int | None) -> None:
     """Run one kernel: structures go by reference, integers are addresses. Raises MemoryError."""
-    pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
-    if getattr(library(), name)(*pointers):
-        raise MemoryError(f"{name}: not enough memory for the scratch of {threads()} threads")
+    function(name)(*[ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments])
+
+
+def function(name: str) -> Any:
+    """One kernel. It raises MemoryError."""
+    return getattr(library(), name)
+
+
+def _checked(status: int, called: Any, _: Any) -> None:
+    if status:
+        raise MemoryError(f"{called.__name__}: not enough memory for the scratch of {threads()} threads")
 
 
 def view(x: mx.array) -> np.ndarray:

@@ -12,16 +12,36 @@
 
 namespace otq {
 
-// Floats [B, H, L, D], strides in elements, rows contiguous.
-struct Rows {
-  const float* data;
-  int64_t batch_stride, head_stride, row_stride;
+// An array as DLPack describes it; strides in elements.
+struct Tensor {
+  void* data;
+  int32_t device_type, device, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t offset;
 };
 
+// Vector (b, h, t) of [B, H, T, D].
+template <class F>
+static const F* vector(const Tensor& x, int64_t b, int64_t h, int64_t t) {
+  const int64_t* s = x.strides;
+  return reinterpret_cast<const F*>(static_cast<const uint8_t*>(x.data) + x.offset) + b * s[0] + h * s[1] + t * s[2];
+}
+
+template <class F>
+static void copy(F* out, const F* from, int dim, int64_t stride) {
+  if (stride == 1) {
+    std::memcpy(out, from, dim * sizeof(F));
+  } else {
+    for (int i = 0; i < dim; i++) out[i] = from[i * stride];
+  }
+}
+
 struct StepCall {
-  Rows q, k, v;
-  Dense old_k, old_v;            // fp16 columns [B, Hkv, columns, D]
-  const uint16_t* center;        // [B, Hkv, Dk], or null
+  const Tensor *q, *k, *v;       // float32 [B, H, L, D]
+  const Tensor *old_k, *old_v;   // fp16 columns [B, Hkv, columns, D]
+  const Tensor* center;          // fp16 [B, Hkv, 1, Dk], or null
   float* q_out;                  // contiguous, as the rest
   uint16_t *k_out, *v_out;       // [B, Hkv, columns + L, D]
   int64_t batch, q_heads, kv_heads, length, columns;
@@ -44,20 +64,19 @@ static void turn(float* x, int dim) {
 
 static uint16_t clipped(float x) { return float_to_half(std::min(std::max(x, -HALF_MAX), HALF_MAX)); }
 
-static void append(const StepCall& c, const Rows& fresh, const Dense& old, const uint16_t* center, uint16_t* out, int dim, bool turned) {
+static void append(const StepCall& c, const Tensor& fresh, const Tensor& old, const Tensor* center, uint16_t* out, int dim, bool turned) {
   float x[MAX_DIM];
+  uint16_t mean[MAX_DIM];
   for (int64_t b = 0; b < c.batch; b++)
     for (int64_t h = 0; h < c.kv_heads; h++) {
-      const uint16_t* from = old.data + b * old.batch_stride + h * old.head_stride;
-      for (int64_t t = 0; t < c.columns; t++, out += dim) std::memcpy(out, from + t * old.token_stride, 2 * dim);
+      for (int64_t t = 0; t < c.columns; t++, out += dim) copy(out, vector<uint16_t>(old, b, h, t), dim, old.strides[3]);
+      if (center) copy(mean, vector<uint16_t>(*center, b, h, 0), dim, center->strides[3]);
       for (int64_t t = 0; t < c.length; t++, out += dim) {
-        std::memcpy(x, fresh.data + b * fresh.batch_stride + h * fresh.head_stride + t * fresh.row_stride, 4 * dim);
+        copy(x, vector<float>(fresh, b, h, t), dim, fresh.strides[3]);
         if (turned) turn(x, dim);
         for (int i = 0; i < dim; i++) out[i] = clipped(x[i]);
-        if (center) {
-          const uint16_t* mean = center + (b * c.kv_heads + h) * dim;
+        if (center)
           for (int i = 0; i < dim; i++) out[i] = clipped(half_to_float(out[i]) - half_to_float(mean[i]));
-        }
       }
     }
 }
@@ -70,11 +89,11 @@ EXPORT void opentq_append(const otq::StepCall* call) {
   for (int64_t b = 0; b < c.batch; b++)
     for (int64_t h = 0; h < c.q_heads; h++)
       for (int64_t t = 0; t < c.length; t++, out += c.dim_k) {
-        std::memcpy(out, c.q.data + b * c.q.batch_stride + h * c.q.head_stride + t * c.q.row_stride, 4 * c.dim_k);
+        otq::copy(out, otq::vector<float>(*c.q, b, h, t), c.dim_k, c.q->strides[3]);
         if (c.turn_k) otq::turn(out, c.dim_k);
       }
-  otq::append(c, c.k, c.old_k, c.center, c.k_out, c.dim_k, c.turn_k);
-  otq::append(c, c.v, c.old_v, nullptr, c.v_out, c.dim_v, c.turn_v);
+  otq::append(c, *c.k, *c.old_k, c.center, c.k_out, c.dim_k, c.turn_k);
+  otq::append(c, *c.v, *c.old_v, nullptr, c.v_out, c.dim_v, c.turn_v);
 }
 
 EXPORT void opentq_turn(float* x, int64_t rows, int64_t dim) {

@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import math
 from ctypes import c_int32, c_int64, c_void_p
 
 import mlx.core as mx
 import numpy as np
 
 from ...contracts.attention import AttnArgs, Lengths
-from ...contracts.backend import Pair
+from ...contracts.backend import Pair, StepFn, Stepped
 from ...contracts.codec import Codec
+from ...errors import explained
 from .. import build
 from . import library as cpu
+from .call import check, prepared, serves
+from .outliers import CpuOutliers
 
 MAX_DIM = 1024
 
-Stepped = tuple[mx.array, mx.array, mx.array]
-
 
 class StepCall(ctypes.Structure):
-    """`struct StepCall` of step.cpp; strides in elements."""
+    """`struct StepCall` of step.cpp."""
 
     _fields_ = [
-        *((name, cpu.Queries) for name in "qkv"),
-        *((name, cpu.Dense) for name in ("old_k", "old_v")),
-        *((name, c_void_p) for name in ("center", "q_out", "k_out", "v_out")),
+        *((name, c_void_p) for name in ("q", "k", "v", "old_k", "old_v", "center", "q_out", "k_out", "v_out")),
         *((name, c_int64) for name in ("batch", "q_heads", "kv_heads", "length", "columns")),
         *((name, c_int32) for name in ("dim_k", "dim_v", "turn_k", "turn_v")),
     ]
+
+
+ROOM = 64
+"""Columns beyond those of a step for which its scratch has room."""
+
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
 @functools.cache
@@ -63,54 +69,85 @@ def turned(codec: Codec, dim: int) -> bool | None:
 class Launch:
     """Steps over packed arrays that do not change: what is the same in every step is made once.
 
-    `call` is the attention's call, complete but for queries, columns, lengths and output.
+    MLX copies what it is given, so outputs are written where those of the step before were.
     """
 
-    def __init__(self, args: AttnArgs, call: cpu.Call, held: object, turns: tuple[bool, bool]) -> None:
-        self.values, self.call, self.held, self.turns = args.v, call, held, turns
-        self.shape = args.q.shape
-        self.append: Callable[[object], None] = library().opentq_append  # type: ignore[union-attr]
+    def __init__(self, args: AttnArgs, turns: tuple[bool, bool]) -> None:
+        batch, heads, length, dim_k = args.q.shape
+        self.turns, self.dims = turns, (dim_k, args.v.head_dim)
+        self.lead, self.rows = (batch, args.kv_heads), batch * heads * length
+        lib = library()
+        assert lib is not None
+        self.append, self.turn, self.attend = lib.opentq_append, lib.opentq_turn, cpu.function("opentq_attend")
+        self.q = np.empty((batch, heads, length, dim_k), np.float32)
+        self.out = np.empty((batch, heads, length, self.dims[1]), np.float32)
+        self.step = StepCall(
+            q_out=self.q.ctypes.data,
+            **dict(zip(("batch", "q_heads", "kv_heads", "length"), (batch, heads, args.kv_heads, length))),
+            **dict(zip(("dim_k", "dim_v", "turn_k", "turn_v"), (*self.dims, *turns))),
+        )
+        self.call: cpu.Call | None = None  # but for columns, lengths and sinks
+        self.held: object = None  # packed arrays that it points to
+        self.columns: list[np.ndarray] = []
+        self.room = -1
+        self.lens: tuple[Lengths, ...] = ()
 
     def __call__(self, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped:
-        keys, values = fresh
-        batch, heads, length, dim_k = self.shape
-        columns, kv_heads, dim_v = args.dense_k.shape[2], args.dense_k.shape[1], self.call.dim_v
-        q = np.empty(self.shape, np.float32)
-        k = np.empty((batch, kv_heads, columns + length, dim_k), np.float16)
-        v = np.empty((batch, kv_heads, columns + length, dim_v), np.float16)
-        out = np.empty((batch, heads, length, dim_v), np.float32)
-        old = [cpu.rows_view(x) for x in (args.dense_k, args.dense_v)]
-        new = [cpu.rows_view(x) for x in (args.q, keys, values)]
-        mean = None if center is None else np.ascontiguousarray(cpu.view(center))
-        step = StepCall(
-            *(cpu.Queries(*strided(x)) for x in new),
-            *(cpu.Dense(*strided(x)) for x in old),
-            None if mean is None else mean.ctypes.data,
-            q.ctypes.data,
-            k.ctypes.data,
-            v.ctypes.data,
-            batch,
-            heads,
-            kv_heads,
-            length,
-            columns,
-            dim_k,
-            dim_v,
-            *self.turns,
-        )
-        self.append(ctypes.addressof(step))
-        call = self.call
-        call.columns = columns + length
-        call.q = call.projected = call.plain = cpu.Queries(*strided(q))
-        call.dense_k, call.dense_v = cpu.Dense(*strided(k)), cpu.Dense(*strided(v))
-        lens = _lens(args.lens)
+        arrays = [args.q, *fresh, args.dense_k, args.dense_v] + ([] if center is None else [center])
+        try:
+            mx.eval(arrays, args.k.arrays, args.v.arrays)
+        except RuntimeError as error:  # of the model's own arithmetic before this call
+            raise explained(error) or error from error
+        step, length = self.step, self.q.shape[2]
+        total = args.dense_k.shape[2] + length
+        check(args, length)
+        call = self.call or self._prepared(args)
+        if total > self.room:
+            self._make_room(call, total + ROOM)
+        if args.lens is not self.lens:
+            self.lens, lens = args.lens, _lens(args.lens)
+            call.lens = lens.ctypes.data
+        views = [x.__dlpack__() for x in arrays]
+        step.q, step.k, step.v, step.old_k, step.old_v, *mean = [_pointer(x, b"dltensor") for x in views]
+        step.center = mean[0] if mean else None
+        step.columns, call.columns = total - length, total
+        self.append(ctypes.byref(step))
+        for dense, dim in zip((call.dense_k, call.dense_v), self.dims):
+            dense.token_stride, dense.head_stride, dense.batch_stride = dim, total * dim, self.lead[1] * total * dim
         sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
-        call.lens, call.sinks = lens.ctypes.data, None if sinks is None else sinks.ctypes.data
-        call.out, call.threads = out.ctypes.data, cpu.threads()
-        cpu.call("opentq_attend", call)
+        call.sinks = None if sinks is None else sinks.ctypes.data
+        self.attend(ctypes.byref(call))
         if self.turns[1]:
-            library().opentq_turn(out.ctypes.data, batch * heads * length, dim_v)  # type: ignore[union-attr]
-        return mx.array(out), mx.array(k), mx.array(v)
+            self.turn(call.out, self.rows, self.dims[1])
+        size = self.lead[0] * self.lead[1] * total
+        k, v = (mx.array(x[: size * dim].reshape(*self.lead, total, dim)) for x, dim in zip(self.columns, self.dims))
+        return mx.array(self.out), k, v
+
+    def _prepared(self, args: AttnArgs) -> cpu.Call:
+        sides = [[cpu.rows_view(a) for a in s.arrays] if args.max_packed else [] for s in (args.k, args.v)]
+        self.call = call = prepared(args, *sides)
+        self.held = sides
+        call.dtype, call.threads, call.out = cpu.DTYPES[mx.float32], cpu.threads(), self.out.ctypes.data
+        call.q = call.projected = call.plain = cpu.Queries(*strided(self.q))
+        return call
+
+    def _make_room(self, call: cpu.Call, columns: int) -> None:
+        """Scratch for so many columns of keys and of values."""
+        self.room, tokens = columns, math.prod(self.lead) * columns
+        self.columns = [np.empty(tokens * dim, np.float16) for dim in self.dims]
+        self.step.k_out, self.step.v_out = (x.ctypes.data for x in self.columns)
+        call.dense_k.data, call.dense_v.data = self.step.k_out, self.step.v_out
+
+
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
+    """Decode steps (`contracts.backend.Backend.step`) of float32, or None: outliers, sketches, other rotations."""
+    sides, kinds = (args.k, args.v), (args.q.dtype, fresh[0].dtype, fresh[1].dtype)
+    turns = tuple(turned(side.codec, side.head_dim) for side in sides)
+    plain = type(args.k.codec).project is Codec.project and not any(isinstance(s.layout, CpuOutliers) for s in sides)
+    served = serves(args) and args.pages is None and kinds == (mx.float32,) * 3 and args.q.shape[2] > 0
+    if None in turns or not plain or not served or library() is None:
+        return None
+    return Launch(args, (bool(turns[0]), bool(turns[1])))
 
 
 @functools.lru_cache(maxsize=64)

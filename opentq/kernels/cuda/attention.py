@@ -9,11 +9,13 @@ and dropped, with one quarter in work and the next one asked for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from ...contracts.attention import AttnArgs, Lengths
-from ...contracts.backend import Backend
+from ...contracts.backend import Backend, Pair, StepFn, Stepped
 from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
 from . import launch as cuda
@@ -72,107 +74,99 @@ def prefers_prefill(args: AttnArgs) -> bool:
     )
 
 
-Pair = tuple[mx.array, mx.array]
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
+    """Whole decode steps in one launch each (`contracts.backend.Backend.step`): queries rotated, new tokens appended,
+    attention, the output turned back.
 
-
-def step(args: AttnArgs, fresh: Pair, center: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array] | None:
-    """A whole decode step in one launch: queries rotated, new tokens appended, attention, the output turned back.
-
-    Args:
-        args: the call, but queries are as the model made them, and dense columns are those before this step.
-        fresh: keys and values `[B, Hkv, L, D]` of this step in q's dtype, as the model made them.
-        center: `[B, Hkv, 1, Dk]` float16, rotated: what is taken off new keys.
-
-    Returns:
-        The output `[B, Hq, L, Dv]` as the model wants it, and all columns of keys and of values. None for what `attend`
-        does not serve in one launch, rotations that are no Hadamard transform, sketches, and more than eight tokens at
-        once.
+    None for what `attend` does not serve in one launch, rotations that are no Hadamard transform, sketches, and more
+    than eight tokens at once.
     """
-    q = args.q
-    key = q.dtype, q.shape, id(args.v.layout)
-    memo = args.k.memo
-    if key not in memo:
-        memo[key] = _launch(args, fresh)
-    launch = memo[key]
-    if launch is None or args.mask is not None or args.pages is not None:
-        return None
-    out, dense_k, dense_v = launch(args, fresh, center)
-    return out, dense_k, dense_v
-
-
-def _launch(args: AttnArgs, fresh: Pair) -> Launch | None:
-    """What makes such steps; None where they are not served."""
     k, v, q = args.k, args.v, args.q
     turned = hadamard(k.codec, k.head_dim), hadamard(v.codec, v.head_dim)
     if not cuda.available() or q.dtype not in SERVED or None in turned or q.shape[2] > Fused.LENGTH:
         return None
     if not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
         return None
-    if any(x.dtype != q.dtype for x in fresh):
+    if args.mask is not None or args.pages is not None or any(x.dtype != q.dtype for x in fresh):
         return None
-    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1])))
+    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1])), center is not None).step
 
 
-class Launch:
-    """Decode launches for queries of one shape: what is the same in every step of a layer is made once."""
+KEPT = 512
+"""Calls that launches of one kind remember."""
 
-    def __init__(self, args: AttnArgs, fused: Fused):
-        assert isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)
-        self.batch, self.heads, self.length, _ = args.q.shape
-        self.kv_heads, self.rows = args.kv_heads, args.gqa * self.length
-        self.values = args.v.layout  # by whose identity this launch is kept
-        self.geometry = _geometry(args.k.layout, args.v.layout, args.q.dtype, self.rows, fused)
-        self.dims = args.k.head_dim, args.v.head_dim
-        self.dtype, self.append = args.q.dtype, fused.append
-        self.grids: dict[tuple[int, int], tuple[int, int, int]] = {}
 
-    def __call__(self, args: AttnArgs, fresh: Pair | None, center: mx.array | None) -> tuple[mx.array, ...]:
-        """The output and, where the launch appends, the columns of keys and of values."""
-        longest = _lens(args.lens)[0]
-        tokens = min(longest, args.window + self.length) if args.window else longest
-        grid = self.grid(-(-tokens // RECORD), -(-self.columns(args) // 16))
-        out, _, *dense = self.kernel(*self.call(args, fresh, center, grid), grid)
-        return (out, *dense)
+class Call(NamedTuple):
+    """One launch without what is a layer's own: blocks, outputs, scalars, and inputs that layers share."""
+
+    grid: tuple[int, int, int]
+    outputs: list[tuple[tuple[int, ...], mx.Dtype]]
+    scalars: cuda.Scalars
+    lens: mx.array
+    tickets: Iterator[mx.array]
+
+
+class Launches:
+    """Decode launches of one kind, which layers share.
+
+    Args:
+        geometry: of the kernel.
+        shape: of the queries.
+        kv_heads: KV heads.
+        dims: channels of keys and values.
+        blocks: of packed keys and values, allocated.
+        window, causal, scale, softcap: as in `AttnArgs`.
+        centered: whether a center comes with the call.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        shape: tuple[int, int, int, int],
+        kv_heads: int,
+        dims: tuple[int, int],
+        dtype: mx.Dtype,
+        blocks: tuple[int, int],
+        window: int,
+        causal: bool,
+        scale: float,
+        softcap: float,
+        centered: bool,
+    ):
+        self.batch, self.heads, self.length, _ = shape
+        self.geometry, self.kv_heads, self.dims, self.dtype = geometry, kv_heads, dims, dtype
+        self.rows, self.window = self.heads // kv_heads * self.length, window
+        self.scalars = blocks, (self.heads, kv_heads, self.length, window, int(causal))
+        self.floats = cuda.single(scale), cuda.single(softcap), int(centered)
+        self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, dict[str, Any]]] = {}
 
     @functools.cached_property
     def kernel(self) -> cuda.Kernel:
-        return _kernel(self.geometry)
+        return cuda.compiled(self.geometry.source())
 
-    def columns(self, args: AttnArgs) -> int:
-        """Dense columns that are attended."""
-        return args.dense_k.shape[2] + (self.length if self.append else 0)
+    def made(self, held: int, lens: tuple[Lengths, ...]) -> tuple[Call, dict[str, Any]]:
+        """The call over `held` dense columns and packed tokens, and its keywords for MLX but the inputs."""
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        call = self.call(held, lens)
+        made = self.known[held, lens] = call, self.kernel.given(call.outputs, call.scalars, call.grid)
+        return made
 
-    def call(
-        self,
-        args: AttnArgs,
-        fresh: Pair | None,
-        center: mx.array | None,
-        grid: tuple[int, int, int],
-    ) -> tuple[list[mx.array], list[tuple[tuple[int, ...], mx.Dtype]], cuda.Scalars]:
-        """The kernel's inputs, outputs and scalars in its order."""
-        _, lens, numbers = _lens(args.lens)
-        dense_k, columns = args.dense_k, self.columns(args)
-        held = (dense_k, args.dense_v) if dense_k.shape[2] else (cuda.no_halves(), cuda.no_halves())
-        packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (args.k, args.v)]
-        inputs = [query(args), *packed, *held, lens]
-        inputs += [cuda.no_sinks() if args.sinks is None else args.sinks.astype(mx.float32)]
-        inputs += [cuda.tickets(grid[1] * grid[2])]
-        if self.append:
-            assert fresh is not None
-            inputs += [*fresh, cuda.no_halves() if center is None else center]
-        shape = (packed[0].shape[2], packed[1].shape[2], columns, self.heads, self.kv_heads, self.length)
-        floats = _single(args.scale), _single(args.softcap)
-        scalars = (*shape, args.window, int(args.causal), *numbers, *floats, int(center is not None))
-        return inputs, self.outputs(grid, columns), scalars
-
-    def grid(self, records: int, strips: int) -> tuple[int, int, int]:
-        """Blocks of a launch over so many records of packed tokens and strips of dense ones."""
-        if (records, strips) not in self.grids:
-            geometry = self.geometry
+    def call(self, held: int, lens: tuple[Lengths, ...], splits: int = 0) -> Call:
+        """Of so many blocks per row tile; 0: of as many as are best."""
+        geometry, longest = self.geometry, max(packed for packed, _, _ in lens)
+        columns = held + (self.length if geometry.fused.append else 0)
+        if not splits:
             tiles = self.batch * self.kv_heads * -(-self.rows // geometry.row_tile)
-            splits = geometry.splits(tiles, records, strips, cuda.multiprocessors())
-            self.grids[records, strips] = geometry.grid(self.batch, self.kv_heads, self.rows, splits)
-        return self.grids[records, strips]
+            tokens = min(longest, self.window + self.length) if self.window else longest
+            splits = geometry.splits(tiles, -(-tokens // RECORD), -(-columns // 16), cuda.multiprocessors())
+        grid = geometry.grid(self.batch, self.kv_heads, self.rows, splits)
+        # Where all sequences have the same lengths they travel with the call, so that nobody waits for memory.
+        ragged = any(one != lens[0] for one in lens)
+        array = mx.array(lens, dtype=mx.int32) if ragged else cuda.no_lens()
+        numbers = (-1, 0, 0) if ragged else lens[0]
+        scalars = (*self.scalars[0], columns, *self.scalars[1], *numbers, *self.floats)
+        return Call(grid, self.outputs(grid, columns), scalars, array, cuda.tickets(grid[1] * grid[2]))
 
     def outputs(self, grid: tuple[int, int, int], columns: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
         """Shapes and dtypes of the output, of the scratch for partial results, and of appended columns."""
@@ -183,22 +177,59 @@ class Launch:
             ((self.batch, self.heads, self.length, value_dim), self.dtype),
             (scratch, mx.float32),
         ]
-        if self.append:
+        if self.geometry.fused.append:
             out += [((self.batch, self.kv_heads, columns, dim), mx.float16) for dim in (key_dim, value_dim)]
         return out
 
 
-@functools.lru_cache(maxsize=64)
-def _lens(lens: tuple[Lengths, ...]) -> tuple[int, mx.array, Lengths]:
-    """The most packed tokens, and the lengths as the kernel takes them: with the call where all sequences have the
-    same, so that nobody waits for memory, else as an array.
-    """
-    ragged = any(one != lens[0] for one in lens)
-    array = mx.array(lens, dtype=mx.int32) if ragged else cuda.no_lens()
-    return max(packed for packed, _, _ in lens), array, (-1, 0, 0) if ragged else lens[0]
+_launches = functools.lru_cache(maxsize=256)(Launches)
 
 
-_single = functools.lru_cache(maxsize=256)(cuda.single)
+class Launch:
+    """Decode launches over packed arrays that do not change: what is the same in every step of a layer is made once."""
+
+    def __init__(self, args: AttnArgs, fused: Fused, centered: bool = False):
+        k, v, q = args.k, args.v, args.q
+        assert isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)
+        self.values = v  # which belong to the keys that keep this launch
+        self.packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (k, v)]
+        self.no_halves, self.no_sinks = cuda.no_halves(), cuda.no_sinks()
+        geometry = _geometry(k.layout, v.layout, q.dtype, args.gqa * q.shape[2], fused)
+        self.launches: Launches = _launches(
+            geometry,
+            q.shape,
+            args.kv_heads,
+            (k.head_dim, v.head_dim),
+            q.dtype,
+            (self.packed[0].shape[2], self.packed[1].shape[2]),
+            args.window,
+            args.causal,
+            args.scale,
+            args.softcap,
+            centered,
+        )
+
+    def attend(self, args: AttnArgs) -> mx.array:
+        """Attention alone."""
+        return self(args, query(args), ())[0]
+
+    def step(self, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped:
+        """The output, and the columns of keys and of values with the new tokens behind them."""
+        out, _, dense_k, dense_v = self(args, args.q, (*fresh, self.no_halves if center is None else center))
+        return out, dense_k, dense_v
+
+    def __call__(self, args: AttnArgs, q: mx.array, more: tuple[mx.array, ...]) -> list[mx.array]:
+        held, launches = args.dense_k.shape[2], self.launches
+        call, given = launches.known.get((held, args.lens)) or launches.made(held, args.lens)
+        return mx.fast.precompiled_cuda_kernel(inputs=self.inputs(args, call, q, more), **given)
+
+    def inputs(self, args: AttnArgs, call: Call, q: mx.array, more: tuple[mx.array, ...]) -> list[mx.array]:
+        """The kernel's, in its order; `more`: keys and values to append, and what is taken off keys."""
+        dense_k, dense_v, sinks = args.dense_k, args.dense_v, args.sinks
+        if not dense_k.size:
+            dense_k = dense_v = self.no_halves
+        sinks = self.no_sinks if sinks is None else sinks.astype(mx.float32)
+        return [q, *self.packed, dense_k, dense_v, call.lens, sinks, next(call.tickets), *more]
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,17 +237,13 @@ def _geometry(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int, fused: Fus
     return Geometry.choose(k, v, cuda.CTYPES[dtype], rows, fused)
 
 
-@functools.lru_cache(maxsize=256)
-def _kernel(geometry: Geometry) -> cuda.Kernel:
-    return cuda.Kernel(geometry.source())
-
-
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
-    key = args.q.dtype, args.q.shape, "attend", id(args.v.layout)
-    if key not in args.k.memo:
-        args.k.memo[key] = Launch(args, Fused())
-    return args.k.memo[key](args, None, None)[0]
+    memo = args.k.memo
+    key = "decode", args.q.dtype, args.q.shape, args.window, args.causal, args.scale, args.softcap
+    if key not in memo or memo[key].values is not args.v:
+        memo[key] = Launch(args, Fused())
+    return memo[key].attend(args)
 
 
 def query(args: AttnArgs) -> mx.array:

@@ -14,9 +14,10 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -133,18 +134,23 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        return mx.fast.precompiled_cuda_kernel(
-            name=self.source.name,
-            compiled_source=self.code,
-            inputs=inputs,
-            output_shapes=[shape for shape, _ in outputs],
-            output_dtypes=[dtype for _, dtype in outputs],
-            scalars=scalars,
-            grid=(blocks[0] * self.source.threads, blocks[1], blocks[2]),
-            threadgroup=(self.source.threads, 1, 1),
-            shared_memory=self.source.shared,
-            ensure_row_contiguous=True,
-        )
+        return mx.fast.precompiled_cuda_kernel(inputs=inputs, **self.given(outputs, scalars, blocks))
+
+    def given(
+        self, outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], scalars: Scalars, blocks: tuple[int, int, int]
+    ) -> dict[str, Any]:
+        """Such a call's keywords for MLX, but the inputs."""
+        return {
+            "name": self.source.name,
+            "compiled_source": self.code,
+            "output_shapes": [shape for shape, _ in outputs],
+            "output_dtypes": [dtype for _, dtype in outputs],
+            "scalars": scalars,
+            "grid": (blocks[0] * self.source.threads, blocks[1], blocks[2]),
+            "threadgroup": (self.source.threads, 1, 1),
+            "shared_memory": self.source.shared,
+            "ensure_row_contiguous": True,
+        }
 
 
 def single(x: float) -> float:
@@ -398,23 +404,20 @@ TICKET_RING = 256
 
 
 @functools.cache
-def _ticket_ring(slot: int, count: int) -> mx.array:
-    zeros = mx.zeros((count,), dtype=mx.uint32)
+def _ticket_ring(count: int) -> Iterator[mx.array]:
+    zeros = [mx.zeros((count,), dtype=mx.uint32) for _ in range(TICKET_RING)]
     mx.eval(zeros)
-    return zeros
+    return itertools.cycle(zeros)
 
 
-_calls = itertools.count()
-
-
-def tickets(count: int) -> mx.array:
-    """`count` or more zeroed counters for the merge of one launch.
+def tickets(count: int) -> Iterator[mx.array]:
+    """Arrays of `count` or more zeroed counters, one for the merge of each launch.
 
     A launch leaves its counters at zero, so they are never cleared. MLX may run independent kernels at the same time,
     and these arrays are written although they are inputs: taking them in turn keeps launches that could overlap apart
     (a CUDA graph of MLX holds fewer nodes than the ring has slots).
     """
-    return _ticket_ring(next(_calls) % TICKET_RING, max(1024, 1 << (count - 1).bit_length()))
+    return _ticket_ring(max(1024, 1 << (count - 1).bit_length()))
 
 
 @functools.cache

@@ -9,33 +9,6 @@
 // meta = {L, Td, B * H, B * Hq * L}; real = {1 / sqrt(DK), 1 / sqrt(DV)}. Output: q_out T as q; k_out, v_out half
 // [B, H, Td + L, D].
 
-template <int E>
-METAL_FUNC void otq_hadamard(thread float* x, int lane, float factor) {
-#pragma clang loop unroll(full)
-  for (int h = 1; h < E; h *= 2) {
-#pragma clang loop unroll(full)
-    for (int j = 0; j < E; j++) {
-      if ((j & h) == 0) {
-        float a = x[j], b = x[j + h];
-        x[j] = a + b;
-        x[j + h] = a - b;
-      }
-    }
-  }
-#pragma clang loop unroll(full)
-  for (int h = 1; h < 32; h *= 2) {
-#pragma clang loop unroll(full)
-    for (int j = 0; j < E; j++) {
-      float other = simd_shuffle_xor(x[j], ushort(h));
-      x[j] = lane & h ? other - x[j] : x[j] + other;
-    }
-  }
-#pragma clang loop unroll(full)
-  for (int j = 0; j < E; j++) {
-    x[j] *= factor;
-  }
-}
-
 // One new vector, as it waits in the columns: rotated, in the finite range, without the center.
 template <int D, bool ROTATED, typename F>
 METAL_FUNC void otq_column(

@@ -351,12 +351,13 @@ METAL_FUNC void otq_products(
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = lane; i < 64; i += 32) {
       if (i / 8 < n_rows) {
-        out[((q_row + i / 8) * splits + split) * DV + d * 8 + i % 8] = OT(ss[i]);
+        out[((q_row + i / 8) * splits + split) * (FINAL ? DV : DV + 2) + d * 8 + i % 8] = OT(ss[i]);
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (lane % 4 == 0 && row < n_rows) {
-    stat[2 * ((q_row + row) * splits + split)] = top;
-    stat[2 * ((q_row + row) * splits + split) + 1] = sum;
+  if (!FINAL && lane % 4 == 0 && row < n_rows) {
+    const size_t behind = ((q_row + row) * splits + split) * (DV + 2) + DV;
+    out[behind] = OT(top);
+    out[behind + 1] = OT(sum);
   }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import mlx.core as mx
 
@@ -11,7 +10,7 @@ from ...codecs import codebooks
 from ...codecs.packing import words
 from ...codecs.rounding import lengths
 from ...contracts.attention import AttnArgs
-from ...contracts.backend import Backend, Pair
+from ...contracts.backend import Backend, Pair, StepFn
 from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Integers
 from ...contracts.layout import Canonical, Layout
@@ -24,34 +23,28 @@ __all__ = ["BACKEND", "append", "attend", "codec_side", "extend", "layouts", "pa
 
 def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know."""
-    launch = launch_of(args, False)
-    return None if launch is None else launch.attend(args)
-
-
-def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> tuple[mx.array, mx.array, mx.array] | None:
-    """A decode step (`contracts.backend.Backend.step`): one launch appends and rotates, two attend and rotate back."""
-    launch = launch_of(args, True)
-    return None if launch is None else launch.step(args, fresh, center)
-
-
-def launch_of(args: AttnArgs, stepping: bool) -> Launch | None:
-    """What makes such calls as long as the packed arrays are these; None where they are not served."""
-    if args.mask is not None or args.pages is not None:
-        return None
     q, memo, tune = args.q, args.k.memo, metal.tuning()
-    key = stepping, q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None
-    launch: Launch | None = memo.get(key, _UNKNOWN)
-    if launch is _UNKNOWN or (launch is not None and (launch.values is not args.v or launch.tune is not tune)):
-        launch = memo[key] = _launch(args, stepping, tune)
-    return launch
+    key = "attend", q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None
+    launch: Launch | None = memo.get(key)
+    if launch is None or launch.values is not args.v or launch.tune is not tune:
+        launch = _launch(args, False, tune)
+        if launch is None:
+            return None
+        memo[key] = launch
+    return launch.attend(args)
 
 
-_UNKNOWN: Any = object()
+def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
+    """Decode steps (`contracts.backend.Backend.step`): one launch appends and rotates, two attend and rotate back."""
+    launch = _launch(args, True, metal.tuning())
+    return None if launch is None else launch.step
 
 
 def _launch(args: AttnArgs, stepping: bool, tune: metal.Tuning) -> Launch | None:
+    if args.mask is not None or args.pages is not None or args.q.shape[2] == 0:
+        return None
     k, v = side(args.k), side(args.v)
-    if k is None or v is None or v.sketch or args.q.shape[2] == 0:
+    if k is None or v is None or v.sketch:
         return None
     codecs = args.k.codec, args.v.codec
     if stepping and not appends(codecs, (k.dim, v.dim)):

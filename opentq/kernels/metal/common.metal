@@ -319,3 +319,31 @@ METAL_FUNC void otq_rows(const threadgroup float* p, thread float* x) {
 METAL_FUNC int otq_position(int column, int packed, int sink, int tail_start) {
   return column < sink ? column : sink + packed + column - tail_start;
 }
+
+// A Walsh-Hadamard transform of 32 * E numbers, lane i with E of them from i * E on, then one factor.
+template <int E>
+METAL_FUNC void otq_hadamard(thread float* x, int lane, float factor) {
+#pragma clang loop unroll(full)
+  for (int h = 1; h < E; h *= 2) {
+#pragma clang loop unroll(full)
+    for (int j = 0; j < E; j++) {
+      if ((j & h) == 0) {
+        float a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+    }
+  }
+#pragma clang loop unroll(full)
+  for (int h = 1; h < 32; h *= 2) {
+#pragma clang loop unroll(full)
+    for (int j = 0; j < E; j++) {
+      float other = simd_shuffle_xor(x[j], ushort(h));
+      x[j] = lane & h ? other - x[j] : x[j] + other;
+    }
+  }
+#pragma clang loop unroll(full)
+  for (int j = 0; j < E; j++) {
+    x[j] *= factor;
+  }
+}

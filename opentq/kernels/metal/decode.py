@@ -32,12 +32,13 @@ KEPT = 512
 class Call:
     """One kernel call without its inputs: the kernel, keywords of MLX's object for it, and its arrays of numbers."""
 
-    __slots__ = ("given", "kept", "kernel", "made", "numbers")
+    __slots__ = ("given", "kept", "kernel", "made", "numbers", "sinks")
 
     def __init__(
         self, name: str, template: Sequence[tuple[str, Any]], given: dict[str, Any], numbers: tuple[mx.array, ...]
     ) -> None:
         self.kernel, self.given, self.numbers = (name, tuple(template)), given, numbers
+        self.sinks = metal.KERNELS[name].inputs[-1] == "sinks"
         self.kept: Any = None
 
     def __call__(self, inputs: list[mx.array]) -> list[mx.array]:
@@ -90,30 +91,41 @@ class Geometry:
             *(("KF2", int(k.second)), ("VF2", int(v.second)), ("DK", k.dim), ("DV", v.dim)),
             *(("KE", k.width), ("QE", k.query), ("WIN", bool(window)), ("CAP", bool(softcap))),
         ]
-        self.known: dict[tuple[int, int], tuple[Call, Call | None]] = {}
+        self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, Call | None, mx.array]] = {}
         self.appends: dict[tuple[int, bool], Call] = {}  # by columns, and whether keys are centred
         self.new = False
 
-    def calls(self, columns: int, longest: int) -> tuple[Call, Call | None]:
-        """Attention over so many fp16 columns and packed tokens, and what merges its splits where there are several."""
+    def calls(self, columns: int, lens: tuple[Lengths, ...]) -> tuple[Call, Call | None, mx.array]:
+        """Attention over so many fp16 columns and packed tokens; what merges its splits, where there are several; and
+        the lengths as kernels take them.
+        """
         if len(self.known) >= KEPT:
             self.known.clear()
+        longest = max(packed for packed, _, _ in lens)
         meta = ints((*self.meta[0], columns, *self.meta[1]))
         make = self._in_lanes if self.lanes else self._in_matrices
-        made = self.known[columns, longest] = make(columns + longest, (meta, self.real))
-        kinds = {c.kernel for c in made if c}
+        call, merge = make(columns + longest, (meta, self.real))
+        made = self.known[columns, lens] = call, merge, _lens(lens)
+        kinds = {c.kernel for c in (call, merge) if c}
         self.new = not kinds <= _pipelines
         _pipelines.update(kinds)
         return made
 
-    def _in_lanes(self, tokens: int, numbers: tuple[mx.array, mx.array]) -> tuple[Call, Call]:
-        """Partials `[rows, splits, Dv]` float32 and their (max, sum) `[rows, splits, 2]`, rows = B * Hq * L."""
+    def _in_lanes(self, tokens: int, numbers: tuple[mx.array, mx.array]) -> tuple[Call, Call | None]:
+        """Partials `[rows, splits, Dv + 2]` float32, (max, sum) last, rows = B * Hq * L; where a threadgroup has all
+        keys of its rows, the output `[B, Hq, L, Dv]` before them.
+        """
         plan = metal.plan_decode(self.k, self.v, self.rows, self.tiles, tokens, self.tune, self.cores)
         splits, threads = plan.splits * plan.teams, 32 * plan.members * plan.teams
         template = [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams)]
         template += [("SUB", plan.handover)]
         given = self._given(splits, mx.float32, (threads, plan.splits, self.tiles), threads)
-        return Call("decode_lanes", [*self.template, *template], given, numbers), self._merge(splits)
+        if plan.splits > 1:
+            return Call("decode_lanes", [*self.template, *template], given, numbers), self._merge(splits)
+        given["output_shapes"].insert(0, self.out)
+        given["output_dtypes"].insert(0, self.dtype)
+        template += [("SINK", self.sinks), ("ROT", self.turned)]
+        return Call("decode_whole", [*self.template, *template], given, numbers), None
 
     def _in_matrices(self, tokens: int, numbers: tuple[mx.array, mx.array]) -> tuple[Call, Call | None]:
         """The same, or where there is one split the output `[B, Hq, L, Dv]` itself."""
@@ -137,8 +149,8 @@ class Geometry:
         return {
             "grid": grid,
             "threadgroup": (threads, 1, 1),
-            "output_shapes": [self.out if final else (rows, splits, self.v.dim), (rows, splits, 2)],
-            "output_dtypes": [kind, mx.float32],
+            "output_shapes": [self.out if final else (rows, splits, self.v.dim + 2)],
+            "output_dtypes": [kind],
         }
 
     def _merge(self, splits: int) -> Call:
@@ -218,19 +230,18 @@ class Launch:
         return made
 
     def _attend(self, args: AttnArgs, q: mx.array, dense_k: mx.array, dense_v: mx.array, columns: int) -> mx.array:
-        longest, lens = _lens(args.lens)
         geometry = self.geometry
-        call, merge = geometry.known.get((columns, longest)) or geometry.calls(columns, longest)
+        call, merge, lens = geometry.known.get((columns, args.lens)) or geometry.calls(columns, args.lens)
         if self.sketch:  # behind a query its sketch, where packed keys are the codes of one
             q = mx.concatenate([q, args.k.codec.project(q)[..., -self.sketch :]], axis=-1)
         sinks = self.no_sinks if args.sinks is None else args.sinks.astype(mx.float32)
         inputs = [q, *self.packed, dense_k, dense_v, lens, *call.numbers, self.books]
-        if not geometry.lanes:
+        if call.sinks:
             inputs.append(sinks)
-        out, stat = call(inputs)
+        out = call(inputs)[0]
         if merge is not None:
-            out = merge([out, stat, sinks, *merge.numbers])[0]
-        elif geometry.turned:
+            out = merge([out, sinks, *merge.numbers])[0]
+        elif geometry.turned and not geometry.lanes:
             out = self.codec.unrotate(out)
         if geometry.new:  # waited for, so that a pipeline that can't be made fails here, where others can serve
             geometry.new = False
@@ -332,9 +343,8 @@ def _circles() -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _lens(lens: tuple[Lengths, ...]) -> tuple[int, mx.array]:
-    """The most packed tokens, and the lengths as kernels take them."""
-    return max(packed for packed, _, _ in lens), mx.array(lens, dtype=mx.int32)
+def _lens(lens: tuple[Lengths, ...]) -> mx.array:
+    return mx.array(lens, dtype=mx.int32)
 
 
 @functools.lru_cache(maxsize=256)

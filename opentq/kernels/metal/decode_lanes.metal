@@ -15,7 +15,7 @@
 // hands over at a time; WIN window; CAP softcap. Where keys are packed as a sketch, a query is longer than a key: its first
 // DK channels meet dense keys, its last KE packed ones (maybe all of it). k_more, v_more: codes of second runs, or polar's
 // second array. books: 32 lanes of the two books of keys, then of values. meta = {L, gqa, KV heads, dense columns, packed
-// rows, window, causal}; real = {scale, softcap}. Output: acc float [rows, splits, DV], stat [rows, splits, 2] = (max, sum).
+// rows, window, causal}; real = {scale, softcap}. Output: float [rows, splits, DV + 2], acc before (max, sum).
 
 // Where a lane's keys are, and their scores against R rows.
 template <int KPL, int R>
@@ -477,11 +477,11 @@ struct OtqZeros {
 #pragma clang loop unroll(full)
   for (int r = 0; r < R; r++) {
     if (r < n_rows) {
-      size_t out = (size_t(head) * n_rows + r) * splits + split;
+      size_t at = ((size_t(head) * n_rows + r) * splits + split) * (DV + 2);
       if (busy && half_of == 0) {
 #pragma clang loop unroll(full)
         for (int j = 0; j < 4; j++) {
-          partial[out * DV + d0 + j] = acc.x[r][j] * otq_pow2(-otq_field<VF>() * j) + az[my_group * R + r];
+          partial[at + d0 + j] = acc.x[r][j] * otq_pow2(-otq_field<VF>() * j) + az[my_group * R + r];
         }
       }
       if (member == 0 && lane == 0) {
@@ -489,8 +489,8 @@ struct OtqZeros {
         for (int m = 0; m < DS; m++) {
           total += ts[m * R + r];
         }
-        stat[2 * out] = top[r];
-        stat[2 * out + 1] = total;
+        partial[at + DV] = top[r];
+        partial[at + DV + 1] = total;
       }
     }
   }

@@ -65,9 +65,11 @@ MAX_QUERY = 768
 
 @dataclass(frozen=True)
 class Kernel:
-    """Names of one kernel's arrays, and its file; `strided`: whether MLX may have to copy inputs that a model made."""
+    """Names of one kernel's arrays, and its files, whose bodies follow one another; `strided`: whether MLX may have to
+    copy inputs that a model made.
+    """
 
-    file: str
+    files: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     strided: bool = False
@@ -76,17 +78,18 @@ class Kernel:
 _PACKED = ("k_codes", "k_more", "k_scales", "v_codes", "v_more", "v_scales")
 _CACHE = (*_PACKED, "dense_k", "dense_v", "lens", "meta", "real", "books")
 KERNELS = {
-    "decode_lanes": Kernel("decode_lanes.metal", ("q", *_CACHE), ("partial", "stat")),
-    "matrix": Kernel("attend_matrix.metal", ("q", *_CACHE, "sinks"), ("out", "stat")),
-    "merge": Kernel("merge.metal", ("partial", "stat", "sinks", "meta"), ("out",)),
+    "decode_lanes": Kernel(("decode_lanes.metal",), ("q", *_CACHE), ("partial",)),
+    "decode_whole": Kernel(("decode_lanes.metal", "finish.metal"), ("q", *_CACHE, "sinks"), ("out", "partial")),
+    "matrix": Kernel(("attend_matrix.metal",), ("q", *_CACHE, "sinks"), ("out",)),
+    "merge": Kernel(("merge.metal",), ("partial", "sinks", "meta"), ("out",)),
     "append": Kernel(
-        "append.metal",
+        ("append.metal",),
         ("q", "new_k", "new_v", "dense_k", "dense_v", "center", "meta", "real"),
         ("q_out", "k_out", "v_out"),
         strided=True,
     ),
-    "pack": Kernel("pack.metal", ("y", "meta"), ("codes", "scales")),
-    "pack_book": Kernel("pack_book.metal", ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
+    "pack": Kernel(("pack.metal",), ("y", "meta"), ("codes", "scales")),
+    "pack_book": Kernel(("pack_book.metal",), ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
 }
 
 
@@ -199,11 +202,11 @@ def cores() -> int:
 
 
 @functools.cache
-def source(file: str) -> tuple[str, str]:
-    """(header, body) of a `.metal` file; the shared header comes first."""
-    helpers, body = (HERE / file).read_text().split(BODY)
+def source(*files: str) -> tuple[str, str]:
+    """(header, body) of `.metal` files; the shared header comes first."""
+    helpers, bodies = zip(*((HERE / file).read_text().split(BODY) for file in files))
     common = (HERE / "common.metal").read_text()
-    return f"{common}\n{helpers}\n", body
+    return "\n".join((common, *helpers, "")), "".join(bodies)
 
 
 make: Callable[..., Any] = mx.fast.metal_kernel
@@ -235,7 +238,7 @@ def kernel(name: str, template: Template = ()) -> Any:
     if (name, template) in kernels:
         return kernels[name, template]
     spec = KERNELS[name]
-    header, body = source(spec.file)
+    header, body = source(*spec.files)
     text = "".join(_constant(*pair) for pair in template)
     made = make(
         name=f"opentq_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}",

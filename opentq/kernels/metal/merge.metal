@@ -10,10 +10,10 @@
   const int row = threadgroup_position_in_grid.x;
   const int lane = thread_index_in_simdgroup;
   const int splits = meta[0], L = meta[1], heads = meta[2];
-  const size_t first = size_t(row) * splits;  // a small stat is in constant memory, so no pointer to it is made
+  const size_t first = size_t(row) * splits;  // small partials are in constant memory, so no pointer to them is made
   float top = OTQ_LOWEST;
   for (int s = lane; s < splits; s += 32) {
-    top = max(top, stat[2 * (first + s)]);
+    top = max(top, partial[(first + s) * (DV + 2) + DV]);
   }
   top = simd_max(top);
   float sink = OTQ_MASKED;
@@ -24,9 +24,9 @@
   if (simdgroup_index_in_threadgroup == 0) {
     float total = 0;
     for (int s = lane; s < splits; s += 32) {
-      float w = fast::exp2(stat[2 * (first + s)] - top);
+      float w = fast::exp2(partial[(first + s) * (DV + 2) + DV] - top);
       weight[s] = w;
-      total += w * stat[2 * (first + s) + 1];
+      total += w * partial[(first + s) * (DV + 2) + DV + 1];
     }
     total = simd_sum(total);
     if (SINK) {
@@ -41,7 +41,7 @@
   for (int d = thread_index; d < DV; d += 128) {
     float x = 0;
     for (int s = 0; s < splits; s++) {
-      x += weight[s] * partial[(first + s) * DV + d];
+      x += weight[s] * partial[(first + s) * (DV + 2) + d];
     }
     x *= total_shared[0];
     if (ROT) {
