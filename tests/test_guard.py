@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -359,15 +360,25 @@ def test_damaged_verdicts_are_judged_again(monkeypatch, tmp_path):
     assert [f.detail for f in verdicts.checks("metal")] == ["1 variants right on this machine"]
 
 
-def test_memory_that_ran_out_is_no_verdict(plant):
-    def full(function):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[METAL] Command buffer execution failed: Insufficient Memory",
+        "[malloc] Unable to allocate 1024 bytes.",
+        "[ring] connection to a peer was lost",
+    ],
+)
+def test_what_is_no_fault_of_a_kernel_is_no_verdict(plant, words):
+    """Memory that ran out, and a process that is gone."""
+
+    def failing(function):
         def attend(args):
-            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+            raise RuntimeError(words)
 
         return attend
 
-    backend = plant(attend=full)
-    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+    backend = plant(attend=failing)
+    with pytest.raises(RuntimeError, match=re.escape(words)):
         dispatch.attend(args())
     assert all(finding.state == "ok" for finding in verdicts.checks(backend.name))
 

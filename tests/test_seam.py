@@ -10,10 +10,11 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import base
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import opentq
 from opentq.hosts import hooks, shim
+from opentq.hosts.generation import fp16_bytes
 from opentq.hosts.mlx_lm.host import HOST
 from opentq.hosts.policy import NothingCompressed
 
@@ -249,3 +250,15 @@ def test_half_precision_after_compressing_a_mixture_says_what_happened():
         pytest.skip("only CPUs multiply in float32 alone")
     with pytest.raises(ValueError, match=r"call model.set_dtype\(mx.float32\)"):
         mx.eval(model(mx.array([[1, 2, 3]]), cache=make_prompt_cache(model)))
+
+
+def test_caches_that_stay_as_they_are_count_in_the_ratio():
+    model = random_llama()
+    hooks.compress(model, "int4")
+    caches = [*model.make_cache(), KVCache()]
+    mx.eval(model(mx.arange(128)[None], cache=caches))
+    caches[-1].update_and_fetch(*[mx.zeros((1, 2, 128, 64), mx.float16)] * 2)
+    dense = sum(p.kv_heads * (p.key_dim + p.value_dim) * 2 * 128 for p in hooks.installed(model).plans)
+    assert fp16_bytes(model, 128, caches) == dense + caches[-1].nbytes
+    hooks.uninstall(model)
+    assert fp16_bytes(model, 128, caches) == 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -211,7 +212,7 @@ def _failed(name: str, kind: Hashable, what: str, error: RuntimeError) -> None:
     """A kind that was right before, or right when small, fails: set aside in this process. Raises what is no fault of a
     kernel, and what nobody else could do better.
     """
-    if name == tiled.NAME or not judging or out_of_memory(error):
+    if name == tiled.NAME or not judging or no_fault(error):
         raise error
     why = f"fails: {_short(error)}"
     settled[kind] = False
@@ -237,7 +238,7 @@ def _passes(name: str, what: str, verdict: Callable[[], str]) -> bool:
         try:
             why = verdict()
         except RuntimeError as error:  # what MLX raises for a kernel that a compiler or a driver refuses
-            if out_of_memory(error):
+            if no_fault(error):
                 raise
             why = f"fails: {_short(error)}"
         verdicts.keep(name, what, why)
@@ -259,9 +260,15 @@ def _say(name: str, what: str, why: str) -> None:
     log.log(level, "opentq: %s; set aside, the portable path serves. To report it: opentq doctor --bench", line)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, which is no fault of a kernel."""
-    return any(word in str(error).lower() for word in ("insufficient memory", "out of memory", "unable to allocate"))
+NO_FAULT = re.compile(
+    r"insufficient memory|out of memory|unable to allocate|^\[(ring|jaccl|nccl|mpi|distributed)\]", re.IGNORECASE
+)
+"""What MLX says where memory ran out, and where another process of a model that is split over several is gone."""
+
+
+def no_fault(error: RuntimeError) -> bool:
+    """Whether an error that comes out of a kernel's evaluation is none of the kernel's."""
+    return NO_FAULT.search(str(error)) is not None
 
 
 def _short(error: Exception) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..caches.single import OpenTQCache
 from ..dialogue.errors import ApiError
 from ..dialogue.output import Parser
 from ..dialogue.pictures import Content
@@ -120,10 +119,8 @@ class Conversation:
     @property
     def ratio(self) -> float:
         """How many times smaller the caches are for what is compressed; 0 when nothing is compressed or held."""
-        dense, held = fp16_bytes(self.model, len(self.held)), self.kv_bytes
-        layers = [c for cache in self.caches for c in getattr(cache, "caches", [cache])]
-        packed = sum(c.nbytes for c in layers if isinstance(c, OpenTQCache))
-        return (cache_bytes(self.caches) - packed + dense) / held if dense and held else 0.0
+        held = self.kv_bytes
+        return fp16_bytes(self.model, len(self.held), self.caches) / held if held else 0.0
 
     def _prompt(self) -> tuple[Prompt, str]:
         head = [{"role": "system", "content": self.system}] if self.system else []

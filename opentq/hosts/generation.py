@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from ..caches.composite import members
+from ..caches.single import OpenTQCache
 from . import hooks
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Request:
 
 @dataclass
 class Result:
-    """What came out. Times in seconds, memory in bytes; `kv_fp16_bytes` is 2 bytes per value for the same tokens."""
+    """What came out. Times in seconds, memory in bytes; `kv_fp16_bytes` is as of `fp16_bytes`."""
 
     text: str
     tokens: list[int]
@@ -137,7 +139,7 @@ class Meter:
             context=context,
             kv_spec=str(record.spec) if record else hooks.host_of(model).name,
             kv_bytes=cache_bytes(caches),
-            kv_fp16_bytes=fp16_bytes(model, context),
+            kv_fp16_bytes=fp16_bytes(model, context, caches),
             peak_bytes=mx.get_peak_memory(),
             pages=pages_read(record),
         )
@@ -148,11 +150,15 @@ def cache_bytes(caches: Sequence[Any]) -> int:
     return sum(c.nbytes for c in caches if not c.empty())
 
 
-def fp16_bytes(model: Any, tokens: int) -> int:
-    """Bytes that the same tokens would take in fp16 (2 a value) where layers are compressed; windows hold no more."""
+def fp16_bytes(model: Any, tokens: int, caches: Sequence[Any] = ()) -> int:
+    """Bytes that the same tokens would take in fp16 (2 a value) where layers are compressed; windows hold no more.
+    Caches that are the model's own count as they are. 0 where nothing is compressed.
+    """
     record = hooks.installed(model)
     plans = [p for p in record.plans if p.compressed] if record else []
-    return sum(min(tokens, p.window or tokens) * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans)
+    dense = sum(min(tokens, p.window or tokens) * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans)
+    own = [c for cache in caches for c in members(cache) if not isinstance(c, OpenTQCache)]
+    return dense + cache_bytes(own) if dense else 0
 
 
 def pages_read(record: hooks.Installation | None) -> tuple[int, int]:
