@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..contracts.attention import AttnArgs, PackedKV
+from ..contracts.attention import AttnArgs, PackedKV, lens_array
 
 
 def attend(args: AttnArgs, positions: mx.array) -> mx.array:
@@ -21,7 +21,7 @@ def attend(args: AttnArgs, positions: mx.array) -> mx.array:
     """
     assert args.k.layout.block == args.v.layout.block == 1, "single tokens can't be gathered from blocks"
     batch, heads, _, _ = args.q.shape
-    lens = args.lens_array()
+    lens = lens_array(args.lens)
     packed, sink, tail = (lens[:, i : i + 1] for i in range(3))
     in_packed = (positions >= sink) & (positions < sink + packed)
     row = mx.clip(positions - sink, 0, mx.maximum(packed - 1, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..contracts.attention import AttnArgs
+from ..contracts.attention import AttnArgs, lens_array
 from .merge import Partial, merge, softmax_partial
 
 SCRATCH = 64 << 20
@@ -43,7 +43,7 @@ def _rows(args: AttnArgs, r0: int, r1: int) -> mx.array:
     rows = r1 - r0
     q = args.q[:, :, r0:r1].astype(mx.float32) * args.scale
     q = q.reshape(batch, args.kv_heads, args.gqa * rows, -1)
-    lens = args.lens_array()
+    lens = lens_array(args.lens)
     packed, sink, tail_start = (lens[:, i].reshape(-1, 1, 1) for i in range(3))
     columns = args.dense_k.shape[2]
     # Logical position of every query row: [B, rows, 1].

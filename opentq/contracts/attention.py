@@ -130,10 +130,6 @@ class AttnArgs:
     def max_packed(self) -> int:
         return max(packed for packed, _, _ in self.lens)
 
-    def lens_array(self) -> mx.array:
-        """`lens` as int32 `[B, 3]` for kernels."""
-        return _lens_array(self.lens)
-
     def kind(self) -> tuple:
         """What distinguishes one kind of call from another, hashable, no values; lengths to a power of two."""
         return (
@@ -189,5 +185,6 @@ def _take_rows(array: mx.array, index: mx.array) -> mx.array:
 
 
 @functools.lru_cache(maxsize=64)
-def _lens_array(lens: tuple[Lengths, ...]) -> mx.array:
+def lens_array(lens: tuple[Lengths, ...]) -> mx.array:
+    """`AttnArgs.lens` as int32 `[B, 3]` for kernels."""
     return mx.array(lens, dtype=mx.int32)

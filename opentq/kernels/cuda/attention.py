@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ...contracts.attention import AttnArgs, Lengths
+from ...contracts.attention import AttnArgs, Lengths, lens_array
 from ...contracts.backend import Backend, Pair, StepFn, Stepped
 from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
@@ -110,10 +110,10 @@ class Launches:
     """Decode launches of one kind, which layers share.
 
     Args:
-        geometry: of the kernel.
-        shape: of the queries.
+        k, v: layouts.
+        fused: what a launch does beside attending.
+        shape, dtype: of the queries.
         kv_heads: KV heads.
-        dims: channels of keys and values.
         blocks: of packed keys and values, allocated.
         window, causal, scale, softcap: as in `AttnArgs`.
         centered: whether a center comes with the call.
@@ -121,11 +121,12 @@ class Launches:
 
     def __init__(
         self,
-        geometry: Geometry,
+        k: MmaLayout,
+        v: MmaLayout,
+        fused: Fused,
         shape: tuple[int, int, int, int],
-        kv_heads: int,
-        dims: tuple[int, int],
         dtype: mx.Dtype,
+        kv_heads: int,
         blocks: tuple[int, int],
         window: int,
         causal: bool,
@@ -134,8 +135,9 @@ class Launches:
         centered: bool,
     ):
         self.batch, self.heads, self.length, _ = shape
-        self.geometry, self.kv_heads, self.dims, self.dtype = geometry, kv_heads, dims, dtype
-        self.rows, self.window = self.heads // kv_heads * self.length, window
+        self.kv_heads, self.dtype, self.window = kv_heads, dtype, window
+        self.rows = self.heads // kv_heads * self.length
+        self.geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], self.rows, fused)
         self.scalars = blocks, (self.heads, kv_heads, self.length, window, int(causal))
         self.floats = cuda.single(scale), cuda.single(softcap), int(centered)
         self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, dict[str, Any]]] = {}
@@ -163,14 +165,14 @@ class Launches:
         grid = geometry.grid(self.batch, self.kv_heads, self.rows, splits)
         # Where all sequences have the same lengths they travel with the call, so that nobody waits for memory.
         ragged = any(one != lens[0] for one in lens)
-        array = mx.array(lens, dtype=mx.int32) if ragged else cuda.no_lens()
+        array = lens_array(lens) if ragged else cuda.no_lens()
         numbers = (-1, 0, 0) if ragged else lens[0]
         scalars = (*self.scalars[0], columns, *self.scalars[1], *numbers, *self.floats)
         return Call(grid, self.outputs(grid, columns), scalars, array, cuda.tickets(grid[1] * grid[2]))
 
     def outputs(self, grid: tuple[int, int, int], columns: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
         """Shapes and dtypes of the output, of the scratch for partial results, and of appended columns."""
-        key_dim, value_dim = self.dims
+        key_dim, value_dim = self.geometry.k.head_dim, self.geometry.v.head_dim
         splits, rows = grid[0], grid[1] * grid[2]
         scratch = (rows, splits, self.geometry.row_tile, value_dim + 2) if splits > 1 else (1,)
         out: list[tuple[tuple[int, ...], mx.Dtype]] = [
@@ -194,13 +196,13 @@ class Launch:
         self.values = v  # which belong to the keys that keep this launch
         self.packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (k, v)]
         self.no_halves, self.no_sinks = cuda.no_halves(), cuda.no_sinks()
-        geometry = _geometry(k.layout, v.layout, q.dtype, args.gqa * q.shape[2], fused)
         self.launches: Launches = _launches(
-            geometry,
+            k.layout,
+            v.layout,
+            fused,
             q.shape,
-            args.kv_heads,
-            (k.head_dim, v.head_dim),
             q.dtype,
+            args.kv_heads,
             (self.packed[0].shape[2], self.packed[1].shape[2]),
             args.window,
             args.causal,
@@ -230,11 +232,6 @@ class Launch:
             dense_k = dense_v = self.no_halves
         sinks = self.no_sinks if sinks is None else sinks.astype(mx.float32)
         return [q, *self.packed, dense_k, dense_v, call.lens, sinks, next(call.tickets), *more]
-
-
-@functools.lru_cache(maxsize=256)
-def _geometry(k: MmaLayout, v: MmaLayout, dtype: mx.Dtype, rows: int, fused: Fused) -> Geometry:
-    return Geometry.choose(k, v, cuda.CTYPES[dtype], rows, fused)
 
 
 def decode(args: AttnArgs) -> mx.array:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ...codecs import codebooks
 from ...codecs.polar import LEVELS
-from ...contracts.attention import AttnArgs, Lengths, PackedKV
+from ...contracts.attention import AttnArgs, Lengths, PackedKV, lens_array
 from ...contracts.backend import Pair
 from ...contracts.codec import Angles, Codebooks, Codec, Halves, Integers
 from . import launch as metal
@@ -105,7 +105,7 @@ class Geometry:
         meta = ints((*self.meta[0], columns, *self.meta[1]))
         make = self._in_lanes if self.lanes else self._in_matrices
         call, merge = make(columns + longest, (meta, self.real))
-        made = self.known[columns, lens] = call, merge, _lens(lens)
+        made = self.known[columns, lens] = call, merge, lens_array(lens)
         kinds = {c.kernel for c in (call, merge) if c}
         self.new = not kinds <= _pipelines
         _pipelines.update(kinds)
@@ -340,11 +340,6 @@ def _circles() -> tuple[tuple[float, ...], tuple[float, ...]]:
     angles = [codebooks.angle(bits, level) for level, bits in enumerate(LEVELS, 1)]
     one, two, three, four = [[math.cos(a) for a in level] for level in angles]
     return (*one, *map(math.sin, angles[0])), (*(a * b for a in four for b in three), *two)
-
-
-@functools.lru_cache(maxsize=64)
-def _lens(lens: tuple[Lengths, ...]) -> mx.array:
-    return mx.array(lens, dtype=mx.int32)
 
 
 @functools.lru_cache(maxsize=256)
