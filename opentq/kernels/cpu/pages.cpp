@@ -1,12 +1,15 @@
 // Which pages a decode step reads: scores of all tokens from their sketches, the softmax's share per page, the largest.
 //
 // A page of sketches is C channels of 32 bytes (byte j: the 4-bit codes of tokens j and j + 32) and C fp16 scales; a code
-// stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). First every page leaves, for every query row of its KV head, the
-// largest score and the sum of 2^(score - largest); then every KV head adds up the rows' shares and picks. Bytes moved:
-// all sketches once, from memory. The arithmetic, an exponential per token and row, is what it costs.
+// stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). First
+// every page leaves, for every query row of its KV head, the largest score and the sum of 2^(score - largest); then every
+// KV head adds up the rows' shares and picks. Bytes moved: all sketches once, from memory. The arithmetic, an exponential
+// per token and row, is what it costs.
+#include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
-#include <numeric>
+#include <vector>
 
 #include "abi.h"
 #include "pool.h"
@@ -62,11 +65,20 @@ class Choice {
         F sum = set1(0.f);
         UNROLL for (int j = 0; j < PAGE / W; j++) sum = add(sum, exp2(sub(s[j], top)));
         const int64_t at = (head * c_.rows + r) * stride_ + p;
-        float rest = 0;
-        for (int64_t d = 0; d < c_.dim; d++) rest += q[c_.channels + d] * mean[d];
-        largest_[at] = largest + rest * LOG2_OF_E, sum_[at] = hsum(sum);
+        largest_[at] = largest + product(q + c_.channels, mean) * LOG2_OF_E, sum_[at] = hsum(sum);
       }
     }
+  }
+
+  float product(const float* a, const float* b) const {
+    F sum[2] = {set1(0.f), set1(0.f)};
+    int64_t d = 0;
+    for (; d + 2 * W <= c_.dim; d += 2 * W) {
+      UNROLL for (int j = 0; j < 2; j++) sum[j] = fma(load(a + d + W * j), load(b + d + W * j), sum[j]);
+    }
+    float all = hsum(add(sum[0], sum[1]));
+    for (; d < c_.dim; d++) all += a[d] * b[d];
+    return all;
   }
 
   void open(const uint8_t* page, float* x, float* mean) const {
@@ -96,25 +108,37 @@ class Choice {
     const size_t room = size_t(stride_);
     std::vector<float> share(room, 0.f), part(room, 0.f);
     for (int64_t r = 0; r < c_.rows; r++) {
-      const float *largest = largest_.get() + (head * c_.rows + r) * stride_, *sum = sum_.get() + (head * c_.rows + r) * stride_;
+      const int64_t row = (head * c_.rows + r) * stride_;
+      const float *largest = largest_.get() + row, *sum = sum_.get() + row;
       const float top = *std::max_element(largest, largest + whole);
       if (!(std::fabs(top) < 1e30f)) continue;  // a row that is not finite has no say
-      float total = 0;
-      for (int64_t p = 0; p < whole; p += W) {  // numbers beyond `whole` are never used
-        const F x = mul(load(sum + p), exp2(min(sub(load(largest + p), set1(top)), set1(0.f))));
-        store(part.data() + p, x);
+      F sums = set1(0.f);
+      for (int64_t p = 0; p < whole; p += W) {
+        store(part.data() + p, mul(load(sum + p), exp2(min(sub(load(largest + p), set1(top)), set1(0.f)))));
       }
-      for (int64_t p = 0; p < whole; p++) total += part[size_t(p)];
-      const float factor = 1 / total;
-      for (int64_t p = 0; p < whole; p++) share[size_t(p)] += part[size_t(p)] * factor;
+      std::fill(part.begin() + whole, part.end(), 0.f);
+      for (int64_t p = 0; p < whole; p += W) sums = add(sums, load(part.data() + p));
+      const float total = hsum(sums);
+      if (!(total < 1e30f)) continue;
+      const F factor = set1(1 / total);
+      for (int64_t p = 0; p < whole; p += W) {
+        store(share.data() + p, fma(load(part.data() + p), factor, load(share.data() + p)));
+      }
     }
-    std::vector<int32_t> order(size_t(pages - 1));
-    std::iota(order.begin(), order.end(), 0);
-    const auto more = [&](int32_t a, int32_t b) { return share[size_t(a)] != share[size_t(b)] ? share[size_t(a)] > share[size_t(b)] : a < b; };
-    if (c_.count > 1) std::nth_element(order.begin(), order.begin() + (c_.count - 2), order.end(), more);
-    std::copy_n(order.begin(), c_.count - 1, out);
-    out[c_.count - 1] = int32_t(pages - 1);
-    std::sort(out, out + c_.count);
+    // Besides the newest the `count - 1` largest, of equal ones the first.
+    const int64_t others = c_.count - 1;
+    std::copy_n(share.begin(), pages - 1, part.begin());
+    float least = INFINITY;
+    if (others) {
+      std::nth_element(part.begin(), part.begin() + (others - 1), part.begin() + (pages - 1), std::greater<>());
+      least = part[size_t(others - 1)];
+    }
+    const auto more = [&](float x) { return x > least; };
+    int64_t equal = others - std::count_if(share.begin(), share.begin() + (pages - 1), more);
+    for (int64_t p = 0; p < pages - 1; p++) {
+      if (share[size_t(p)] > least || (share[size_t(p)] == least && equal-- > 0)) *out++ = int32_t(p);
+    }
+    *out = int32_t(pages - 1);
   }
 };
 
