@@ -177,6 +177,22 @@ def needed(front: list[Point], wanted: float) -> float:
     return y0 + (y1 - y0) * (wanted - x0) / (x1 - x0)
 
 
+def speed(rows: Rows, markdown: Markdown) -> str:
+    """One layer's attention with and without pages, by context, and what the goals of it came to."""
+    found = {(r["device"], *r["shape"], r["context"], "pages=" in r["kv"]): r for r in rows if r["ms"]}
+    body = []
+    for device, *shape in dict.fromkeys(key[:4] for key in found):
+        times = {c: found[device, *shape, c, True]["ms"] for *_, c, paged in found if paged}
+        for context, ms in times.items():
+            whole = found.get((device, *shape, context, False))
+            exact, factor = (f"{whole['ms']:.2f}", f"{whole['ms'] / ms:.1f}") if whole else ("", "")
+            growth = f"{ms / times[1 << 17]:.1f}" if 1 << 17 in times else ""
+            cells = [f"{context // 1024:,}K", exact, f"{ms:.2f}", factor, growth]
+            body.append([f"{device}, {'/'.join(map(str, shape))}", *cells])
+    head = ["device, shape", "context", "everything, ms", "by pages, ms", "times as fast", "times that at 128K"]
+    return markdown(head, body) + footer(rows) if body else "No record yet."
+
+
 TABLES = {
     "pages_missed": ("pages", missed),
     "pages_sizes": ("pages", sizes),
@@ -184,6 +200,7 @@ TABLES = {
     "pages_caches": ("pages", caches),
     "pages_needles": ("pages", needles),
     "pages_heads": ("pages", heads),
+    "pages_speed": ("kernel-pages", speed),
     "calibration_bits": ("calibration", bits),
 }
 """By the name of the table: whose records, and what makes it."""

@@ -40,7 +40,7 @@ def test_one_pass_stands_for_as_many_steps():
 
     exact = whole([c.fork() for c in held])
     chosen = [c.own_channels(Rotary(64), 6) for c in held]
-    own = whole([c.fork(rules.sketch(few, 4, mean=True), budget=192) for c, few in zip(held, chosen)])
+    own = whole([c.fork(rules.sketch(few, 4, 64), budget=192) for c, few in zip(held, chosen)])
     best = whole([c.fork(rules.ORACLE, budget=192) for c in held])
     caches = enter("f16:sink=4:pages=192", model).caches()
     prefill(model, text, caches, 256)

@@ -49,6 +49,15 @@ BUDGETS = (512, 1024, 2048)
 PAGES = (16, 32, 64, 128)
 OWN = "own: "
 """What names the package's own rule start with: three pairs in 4 bits and the mean key of the others."""
+SKETCHES = {  # pairs, bits, tokens of a run whose mean key is kept, and its bits: as many bytes as the package's, or
+    "runs of 32": (3, 4, 32, 4),
+    "runs of 16": (2, 4, 16, 4),
+    "4 pairs of 3 bits": (4, 3, 64, 4),
+    "5 pairs of 2 bits": (5, 2, 64, 8),
+    "8 pairs": (8, 4, 64, 8),  # twice as many
+}
+BY_MASS = "by mass, "
+"""A rule that starts with this weighs query heads by how much they look at packed tokens."""
 PROMPT = "prompt"
 SOURCES = {  # which text, how many tokens of it, and in sequences of how many
     "code": ("code", 8192, 1024),
@@ -160,22 +169,28 @@ class Study(Network):
         return mx.broadcast_to(chosen[None], (cache.keys.shape[0], *chosen.shape))
 
     def rule(self, name: str, layer: int, cache: Sparse) -> Rule:
-        """A layer's rule by its name: "oracle", "quest", "mean key", "own: SOURCE" or "N pairs, B bits, SOURCE"."""
+        """A layer's rule by its name: "oracle", "quest", "mean key", "own: SOURCE", one of `SKETCHES` with a source, or
+        "N pairs, B bits, SOURCE"."""
+        name = name.removeprefix(BY_MASS)
         if name in ("oracle", "quest", "mean key"):
             return {"oracle": ORACLE, "quest": QUEST, "mean key": MEAN}[name]
         if name.startswith(OWN):
             count = channels.count(cache.keys.shape[-1])
-            return sketch(self.picked(name.removeprefix(OWN), layer, cache, count), 4, mean=True)
+            return sketch(self.picked(name.removeprefix(OWN), layer, cache, count), 4, 64)
+        if name.partition(": ")[0] in SKETCHES:
+            how, source = name.split(": ")
+            count, *rest = SKETCHES[how]
+            return sketch(self.picked(source, layer, cache, 2 * count), *rest)
         pairs, bits, source = name.split(", ", 2)
         few = self.picked(source, layer, cache, 2 * int(pairs.split()[0]))
         return sketch(few, 0 if bits == "exact" else int(bits.split()[0]))
 
     def fork(self, held: list[Any], name: str | None, page: int = 64, budget: int = 1024) -> list[Any]:
         """Caches that go on from `held` and read by a rule; None reads everything."""
-        made = []
+        made, by_mass = [], (name or "").startswith(BY_MASS)
         for layer, cache in enumerate(held):
             rule = self.rule(name, layer, cache) if name and layer in self.places else None
-            made.append(cache.fork(rule, page, budget) if layer in self.places else cache)
+            made.append(cache.fork(rule, page, budget, by_mass) if layer in self.places else cache)
         return made
 
     def held(self, tokens: mx.array) -> list[Any]:
@@ -229,10 +244,12 @@ class Study(Network):
         if self.args.quick:
             return [(name, 64, 512) for name in main]
         grid = [f"{p} pairs, {b}, code" for p in (2, 4, 8) for b in ("2 bits", "3 bits", "4 bits", "8 bits")]
+        more = [f"{how}: code" for how in SKETCHES]
+        more += [BY_MASS + n for n in ("oracle", OWN + "code", *more)]
         return [
             *((name, 64, budget) for budget in (1024, 512, 2048) for name in main),
             *((name, page, 1024) for page in (16, 32, 128) for name in main[:5]),
-            *((name, 64, 1024) for name in (*grid, *(OWN + s for s in SOURCES)) if name not in main),
+            *((name, 64, 1024) for name in (*grid, *(OWN + s for s in SOURCES), *more) if name not in main),
         ]
 
     def fidelity(self) -> None:
@@ -346,10 +363,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=6144, help="tokens of the text of `rules`")
     parser.add_argument("--depth", type=int, default=6912, help="tokens before those of `fidelity`")
     parser.add_argument("--lengths", type=lambda s: tuple(map(int, s.split(","))), default=(1536, 3584, 6656))
-    parser.add_argument("--batch", type=int, help="needles read together; default: 25, on a CPU 5")
+    parser.add_argument("--batch", type=int, help="needles read together; default: 10, on a CPU 5")
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "recipes", help="where recipes are kept")
     args = parser.parse_args()
-    args.batch = args.batch or (25 if on_gpu(args, 8 << 30) else 5)
+    args.batch = args.batch or (10 if on_gpu(args, 8 << 30) else 5)
     study = Study(args)
     for part in args.only.split(","):
         getattr(study, part)()

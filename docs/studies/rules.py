@@ -25,6 +25,7 @@ from opentq.spec.kv import KVSpec
 SPEC = KVSpec.parse("f16:sink=4")
 """What is read anyway: 4 sinks and a tail as caches have it by default."""
 FLUSH = 64
+MEAN_BITS = 8
 GAUSS = {2: 0.996, 3: 0.586}
 """Steps of the best uniform quantiser of a normal variable, in standard deviations."""
 
@@ -72,26 +73,32 @@ def coarse(x: mx.array, bits: int) -> mx.array:
     return (mx.clip(mx.floor(x / step), -half, half - 1) + 0.5) * step
 
 
-def sketch(chosen: mx.array, bits: int = 0, mean: bool = False) -> Rule:
-    """Scores from channels `chosen [B, H, C]`, in `bits` bits (0: exact); `mean`: from the others by the page's mean
-    key in 8 bits. With 4 bits and `mean` this is the package's own rule."""
+def sketch(chosen: mx.array, bits: int = 0, run: int = 0, mean_bits: int = MEAN_BITS) -> Rule:
+    """Scores from channels `chosen [B, H, C]`, in `bits` bits (0: exact); with `run` from the others by the mean key of
+    every so many tokens. With 4 bits and runs of a page (64) in 8 bits this is the package's own rule."""
 
     def prepare(k: mx.array) -> tuple[mx.array, mx.array | None]:
         index = mx.broadcast_to(chosen[:, :, None, None], (*k.shape[:4], chosen.shape[-1]))
         few = mx.take_along_axis(k, index, axis=-1)
         rest = None
-        if mean:
-            known = (mx.arange(k.shape[-1]) == chosen[..., None]).any(axis=2)[:, :, None]
-            rest = mx.where(known, 0, k.mean(3))
-            unit = mx.abs(rest).max(-1, keepdims=True) / 127 + 1e-9
+        if run:
+            length = min(run, k.shape[3])
+            known = (mx.arange(k.shape[-1]) == chosen[..., None]).any(axis=2)[:, :, None, None]
+            rest = mx.where(known, 0, k.reshape(*k.shape[:3], -1, length, k.shape[-1]).mean(4))
+            most = 2 ** (mean_bits - 1) - 1
+            unit = mx.abs(rest).max(-1, keepdims=True) / most + 1e-9
             rest = mx.round(rest / unit) * unit
         return coarse(few, bits) if bits else few, rest
 
     def weigh(q: mx.array, kept: tuple[mx.array, mx.array | None]) -> mx.array:
         few, rest = kept
         own = mx.take_along_axis(q, mx.broadcast_to(chosen[:, :, None], (*q.shape[:3], chosen.shape[-1])), axis=-1)
-        scores = exact(own, few)
-        return scores if rest is None else scores + q @ rest.swapaxes(-1, -2)
+        if rest is None:
+            return exact(own, few)
+        batch, heads, pages, runs, dim = rest.shape
+        scores = exact(own, few.reshape(batch, heads, pages * runs, -1, few.shape[-1]))
+        scores = scores + q @ rest.reshape(batch, heads, -1, dim).swapaxes(-1, -2)
+        return mx.logsumexp(scores.reshape(*q.shape[:3], pages, runs), axis=-1)
 
     return Rule(prepare, weigh)
 
@@ -111,12 +118,17 @@ class Call:
     whole: mx.array
     rows: int
 
-    def chosen(self, weights: mx.array, count: int) -> mx.array:
-        """Which pages are read: bool `[B, H, L, n]`, the `count` of most weight by log weights `[B, H, G * L, n]`."""
+    def chosen(self, weights: mx.array, count: int, other: mx.array | None = None) -> mx.array:
+        """Which pages are read: bool `[B, H, L, n]`, the `count` of most weight by log weights `[B, H, G * L, n]`.
+
+        `other [B, H, G, L]`: log weights of what is read anyway, so that a query head that looks there has less say.
+        """
         pages = weights.shape[-1]
         index, whole = mx.arange(pages), self.whole[:, None]
         weights = weights.reshape(*weights.shape[:2], -1, self.rows, pages)
-        share = mx.softmax(mx.where(index < whole, weights, -mx.inf), axis=-1).sum(2)
+        weights = mx.where(index < whole, weights, -mx.inf)
+        every = mx.logsumexp(weights, axis=-1)
+        share = mx.exp(weights - (every if other is None else mx.logaddexp(every, other))[..., None]).sum(2)
         share = mx.where(index < whole, mx.where(index == whole - 1, mx.inf, share), -1)  # the newest always
         if pages > count:
             best = mx.argpartition(-share, count - 1, axis=-1)[..., :count]
@@ -132,22 +144,23 @@ class Sparse(KVCache):
     Attributes:
         rule: what chooses; None reads everything, as prompts are read.
         page, budget: tokens.
+        by_mass: whether a query head has as much say as it looks at packed tokens.
         watch: told of every call and of its attention `[B, H, G, L, T]`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rule: Rule | None = None
-        self.page, self.budget = FLUSH, 1024
+        self.page, self.budget, self.by_mass = FLUSH, 1024, False
         self.watch: Callable[[Call, mx.array], None] | None = None
         self.seen, self.sums = 0, None
         self._kept: tuple[int, Any] | None = None
 
-    def fork(self, rule: Rule | None = None, page: int = FLUSH, budget: int = 1024) -> Sparse:
+    def fork(self, rule: Rule | None = None, page: int = FLUSH, budget: int = 1024, by_mass: bool = False) -> Sparse:
         """A cache that holds the same tokens and goes its own way."""
         other = copy(self)
         other.keys, other.values = self.keys[:], self.values[:]  # arrays of Python's own, which writes replace
-        other.rule, other.page, other.budget, other._kept = rule, page, budget, None
+        other.rule, other.page, other.budget, other.by_mass, other._kept = rule, page, budget, by_mass, None
         return other
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
@@ -197,17 +210,21 @@ class _Step:
         keys = keys.reshape(batch, heads, pages, cache.page, dim)
         call = Call(q.astype(mx.float32).reshape(batch, heads, -1, dim) * scale, keys, mx.array(limits), rows)
         at, row = mx.arange(held), mx.arange(rows)[:, None]
+        tail = SPEC.sink + call.whole[:, None] * cache.page
+        always = (at < SPEC.sink) | ((at >= tail) & (at <= first + row))
         if cache.watch is not None:
             seen = mx.where(at <= first + row, 0.0, -mx.inf)
             scores = (call.q @ k.swapaxes(-1, -2).astype(mx.float32)).reshape(batch, heads, -1, rows, held)
             cache.watch(call, mx.softmax(scores + seen, axis=-1))
         if cache.rule is None:
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-        taken = call.chosen(cache.rule.weigh(call.q, cache.kept(keys)), cache.budget // cache.page)
+        other = None
+        if cache.by_mass:
+            scores = (call.q @ k.swapaxes(-1, -2).astype(mx.float32)).reshape(batch, heads, -1, rows, held)
+            other = mx.logsumexp(mx.where(always, scores, -mx.inf), axis=-1)
+        taken = call.chosen(cache.rule.weigh(call.q, cache.kept(keys)), cache.budget // cache.page, other)
         listed = mx.repeat(taken, cache.page, axis=-1)
         end = SPEC.sink + pages * cache.page
         listed = mx.pad(listed, [(0, 0)] * 3 + [(SPEC.sink, held - end)])
-        tail = SPEC.sink + call.whole[:, None] * cache.page
-        read = listed | (at < SPEC.sink) | ((at >= tail) & (at <= first + row))
-        read = mx.repeat(read, q.shape[1] // heads, axis=1)
+        read = mx.repeat(listed | always, q.shape[1] // heads, axis=1)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=read, sinks=sinks)

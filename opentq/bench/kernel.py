@@ -59,8 +59,11 @@ class Problem:
         q_heads, kv_heads, dim = shape
         rng = np.random.default_rng(seed)
 
-        def draw(*size: int) -> np.ndarray:
-            return rng.standard_normal(size, np.float32).astype(np.float16).astype(np.float32)
+        def draw(heads: int, *size: int) -> np.ndarray:
+            out = np.empty((heads, *size), np.float32)
+            for head in out:  # one at a time: of a million tokens nothing is held twice
+                head[...] = rng.standard_normal(size, np.float32).astype(np.float16)
+            return out
 
         k, v = draw(kv_heads, context, dim), draw(kv_heads, context, dim)
         return cls(q_heads, kv_heads, dim, context, draw(q_heads, dim), k, v)
