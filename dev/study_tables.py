@@ -42,9 +42,20 @@ def key(r: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def fidelity(rows: Rows) -> tuple[dict[tuple[str, int, str], dict[str, Any]], list[int]]:
-    """Rows by (text, depth, spec), and the depths."""
+    """Rows by (text, depth, spec), and the depths; a text is the one with most rows of those that have its name."""
     kept = [r for r in real(rows, "fidelity") if len(r["settings"]["protocol"]["depths"]) > 1]
-    return {key(r): r for r in kept}, sorted({r["settings"]["depth"] for r in kept})
+    return {key(r): r for r in one_text(kept)}, sorted({r["settings"]["depth"] for r in kept})
+
+
+def one_text(rows: Rows) -> Rows:
+    """Of texts with one name (another Python's library is another text) that with most rows, of `native` first."""
+
+    def text(r: dict[str, Any]) -> tuple[str, str]:
+        return r["settings"]["text"]["name"], r["settings"]["text"].get("digest", "")
+
+    whole, native = Counter(map(text, rows)), Counter(text(r) for r in rows if r["settings"]["spec"] == "native")
+    chosen = dict(sorted(whole, key=lambda t: (native[t], whole[t])))
+    return [r for r in rows if text(r)[1] == chosen[text(r)[0]]]
 
 
 def footer(rows: Rows) -> str:
@@ -101,8 +112,10 @@ def held(row: dict[str, Any]) -> float:
 
 
 def label(spec: str) -> str:
-    """A spec as tables show it; of a recipe how many layers have which."""
+    """A spec as tables show it; of a recipe how many layers have which, or how many kinds there are."""
     layers = Counter(spec.split("|"))
+    if len(layers) > 4:
+        return f"a recipe of {len(layers)} specs"
     return f"`{spec}`" if len(layers) == 1 else " + ".join(f"{n} x `{layer}`" for layer, n in layers.most_common())
 
 
@@ -142,8 +155,32 @@ def goal(rows: Rows, markdown: Callable[..., str]) -> str:
     return markdown(head, body) + footer(list(found.values()))
 
 
+def recipes(rows: Rows, markdown: Callable[..., str]) -> str:
+    """What other bits in some layers give: mean KL on every text, and the largest ratio to q4_0 at a depth."""
+    whole = real(rows, "fidelity")
+    most = max((len(r["settings"]["protocol"]["depths"]) for r in whole), default=0)
+    whole = [r for r in whole if len(r["settings"]["protocol"]["depths"]) == most > 1]
+    first = one_text(whole)
+    found: dict[str, dict[str, dict[int, float]]] = {}  # text, spec, depth
+    for part, other in ((first, ""), ([r for r in whole if r not in first], "other ")):
+        for r in part:
+            text, at, spec = key(r)
+            found.setdefault(other + text, {}).setdefault(spec, {})[at] = r["kl_mean"][0]
+    bits = {r["settings"]["spec"]: r["bits"] for r in whole}
+    plain = ("q4_0", "tq4/tq3:nc:center:sink=4", "tq5/tq3:nc:center:sink=4", "tq5/tq4:nc:center:sink=4")
+    body = []
+    for spec in sorted((s for s in bits if s in plain or re.search(r"\||(first|last)9", s)), key=bits.__getitem__):
+        cells = []
+        for specs in found.values():
+            kl = specs.get(spec, {})
+            mean = short(float(np.exp(np.mean(np.log(list(kl.values())))))) if kl else ""
+            cells.append(mean and f"{mean} ({max(x / specs['q4_0'][d] for d, x in kl.items()):.2f})")
+        body.append([label(spec), f"{bits[spec]:.3g}", *cells])
+    return markdown(["spec", "bits", *found], body) + footer(whole) if body else NONE
+
+
 def needles(rows: Rows, markdown: Callable[..., str]) -> str:
-    kept = [r for r in real(rows, "needle") if r["settings"]["trials"] > 1]
+    kept = one_text([r for r in real(rows, "needle") if r["settings"]["trials"] > 1])
     lengths = sorted({r["settings"]["length"] for r in kept})
     body = []
     for spec in dict.fromkeys(r["settings"]["spec"] for r in kept):

@@ -324,8 +324,9 @@ def server() -> str:
 
 @table
 def agents() -> str:
-    """The load test's long conversation: what was read of it, in tokens."""
-    row = latest(records("server"), "part").get(("agents",))
+    """The load test's long conversation, in tokens that were read; and what guesses are worth in an edit."""
+    found = latest(records("server"), "part")
+    row, edit = found.get(("agents",)), found.get(("edit",))
     if not row:
         return "No record yet."
     head = [
@@ -338,7 +339,14 @@ def agents() -> str:
     ]
     body = [str(row["turns"]), f"{row['sent']:,}", f"{row['distinct']:,}", f"{row['read']:,} ({row['read_ratio']}x)"]
     body += [str(row["most_beside_new"]), f"{row['session_remembered']:.1%}"]
-    return f"{markdown(head, [body])}\n\n`{row['model']}`, `{row['kv']}`; {machine([row])}; `{row['command']}`."
+    text = f"{markdown(head, [body])}\n\n`{row['model']}`, `{row['kv']}`; {machine([row])}; `{row['command']}`."
+    if edit:
+        text += (
+            f"\n\nAn answer of {edit['answer']} tokens that repeats {edit['repeated']:.0%} of a file is written "
+            f"{edit['ratio']} times as fast with guesses as without: {edit['tokens_per_s']:.0f} tokens/s, "
+            f"{edit['plain_tokens_per_s']:.0f} without. {machine([edit])}; `{edit['command']}`."
+        )
+    return text
 
 
 @table
@@ -368,6 +376,7 @@ REAL = {
     "codecs": ("fidelity", lambda rows, markdown: study.divergences(rows, study.CODECS, markdown)),
     "negative": ("fidelity", lambda rows, markdown: study.divergences(rows, study.NEGATIVE, markdown)),
     "goal": ("fidelity", study.goal),
+    "recipes": ("fidelity", study.recipes),
     "needles": ("needle", study.needles),
     "use": ("use", study.use),
     "tasks": ("tasks", study.tasks),

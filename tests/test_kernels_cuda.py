@@ -62,7 +62,7 @@ def test_a_source_spells_its_instance_and_its_signature():
     source = geometry().source()
     assert source.name == "opentq_decode_f16_mma64_k_4g32_d128_mma64_v_4g32_d128_1_8_2"
     instance = "opentq::decode<opentq::f16, opentq::Affine<128, 4, 32>, opentq::Affine<128, 4, 32>, 1, 8, 2, "
-    assert f"{instance}{source.shared}, opentq::Fused<false, false, false>>(" in source.body
+    assert f"{instance}{source.shared}, opentq::Fused<false, false, false, false, false>>(" in source.body
     unit = source.translation_unit()
     assert "//" not in unit and "#include" not in unit
     assert f'extern "C" __global__ __launch_bounds__(256, 2) void {source.name}(const opentq::f16* q, ' in unit
@@ -186,8 +186,8 @@ def test_unpack_is_the_codecs_decode_in_logical_order(side, codec, dtype):
 
 def emulated_attend(args: AttnArgs, splits: int) -> mx.array:
     """`fused_cuda.decode` with the emulator in place of the launch; checks that the tickets are zero again."""
-    outputs, left = emulated(args, Fused(), splits)
-    assert not left[-1].any(), "tickets must be zero after a launch"
+    outputs, left = emulated(args, Fused(listed=args.pages is not None, capped=args.softcap > 0), splits)
+    assert not left[7].any(), "tickets must be zero after a launch"
     return outputs[0]
 
 
@@ -220,6 +220,15 @@ STEPS = {
         True,
         False,
     ),
+    "a list of pages": (
+        3,
+        lambda: packed_args(
+            *(Turbo(5), Turbo(3), (64, 64), (2, 3), 1, [(410, 4, 4), (130, 4, 4)], 20),
+            pages=mx.array([[[0, 2, 4, 6], [1, 3, 5, 6]], [[0, 1, 2, 0], [0, 1, 2, 5]]], dtype=mx.int32),
+        ),
+        True,
+        True,
+    ),
     "one split, lent columns": (
         1,
         lambda: packed_args(INT4, INT4, (64, 64), (1, 8), 2, [(90, 0, 0)], 9, mx.bfloat16, sinks=mx.ones((8,))),
@@ -247,7 +256,7 @@ def test_a_step_in_one_launch_is_rotate_extend_attend_and_rotate(name):
         news = [single.shifted(single.dense(codecs[0], fresh[0]), center), single.dense(codecs[1], fresh[1])]
         wanted = [mx.concatenate(pair, axis=2) for pair in zip(old, news)]
     turned = [bool(fused_cuda.hadamard(codec, side.head_dim)) for codec, side in zip(codecs, (args.k, args.v))]
-    fused = Fused(append, *turned)
+    fused = Fused(append, *turned, listed=args.pages is not None, capped=args.softcap > 0)
     call = replace(args, dense_k=old[0], dense_v=old[1])
     (out, _, *dense), left = emulated(call, fused, splits, fresh, center)
     assert not left[7].any(), "tickets must be zero after a launch"
@@ -278,6 +287,13 @@ def packed_args(k, v, dims, heads, length, lens, columns, dtype=mx.float16, **op
 
 
 CASES = {
+    "a list of pages": (
+        2,
+        lambda: packed_args(
+            *(INT4, Turbo(3), (128, 64), (2, 8), 2, [(350, 4, 4), (200, 2, 2)], 20),
+            pages=mx.array([[[0, 3, 5], [1, 4, 5]], [[0, 2, 3], [1, 2, 3]]], dtype=mx.int32),
+        ),
+    ),
     "headline shape": (1, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 0, 0)], 20)),
     "many splits": (7, lambda: packed_args(INT4, INT4, (128, 128), (1, 8), 1, [(300, 4, 4)], 50, sinks=mx.ones((8,)))),
     "ragged batch": (
@@ -420,12 +436,58 @@ def test_compiled_kernels_are_kept(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(nvrtc.build, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "_nvfatbin", lambda: None)
     monkeypatch.setattr(nvrtc, "compile_source", lambda *a: calls.append(a) or b"code of " + a[1].encode())
     for source in ("one", "one", "two"):
         assert nvrtc.cubin("kernel", source, "sm_90") == b"code of " + source.encode()
     nvrtc.cubin("kernel", "one", "sm_100")
     assert [source for _, source, _ in calls] == ["one", "two", "one"]
     assert not list(tmp_path.glob(".build-*"))
+
+
+def test_compiled_kernels_are_compressed(monkeypatch, tmp_path):
+    """Where nvFatbin is installed; code that was kept without it is made anew."""
+    compressor = Compressor()
+    monkeypatch.setattr(nvrtc.build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *a: b"code" * 9)
+    monkeypatch.setattr(nvrtc, "_nvfatbin", lambda: None)
+    assert nvrtc.cubin("kernel", "one", "sm_90") == b"code" * 9
+    monkeypatch.setattr(nvrtc, "_nvfatbin", lambda: compressor)
+    assert [nvrtc.cubin("kernel", "one", "sm_90") for _ in range(2)] == [b"90:code"] * 2
+    assert compressor.open == 0
+    compressor.status = 6
+    with pytest.raises(nvrtc.CompileError, match="nvFatbinAddCubin answered error 6"):
+        nvrtc.cubin("kernel", "two", "sm_90")
+    assert compressor.open == 0 and len(list(tmp_path.iterdir())) == 2 * len(list(tmp_path.glob("*.cubin")))
+
+
+class Compressor:
+    """nvFatbin's calls, as the kernels' cache makes them."""
+
+    def __init__(self):
+        self.open, self.status, self.kept = 0, 0, b""
+        self._name = "libnvfatbin.so.13"
+
+    def nvFatbinCreate(self, handle, options, count):
+        self.open += 1
+        return int(list(options) != [b"-compress-all", b"-compress-mode=size"] or count.value != 2)
+
+    def nvFatbinAddCubin(self, handle, code, size, arch, name):
+        self.kept = arch + b":" + code[:4]
+        return self.status
+
+    def nvFatbinSize(self, handle, size):
+        size._obj.value = len(self.kept)
+        return 0
+
+    def nvFatbinGet(self, handle, buffer):
+        buffer.raw = self.kept
+        return 0
+
+    def nvFatbinDestroy(self, handle):
+        self.open -= 1
+        return 0
 
 
 def test_who_is_not_served():

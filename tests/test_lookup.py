@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from opentq.server.lookup import LONGEST, PATIENCE, REST, Lookup
+from opentq.server.lookup import LONGEST, PATIENCE, PLACES, REST, Lookup
 
 from .server_support import serving, wait_for
 from .tiny_model import write
@@ -27,6 +27,14 @@ def test_what_followed_before_is_guessed():
     for token in range(REST):
         lookup.add(100 + token)
     assert lookup.wanted
+
+
+def test_the_place_most_like_the_newest_tokens_is_taken():
+    lookup = Lookup([9, 8, 1, 2, 3, 4, 5, 1, 2, 3, 6, 9, 8, 1, 2])
+    assert lookup.guess(3, 2) == [4, 5], "after 9 and 8, though 6 followed later"
+    assert Lookup([7, 1, 2, 3, 4, 8, 1, 2, 3, 6, 9, 1, 2]).guess(3, 1) == [6], "the latest of equals"
+    far = [n for place in range(PLACES) for n in (100 + place, 1, 2, 3, 200 + place)]
+    assert Lookup([5, 1, 2, 3, 4, *far, 5, 1, 2]).guess(3, 1) == [200 + PLACES - 1], "only the latest few are looked at"
 
 
 @pytest.mark.parametrize(

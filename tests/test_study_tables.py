@@ -54,7 +54,7 @@ def test_later_records_replace_earlier_ones_and_other_models_are_left_out():
     assert "0.50" in text and "9.00" not in text and "tq1" not in text
 
 
-@pytest.mark.parametrize("table", ["goal", "needles", "use", "tasks", "depth", "scale", "cpu"])
+@pytest.mark.parametrize("table", ["goal", "recipes", "needles", "use", "tasks", "depth", "scale", "cpu"])
 def test_without_records_a_sentence_says_how_to_make_them(table):
     assert getattr(study, table)([], markdown).startswith("No record yet")
 
@@ -68,3 +68,11 @@ def test_recipes_are_shown_by_the_layers_that_are_alike():
     spec = "tq5/tq3:sink=4|tq5/tq4:sink=4|tq5/tq3:sink=4"
     assert study.held({"bits": 4.0, "settings": {"spec": spec, "depth": 128}}) == 4 + 12 * 4 / 128
     assert study.label(spec) == "2 x `tq5/tq3:sink=4` + 1 x `tq5/tq4:sink=4`" and study.label("int4") == "`int4`"
+
+
+def test_a_table_keeps_to_one_of_two_texts_that_have_a_name():
+    rows = [row("native", 16, 0.0), row("q4_0", 4.5, 0.5), row("int4", 5.0, 0.4)]
+    rows[0]["settings"]["text"] = {"name": "python-stdlib", "digest": "a"}
+    rows[1]["settings"]["text"] = {"name": "python-stdlib", "digest": "a"}
+    rows[2]["settings"]["text"] = {"name": "python-stdlib", "digest": "b"}
+    assert study.one_text(rows) == rows[:2]

@@ -25,6 +25,7 @@ from opentq.codecs.turbo import Fractional, Prod, Turbo
 from opentq.contracts.attention import AttnArgs, PackedKV
 from opentq.contracts.codec import Codec
 from opentq.kernels.cuda import attention as fused_cuda
+from opentq.kernels.cuda.geometry import Fused
 from opentq.kernels.cuda.layout import layout_for
 from tests.oracle import _naive
 
@@ -132,6 +133,8 @@ def situation(variant: Variant, data: Data, rng: random.Random) -> AttnArgs:
 
     q_heads = variant.kv_heads * variant.gqa
     spread = rng.choice((0.3, 1.0, 4.0))
+    window = rng.choice((0, 0, 0, 1, 40, 333))
+    listed = not window and length <= Fused.LENGTH and rng.random() < 0.3
     return AttnArgs(
         q=(normal(variant.batch, q_heads, length, variant.dims[0]) * spread).astype(variant.dtype),
         k=data.sides[0],
@@ -141,14 +144,28 @@ def situation(variant: Variant, data: Data, rng: random.Random) -> AttnArgs:
         lens=tuple(lens),
         scale=variant.dims[0] ** -0.5 * rng.choice((0.5, 1.0)),
         causal=length > 1 or rng.random() < 0.5,
-        window=rng.choice((0, 0, 0, 1, 40, 333)),
+        window=window,
         sinks=normal(q_heads) if rng.random() < 0.2 else None,
         softcap=rng.choice((0.0, 0.0, 0.0, 15.0)),
+        pages=_lists(lens, variant.kv_heads, rng) if listed else None,
     )
+
+
+def _lists(lens: list[tuple[int, int, int]], heads: int, rng: random.Random) -> mx.array:
+    """A list of pages of every KV head, as `AttnArgs` describes it."""
+    count = rng.randint(1, 6)
+
+    def one(pages: int) -> list[int]:
+        if pages <= count:
+            return [*range(pages), *[0] * (count - pages)]
+        return [*sorted(rng.sample(range(pages - 1), count - 1)), pages - 1]
+
+    return mx.array([[one(-(-packed // 64)) for _ in range(heads)] for packed, _, _ in lens], dtype=mx.int32)
 
 
 def margin(args: AttnArgs, out: mx.array, atol: float = 2e-5) -> tuple[mx.array, mx.array]:
     """(worst error, what the rule allows), scalars: twice the error of naive attention in the same dtype."""
+    args = args.picked()
     ref = reference.attend(args)
     naive = mx.abs(_naive(args).astype(mx.float32) - ref).max()
     worst = mx.abs(out.astype(mx.float32) - ref).max()
@@ -174,7 +191,7 @@ def step_margin(args: AttnArgs) -> tuple[mx.array, mx.array] | None:
     wanted = [mx.concatenate(pair, axis=2) for pair in zip(old, wanted)]
     off = [mx.abs(mine.astype(mx.float32) - theirs.astype(mx.float32)).max() for mine, theirs in zip(done[1:], wanted)]
     query = codecs[0].rotate(args.q.astype(mx.float32))
-    exact = replace(args, q=query, dense_k=done[1], dense_v=done[2])
+    exact = replace(args, q=query, dense_k=done[1], dense_v=done[2]).picked()
     ref = reference.attend(exact)
     naive = _naive(replace(exact, q=query.astype(args.q.dtype)))
     ref, naive = codecs[1].unrotate(ref), codecs[1].unrotate(naive.astype(mx.float32)).astype(args.q.dtype)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ tq5/tq3:nc:center:sink=4:first9=tq5/tq4 tq5/tq3:nc:center:sink=4:last9=tq5/tq4
 """.split()  # noqa: SIM905
 """What the tables of codecs.md and negative_results.md need, the goal's candidates first."""
 FRAGILE = (8, 14, 17, 18, 20, 21, 23, 24, 26)
-"""Nine of SmolLM2's layers: three quarters of what 3-bit values cost is theirs (`--only probes`)."""
+"""Nine of SmolLM2's layers: seven tenths of what 3-bit values cost is theirs (`--only probes`)."""
 MIXED = "|".join(f"tq5/tq{4 if i in FRAGILE else 3}:nc:center:sink=4" for i in range(30))
 SHORT = ["int4", "q4_0", "mlx4", "tq5/tq3:nc", "tq5/tq3:nc:center:sink=4", "tq3:nc", "tq3:nc:center:sink=4", "k8v4:g64"]
 """What is asked in use, in tasks and for needles."""
@@ -61,32 +61,37 @@ class Study(Network):
         self.quick, self.batch = args.quick, args.batch
         self.part, self.of = (int(n) for n in args.share.split("/"))
         self.specs = [contenders.check(name) for name in split(args.specs, "--specs")] if args.specs else []
-        self.texts = [corpus.load(Path(name)) for name in ("code", "prose")]
+        self.texts = [corpus.load(Path(name)) for name in (args.code, "prose")]
 
-    def on(self, names: list[str], records: Records, text: corpus.Corpus | None = None) -> Evaluation:
-        return Evaluation(self.model, self.id, self.tokenizer, text, names, records)
+    def on(
+        self, names: list[str], records: Records, text: corpus.Corpus | None = None, sim: bool = False
+    ) -> Evaluation:
+        return Evaluation(self.model, self.id, self.tokenizer, text, names, records, simulate=sim)
 
     def asked(self, names: list[str]) -> list[str]:
         """This process's share of the specs that were asked for, else of `names`."""
         return (self.specs or names)[self.part - 1 :: self.of]
 
-    def served(self, names: list[str]) -> list[str]:
-        """Those of them whose real caches this device can run; of the others, why it can't."""
-        left = []
+    def served(self, names: list[str]) -> list[tuple[bool, list[str]]]:
+        """(False, those whose real caches this device can run), (True, the others, which are simulated)."""
+        both: dict[bool, list[str]] = {False: [], True: []}
         for name in self.asked(names):
             try:
                 contenders.enter(name, self.model)
-                left.append(name)
             except UserError as error:
-                self.say("left out:", error)
-        return left
+                self.say("simulated:", error)
+                both[True].append(name)
+            else:
+                both[False].append(name)
+        return [(simulated, found) for simulated, found in both.items() if found]
 
     def fidelity(self) -> None:
         """Every spec on code and prose at four depths."""
         depths, window, sequences = ((256,), 32, 1) if self.quick else ((512, 2048, 4096, 7168), 128, 2)
         protocol = fidelity.Protocol(depths, window=window, sequences=sequences, simulate=True)
+        found = [r["recipe"] for r in self.file("tune").all if r.get("settings", {}).get("model") == self.id]
         names = self.asked(
-            ["native", "mlx4", "q4_0", "tq5/tq3:nc:center:sink=4"] if self.quick else [*RIVALS, *FRONT, MIXED]
+            ["native", "mlx4", "q4_0", "tq5/tq3:nc:center:sink=4"] if self.quick else [*RIVALS, *FRONT, MIXED, *found]
         )
         records = self.file("fidelity")
         for text in self.texts:
@@ -99,22 +104,25 @@ class Study(Network):
         """Five depths of three lengths."""
         lengths, trials = ((600,), 1) if self.quick else ((1536, 3584, 6656), 4)
         grid = needle.Grid(lengths, trials=trials, batch=self.batch, answer=24)
-        names = self.served(SHORT[:1] if self.quick else ["native", *SHORT])
-        for r in needle.run(self.on(names, self.file("needle"), self.texts[0]), grid):
-            settings = r["settings"]
-            self.say("needles", settings["spec"], settings["length"], settings["depth"], r["correct"])
+        for simulated, names in self.served(SHORT[:1] if self.quick else ["native", *SHORT]):
+            on = self.on(names, self.file("needle"), self.texts[0])
+            for r in needle.run(on, replace(grid, simulate=simulated)):
+                settings = r["settings"]
+                self.say("needles", settings["spec"], settings["length"], settings["depth"], r["correct"])
 
     def use(self) -> None:
         """Answers to 200 short prompts."""
         job = use.Task(prompts=4, tokens=8, batch=4) if self.quick else use.Task(batch=self.batch)
-        for r in use.run(self.on(self.served(SHORT[:1] if self.quick else SHORT), self.file("use")), job):
-            self.say("use", r["settings"]["spec"], r["equal"])
+        for simulated, names in self.served(SHORT[:1] if self.quick else SHORT):
+            for r in use.run(self.on(names, self.file("use"), sim=simulated), job):
+                self.say("use", r["settings"]["spec"], r["equal"])
 
     def tasks(self) -> None:
         """Multiple choice, paired with the model's own cache."""
         job = tasks.Task(questions=8, batch=4) if self.quick else tasks.Task(batch=self.batch)
-        for r in tasks.run(self.on(self.served(SHORT[:1] if self.quick else SHORT), self.file("tasks")), job):
-            self.say("tasks", r["settings"]["spec"], r["accuracy"], r.get("difference"))
+        for simulated, names in self.served(SHORT[:1] if self.quick else SHORT):
+            for r in tasks.run(self.on(names, self.file("tasks"), sim=simulated), job):
+                self.say("tasks", r["settings"]["spec"], r["accuracy"], r.get("difference"))
 
     def depth(self) -> None:
         """Error per layer."""
@@ -140,14 +148,14 @@ class Study(Network):
             change(self.model, 1 / gain, 1 / alpha)
             self.say("scale", title)
 
-    def tuner(self, max_kl: float = 1.0) -> Tuner:
+    def tuner(self) -> Tuner:
         """On the calibration text, which no other part reads."""
         protocol = fidelity.Protocol((1024,), window=64, sequences=4, simulate=True)
         if self.quick:
             protocol = fidelity.Protocol((128,), window=16, sequences=1, simulate=True)
         records = Records(self.args.results / "tune" / f"{self.id['name']}.jsonl")
         on = self.on([], records, corpus.standard_library(corpus.CALIBRATION))
-        return Tuner(on, Goal(max_kl), protocol, say=self.say)
+        return Tuner(on, Goal(1.0), protocol, say=self.say)
 
     def probes(self) -> None:
         """What every layer's keys and values cost alone, from which `tune` starts."""
@@ -158,15 +166,16 @@ class Study(Network):
             self.say("probes", some[-1])
 
     def tune(self) -> None:
-        """The smallest recipes within half of q4_0's divergence, and within that of uniform specs."""
+        """The smallest recipes within half of q4_0's divergence, and within that of uniform specs, on two texts."""
         recipes = []
         for name in self.asked(["q4_0", "tq5/tq3:nc:center:sink=4", "tq4/tq3:nc:center:sink=4"]):
             share = 0.45 if name == "q4_0" else 1.0
-            bound = share * self.tuner().measure([name])[name][1]
-            tuner = self.tuner(bound)
+            tuner = self.tuner()
+            bound = share * max(tuner.measure([name], seed)[name][1] for seed in (None, tuner.protocol.seed + 1000))
+            tuner.goal = Goal(bound)
             found = tuner.run(1 if self.quick else 8)
             recipes.append("|".join(found.layers))
-            settings = tuner.on.about("tune", protocol=asdict(tuner.protocol), of=name, share=share)
+            settings = tuner.on.about("tune", protocol=asdict(tuner.protocol), of=name, share=share, texts=2)
             numbers = {"bits": round(found.bits, 4), "kl": found.kl, "max_kl": bound, "held_out": found.held_out}
             numbers |= {"uniform": found.uniform, "uniform_bits": found.uniform_bits, "saving": round(found.saving, 4)}
             self.file("tune").add(settings, {"recipe": recipes[-1], **numbers})
@@ -192,6 +201,7 @@ PARTS = ("fidelity", "needles", "use", "tasks", "depth", "scale", "probes", "tun
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--code", default="code", help="the code: a folder; default: this Python's library")
     parser.add_argument("--specs", default="", help="instead of the study's own, comma-separated")
     parser.add_argument("--share", default="1/1", help="i/n: every n-th spec from the i-th on")
     parser.add_argument("--batch", type=int, help="prompts read together; default: 40, on a CPU 4")

@@ -89,8 +89,9 @@ def attend(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
 
 def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped | None:
     """The back end's decode step in one launch, once it was right on this machine; None where there is none."""
-    q, memo = args.q, args.k.memo
-    key = q.shape, q.dtype, args.causal, args.window, args.scale, args.softcap, args.sinks is None, center is None
+    q, memo, listed = args.q, args.k.memo, 0 if args.pages is None else args.pages.shape[2]
+    same = args.causal, args.window, args.scale, args.softcap, args.sinks is None, center is None
+    key = q.shape, q.dtype, listed, same
     kept: tuple[PackedKV, StepFn | None] | None = memo.get(key)
     if kept is None or kept[0] is not args.v:
         launch, done = _first_step(backend, args, fresh, center)

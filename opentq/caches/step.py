@@ -159,7 +159,7 @@ class Step:
         if cache is not None and fresh is not None:
             backend = cache.backend
             assert backend is not None
-            done = guard.step(backend, args, fresh, cache.center) if mask is None and listed is None else None
+            done = guard.step(backend, args, fresh, cache.center) if mask is None else None
             if done is not None:
                 stats.served_by = backend.name
                 self.join(done[1], done[2])

@@ -52,7 +52,7 @@ class Client:
 
 
 def _claude(target: Target, folder: Path) -> Setup:
-    # https://code.claude.com/docs/en/llm-gateway and .../settings
+    # https://code.claude.com/docs/en/llm-gateway and .../env-vars
     kinds = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL")
     names = (*kinds, "ANTHROPIC_DEFAULT_HAIKU_MODEL", "CLAUDE_CODE_SUBAGENT_MODEL")
     return Setup(
@@ -63,7 +63,9 @@ def _claude(target: Target, folder: Path) -> Setup:
             **dict.fromkeys(names, target.model),
             "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(target.answer),
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "API_TIMEOUT_MS": "3600000",  # a long prompt takes minutes to read the first time
+            # A long prompt takes minutes to read the first time, and the client counts no pings.
+            "API_TIMEOUT_MS": "3600000",
+            "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "3600000",
         }
     )
 

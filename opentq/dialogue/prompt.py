@@ -71,17 +71,19 @@ class Prompter:
         Raises ApiError when the model has no words for what is asked, or when the prompt is longer than `limit` tokens
         by far: that is found out without tokenizing all of it. Raises Abandoned soon after `abandoned()` is true.
         """
-        with self._lock:
+
+        def look() -> None:
             if abandoned():
                 raise Abandoned
+
+        with self._lock:
+            look()
             try:
                 self.encoder.bound(_characters(request), limit)
                 if request.messages is None:
-                    prompt = Prompt(self._text(request, limit, abandoned))
-                elif found := pictures.of(request.messages):
-                    prompt = self._see(found, request, limit, abandoned)
+                    prompt = Prompt(self._text(request, limit, look))
                 else:
-                    prompt = Prompt(self._chat(request, limit, abandoned))
+                    prompt = self._chat(request, limit, look)
             except TooLong as error:
                 raise too_long(limit or 0, str(error), _where(request)) from error
         if not prompt.tokens:
@@ -99,38 +101,39 @@ class Prompter:
             return "reasoning"
         return "normal"
 
-    def _text(self, request: GenerationRequest, limit: int | None, abandoned: Callable[[], bool]) -> list[int]:
+    def _text(self, request: GenerationRequest, limit: int | None, look: Callable[[], None]) -> list[int]:
         if isinstance(request.prompt, str):
-            return self._encode(request.prompt, limit, abandoned, special=True)
+            return self.encoder.encode(request.prompt, limit, True, look)
         if wrong := next((t for t in request.prompt if t >= self.vocab), None):
             raise bad(f"prompt has the token id {wrong}, but the model's ids end at {self.vocab - 1}", "prompt")
         return list(request.prompt)
 
-    def _chat(self, request: GenerationRequest, limit: int | None, abandoned: Callable[[], bool]) -> list[int]:
-        messages = self._messages(request)
+    def _chat(self, request: GenerationRequest, limit: int | None, look: Callable[[], None]) -> Prompt:
+        messages, found = self._messages(request), pictures.of(request.messages or ())
+        images = self._decoded(found, look)
+
+        def read(messages: list[dict[str, Any]], limit: int | None) -> Prompt:
+            text = self._render(messages, request)
+            if not images or self.vision is None:
+                return Prompt(self.encoder.encode(text, limit, False, look))
+            try:
+                prompt = self.vision.prompt(text, images, [picture.digest for picture in found])
+            except UserError as error:
+                raise bad(str(error), "messages", "invalid_image") from error
+            if limit is not None and len(prompt.tokens) > limit:
+                raise too_long(limit, str(len(prompt.tokens)), "messages")
+            return Prompt(prompt.tokens, prompt)
+
         # What will be cleared is not counted against the limit.
-        first = None if request.clear else limit
-        tokens = self._encode(self._render(messages, request), first, abandoned, special=False)
-        if request.clear and request.clear.due(len(tokens), messages):
-            text = self._render(request.clear.apply(messages), request)
-            tokens = self._encode(text, limit, abandoned, special=False)
-        return tokens
+        prompt = read(messages, None if request.clear else limit)
+        if request.clear and request.clear.due(len(prompt.tokens), messages):
+            prompt = read(request.clear.apply(messages), limit)
+        return prompt
 
-    def _encode(self, text: str, limit: int | None, abandoned: Callable[[], bool], special: bool) -> list[int]:
-        def look() -> None:
-            if abandoned():
-                raise Abandoned
-
-        return self.encoder.encode(text, limit, special, look)
-
-    def _see(
-        self,
-        found: list[pictures.Picture],
-        request: GenerationRequest,
-        limit: int | None,
-        abandoned: Callable[[], bool],
-    ) -> Prompt:
-        """A prompt with images. Images are decoded here: it takes time, and the largest are refused before."""
+    def _decoded(self, found: list[pictures.Picture], look: Callable[[], None]) -> list[Any]:
+        """Images are decoded before the template: it takes time, and the largest are refused."""
+        if not found:
+            return []
         if self.vision is None:
             raise bad(f"{found[0].where}: this model takes text only, no images", found[0].where, "no_images")
         if len(found) > pictures.MOST:
@@ -139,24 +142,13 @@ class Prompter:
 
         images, left = [], PIXELS
         for picture in found:
-            if abandoned():
-                raise Abandoned
+            look()
             try:
                 images.append(decode(picture.data, picture.where, left))
             except ImageError as error:
                 raise bad(str(error), picture.where, "invalid_image") from error
             left -= images[-1].width * images[-1].height
-        messages, digests = self._messages(request), [picture.digest for picture in found]
-        try:
-            prompt = self.vision.prompt(self._render(messages, request), images, digests)
-            if request.clear and request.clear.due(len(prompt.tokens), messages):
-                messages = request.clear.apply(messages)
-                prompt = self.vision.prompt(self._render(messages, request), images, digests)
-        except UserError as error:
-            raise bad(str(error), "messages", "invalid_image") from error
-        if limit is not None and len(prompt.tokens) > limit:
-            raise too_long(limit, str(len(prompt.tokens)), "messages")
-        return Prompt(prompt.tokens, prompt)
+        return images
 
     def _messages(self, request: GenerationRequest) -> list[dict[str, Any]]:
         if not self.tokenizer.has_chat_template:

@@ -19,6 +19,8 @@ POSTS: dict[str, tuple[str, type[Form]]] = {
 }
 
 JSON = "application/json"
+GET = ("401", "403")
+POST = ("400", "401", "403", "404", "408", "413", "415", "503", "507")
 ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -37,19 +39,27 @@ ERROR: Schema = {
 }
 
 
-def document(version: str) -> dict[str, Any]:
+def document(version: str) -> Schema:
     """OpenAPI 3.1 of all routes."""
     forms: list[Any] = [(form, "validation") for _, form in POSTS.values()]
     _, schemas = models_json_schema(forms, ref_template="#/components/schemas/{model}")
+    anything, text = {JSON: {"schema": {"type": "object"}}}, {"schema": {"type": "string"}}
+    gets = {
+        "/health": ("Whether the server works, and how loaded it is", anything),
+        "/metrics": ("Prometheus metrics", {"text/plain": text}),
+        "/v1/models": ("What is served", anything),
+    }
+    paths: Schema = {path: {"get": _route(summary, "OK", answer, GET)} for path, (summary, answer) in gets.items()}
+    streamed = anything | {"text/event-stream": text}
+    for path, (summary, form) in POSTS.items():
+        words = "The answer; as server-sent events when `stream` is true"
+        body = {JSON: {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}}}
+        asked = {"requestBody": {"required": True, "content": body}}
+        paths[path] = {"post": _route(summary, words, streamed, POST) | asked}
     return {
         "openapi": "3.1.0",
         "info": {"title": "opentq", "version": version},
-        "paths": {
-            "/health": {"get": _get("Whether the server works, and how loaded it is")},
-            "/metrics": {"get": _get("Prometheus metrics", "text/plain", {"type": "string"})},
-            "/v1/models": {"get": _get("What is served")},
-            **{path: {"post": _post(summary, form.__name__)} for path, (summary, form) in POSTS.items()},
-        },
+        "paths": paths,
         "components": {
             "schemas": schemas["$defs"],
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -57,26 +67,6 @@ def document(version: str) -> dict[str, Any]:
     }
 
 
-def _get(summary: str, kind: str = JSON, schema: Schema | None = None) -> dict[str, Any]:
-    return {
-        "summary": summary,
-        "responses": {"200": _body("OK", kind, schema or {"type": "object"}), **_errors("401", "403")},
-    }
-
-
-def _post(summary: str, form: str) -> dict[str, Any]:
-    answer = _body("The answer; as server-sent events when `stream` is true", JSON, {"type": "object"})
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{form}"}}}},
-        "responses": {"200": answer, **_errors("400", "401", "403", "404", "408", "413", "415", "503", "507")},
-    }
-
-
-def _errors(*statuses: str) -> dict[str, Any]:
-    return {status: _body("An error", JSON, ERROR) for status in statuses}
-
-
-def _body(description: str, kind: str, schema: Schema) -> dict[str, Any]:
-    return {"description": description, "content": {kind: {"schema": schema}}}
+def _route(summary: str, words: str, answer: Schema, errors: tuple[str, ...]) -> Schema:
+    wrong = {status: {"description": "An error", "content": {JSON: {"schema": ERROR}}} for status in errors}
+    return {"summary": summary, "responses": {"200": {"description": words, "content": answer}, **wrong}}

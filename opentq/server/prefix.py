@@ -16,34 +16,17 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..caches.single import OpenTQCache
 from ..hosts.mlx_lm.public import KVCache
 
+if TYPE_CHECKING:
+    from .prefix_files import PrefixFiles
+
 DIGEST = 20
-
-
-class Files(Protocol):
-    """A second, slower store, on disk."""
-
-    def find(self, names: Sequence[str]) -> int:
-        """How many blocks of a prompt it can give back."""
-
-    @property
-    def waiting(self) -> bool:
-        """Whether something is to be written."""
-
-    def write_one(self) -> None:
-        """Write the oldest of it."""
-
-    def load(self, names: Sequence[str]) -> list[Any] | None:
-        """The caches of a prefix that `find` found; None when its file turns out damaged."""
-
-    def save(self, names: Sequence[str], tokens: Sequence[int], caches: list[Any]) -> None:
-        """Keep a prefix."""
 
 
 def block_names(tokens: Sequence[int], block: int, marks: Sequence[tuple[int, bytes]] = ()) -> list[str]:
@@ -84,7 +67,7 @@ class Hit:
 class PrefixStore:
     """Prefixes in memory, least recently used first out; `files`, if any, keeps them on disk as well."""
 
-    def __init__(self, block: int, max_bytes: int, files: Files | None = None):
+    def __init__(self, block: int, max_bytes: int, files: PrefixFiles | None = None):
         self.block = block
         self.max_bytes = max_bytes
         self.room = max_bytes  # what running requests leave of it

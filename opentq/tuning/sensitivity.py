@@ -53,8 +53,8 @@ def probes(count: int, blocks: list[list[int]]) -> Iterator[tuple[int, str, int,
 def frontier(sensitivities: list[Sensitivity], bits: dict[Widths, float]) -> list[list[Widths]]:
     """Recipes on the predicted frontier of KL and bits: for every exchange rate each block takes its best choice."""
     found: list[list[Widths]] = []
-    for exponent in range(-60, 21):
-        rate = 10 ** (exponent / 8)
+    for exponent in range(-180, 61):
+        rate = 10 ** (exponent / 24)
         recipe = [min(WIDTHS, key=lambda w: s.predicted(w) + rate * bits[w]) for s in sensitivities]
         if recipe not in found:
             found.append(recipe)

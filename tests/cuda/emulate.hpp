@@ -149,6 +149,10 @@ inline u32 pack_half2(float lo, float hi) { return to_half_bits(lo) | (u32)to_ha
 inline u32 mul_half2(u32 a, u32 b) {
   return pack_half2(low_half(a) * low_half(b), high_half(a) * high_half(b));
 }
+inline u32 mul_rest_half2(u32 a, u32 b) {
+  const u32 y = mul_half2(a, b);
+  return pack_half2(low_half(a) * low_half(b) - low_half(y), high_half(a) * high_half(b) - high_half(y));
+}
 inline float to_float(float x) { return x; }
 inline float to_float(f16 x) { return half_bits(x.bits); }
 inline float to_float(bf16 x) { return from_bits((u32)x.bits << 16); }
@@ -232,6 +236,7 @@ inline float shuffle(float v, int lane) {
   });
   return from_bits(w[0]);
 }
+inline int uniform(int x) { return x; }
 inline bool any_lane(bool v) {
   u32 w[1] = {v};
   emulate::collective(w, 1, [](u32 (*x)[8]) {

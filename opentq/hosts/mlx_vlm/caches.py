@@ -132,10 +132,6 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
     def is_single_row(self) -> bool:
         return len(self.extents) == 1
 
-    @property
-    def batch_size(self) -> int:
-        return len(self.extents)
-
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         if not any(self.pads):
             return super().update_and_fetch(keys, values)

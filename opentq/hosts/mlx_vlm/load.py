@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...errors import first_line
 from ...spec.text import Spec, asked
 from .. import floats, hooks
 from ..mlx_lm.load import ModelError, check_folder
@@ -84,10 +85,7 @@ def load(path: str, kv: Spec | str | None = None) -> tuple[Any, Any]:
     try:
         model, processor = mlx_vlm.load(path)
     except (ValueError, FileNotFoundError, RuntimeError, TypeError, OSError) as error:
-        said = str(error).strip().splitlines()
-        raise ModelError(
-            f"model {path!r} can't be loaded by mlx-vlm: {said[0] if said else type(error).__name__}"
-        ) from error
+        raise ModelError(f"model {path!r} can't be loaded by mlx-vlm: {first_line(error)}") from error
     floats.to_float32(model)
     if spec is not None:
         hooks.compress(model, spec)

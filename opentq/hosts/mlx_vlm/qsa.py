@@ -10,6 +10,7 @@ chooses in a batch what it chooses alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,9 @@ from .caches import BatchVLMCache, VLMCache
 
 AXES = 3
 """Of positions: time, height and width."""
+
+ROWS = 256
+"""Queries whose mask exists at one time: it is as wide as the context."""
 
 
 def bytes_per_token(indexer: Any) -> float:
@@ -118,16 +122,24 @@ class Choosing(OpenTQCache):
 
     def tie_index(self) -> None:
         """Have the indices evaluated with the keys, even where nothing was chosen: their graph must not grow."""
-        self.keys = mx.depends(self.keys, [a for index in self.indices for a in index.arrays])
+        assert self.dense_k is not None
+        self.dense_k = mx.depends(self.dense_k, [a for index in self.indices for a in index.arrays])
 
     def _arrays(self) -> list[mx.array]:
         return super()._arrays() + [a for index in self.indices for a in index.arrays]
 
-    def _index_state(self) -> list[Any] | None:
-        return [index.state for index in self.indices] or None
+    def trim(self, n: int | Sequence[int]) -> int:
+        for index, count in zip(self.indices, [n] * len(self.indices) if isinstance(n, int) else n):
+            index.trim(count)
+        return super().trim(n)  # type: ignore[arg-type]
 
-    def _restore_index(self, state: Sequence[Any] | None) -> None:
-        self.indices = [Index.from_state(s) for s in state or ()]
+    def _beside(self) -> list[Any] | None:
+        return [super()._beside(), [index.state for index in self.indices] or None]
+
+    def _restore_beside(self, beside: list[Any] | None) -> None:
+        others, indices = beside or (None, None)
+        super()._restore_beside(others)
+        self.indices = [Index.from_state(state) for state in indices or ()]
 
     def copies(self, count: int) -> list[Index]:
         """The indices of the first `count` sequences, for another cache."""
@@ -136,17 +148,6 @@ class Choosing(OpenTQCache):
 
 class VLMQSACache(Choosing, VLMCache):  # type: ignore[misc]
     """One sequence in one layer that chooses tokens."""
-
-    def trim(self, n: int) -> int:
-        for index in self.indices:
-            index.trim(n)
-        return super().trim(n)
-
-    def _beside(self) -> list[Any] | None:
-        return self._index_state()
-
-    def _restore_beside(self, beside: list[Any] | None) -> None:
-        self._restore_index(beside)
 
 
 class BatchVLMQSACache(Choosing, BatchVLMCache):
@@ -158,11 +159,6 @@ class BatchVLMQSACache(Choosing, BatchVLMCache):
         if not any(self.pads):
             return super()._columns(batch, length)
         return [(min(p, length), length - min(p, length)) for p in self.pads]
-
-    def trim(self, n: int | Sequence[int]) -> int:
-        for index, count in zip(self.indices, [n] * len(self.indices) if isinstance(n, int) else n):
-            index.trim(count)
-        return super().trim(n)
 
     def filter(self, batch_indices) -> None:
         keep = _ints(batch_indices)
@@ -178,14 +174,6 @@ class BatchVLMQSACache(Choosing, BatchVLMCache):
     def _join(self, parts: Sequence[tuple[Sequence[Extent], OpenTQCache]]) -> None:
         super()._join(parts)
         self.indices = [i for part, c in parts if isinstance(c, Choosing) for i in c.copies(len(part))]
-
-    def _beside(self) -> list[Any] | None:
-        return [super()._beside(), self._index_state()]
-
-    def _restore_beside(self, beside: list[Any] | None) -> None:
-        pads, indices = beside or (None, None)
-        super()._restore_beside(pads)
-        self._restore_index(indices)
 
 
 def attention(layer: Any, x: mx.array, mask: Any, cache: Choosing, positions: mx.array | None, _: Any) -> mx.array:
@@ -219,6 +207,14 @@ def attend(layer: Any, x: mx.array, cache: Choosing, positions: mx.array | None,
         seen = [index.seen(indexer, c) for index, c in zip(cache.indices, chosen)]
         out = keys.step.attend_rows(q, mx.concatenate(seen), scale=layer.scale)
     else:
-        mask = mx.concatenate([indexer.build_mask(c) for c in chosen])
-        out = keys.step.attend(q, scale=layer.scale, mask=mask)
+        parts = [slice(start, start + ROWS) for start in range(0, length, ROWS)]
+        masks = (mx.concatenate([indexer.build_mask(_rows(c, part)) for c in chosen]) for part in parts)
+        outs = [keys.step.attend(q[:, :, part], scale=layer.scale, mask=mask) for part, mask in zip(parts, masks)]
+        out = mx.concatenate(outs, axis=2)
     return linear(layer.o_proj, flat(out) * mx.sigmoid(gate))
+
+
+def _rows(chosen: Any, part: slice) -> SimpleNamespace:
+    """What the indexer says of some of a step's queries."""
+    each = {name: getattr(chosen, name)[:, part] for name in ("selected_blocks", "query_ends", "complete_counts")}
+    return SimpleNamespace(**vars(chosen) | each)

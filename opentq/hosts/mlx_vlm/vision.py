@@ -18,7 +18,7 @@ from mlx_vlm.prompt_utils import MODEL_CONFIG, get_message_json
 from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
 from PIL import Image
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from .host import decoder
 from .images import BYTES
 from .private import chunks_allowed
@@ -159,7 +159,7 @@ class ImagePrompt:
             found = {k: v for k, v in features.to_dict().items() if v is not None}
             mx.eval(*[v for v in found.values() if isinstance(v, mx.array)])
         except BROKEN as error:
-            raise VisionError(f"the model can't read these images: {_first_line(error)}") from error
+            raise VisionError(f"the model can't read these images: {first_line(error)}") from error
         if found["inputs_embeds"].shape[1] != len(self.tokens):
             raise VisionError(
                 "this model puts more tokens in an image's place than its processor says: only mlx_vlm.generate, after "
@@ -196,7 +196,7 @@ class Vision:
         try:
             made = get_message_json(kind, plain, message["role"], num_images=count)
         except ValueError as error:
-            raise VisionError(_first_line(error)) from error
+            raise VisionError(first_line(error)) from error
         return message | made if isinstance(made, dict) else message | {"content": made}
 
     def prompt(self, text: str, images: list[Image.Image], digests: list[bytes]) -> ImagePrompt:
@@ -215,7 +215,7 @@ class Vision:
             )
             mx.eval(*[v for v in inputs.values() if isinstance(v, mx.array)])
         except BROKEN as error:
-            raise VisionError(f"the model's processor refuses these images: {_first_line(error)}") from error
+            raise VisionError(f"the model's processor refuses these images: {first_line(error)}") from error
         inputs = {k: v for k, v in inputs.items() if v is not None}
         ids = np.array(inputs["input_ids"])
         if ids.ndim != 2 or ids.shape[0] != 1:
@@ -254,7 +254,3 @@ def _forget(language: Any) -> None:
     """The model remembers the positions of the last prompt: here they are always given."""
     if hasattr(language, "get_rope_index"):
         language._position_ids = language._rope_deltas = None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -37,11 +37,11 @@ def attend(args: AttnArgs) -> mx.array | None:
 
     Tensor cores multiply fp16; two fp16 parts per query are 22 bits, and the error rule asks for more of fp32.
     """
-    if not cuda.available() or args.mask is not None or args.pages is not None or args.q.dtype not in SERVED:
+    if not cuda.available() or args.mask is not None or args.q.dtype not in SERVED:
         return None
     if not (isinstance(args.k.layout, MmaLayout) and isinstance(args.v.layout, MmaLayout)):
         return None
-    if prefers_prefill(args):
+    if prefers_prefill(args) and args.pages is None:
         return prefill(args)
     return decode(args)
 
@@ -87,9 +87,10 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
         return None
     if not (isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)) or k.layout.sketched:
         return None
-    if args.mask is not None or args.pages is not None or any(x.dtype != q.dtype for x in fresh):
+    if args.mask is not None or any(x.dtype != q.dtype for x in fresh):
         return None
-    return Launch(args, Fused(True, bool(turned[0]), bool(turned[1])), center is not None).step
+    fused = Fused(True, bool(turned[0]), bool(turned[1]), args.pages is not None, args.softcap > 0)
+    return Launch(args, fused, center is not None).step
 
 
 KEPT = 512
@@ -111,12 +112,13 @@ class Launches:
 
     Args:
         k, v: layouts.
-        fused: what a launch does beside attending.
+        fused: what only some launches do.
         shape, dtype: of the queries.
         kv_heads: KV heads.
         blocks: of packed keys and values, allocated.
         window, causal, scale, softcap: as in `AttnArgs`.
         centered: whether a center comes with the call.
+        listed: pages of a list, 0 without one.
     """
 
     def __init__(
@@ -133,13 +135,14 @@ class Launches:
         scale: float,
         softcap: float,
         centered: bool,
+        listed: int,
     ):
         self.batch, self.heads, self.length, _ = shape
-        self.kv_heads, self.dtype, self.window = kv_heads, dtype, window
+        self.kv_heads, self.dtype, self.window, self.listed = kv_heads, dtype, window, listed
         self.rows = self.heads // kv_heads * self.length
         self.geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], self.rows, fused)
         self.scalars = blocks, (self.heads, kv_heads, self.length, window, int(causal))
-        self.floats = cuda.single(scale), cuda.single(softcap), int(centered)
+        self.floats = cuda.single(scale), cuda.single(softcap), int(centered), listed
         self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, dict[str, Any]]] = {}
 
     @functools.cached_property
@@ -161,6 +164,7 @@ class Launches:
         if not splits:
             tiles = self.batch * self.kv_heads * -(-self.rows // geometry.row_tile)
             tokens = min(longest, self.window + self.length) if self.window else longest
+            tokens = min(tokens, 2 * RECORD * self.listed) if self.listed else tokens
             splits = geometry.splits(tiles, -(-tokens // RECORD), -(-columns // 16), cuda.multiprocessors())
         grid = geometry.grid(self.batch, self.kv_heads, self.rows, splits)
         # Where all sequences have the same lengths they travel with the call, so that nobody waits for memory.
@@ -209,6 +213,7 @@ class Launch:
             args.scale,
             args.softcap,
             centered,
+            0 if args.pages is None else args.pages.shape[2],
         )
 
     def attend(self, args: AttnArgs) -> mx.array:
@@ -231,15 +236,17 @@ class Launch:
         if not dense_k.size:
             dense_k = dense_v = self.no_halves
         sinks = self.no_sinks if sinks is None else sinks.astype(mx.float32)
-        return [q, *self.packed, dense_k, dense_v, call.lens, sinks, next(call.tickets), *more]
+        pages = () if args.pages is None else (args.pages,)
+        return [q, *self.packed, dense_k, dense_v, call.lens, sinks, next(call.tickets), *more, *pages]
 
 
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
     memo = args.k.memo
-    key = "decode", args.q.dtype, args.q.shape, args.window, args.causal, args.scale, args.softcap
+    listed = 0 if args.pages is None else args.pages.shape[2]
+    key = "decode", args.q.dtype, args.q.shape, args.window, args.causal, args.scale, args.softcap, listed
     if key not in memo or memo[key].values is not args.v:
-        memo[key] = Launch(args, Fused())
+        memo[key] = Launch(args, Fused(listed=listed > 0, capped=args.softcap > 0))
     return memo[key].attend(args)
 
 

@@ -18,13 +18,16 @@
 // values, which wait in shared memory for the strips that they are part of; the blocks of a head's first row tile share the
 // writing of its columns, old and new; and who has an output row turns it back before it is rounded.
 //
+// Where `Fused` says so, packed tokens are those of a list of pages, two records each: every KV head of a sequence has its
+// own, ascending, the newest page among them; a sequence with fewer pages has all of them first.
+//
 // Merge. Warps merge through shared memory. With several splits, partials (fp32 numerators, maxima, sums) go to scratch
 // and the last block to arrive at the ticket of its row tile merges them: no second launch.
 //
 // Inputs: q [B, Hq, L, QUERY] T, QUERY = Dk but where codes have a query of their own (formats.cuh); k, v: records
 // [B, Hkv, blocks, 2 RECORD]; dense_k, dense_v [B, Hkv, Td, D] half; lens int [B, 3] = (packed, sink, tail_start), read
 // where sequences differ; sinks float [Hq] (NaN in the first: none); tickets u32, zero between calls. Fused: fresh_k,
-// fresh_v [B, Hkv, L, D] T, center [B, Hkv, 1, Dk] half.
+// fresh_v [B, Hkv, L, D] T, center [B, Hkv, 1, Dk] half; pages int [B, Hkv, listed].
 // Outputs: out [B, Hq, L, Dv] T; scratch [tiles, splits, 8 NT, Dv + 2] float, unused with one split. Fused: new_k, new_v
 // [B, Hkv, Td + L, D] half.
 // Bytes moved: packed tokens x (record bytes / 32) per KV head and row tile, plus dense columns; nothing else of size.
@@ -118,7 +121,7 @@ struct QueryStage {
   }
 };
 
-// What a launch gets; `Fused` ones alone the last five.
+// What a launch gets; `Fused` ones alone the last six.
 template <class T>
 struct Tensors {
   const T* q;
@@ -129,6 +132,7 @@ struct Tensors {
   const u32* tickets;
   T* out;
   float* scratch;
+  const int* pages;
   const T *fresh_k, *fresh_v;
   const f16* center;
   f16 *new_k, *new_v;
@@ -169,7 +173,7 @@ struct Block {
     position = reinterpret_cast<int*>(factor + ROWS);
     warp_m = reinterpret_cast<float*>(position + ROWS), warp_l = warp_m + NW * ROWS;
     last = reinterpret_cast<int*>(warp_l + NW * ROWS);
-    split = blockIdx.x, splits = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    split = blockIdx.x, splits = gridDim.x, lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     gqa = call.q_heads / call.kv_heads, length = call.length, all_rows = gqa * length;
     const int tiles = (all_rows + ROWS - 1) / ROWS;
     head = blockIdx.y / tiles, r0 = blockIdx.y % tiles * ROWS, rows = min(ROWS, all_rows - r0);
@@ -192,10 +196,18 @@ struct Block {
     workers = splits * NW, worker = split * NW + warp;
     const int lowest = call.window ? max(0, low_row - call.window + 1 - sink) : 0;
     u0 = min(lowest, packed) / 32, u1 = (packed + 31) / 32;
+    if constexpr (FUSED::LISTED) u1 = (packed - 64 * max(0, (packed + 63) / 64 - call.listed) + 31) / 32;
   }
 
-  // Asks for record `unit` of K and of V.
-  __device__ __forceinline__ void fetch(int stage, int unit) {
+  // Which record the `u`th to be read is.
+  __device__ __forceinline__ int record(int u) const {
+    if constexpr (FUSED::LISTED) return 2 * in.pages[kv * call.listed + u / 2] + u % 2;
+    return u;
+  }
+
+  // Asks for the `u`th record of K and of V.
+  __device__ __forceinline__ void fetch(int stage, int u) {
+    const int unit = record(u);
     unsigned char* to = ring + stage * P::STAGE;
     u64* bar = bars + warp * ST + stage;
     const u32* k = in.k + kv * call.k_blocks * 2 * KF::RECORD + (size_t)unit * KF::RECORD;
@@ -214,29 +226,33 @@ struct Block {
   // New keys and values into shared memory, as they wait in fp16; and all columns into the new arrays.
   __device__ __forceinline__ void append() {
     const int old = call.columns - length;
-    const bool writes = r0 == 0 && split == 0;
+#pragma unroll 1
     for (int i = warp; i < 2 * length; i += NW) {  // keys first
       const int token = i % length;
-      const size_t from = kv * length + token, to = kv * call.columns + old + token;
-      if (i < length) {
-        Vector<KF::DENSE> x;
-        x.load(in.fresh_k + from * KF::DENSE, lane);
-        if constexpr (FUSED::ROTATE_K) x.rotate(lane);
-        x.settle(call.centered ? in.center + kv * KF::DENSE : nullptr, lane);
-        x.store(fresh_k + token * KF::DENSE, lane);
-        if (writes) x.store(in.new_k + to * KF::DENSE, lane);
+      const f16* center = call.centered ? in.center + kv * KF::DENSE : nullptr;
+      if constexpr (KF::DENSE == VF::D && FUSED::ROTATE_K == FUSED::ROTATE_V) {  // one code for both sides
+        const bool key = i < length;
+        append_one<VF::D, FUSED::ROTATE_V>(key ? in.fresh_k : in.fresh_v, key ? center : nullptr,
+                                           key ? fresh_k : fresh_v, key ? in.new_k : in.new_v, old, token);
+      } else if (i < length) {
+        append_one<KF::DENSE, FUSED::ROTATE_K>(in.fresh_k, center, fresh_k, in.new_k, old, token);
       } else {
-        Vector<VF::D> x;
-        x.load(in.fresh_v + from * VF::D, lane);
-        if constexpr (FUSED::ROTATE_V) x.rotate(lane);
-        x.settle(nullptr, lane);
-        x.store(fresh_v + token * VF::D, lane);
-        if (writes) x.store(in.new_v + to * VF::D, lane);
+        append_one<VF::D, FUSED::ROTATE_V>(in.fresh_v, nullptr, fresh_v, in.new_v, old, token);
       }
     }
     if (r0) return;
     copy(in.dense_k + kv * old * KF::DENSE, in.new_k + kv * call.columns * KF::DENSE, old * KF::DENSE);
     copy(in.dense_v + kv * old * VF::D, in.new_v + kv * call.columns * VF::D, old * VF::D);
+  }
+  template <int DIM, bool ROTATE>
+  __device__ __forceinline__ void append_one(const T* from, const f16* center, f16* shared, f16* columns, int old,
+                                             int token) const {
+    Vector<DIM> x;
+    x.load(from + (kv * length + token) * DIM, lane);
+    if constexpr (ROTATE) x.rotate(lane);
+    x.settle(center, lane);
+    x.store(shared + token * DIM, lane);
+    if (r0 == 0 && split == 0) x.store(columns + (kv * call.columns + old + token) * DIM, lane);
   }
   __device__ __forceinline__ void copy(const f16* from, f16* to, int count) const {  // this split's share
     for (int i = split * THREADS + threadIdx.x; i < count / 8; i += splits * THREADS)
@@ -244,7 +260,7 @@ struct Block {
   }
 
   __device__ __forceinline__ void prepare() {
-    for (int r = threadIdx.x; r < ROWS; r += THREADS) position[r] = row_base + (r0 + r) % length;
+    if (threadIdx.x < ROWS) position[threadIdx.x] = row_base + (r0 + threadIdx.x) % length;
     if constexpr (KF::TABLES) KF::prepare();
     if constexpr (VF::TABLES) VF::prepare();
     sync_block();
@@ -287,11 +303,12 @@ struct Block {
     u32 phase = 0;
     for (int u = u0 + worker; u < u1; u += workers) {
       barrier_wait(bars + warp * ST + stage, phase);
-      u32* record = reinterpret_cast<u32*>(ring + stage * P::STAGE);
-      const bool partial = 32 * u + 32 > packed;
-      if (partial) d.blank(record + KF::RECORD, 32 * u);
-      d.record(record, record + KF::RECORD, 32 * u,
-               partial || (call.window && sink + 32 * u <= high_row - call.window));
+      u32* words = reinterpret_cast<u32*>(ring + stage * P::STAGE);
+      const int first = 32 * record(u);
+      const bool partial = first + 32 > packed;
+      if (partial) d.blank(words + KF::RECORD, first);
+      d.record(words, words + KF::RECORD, first, partial || (call.window && sink + first <= high_row - call.window),
+               u1 - u0 <= workers);
       if (++count % 4 == 0) d.run.unbias();
       sync_warp();
       if (lane == 0 && u + ST * workers < u1) fetch(stage, u + ST * workers);
@@ -332,6 +349,7 @@ struct Block {
   __device__ __forceinline__ void finish_rows() const {
     if constexpr (FUSED::ROTATE_V) {
       sync_block();
+#pragma unroll 1
       for (int row = warp; row < rows; row += NW) {
         Vector<VF::D> x;
         x.load(outputs + row * (VF::D + 4), lane);
@@ -382,6 +400,7 @@ struct Block {
         }
       sync_block();
       const int quads = min(4 * P::CHUNK, VF::D / 4 - 4 * j0);
+#pragma unroll 1
       for (int i = threadIdx.x; i < rows * quads; i += THREADS) {
         const int row = i / quads, dim = i % quads * 4;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -398,23 +417,22 @@ struct Block {
       }
       if (!P::WHOLE) sync_block();
     }
-    if (splits == 1) {
-      finish_rows();
-    } else if (threadIdx.x < ROWS) {
+    if (splits > 1 && threadIdx.x < ROWS) {
       float top;
       const float l = total(threadIdx.x, top);
       *reinterpret_cast<float2*>(partial + ROWS * VF::D + 2 * threadIdx.x) = make_float2(top, l);
     }
   }
 
-  // The last block of this row tile merges the splits, a batch of them in flight at a time.
-  __device__ __forceinline__ void merge_splits() {
+  // The last block of this row tile merges the splits, a batch of them in flight at a time. False in all others.
+  __device__ __forceinline__ bool merge_splits() {
     sync_block();
     if (threadIdx.x == 0) *last = arrive_last(const_cast<u32*>(in.tickets) + tile_index, splits);
     sync_block();
-    if (!*last) return;
+    if (!*last) return false;
     const float* first = in.scratch + (size_t)tile_index * splits * ROWS * (VF::D + 2);
     constexpr int SPLIT = ROWS * (VF::D + 2), BATCH = 16;
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * (VF::D / 4); i += THREADS) {
       const int row = i / (VF::D / 4), dim = i % (VF::D / 4) * 4;
       float top = -1e30f, l = 0.f;
@@ -446,11 +464,12 @@ struct Block {
       }
       emit(row, dim, sum, finish(l, top, row));
     }
-    finish_rows();
+    return true;
   }
 };
 
-template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED, class FUSED = Fused<false, false, false>>
+template <class T, class KF, class VF, int NT, int NW, int ST, int SHARED,
+          class FUSED = Fused<false, false, false, false, false>>
 __device__ __forceinline__ void decode(const Tensors<T>& in, const Call& call) {
   using P = Plan<T, KF, VF, NT, NW, ST, FUSED>;
   static_assert(P::BYTES <= SHARED, "the launch geometry reserves too little shared memory");
@@ -466,7 +485,7 @@ __device__ __forceinline__ void decode(const Tensors<T>& in, const Call& call) {
   block.attend_dense();
   block.attend_packed();
   block.merge_warps();
-  if (block.splits > 1) block.merge_splits();
+  if (block.splits == 1 || block.merge_splits()) block.finish_rows();
 }
 
 }  // namespace opentq

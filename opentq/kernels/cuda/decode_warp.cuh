@@ -21,13 +21,15 @@ struct Call {  // what the host knows: blocks allocated for k and v, dense colum
   int packed, sink, tail_start;  // of all sequences, where they agree; else packed is -1, and they are in memory
   float scale, softcap;
   int centered;  // `Fused`: whether keys have a center
+  int listed;    // `Fused`: pages of a list
 };
 
-// What a launch does beside attending. APPEND: the newest `length` of `columns` come with it, and it writes all columns
-// anew; ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back.
-template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_>
+// What only some launches do. APPEND: the newest `length` of `columns` come with it, and it writes all columns anew;
+// ROTATE_K rotates queries and new keys, ROTATE_V new values and the outputs back. LISTED: of the packed tokens it reads
+// the pages of a list. CAPPED: scores have a softcap.
+template <bool APPEND_, bool ROTATE_K_, bool ROTATE_V_, bool LISTED_, bool CAPPED_>
 struct Fused {
-  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_;
+  static constexpr bool APPEND = APPEND_, ROTATE_K = ROTATE_K_, ROTATE_V = ROTATE_V_, LISTED = LISTED_, CAPPED = CAPPED_;
   static constexpr int LENGTH = 8;  // query tokens at most
 };
 
@@ -209,7 +211,7 @@ struct Decode {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[s][n][i] *= f[n][i & 1] * (i < 2 ? even : odd);
-    if (softcap > 0.f) {
+    if constexpr (FUSED::CAPPED) {
 #pragma unroll
       for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
@@ -242,8 +244,8 @@ struct Decode {
   }
 
   // One record of 32 tokens. Straight-line code but for the rare masks: two strips at a time keep the tensor cores
-  // busy.
-  __device__ __forceinline__ void record(const u32* k, const u32* v, int first, bool masked) {
+  // busy. `few`: no warp has more than one.
+  __device__ __forceinline__ void record(const u32* k, const u32* v, int first, bool masked, bool few) {
     float x[2][NT][4] = {};
     const u16* k_scales = reinterpret_cast<const u16*>(k + KF::SCALES) + g * KF::GROUPS;
     constexpr int EIGHT = 8 * KF::GROUPS;  // eight keys on
@@ -354,6 +356,24 @@ struct Decode {
           for (int n = 0; n < NT; ++n) mma(run.o[j][n], a, w[n][0], w[n][1]);
         }
       }
+      if constexpr (VF::ZEROED)
+        if (few) s ? add_rests<1>(b, v) : add_rests<0>(b, v);
+    }
+  }
+  // Codes of zeroed formats are up to four times the values, and so is the error of what they are multiplied with. Over
+  // many tokens it averages out; over few, which leave time for it, the rest is added.
+  template <int S>
+  __device__ __forceinline__ void add_rests(const u32 (&b)[NT][2], const u32* v) {
+    const u16* v_scales = reinterpret_cast<const u16*>(v + VF::SCALES) + 8 * t;
+    Fragments<VF, S * VF::TILES> values;
+#pragma unroll
+    for (int j = 0; j < VF::TILES; ++j) {
+      const uint2 scales = *reinterpret_cast<const uint2*>(v_scales + j * 16 / VF::GROUP * 32 + 4 * S);
+      u32 a[4];
+      values.tile(a, v, lane, S * VF::TILES + j);
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+        mma(run.o[j][n], a, mul_rest_half2(b[n][0], scales.x), mul_rest_half2(b[n][1], scales.y));
     }
   }
 

@@ -27,32 +27,43 @@ CALL = (
     *((name, "int") for name in ("packed", "sink", "tail_start")),
     *((name, "float") for name in ("scale", "softcap")),
     ("centered", "int"),
+    ("listed", "int"),
 )
 """Names and types of `opentq::Call`, decode's scalars."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What a decode launch does beside attending: `opentq::Fused`.
+    """What only some decode launches do: `opentq::Fused`.
 
     `append`: new keys and values come with the call, and all dense columns go out. `rotate_k`, `rotate_v`: queries and
-    new keys are rotated, new values and the output back.
+    new keys are rotated, new values and the output back. `listed`: only the pages of a list are read. `capped`: scores
+    have a softcap.
     """
 
     append: bool = False
     rotate_k: bool = False
     rotate_v: bool = False
+    listed: bool = False
+    capped: bool = False
 
     LENGTH = 8
     """Query tokens of a launch that appends, at most."""
 
     @property
     def type(self) -> str:
-        flags = (self.append, self.rotate_k, self.rotate_v)
+        flags = (self.append, self.rotate_k, self.rotate_v, self.listed, self.capped)
         return f"opentq::Fused<{', '.join('true' if flag else 'false' for flag in flags)}>"
 
     def __str__(self) -> str:
-        return "append" * self.append + "_k" * self.rotate_k + "_v" * self.rotate_v
+        names = {
+            "append": self.append,
+            "k": self.rotate_k,
+            "v": self.rotate_v,
+            "pages": self.listed,
+            "cap": self.capped,
+        }
+        return "_".join(name for name, does in names.items() if does)
 
 
 @dataclass(frozen=True)
@@ -136,11 +147,13 @@ class Geometry:
         ]
         inputs += [("lens", "int"), ("sinks", "float"), ("tickets", "unsigned")]
         outputs = [("out", t), ("scratch", "float")]
-        tensors = [name for name, _ in inputs + outputs]
+        tensors = [name for name, _ in inputs + outputs] + ["pages" if self.fused.listed else "nullptr"]
         if self.fused.append:
             inputs += [("fresh_k", t), ("fresh_v", t), ("center", "opentq::f16")]
             outputs += [("new_k", "opentq::f16"), ("new_v", "opentq::f16")]
             tensors += ["fresh_k", "fresh_v", "center", "new_k", "new_v"]
+        if self.fused.listed:
+            inputs += [("pages", "int")]
         if self.fused != Fused():
             name += f"_{self.fused}"
         types = f"{t}, {format_type(self.k)}, {format_type(self.v)}, {sizes}, {self.shared}, {self.fused.type}"

@@ -43,6 +43,12 @@ __device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
+// What `mul_half2` has rounded off.
+__device__ __forceinline__ u32 mul_rest_half2(u32 a, u32 b) {
+  u32 y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(mul_half2(a, b) ^ 0x80008000u));
+  return y;
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(f16 x) { return half_bits(x.bits); }
@@ -101,6 +107,8 @@ __device__ __forceinline__ u32 transpose8x8(u32 x) {
 }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+// `x` of lane 0, which the compiler then knows to be equal in the whole warp: what depends on it alone can't diverge.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
