@@ -1,6 +1,7 @@
-"""One rank of a sharded generation, started by mlx.launch: `python distributed_run.py tensor|pipeline|alone FOLDER`.
+"""One rank of sharded generations, started by mlx.launch: `python distributed_run.py FOLDER`.
 
-Every rank writes one JSON file to FOLDER: tokens, log-probabilities, and what its caches are.
+Every rank writes a JSON file for each way of cutting to FOLDER: tokens, log-probabilities, and what its caches are. A
+process alone has all of the model.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ ARCHITECTURE = {"tensor": "llama", "pipeline": "qwen2"}
 PROMPT = [(7 * i + i * i) % 97 + 1 for i in range(150)]
 
 
-def main(mode: str, folder: Path) -> None:
-    group = mx.distributed.init()
+def generated(mode: str, group: mx.distributed.Group) -> dict:
+    """What this rank of `group` finds."""
     model = build(ARCHITECTURE[mode])
     if group.size() > 1 and mode == "tensor":
         model.shard(group)
@@ -35,9 +36,11 @@ def main(mode: str, folder: Path) -> None:
     tokens, scores = zip(*((int(token), round(p.max().item(), 4)) for token, p in steps))
     shape = installed(model).stats[0, 0].shape
     calls = [s.calls for s in installed(model).stats.values()]
-    record = {"tokens": tokens, "scores": scores, "kv_heads": shape[0], "packed": [c.n_packed for c in caches]}
-    (folder / f"{group.rank()}.json").write_text(json.dumps({**record, "calls": calls}))
+    record = {"tokens": list(tokens), "scores": list(scores), "kv_heads": shape[0]}
+    return {**record, "packed": [c.n_packed for c in caches], "calls": calls}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    ranks = mx.distributed.init()
+    for way in ARCHITECTURE:
+        Path(sys.argv[1], f"{way}-{ranks.rank()}.json").write_text(json.dumps(generated(way, ranks)))

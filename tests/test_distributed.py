@@ -27,21 +27,24 @@ SCRIPT = Path(__file__).parent / "distributed_run.py"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
 
 
-def run(mode: str, folder: Path, *launcher: str) -> list[dict]:
-    """What every rank found, by rank."""
-    command = [*launcher, sys.executable, str(SCRIPT), mode, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    assert ranks, done.stderr
-    return ranks
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[dict]]:
+    """What one process and both of two ranks find, by the way of cutting: one launch for all ways."""
+    files: dict[str, list[dict]] = {"tensor": [], "pipeline": []}
+    for launcher in ([], [str(LAUNCH), "-n", "2", "--backend", "ring"]):
+        folder = tmp_path_factory.mktemp("ranks")
+        command = [*launcher, sys.executable, str(SCRIPT), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        for mode, ranks in files.items():
+            read = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{mode}-*.json"))]
+            assert read, done.stderr
+            ranks += read
+    return files
 
 
 @pytest.mark.parametrize("mode", ["tensor", "pipeline"])
-def test_two_ranks_give_the_tokens_of_one_process(mode, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    (alone,) = run(mode, tmp_path / "one")
-    ranks = run(mode, tmp_path / "two", str(LAUNCH), "-n", "2", "--backend", "ring")
+def test_two_ranks_give_the_tokens_of_one_process(mode, found):
+    alone, *ranks = found[mode]
     assert len(ranks) == 2
     for rank in ranks:
         assert rank["tokens"] == alone["tokens"]
