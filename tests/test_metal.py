@@ -47,7 +47,7 @@ def test_the_compiled_text_is_the_one_mlx_generates(batch, space, monkeypatch):
     text = next(iter(made["opentq_decode_whole"]._texts.values()))
     assert f"const {space} int32_t* lens [[buffer(9)]]" in text
     assert (
-        "[[kernel]] void custom_kernel_opentq_decode_whole" in text and "device float* partial [[buffer(15)]]" in text
+        "[[kernel]] void custom_kernel_opentq_decode_whole" in text and "device float* partial [[buffer(16)]]" in text
     )
     assert mlx_sources.preamble().index("typedef half float16_t") < len(mlx_sources.preamble())
 
@@ -145,6 +145,35 @@ def test_codebooks_where_lanes_are_left_over(tune, monkeypatch):
     oracle.judge(step("tq2.5/tq3.5", odd, 197, 1))  # runs of 40 and of 56 channels
     oracle.judge(step("polar4/tq1.5", odd, 130, 1, mx.float32))
     oracle.judge(step("tq3p/polar4", Shape(q_heads=2, kv_heads=1, key_dim=256, value_dim=256), 140, 1))
+
+
+WIDE = Shape(q_heads=2, kv_heads=1, key_dim=512, value_dim=512)
+
+
+@pytest.mark.parametrize(
+    "spec, shape, length, handover",
+    [
+        ("tq5/tq3:nc:sink=4", Shape(batch=2, q_heads=6, kv_heads=2), 1, 16),
+        ("int4", Shape(batch=2, q_heads=4, kv_heads=2, key_dim=128), 3, 32),
+        ("tq2.5/int3:sink=2", replace(WIDE, q_heads=1, key_dim=192), 1, 32),
+        ("int4", WIDE, 1, 32),  # four simdgroups hand over more than a page, unless they are held back
+    ],
+)
+def test_the_pages_of_a_list_are_read_where_they_lie(spec, shape, length, handover, monkeypatch):
+    """The newest page may be a part of one, and a sequence may have fewer pages than its list."""
+    monkeypatch.setattr(metal, "tuning", lambda: replace(LANES, handover=handover))
+    args = step(spec, shape, 620, length, causal=length > 1)
+    packed, *ends = args.lens[0]
+    newest = (packed - 20) // 64
+    lists = [[[0, 3, 4, newest], [1, 2, 6, newest]], [[0, 1, 2, 0]] * 2][: shape.batch]
+    args.lens = ((packed - 20, *ends), (130, *ends))[: shape.batch]
+    args.pages = mx.array(lists, dtype=mx.int32)[:, : shape.kv_heads]
+    out = fused_metal.attend(args)
+    assert out is not None
+    oracle.judge(args.picked(), out)
+    oracle.judge(args, out)
+    monkeypatch.setattr(metal, "tuning", lambda: MATRIX)
+    assert fused_metal.attend(args) is None
 
 
 def test_calls_without_a_kernel_are_not_served():

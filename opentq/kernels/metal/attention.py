@@ -22,9 +22,11 @@ __all__ = ["BACKEND", "append", "attend", "codec_side", "extend", "layouts", "pa
 
 
 def attend(args: AttnArgs) -> mx.array | None:
-    """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know."""
+    """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know; or
+    pages, where simdgroup matrices serve."""
     q, memo, tune = args.q, args.k.memo, metal.tuning()
-    key = "attend", q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None
+    listed = 0 if args.pages is None else args.pages.shape[2]
+    key = "attend", q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None, listed
     launch: Launch | None = memo.get(key)
     if launch is None or launch.values is not args.v or launch.tune is not tune:
         launch = _launch(args, False, tune)
@@ -41,7 +43,7 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
 
 
 def _launch(args: AttnArgs, stepping: bool, tune: metal.Tuning) -> Launch | None:
-    if args.mask is not None or args.pages is not None or args.q.shape[2] == 0:
+    if args.mask is not None or args.q.shape[2] == 0:
         return None
     k, v = side(args.k), side(args.v)
     if k is None or v is None or v.sketch:
@@ -49,7 +51,8 @@ def _launch(args: AttnArgs, stepping: bool, tune: metal.Tuning) -> Launch | None
     codecs = args.k.codec, args.v.codec
     if stepping and not appends(codecs, (k.dim, v.dim)):
         return None
-    return Launch(args, k, v, rotated(codecs) if stepping else None, tune)
+    launch = Launch(args, k, v, rotated(codecs) if stepping else None, tune)
+    return None if args.pages is not None and not launch.geometry.lanes else launch
 
 
 def extend(codecs: Pair, dense: Pair, fresh: Pair) -> Pair | None:

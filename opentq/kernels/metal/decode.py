@@ -58,6 +58,7 @@ class Geometry:
         capacity: rows of the packed arrays.
         window, causal, scale, softcap, sinks: as in `AttnArgs`.
         turned: whether the output leaves a Hadamard basis.
+        listed: pages of a list, which are all that is read of packed tokens; 0 for everything.
         tune, cores: of the device.
     """
 
@@ -75,6 +76,7 @@ class Geometry:
         softcap: float,
         sinks: bool,
         turned: bool,
+        listed: int,
         tune: metal.Tuning,
         cores: int,
     ) -> None:
@@ -84,7 +86,8 @@ class Geometry:
         self.out = batch, q_heads, self.length, v.dim
         self.rows, self.tiles = q_heads // heads * self.length, batch * heads
         self.lanes = self.rows <= metal.lane_rows(k, v) and tune.variant == "lanes"
-        self.meta = (self.length, q_heads // heads, heads), (capacity, window, int(causal))
+        self.listed = listed
+        self.meta = (self.length, q_heads // heads, heads), (capacity, window, int(causal), listed)
         self.real = floats((scale, softcap))
         self.template = [
             *(("T", dtype), ("KF", int(k.format)), ("KG", k.group), ("VF", int(v.format)), ("VG", v.group)),
@@ -102,9 +105,10 @@ class Geometry:
         if len(self.known) >= KEPT:
             self.known.clear()
         longest = max(packed for packed, _, _ in lens)
+        read = min(longest, metal.PAGE * self.listed) if self.listed else longest
         meta = ints((*self.meta[0], columns, *self.meta[1]))
         make = self._in_lanes if self.lanes else self._in_matrices
-        call, merge = make(columns + longest, (meta, self.real))
+        call, merge = make(columns + read, (meta, self.real))
         made = self.known[columns, lens] = call, merge, lens_array(lens)
         kinds = {c.kernel for c in (call, merge) if c}
         self.new = not kinds <= _pipelines
@@ -115,10 +119,10 @@ class Geometry:
         """Partials `[rows, splits, Dv + 2]` float32, (max, sum) last, rows = B * Hq * L; where a threadgroup has all
         keys of its rows, the output `[B, Hq, L, Dv]` before them.
         """
-        plan = metal.plan_decode(self.k, self.v, self.rows, self.tiles, tokens, self.tune, self.cores)
+        plan = metal.plan_decode(self.k, self.v, self.rows, self.tiles, tokens, self.tune, self.cores, self.listed > 0)
         splits, threads = plan.splits * plan.teams, 32 * plan.members * plan.teams
         template = [("R", plan.rows), ("KPL", plan.keys), ("DS", plan.members), ("NT", plan.teams)]
-        template += [("SUB", plan.handover)]
+        template += [("SUB", plan.handover), ("LISTED", self.listed > 0)]
         given = self._given(splits, mx.float32, (threads, plan.splits, self.tiles), threads)
         if plan.splits > 1:
             return Call("decode_lanes", [*self.template, *template], given, numbers), self._merge(splits)
@@ -196,11 +200,12 @@ class Launch:
             args.softcap,
             args.sinks is not None,
             bool(rotated and rotated[1]),
+            0 if args.pages is None else args.pages.shape[2],
             tune,
             metal.cores(),
         )
         self.packed = [array for kv in (args.k, args.v) for array in _packed(kv)]
-        self.no_halves, self.no_sinks = nothing(mx.float16), nothing(mx.float32)
+        self.no_halves, self.no_sinks, self.no_pages = (nothing(t) for t in (mx.float16, mx.float32, mx.int32))
         self.books = books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
 
     def attend(self, args: AttnArgs) -> mx.array:
@@ -236,6 +241,8 @@ class Launch:
             q = mx.concatenate([q, args.k.codec.project(q)[..., -self.sketch :]], axis=-1)
         sinks = self.no_sinks if args.sinks is None else args.sinks.astype(mx.float32)
         inputs = [q, *self.packed, dense_k, dense_v, lens, *call.numbers, self.books]
+        if geometry.lanes:
+            inputs.append(self.no_pages if args.pages is None else args.pages)
         if call.sinks:
             inputs.append(sinks)
         out = call(inputs)[0]

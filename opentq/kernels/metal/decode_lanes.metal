@@ -8,14 +8,15 @@
 //   values   a lane is four dims: it adds p * scale (from threadgroup memory) times the code, one word for R rows. The
 //            zeros are a small product of their own, p times zero per group, shared out over the lanes as (row, group).
 // Bytes: codes and scales of the visible packed tokens once, dense columns once, one float partial [DV + 2] per row and
-// team. Inputs are whole buffers, row-contiguous; how much of them counts stands in lens = (packed, sinks, tail start).
+// team. Inputs are whole buffers, row-contiguous; how much of them counts stands in lens = (packed, sinks, tail start). LISTED:
+// of packed tokens those of pages [B, Hkv, listed] are read, 64 a page, ascending, as if they stood behind each other.
 //
 // Template: KF, KG, VF, VG formats (OtqFormat) and groups; KF2, VF2 of a second run of codes, or OTQ_NONE; DK, DV; KE
 // channels of packed keys, QE of a query; R rows; KPL keys a lane; DS simdgroups a team; NT teams; SUB keys that a simdgroup
 // hands over at a time; WIN window; CAP softcap. Where keys are packed as a sketch, a query is longer than a key: its first
 // DK channels meet dense keys, its last KE packed ones (maybe all of it). k_more, v_more: codes of second runs, or polar's
 // second array. books: 32 lanes of the two books of keys, then of values. meta = {L, gqa, KV heads, dense columns, packed
-// rows, window, causal}; real = {scale, softcap}. Output: float [rows, splits, DV + 2], acc before (max, sum).
+// rows, window, causal, listed}; real = {scale, softcap}. Output: float [rows, splits, DV + 2], acc before (max, sum).
 
 // Where a lane's keys are, and their scores against R rows.
 template <int KPL, int R>
@@ -171,6 +172,13 @@ METAL_FUNC void otq_values(
   }
 }
 
+// The row of the x-th packed token that is read: of a list of pages, where there is one. MLX puts short lists into constant
+// memory.
+template <bool LISTED, class Pages>
+METAL_FUNC int otq_token(Pages pages, int x) {
+  return LISTED ? pages[x / 64] * 64 + x % 64 : x;
+}
+
 // sum += p * zero over n keys, for this lane's (row, group) pairs.
 template <int R, int GV, int PAIRS>
 struct OtqZeros {
@@ -221,7 +229,9 @@ struct OtqZeros {
   const int L = meta[0], gqa = meta[1], kv_heads = meta[2], Td = meta[3], capacity = meta[4], window = meta[5];
   const bool causal = meta[6] != 0;
   const int head = threadgroup_position_in_grid.z, b = head / kv_heads, n_rows = gqa * L;
-  const int packed = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
+  const int held = lens[3 * b], sink = lens[3 * b + 1], tail_start = lens[3 * b + 2];
+  const int packed = LISTED ? held - 64 * max(0, (held + 63) / 64 - meta[7]) : held;  // those that are read
+  const auto listed = pages + (LISTED ? head * meta[7] : 0);
   const int splits = threadgroups_per_grid.y * NT, split = threadgroup_position_in_grid.y * NT + team;
 
   threadgroup float* qs = (threadgroup float*)q_shared;
@@ -300,14 +310,15 @@ struct OtqZeros {
     const int limit = dense ? Td : packed;
 
     OtqKeys<KPL, R> keys;
-    int key[KPL];
+    int key[KPL], row[KPL];
 #pragma clang loop unroll(full)
     for (int k = 0; k < KPL; k++) {
       key[k] = base + k * 32 * DS + (lane / SUB) * SPAN + member * SUB + lane % SUB;
       int safe = min(key[k], limit - 1);
-      keys.row[k] = dense ? dk_head + safe * (DK / 2) : k_head + safe * KW;
-      keys.more[k] = km_head + safe * (dense ? 0 : KM);
-      keys.scale[k] = ks_head + safe * (dense ? 0 : KH);
+      row[k] = dense ? safe : otq_token<LISTED>(listed, safe);
+      keys.row[k] = dense ? dk_head + safe * (DK / 2) : k_head + row[k] * KW;
+      keys.more[k] = km_head + row[k] * (dense ? 0 : KM);
+      keys.scale[k] = ks_head + row[k] * (dense ? 0 : KH);
     }
     if (dense) {
       otq_scores<OTQ_HALF, DK, DK, R, KPL, KF, 0>(keys, qs, qsum_shared, k_book, k_book2);
@@ -403,12 +414,13 @@ struct OtqZeros {
         if (n <= 0) {
           break;
         }
+        const int start = dense ? from : otq_token<LISTED>(listed, from);  // SPAN tokens lie in one page
         if (lane / SUB == h) {
           const int slot = member * SUB + lane % SUB;
           for (int g = 0; g < GV; g++) {
             float2 sz = float2(1.0f, 0.0f);
             if (VF != OTQ_HALF && VF != OTQ_POLAR && !dense) {
-              sz = float2(otq_scale<VF>(vs_head, min(key[k], limit - 1) * GV + g));
+              sz = float2(otq_scale<VF>(vs_head, row[k] * GV + g));
             }
             zs[slot * GV + g] = sz.y;
 #pragma clang loop unroll(full)
@@ -432,13 +444,13 @@ struct OtqZeros {
               dense_v_rows, from, gap, n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
         } else if (n == SPAN) {  // the usual case, with a length known to the compiler
           otq_values<VF, VF2, DV, VF, R, KP, GV * R, false>(
-              packed_v, from, int3(0), SPAN, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
+              packed_v, start, int3(0), SPAN, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
           if (otq_integers<VF>()) {
             zero.add(ps, zs, SPAN, pair, 32 * DS);
           }
         } else {
           otq_values<VF, VF2, DV, VF, R, KP, GV * R, true>(
-              packed_v, from, int3(0, 0, n - 1), n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
+              packed_v, start, int3(0, 0, n - 1), n, half_of, d0, pv + my_group * R, v_book, v_book2, acc);
           if (otq_integers<VF>()) {
             zero.add(ps, zs, n, pair, 32 * DS);
           }

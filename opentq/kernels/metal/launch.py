@@ -29,6 +29,8 @@ BODY = "// ---- body\n"
 THREADGROUP_BYTES = 32768
 """Threadgroup memory that every Apple GPU has."""
 MAX_SPLITS = 1024
+PAGE = 64
+"""Tokens of a page of a list."""
 LANES = 32
 """Lanes of a simdgroup, and the entries of a table that it holds, one in each."""
 
@@ -78,8 +80,8 @@ class Kernel:
 _PACKED = ("k_codes", "k_more", "k_scales", "v_codes", "v_more", "v_scales")
 _CACHE = (*_PACKED, "dense_k", "dense_v", "lens", "meta", "real", "books")
 KERNELS = {
-    "decode_lanes": Kernel(("decode_lanes.metal",), ("q", *_CACHE), ("partial",)),
-    "decode_whole": Kernel(("decode_lanes.metal", "finish.metal"), ("q", *_CACHE, "sinks"), ("out", "partial")),
+    "decode_lanes": Kernel(("decode_lanes.metal",), ("q", *_CACHE, "pages"), ("partial",)),
+    "decode_whole": Kernel(("decode_lanes.metal", "finish.metal"), ("q", *_CACHE, "pages", "sinks"), ("out", "partial")),
     "matrix": Kernel(("attend_matrix.metal",), ("q", *_CACHE, "sinks"), ("out",)),
     "merge": Kernel(("merge.metal",), ("partial", "sinks", "meta"), ("out",)),
     "append": Kernel(
@@ -314,16 +316,18 @@ def lane_rows(k: Side, v: Side) -> int:
     return 16 if max(k.query, v.dim) <= 128 else 8
 
 
-def plan_decode(k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuning, n_cores: int) -> DecodePlan:
+def plan_decode(
+    k: Side, v: Side, rows: int, heads: int, tokens: int, tune: Tuning, n_cores: int, listed: bool = False
+) -> DecodePlan:
     """Geometry for `rows` query rows per KV head, at most `lane_rows`, and `heads` KV heads (all sequences).
 
-    `tokens` is the longest sequence, dense columns included.
+    `tokens` is the longest sequence, dense columns included; `listed`: they are read by a list of pages.
     """
     members = 1 if v.dim <= 128 else 2 if v.dim <= 256 else 4
     per_team = next(r for r in (1, 2, 4, 8, 16) if r >= rows)
     keys = tune.keys if per_team <= 8 else 1
     teams = tune.teams if members == 1 else 1
-    handover = tune.handover
+    handover = min(tune.handover, PAGE // members) if listed else tune.handover  # all of one page
     tile = 32 * keys * members
     wanted = max(1, n_cores * tune.simdgroups // (heads * members * teams))
     useful = max(1, -(-tokens // (2 * tile * teams)))
