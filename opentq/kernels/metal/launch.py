@@ -81,7 +81,9 @@ _PACKED = ("k_codes", "k_more", "k_scales", "v_codes", "v_more", "v_scales")
 _CACHE = (*_PACKED, "dense_k", "dense_v", "lens", "meta", "real", "books")
 KERNELS = {
     "decode_lanes": Kernel(("decode_lanes.metal",), ("q", *_CACHE, "pages"), ("partial",)),
-    "decode_whole": Kernel(("decode_lanes.metal", "finish.metal"), ("q", *_CACHE, "pages", "sinks"), ("out", "partial")),
+    "decode_whole": Kernel(
+        ("decode_lanes.metal", "finish.metal"), ("q", *_CACHE, "pages", "sinks"), ("out", "partial")
+    ),
     "matrix": Kernel(("attend_matrix.metal",), ("q", *_CACHE, "sinks"), ("out",)),
     "merge": Kernel(("merge.metal",), ("partial", "sinks", "meta"), ("out",)),
     "append": Kernel(
