@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dev"))
 import study_tables as study
+
+ROOT = Path(__file__).parents[1]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -76,3 +80,14 @@ def test_a_table_keeps_to_one_of_two_texts_that_have_a_name():
     rows[1]["settings"]["text"] = {"name": "python-stdlib", "digest": "a"}
     rows[2]["settings"]["text"] = {"name": "python-stdlib", "digest": "b"}
     assert study.one_text(rows) == rows[:2]
+
+
+def test_what_is_recommended_stands_in_a_record():
+    rows = [json.loads(line) for line in (ROOT / "results" / "fidelity.jsonl").read_text().splitlines()]
+    for family in tomllib.loads((ROOT / "opentq" / "spec" / "recommended.toml").read_text()).values():
+        asked = family["measured"], family["spec"], family.get("depth", 4096)
+        found = [
+            r for r in rows if (r["settings"]["model"]["name"], r["settings"]["spec"], r["settings"]["depth"]) == asked
+        ]
+        shown = {(f"{r['kl_mean'][0]:.1e}", f"{r['top1'][0]:.3f}") for r in found}
+        assert (f"{family['kl']:.1e}", f"{family['top1']:.3f}") in shown, family
