@@ -31,7 +31,7 @@ def build_selftest(compiler: str, *flags: str) -> Path:
     """
     command = [compiler, "-std=c++17", "-pthread", "-w", f"-I{build.HERE}", *flags]
     files = [f for f in cpu.SOURCES if not f.startswith("products.cpp")]
-    digest = hashlib.sha256(build._key(build.find_compiler(), files).encode() + SELFTEST.read_bytes())
+    digest = hashlib.sha256(build._key(build.find_compiler(), cpu.SOURCES).encode() + SELFTEST.read_bytes())
     digest.update(" ".join((*command, str(os.stat(compiler).st_mtime_ns))).encode())
     program = build.cache_folder() / f"selftest-{digest.hexdigest()[:20]}"
     if kept.whole(program):
