@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def test_what_is_not_appended():
     assert fused_metal.appends((Affine(4), Turbo(3)), (128, 64))
 
 
-def decode_step(spec: str, length: int, dim: int = 64, held: int = 150) -> tuple[OpenTQCache, list[str]]:
+def decode_step(spec: str | KVSpec, length: int, dim: int = 64, held: int = 150) -> tuple[OpenTQCache, list[str]]:
     """A step on a cache of `held` tokens, held to the portable path: the cache, and the launches."""
     shape = Shape(q_heads=4, kv_heads=2, key_dim=dim, value_dim=dim)
     k, v = oracle.vectors(shape, held + length, dtype=mx.float16)
@@ -112,6 +114,12 @@ def test_a_decode_step_is_two_launches_or_three(spec, length):
 def test_longer_heads_rotate_back_in_the_last_launch(dim):
     assert decode_step("int4", 1, dim)[1][-1] == "opentq_decode_whole"
     assert decode_step("int4", 1, dim, held=600)[1][-1] == "opentq_merge"
+
+
+def test_a_decode_step_reads_the_pages_of_a_list_where_they_lie():
+    spec = replace(KVSpec.parse("int4:sink=4:pages=192"), channels=((0, 1, 2, 32, 33, 34),) * 2)
+    cache, names = decode_step(spec, 1, held=600)
+    assert names == ["opentq_append", "opentq_decode_whole"] and cache.stats.read == 192 < cache.stats.held
 
 
 def test_a_decode_step_with_matrices(monkeypatch):
