@@ -400,7 +400,7 @@ def test_doctor_judges_both_variants(monkeypatch):
     monkeypatch.setattr(metal, "tuning", lambda: metal._trial or LANES)
     small = {"specs": ("tq4/int3",), "shapes": ((4, 2, 64),), "options": (), "tokens": 130, "timed": ("int4",)}
     before = len(launch.launches)
-    records = list(device.examine(replace(device.QUICK, **small, contexts=(130,), deep=(130,), prompt=20)))
+    records = list(device.examine(replace(device.QUICK, **small, contexts=(600,), deep=(130,), prompt=20)))
     assert not any(device.failed(r) for r in records)
     assert records[0]["tuning"]["variant"] == "lanes"
     for kind in ("conformance", "kernel"):
