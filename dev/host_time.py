@@ -115,7 +115,7 @@ def stubbed() -> Iterator[Callable[[str], None]]:
         (metal, "make", lambda **creation: _called(make(**creation))),
         (metal, "cores", lambda: 40),
         (guard, "_passes", lambda *_: True),
-        (guard, "settled", {}),
+        (guard, "trusted", {}),
         (backends, "active", lambda: active[0]),
     ]
     saved = [(module, name, getattr(module, name)) for module, name, _ in changes]

@@ -431,7 +431,7 @@ def test_simulated_caches_pass_the_judge_of_first_use(tiny_llama, monkeypatch):
     from opentq.attention import guard
 
     monkeypatch.setattr(guard, "judging", True)
-    monkeypatch.setattr(guard, "settled", {})
+    monkeypatch.setattr(guard, "trusted", {})
     for name in ("tq4", "q4_0", "f16"):
         caches = contenders.enter(name, tiny_llama, simulate=True).caches()
         out = tiny_llama(mx.arange(100)[None], cache=caches)

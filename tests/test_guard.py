@@ -76,7 +76,7 @@ def plant(request, monkeypatch, tmp_path):
         real = replace(real, extend=lambda codecs, dense, fresh: None, step=None, rotate=lambda x: None)
         real = replace(real, choose=lambda *_: None)
     monkeypatch.setattr(guard, "judging", True)
-    monkeypatch.setattr(guard, "settled", {})
+    monkeypatch.setattr(guard, "trusted", {})
     monkeypatch.setattr(verdicts, "_known", {})
     monkeypatch.setattr(guard, "_said", set())
     monkeypatch.setattr(verdicts, "file", lambda name: tmp_path / f"{name}.jsonl")
@@ -146,7 +146,7 @@ def test_a_right_kernel_serves_and_is_judged_once(plant, monkeypatch, caplog):
     kept = verdicts.file(backend.name).read_text()
     assert all(json.loads(line)["why"] == "" for line in kept.splitlines())
     # Another process on this machine reads the verdicts.
-    monkeypatch.setattr(guard, "settled", {})
+    monkeypatch.setattr(guard, "trusted", {})
     monkeypatch.setattr(verdicts, "_known", {})
     monkeypatch.setattr(judge, "attention", lambda function, args: pytest.fail("judged again"))
     text(model)

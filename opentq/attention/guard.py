@@ -36,7 +36,7 @@ log = logging.getLogger("opentq")
 
 T = TypeVar("T")
 
-settled: dict[Hashable, bool] = {}
+trusted: dict[Hashable, bool] = {}
 """What this process knows: whether a function may serve calls of a kind."""
 judging = True
 """Tests that judge kernels themselves switch this off."""
@@ -129,11 +129,11 @@ def layouts(backend: Backend, k: Codec, v: Codec, dims: tuple[int, int]) -> tupl
     wanted = backend.layouts(k, v, dims)
     for side, codec, dim, layout in zip(("keys", "values"), (k, v), dims, wanted):
         key = (backend.layouts, side, codec, dim)
-        if key not in settled:
+        if key not in trusted:
             what = f"packing of {side} {codec} D={dim}"
             verdict = functools.partial(judge.packing, layout, codec, dim)
-            settled[key] = layout is CANONICAL or _passes(backend.name, what, verdict)
-        if not settled[key]:
+            trusted[key] = layout is CANONICAL or _passes(backend.name, what, verdict)
+        if not trusted[key]:
             return CANONICAL, CANONICAL
     return wanted
 
@@ -185,7 +185,7 @@ def _first(
 
     The first call of a kind is judged, then waited for; the portable path is what others are judged by.
     """
-    known, failure, out = settled.get(kind), None, None
+    known, failure, out = trusted.get(kind), None, None
     if known is False:
         return None
     try:
@@ -194,7 +194,7 @@ def _first(
         failure = error
     if known is None and judging and name != tiled.NAME and (failure is not None or out is not None):
         if not _passes(name, what(), verdict):
-            settled[kind] = False
+            trusted[kind] = False
             return None
         try:
             mx.eval(out)
@@ -204,7 +204,7 @@ def _first(
         _failed(name, kind, what(), failure)
         return None
     if known is None and out is not None:
-        settled[kind] = True
+        trusted[kind] = True
         log.info("%s by %s", what(), name)
     return out
 
@@ -216,7 +216,7 @@ def _failed(name: str, kind: Hashable, what: str, error: RuntimeError) -> None:
     if name == tiled.NAME or not judging or no_fault(error):
         raise error
     why = f"fails: {_short(error)}"
-    settled[kind] = False
+    trusted[kind] = False
     verdicts.keep(name, f"{what}, in a generation,", why)  # for `opentq doctor`; the next process tries again
     _say(name, what, why)
 

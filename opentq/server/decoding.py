@@ -123,7 +123,7 @@ class Decoding(GenerationBatch):
 
     def verify(self, guesses: list[int]) -> tuple[list[Any], int]:
         """One step over the newest token and guesses at those after it; returns what `next` returns, for each token
-        that it settles, and how many guesses were right.
+        that it decides, and how many guesses were right.
 
         Every position's token is chosen as a step of its own would: the most likely one, or a draw with the key of
         that step. A guess is right when it is that token, so greedy text is plain text and draws are plain draws.
@@ -142,7 +142,7 @@ class Decoding(GenerationBatch):
         self._next_tokens, self._next_logprobs = mx.array([chosen[right]]), [None]
         responses = []
         for token in [last, *guesses[:right]]:
-            responses.append(self._settle(token))
+            responses.append(self._response(token))
             if responses[-1].finish_reason:
                 self.filter([])
                 break
@@ -159,7 +159,7 @@ class Decoding(GenerationBatch):
             keys.append(sampler.key)
         return mx.concatenate(tokens).tolist(), keys  # type: ignore[return-value]
 
-    def _settle(self, token: int) -> Any:
+    def _response(self, token: int) -> Any:
         """What `next` says of one token."""
         self._num_tokens[0] += 1
         self.tokens[0].append(token)
