@@ -26,6 +26,7 @@ import opentq  # noqa: F401  (before mlx: it brings the matrix product of the CP
 import mlx.core as mx
 
 from opentq.caches.batch import BatchOpenTQCache
+from opentq.dialogue.errors import ApiError
 from opentq.dialogue.output import Parser
 from opentq.dialogue.prompt import Prompt
 from opentq.dialogue.request import Done, Generated, SamplingParams
@@ -136,6 +137,8 @@ def edit(args: argparse.Namespace) -> dict[str, Any]:
         text = f"# Question {number}, {lookup}\n{prompt}"
         tokens = tokenizer.encode(text)
         script = tokenizer.encode(text + answer)[len(tokens) :][: args.answer]
+        if len(script) < args.answer:
+            raise SystemExit(f"--answer {args.answer} is more than the file has: at most {len(script)} tokens")
         engine.model, engine.lookup = Held(model, len(tokens), script, service.vocab), lookup
         parser, events = Parser(tokenizer, raw=True), SimpleQueue[Any]()
         job = Job(Prompt(tokens), len(script), SamplingParams(), parser, lambda job, event: events.put(event))
@@ -150,6 +153,8 @@ def edit(args: argparse.Namespace) -> dict[str, Any]:
                     raise SystemExit(f"the engine failed: {running.exception()}")
                 time.sleep(0.001)
             event = events.get()
+            if isinstance(event, ApiError):
+                raise SystemExit(f"the engine failed: {event}")
         seconds = event.usage.generation_seconds, time.process_time() - started
         if job.answer != script:
             raise SystemExit("the answer is not what the model was held to")

@@ -362,6 +362,7 @@ def main() -> int:
     records = []
     options = ["--kv", args.kv, "--memory", args.memory, "--log-level", "warning", "--queue", "256"]
     parts = list(AGENTS) if args.agents else args.parts.split(",")
+    parts = [part for part in parts if not (part == "edit" and args.no_times)]  # which is nothing but times
     own = {"agents": ["--max-context", str(args.agent_tokens * 5 // 4)]}
     own["soak"] = ["--prompt-cache-bytes", args.prompt_cache_bytes]
     for part in parts:

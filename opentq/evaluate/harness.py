@@ -7,6 +7,7 @@ cache nothing would be tested. Here prompts are fed in steps of `prefill` tokens
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,25 +42,34 @@ def run(on: Evaluation, tasks: Sequence[str], limit: int = 0, include: Path | No
     """
     lm_eval = need()
     manager = lm_eval.tasks.TaskManager(include_path=str(include) if include else None)
-    if unknown := [t for t in tasks if not manager.match_tasks([t])]:
+    if unknown := [t for t in tasks if t not in manager.all_subtasks]:
         raise UserError(
-            f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)}; "
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)} (of a group, name its tasks); "
             "--include FOLDER adds those of your own"
         )
+    own = {"include": _digest(include)} if include else {}
     found: list[Record] = []
     for task in tasks:
-        asked = {"name": task, "limit": limit, "lm_eval": lm_eval.__version__}
+        asked = {"name": task, "limit": limit, "lm_eval": lm_eval.__version__, **own}
         settings = {"kind": "harness", "model": on.model_id, "task": asked}
 
         def measure(contender: Contender, task: str = task) -> Record:
             done = lm_eval.evaluator.simple_evaluate(
                 bridge(on, contender), tasks=[task], limit=limit or None, task_manager=manager, log_samples=False
             )
-            numbers = {k: v for k, v in done["results"][task].items() if isinstance(v, (int, float))}
-            return {"metrics": {k.removesuffix(",none"): float(v) for k, v in numbers.items()}}
+            named = {k: v for k, v in done["results"][task].items() if "," in k and isinstance(v, (int, float))}
+            return {"metrics": {k.removesuffix(",none"): float(v) for k, v in named.items()}}
 
         found += on.each(settings, on.names, measure, 1)
     return found
+
+
+def _digest(folder: Path) -> str:
+    """Of the files of tasks of one's own: what is measured is known again only where they are the same."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def bridge(on: Evaluation, contender: Contender, prefill_step: int = 128, step: int = 16) -> Any:
@@ -107,6 +117,7 @@ def bridge(on: Evaluation, contender: Contender, prefill_step: int = 128, step: 
                 if options.get("do_sample") and options.get("temperature", 1):
                     raise UserError("eval harness answers greedily: leave out tasks that sample")
                 stops, left = options.get("until") or [], int(options.get("max_gen_toks", 256))
+                stops = [stops] if isinstance(stops, str) else stops
                 tokens = self.tok_encode(context)
                 caches, text, answer = self._read(tokens, left), "", list[int]()
                 while left > 0 and not any(s in text for s in stops):

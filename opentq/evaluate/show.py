@@ -127,10 +127,16 @@ def harness(records: Sequence[Record], style: str) -> str:
     """One row per task and spec: the task's metrics, with standard errors."""
     rows = []
     for r in records:
-        own = r["metrics"]
-        shown = (f"{k} {v:.4g} ± {own.get(f'{k}_stderr', 0):.2g}" for k, v in own.items() if "stderr" not in k)
+        shown = (_metric(k, r["metrics"]) for k in r["metrics"] if "stderr" not in k)
         rows.append([r["settings"]["task"]["name"], r["settings"]["spec"], f"{r['bits']:.3g}", ", ".join(shown)])
     return table(["task", "spec", "bits", "metrics"], rows, style, records)
+
+
+def _metric(key: str, metrics: dict[str, float]) -> str:
+    """One of the harness's METRIC or METRIC,FILTER, with its standard error if it has one."""
+    name, comma, kind = key.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{kind}")
+    return f"{key} {metrics[key]:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def table(head: list[str], rows: list[list[str]], style: str, records: Sequence[Record] = ()) -> str:

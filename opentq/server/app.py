@@ -154,7 +154,7 @@ class Routes:
         asked = await self._read(request, openai.read_completion)
 
         def writer(stream: Stream, model: str) -> openai_out.Writer:
-            decode = self.service.engine.tokenizer.decode
+            decode = stream.service.engine.tokenizer.decode
             texts = [p if isinstance(p, str) else decode(p) for p in asked.prompts] if asked.echo else []
             echo = tuple(text for text in texts for _ in range(asked.n))
             return openai_out.Writer(stream.id, model, asked, chat=False, echo=echo)
@@ -188,7 +188,11 @@ class Routes:
             return service, await service.open(asked)
 
         service, stream = await unless_gone(request.receive, admitted())
-        words = writer(stream, asked.model or service.shown[0])
+        try:
+            words = writer(stream, asked.model or service.shown[0])
+        except BaseException:
+            stream.cancel()
+            raise
         return Answer(stream, words, asked.stream, service.options.keep_alive)
 
     async def kept_response(self, request: Request) -> Response:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,7 +165,10 @@ class PrefixFiles:
         return [path for _, path in sorted(found)]
 
     def _sweep(self) -> None:
-        """Remove what processes that are no more left half written."""
+        """Remove what processes that are no more left half written, and the indices that earlier versions wrote."""
+        for path in self.folder.glob("*.json"):
+            if re.fullmatch("[0-9a-f]+", path.stem):
+                _unlink(path)
         for path in self.folder.glob(".*.tmp*"):
             if not _alive(path.name.partition(".tmp")[0].rpartition(".")[2]):
                 _unlink(path)

@@ -48,7 +48,7 @@ class Stream:
         self.jobs: list[Job] = []  # one for each answer
         self._left = answers
         self._usage = Usage()
-        self._service = service
+        self.service = service
 
     async def __aiter__(self) -> AsyncIterator[Progress | Generated | Done]:
         while True:
@@ -72,7 +72,7 @@ class Stream:
     def cancel(self, error: ApiError = GONE) -> None:
         """End it; nobody else notices. Safe at any time."""
         for job in self.jobs:
-            self._service.cancel(job, error)
+            self.service.cancel(job, error)
 
 
 def _sum(so_far: Usage, more: Usage, reads: bool) -> Usage:
