@@ -99,7 +99,7 @@ def parsed(monkeypatch):
 
 
 LISTS = ["plan", "eval fidelity", "eval needle", "eval generate", "eval layers", "eval use", "eval tasks"]
-LISTS += ["bench kernel", "bench model", "bench long", "doctor"]
+LISTS += ["eval harness", "bench kernel", "bench model", "bench long", "doctor"]
 NO_RECIPES = ("bench kernel", "doctor")
 
 

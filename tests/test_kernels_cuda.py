@@ -445,7 +445,7 @@ def test_compiled_kernels_are_kept(monkeypatch, tmp_path):
     assert not list(tmp_path.glob(".build-*"))
 
 
-def test_compiled_kernels_are_compressed(monkeypatch, tmp_path):
+def test_compiled_kernels_are_compressed(monkeypatch, tmp_path, caplog):
     """Where nvFatbin is installed; code that was kept without it is made anew."""
     compressor = Compressor()
     monkeypatch.setattr(nvrtc.build, "cache_folder", lambda: tmp_path)
@@ -457,9 +457,9 @@ def test_compiled_kernels_are_compressed(monkeypatch, tmp_path):
     assert [nvrtc.cubin("kernel", "one", "sm_90") for _ in range(2)] == [b"90:code"] * 2
     assert compressor.open == 0
     compressor.status = 6
-    with pytest.raises(nvrtc.CompileError, match="nvFatbinAddCubin answered error 6"):
-        nvrtc.cubin("kernel", "two", "sm_90")
-    assert compressor.open == 0 and len(list(tmp_path.iterdir())) == 2 * len(list(tmp_path.glob("*.cubin")))
+    assert nvrtc.cubin("kernel", "two", "sm_90") == b"code" * 9
+    assert "kernel is not compressed" in caplog.text and "nvFatbinAddCubin answered error 6" in caplog.text
+    assert compressor.open == 0
 
 
 class Compressor:
@@ -467,7 +467,6 @@ class Compressor:
 
     def __init__(self):
         self.open, self.status, self.kept = 0, 0, b""
-        self._name = "libnvfatbin.so.13"
 
     def nvFatbinCreate(self, handle, options, count):
         self.open += 1

@@ -91,7 +91,7 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
     """The back end's decode step in one launch, once it was right on this machine; None where there is none."""
     q, memo, listed = args.q, args.k.memo, 0 if args.pages is None else args.pages.shape[2]
     same = args.causal, args.window, args.scale, args.softcap, args.sinks is None, center is None
-    key = q.shape, q.dtype, listed, same
+    key = q.shape, q.dtype, fresh[0].shape[2], fresh[0].dtype, listed, same
     kept: tuple[PackedKV, StepFn | None] | None = memo.get(key)
     if kept is None or kept[0] is not args.v:
         launch, done = _first_step(backend, args, fresh, center)
@@ -102,8 +102,9 @@ def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None)
     try:
         return kept[1](args, fresh, center)
     except RuntimeError as error:
-        memo[key] = args.v, None
+        del memo[key]
         _failed(backend.name, (backend.step, center is None, args.kind()), _step(args, center), error)
+        memo[key] = args.v, None
         return None
 
 

@@ -156,9 +156,11 @@ def fp16_bytes(model: Any, tokens: int, caches: Sequence[Any] = ()) -> int:
     """
     record = hooks.installed(model)
     plans = [p for p in record.plans if p.compressed] if record else []
-    dense = sum(min(tokens, p.window or tokens) * p.kv_heads * (p.key_dim + p.value_dim) * 2 for p in plans)
+    dense = sum(
+        min(tokens, p.window or tokens) * (p.kv_heads * (p.key_dim + p.value_dim) * 2 + p.beside) for p in plans
+    )
     own = [c for cache in caches for c in members(cache) if not isinstance(c, OpenTQCache)]
-    return dense + cache_bytes(own) if dense else 0
+    return int(dense) + cache_bytes(own) if dense else 0
 
 
 def pages_read(record: hooks.Installation | None) -> tuple[int, int]:

@@ -37,13 +37,12 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
     plans = []
     for i, part, cache in slots:
         kind = type(cache).__name__
-        reason = reasons[i, part]
+        reason, beside = reasons[i, part], _beside(cache, traits)
         if reason:
-            plans.append(LayerPlan(i, kind, None, reason, part, bound=native_bound(cache)))
+            plans.append(LayerPlan(i, kind, None, reason, part, bound=native_bound(cache), beside=beside))
         else:
             own = spec.for_layer(order[i, part], len(compressible))
             window = native_bound(cache)
-            beside = _beside(cache, traits)
             whole = _read_whole(own, window, traits, beside > 0)
             if whole:
                 own = replace(own, pages=0)
@@ -54,7 +53,7 @@ def decide(caches: Sequence[Any], spec: Spec, kinds: ModuleType, traits: Traits 
             latent = traits.latent and not window
             plan = LayerPlan(i, kind, own, "", part, window=window, latent=latent, whole=whole, beside=beside)
             if refusal := _refused(shaped(plan, cache)):
-                plan = LayerPlan(i, kind, None, refusal, part, bound=window)
+                plan = LayerPlan(i, kind, None, refusal, part, bound=window, beside=beside)
             plans.append(plan)
     packed = [p for p in plans if p.spec and p.spec.compresses]
     if spec.compresses and not packed and any(p.compressed for p in plans):

@@ -235,7 +235,8 @@ class Life:
         args.pages = listed
         fp16 = mx.float16 if native and self.dtype == mx.float32 else None
         judge(args, out, atol=self.atol, dtype=fp16, model=True)
-        if attention.get("rows") and length == 1 and len(self.lanes) == 1 and step.sketches is None:
+        singly = step.sketches is None and step.k.layout.block == step.v.layout.block == 1
+        if attention.get("rows") and length == 1 and len(self.lanes) == 1 and singly:
             self._attend_rows(step, args, q, rng)
 
     @staticmethod

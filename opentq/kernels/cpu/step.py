@@ -91,6 +91,7 @@ class Launch:
         self.columns: list[np.ndarray] = []
         self.room = -1
         self.lens: tuple[Lengths, ...] = ()
+        self.lengths: np.ndarray | None = None  # what the call points to
 
     def __call__(self, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped:
         arrays = [args.q, *fresh, args.dense_k, args.dense_v] + ([] if center is None else [center])
@@ -105,8 +106,8 @@ class Launch:
         if total > self.room:
             self._make_room(call, total + ROOM)
         if args.lens is not self.lens:
-            self.lens, lens = args.lens, _lens(args.lens)
-            call.lens = lens.ctypes.data
+            self.lens, self.lengths = args.lens, _lens(args.lens)
+            call.lens = self.lengths.ctypes.data
         views = [x.__dlpack__() for x in arrays]
         step.q, step.k, step.v, step.old_k, step.old_v, *mean = [_pointer(x, b"dltensor") for x in views]
         step.center = mean[0] if mean else None
@@ -133,10 +134,11 @@ class Launch:
 
     def _make_room(self, call: cpu.Call, columns: int) -> None:
         """Scratch for so many columns of keys and of values."""
-        self.room, tokens = columns, math.prod(self.lead) * columns
+        tokens = math.prod(self.lead) * columns
         self.columns = [np.empty(tokens * dim, np.float16) for dim in self.dims]
         self.step.k_out, self.step.v_out = (x.ctypes.data for x in self.columns)
         call.dense_k.data, call.dense_v.data = self.step.k_out, self.step.v_out
+        self.room = columns
 
 
 def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:

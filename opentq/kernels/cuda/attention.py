@@ -93,8 +93,8 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
     return Launch(args, fused, center is not None).step
 
 
-KEPT = 512
-"""Calls that launches of one kind remember."""
+KEPT = 64
+"""Calls that launches of one kind remember: layers share them, and later steps have other lengths."""
 
 
 class Call(NamedTuple):

@@ -12,11 +12,14 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import build, kept
+
+log = logging.getLogger("opentq")
 
 COMPILER = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 COMPRESSOR = ("libnvfatbin.so.13", "libnvfatbin.so.12", "libnvfatbin.so")
@@ -28,15 +31,18 @@ class CompileError(RuntimeError):
 
 def cubin(name: str, source: str, architecture: str) -> bytes:
     """Machine code of `source` for `architecture` ("sm_90"), from the cache where it is known. Raises CompileError."""
-    compressor = _nvfatbin()
-    key = f"{architecture}\0{version()}\0{bool(compressor)}\0{source}"
+    compressor, options = _nvfatbin(), compression()
+    key = f"{architecture}\0{version()}\0{compressor and options}\0{source}"
     key = hashlib.sha256(key.encode()).hexdigest()[:20]
     path = build.cache_folder() / f"{name}-{architecture}-{key}.cubin"
     if kept.whole(path):
         return path.read_bytes()
     code = compile_source(name, source, architecture)
     if compressor:
-        code = compress(compressor, code, architecture)
+        try:
+            code = compress(compressor, code, architecture, options)
+        except CompileError as error:
+            log.warning("%s is not compressed, so every call of it costs more: %s", name, error)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".build-", delete=False) as file:
         file.write(code)
     kept.seal(Path(file.name), path)  # in one step: several processes may compile at once
@@ -58,12 +64,14 @@ def compile_source(name: str, source: str, architecture: str) -> bytes:
         _nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def compress(compressor: ctypes.CDLL, code: bytes, architecture: str) -> bytes:
+def compression() -> list[bytes]:
+    """nvFatbin's options; drivers for CUDA 12 may not read what is smallest."""
+    return [b"-compress-all"] + [b"-compress-mode=size"] * (int(version().partition(".")[0]) >= 13)
+
+
+def compress(compressor: ctypes.CDLL, code: bytes, architecture: str, options: list[bytes]) -> bytes:
     """`code` as a compressed fat binary, which the driver loads as well. Raises CompileError."""
     handle, size = ctypes.c_void_p(), ctypes.c_size_t()
-    options = [b"-compress-all"]
-    if compressor._name.endswith(".13"):  # drivers for CUDA 12 may not read what is smallest
-        options.append(b"-compress-mode=size")
 
     def call(name: str, *arguments: object) -> None:
         if status := getattr(compressor, name)(*arguments):

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ...codecs import codebooks
 from ...codecs.packing import words
 from ...codecs.rounding import lengths
-from ...contracts.attention import AttnArgs
+from ...contracts.attention import AttnArgs, PackedKV
 from ...contracts.backend import Backend, Pair, StepFn
 from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Integers
@@ -27,13 +27,12 @@ def attend(args: AttnArgs) -> mx.array | None:
     q, memo, tune = args.q, args.k.memo, metal.tuning()
     listed = 0 if args.pages is None else args.pages.shape[2]
     key = "attend", q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None, listed
-    launch: Launch | None = memo.get(key)
-    if launch is None or launch.values is not args.v or launch.tune is not tune:
-        launch = _launch(args, False, tune)
-        if launch is None:
-            return None
-        memo[key] = launch
-    return launch.attend(args)
+    kept: tuple[PackedKV, metal.Tuning, Launch | None] | None = memo.get(key)
+    if args.mask is not None:
+        return None
+    if kept is None or kept[0] is not args.v or kept[1] is not tune:
+        memo[key] = kept = args.v, tune, _launch(args, False, tune)
+    return None if kept[2] is None else kept[2].attend(args)
 
 
 def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:

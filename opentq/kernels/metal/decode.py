@@ -25,8 +25,8 @@ from .launch import Format, Side
 MATRIX_ROWS = 8
 """Query rows per KV head up to which the matrix kernel gives every simdgroup tokens of its own."""
 MAX_DIM = 512
-KEPT = 512
-"""Steps that a geometry remembers."""
+KEPT = 64
+"""Steps that a geometry remembers: layers share them, and later steps have other lengths."""
 
 
 class Call:
@@ -95,7 +95,7 @@ class Geometry:
             *(("KE", k.width), ("QE", k.query), ("WIN", bool(window)), ("CAP", bool(softcap))),
         ]
         self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, Call | None, mx.array]] = {}
-        self.appends: dict[tuple[int, bool], Call] = {}  # by columns, and whether keys are centred
+        self.appends: dict[tuple, Call] = {}  # by columns, whether keys are centred, and what is rotated
         self.new = False
 
     def calls(self, columns: int, lens: tuple[Lengths, ...]) -> tuple[Call, Call | None, mx.array]:
@@ -184,8 +184,7 @@ class Launch:
     """
 
     def __init__(self, args: AttnArgs, k: Side, v: Side, rotated: tuple[bool, bool] | None, tune: metal.Tuning) -> None:
-        self.values = args.v  # which belong to the keys that keep this launch
-        self.tune, self.rotated, self.codec = tune, rotated, args.v.codec
+        self.rotated, self.codec = rotated, args.v.codec
         self.sketch = k.sketch
         self.geometry: Geometry = _geometry(
             k,
@@ -218,7 +217,7 @@ class Launch:
         """The output, rotated back, and the columns with the new tokens behind them."""
         dense_k, dense_v, geometry = args.dense_k, args.dense_v, self.geometry
         columns, centred = dense_k.shape[2], center is not None
-        call = geometry.appends.get((columns, centred)) or self._appends(args, fresh, centred)
+        call = geometry.appends.get((columns, centred, self.rotated)) or self._appends(args, fresh, centred)
         if not columns:
             dense_k = dense_v = self.no_halves
         inputs = [args.q, *fresh, dense_k, dense_v, center if centred else self.no_halves, *call.numbers]
@@ -231,7 +230,7 @@ class Launch:
         if len(known) >= KEPT:
             known.clear()
         made = append_call(args.q.shape, args.q.dtype, shape, args.v.head_dim, fresh[0].shape[2], self.rotated, centred)
-        known[shape[2], centred] = made
+        known[shape[2], centred, self.rotated] = made
         return made
 
     def _attend(self, args: AttnArgs, q: mx.array, dense_k: mx.array, dense_v: mx.array, columns: int) -> mx.array:
