@@ -343,7 +343,7 @@ def agents() -> str:
     if edit:
         text += (
             f"\n\nAn answer of {edit['answer']} tokens that repeats {edit['repeated']:.0%} of a file is written "
-            f"{edit['ratio']} times as fast with guesses as without: {edit['tokens_per_s']:.0f} tokens/s in the place of "
+            f"{edit['ratio']} times as fast with guesses as without: {edit['tokens_per_s']:.0f} tokens/s, not "
             f"{edit['plain_tokens_per_s']:.0f}. {machine([edit])}; `{edit['command']}`."
         )
     return text

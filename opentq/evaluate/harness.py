@@ -44,8 +44,8 @@ def run(on: Evaluation, tasks: Sequence[str], limit: int = 0, include: Path | No
     manager = lm_eval.tasks.TaskManager(include_path=str(include) if include else None)
     if unknown := [t for t in tasks if t not in manager.all_subtasks]:
         raise UserError(
-            f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)} (of a group, name its tasks); "
-            "--include FOLDER adds those of your own"
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {', '.join(unknown)}; of a group "
+            "name the tasks; --include FOLDER adds those of your own"
         )
     own = {"include": _digest(include)} if include else {}
     found: list[Record] = []
