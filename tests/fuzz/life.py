@@ -40,7 +40,6 @@ class Life:
 
     def __init__(self, case: Case, mode: str):
         shim.install(HOST)
-        sketches.WARM = 32  # channels are chosen early, so that short lives read pages
         self.case, self.home = case, mode
         self.spec = KVSpec.parse(case.spec)
         if case.given and self.spec.pages:
@@ -56,10 +55,14 @@ class Life:
 
     def run(self) -> None:
         """Do all that the case says. Raises whatever is wrong."""
-        for op in self.case.ops:
-            getattr(self, op[0])(*op[1:])
-            self.check_lengths()
-        self.check()
+        warm, sketches.WARM = sketches.WARM, 32  # channels are chosen early, so that short lives read pages
+        try:
+            for op in self.case.ops:
+                getattr(self, op[0])(*op[1:])
+                self.check_lengths()
+            self.check()
+        finally:
+            sketches.WARM = warm
 
     @staticmethod
     def _use(mode: str) -> None:
