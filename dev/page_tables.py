@@ -182,7 +182,7 @@ def speed(rows: Rows, markdown: Markdown) -> str:
     found = {(r["device"], *r["shape"], r["context"], "pages=" in r["kv"]): r for r in rows if r["ms"]}
     body = []
     for device, *shape in dict.fromkeys(key[:4] for key in found):
-        times = {c: found[device, *shape, c, True]["ms"] for *_, c, paged in found if paged}
+        times = {key[4]: r["ms"] for key, r in found.items() if key[:4] == (device, *shape) and key[5]}
         for context, ms in times.items():
             whole = found.get((device, *shape, context, False))
             exact, factor = (f"{whole['ms']:.2f}", f"{whole['ms'] / ms:.1f}") if whole else ("", "")
