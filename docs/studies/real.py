@@ -160,7 +160,7 @@ class Study(Network):
     def probes(self) -> None:
         """What every layer's keys and values cost alone, from which `tune` starts."""
         tuner = self.tuner()
-        lines = tuner.probes()[self.part - 1 :: self.of]
+        lines = list(tuner.probes())[self.part - 1 :: self.of]
         for some in (lines[i : i + 15] for i in range(0, len(lines), 15)):
             tuner.measure(some)
             self.say("probes", some[-1])

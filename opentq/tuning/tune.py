@@ -119,19 +119,21 @@ class Tuner:
             bits[spec] = record["bits"]
         return {name: (bits[c], sum(kl[c]) / len(kl[c])) for name, c in canonical.items()}
 
-    def probes(self) -> list[str]:
-        """The recipes by which every block is measured alone."""
-        asked = probes(len(self.plans), self.blocks)
-        return ["|".join(layer + self.suffix for layer in line.split("|")) for *_, line in asked]
+    def probes(self) -> dict[str, tuple[int, str, int]]:
+        """The recipes by which every block is measured alone, and the block, side and bits of each."""
+        return {
+            "|".join(layer + self.suffix for layer in line.split("|")): (block, side, bits)
+            for block, side, bits, line in probes(len(self.plans), self.blocks)
+        }
 
     def sensitivities(self) -> list[Sensitivity]:
         """Measure every block alone."""
-        asked, lines = list(probes(len(self.plans), self.blocks)), self.probes()
-        self.say(f"sensitivities: {len(lines)} measurements of {len(self.blocks)} blocks of layers")
+        asked = self.probes()
+        self.say(f"sensitivities: {len(asked)} measurements of {len(self.blocks)} blocks of layers")
         rest = "|".join([f"int8{self.suffix}"] * len(self.plans))
-        found = self.measure([*lines, rest])
+        found = self.measure([*asked, rest])
         out: list[dict[tuple[str, int], float]] = [{} for _ in self.blocks]
-        for (block, side, bits, _), line in zip(asked, lines):
+        for line, (block, side, bits) in asked.items():
             out[block][side, bits] = max(0.0, found[line][1] - found[rest][1])
         for layers, kl in zip(self.blocks, out):
             self.say(f"  layers {layers[0]}-{layers[-1]}: KL at 4 bits: keys {kl['k', 4]:.1e}, values {kl['v', 4]:.1e}")
