@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -188,11 +189,7 @@ class Routes:
             return service, await service.open(asked)
 
         service, stream = await unless_gone(request.receive, admitted())
-        try:
-            words = writer(stream, asked.model or service.shown[0])
-        except BaseException:
-            stream.cancel()
-            raise
+        words = partial(writer, stream, asked.model or service.shown[0])
         return Answer(stream, words, asked.stream, service.options.keep_alive)
 
     async def kept_response(self, request: Request) -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import JSONResponse, Response
@@ -66,15 +66,19 @@ def frame(event: Any) -> bytes:
 class Answer(Response):
     """An answer in one piece or as events; it ends its request when the client goes away."""
 
-    def __init__(self, stream: Stream, writer: Writer, streamed: bool, keep_alive: float):
+    writer: Writer
+
+    def __init__(self, stream: Stream, words: Callable[[], Writer], streamed: bool, keep_alive: float):
+        """`words` makes the writer."""
         super().__init__()
         self.stream = stream
-        self.writer = writer
+        self.words = words
         self.streamed = streamed
         self.keep_alive = keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            self.writer = self.words()
             await unless_gone(receive, self._send(send) if self.streamed else self._gather(scope, receive, send))
         except Gone:
             pass
