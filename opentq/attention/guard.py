@@ -89,9 +89,7 @@ def attend(name: str, function: AttnFn, args: AttnArgs) -> mx.array | None:
 
 def step(backend: Backend, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped | None:
     """The back end's decode step in one launch, once it was right on this machine; None where there is none."""
-    q, memo, listed = args.q, args.k.memo, 0 if args.pages is None else args.pages.shape[2]
-    same = args.causal, args.window, args.scale, args.softcap, args.sinks is None, center is None
-    key = q.shape, q.dtype, fresh[0].shape[2], fresh[0].dtype, listed, same
+    memo, key = args.k.memo, (args.alike, fresh[0].shape[2], fresh[0].dtype, center is None)
     kept: tuple[PackedKV, StepFn | None] | None = memo.get(key)
     if kept is None or kept[0] is not args.v:
         launch, done = _first_step(backend, args, fresh, center)

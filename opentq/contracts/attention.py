@@ -8,13 +8,16 @@ query block, so the packed region never needs a causal mask, only its length (an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import mlx.core as mx
 
 from .codec import Codec, Format, Packed
 from .layout import FLUSH, Layout
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -129,6 +132,26 @@ class AttnArgs:
     @property
     def max_packed(self) -> int:
         return max(packed for packed, _, _ in self.lens)
+
+    @property
+    def listed(self) -> int:
+        """Blocks in the list of pages; 0 without one."""
+        return 0 if self.pages is None else self.pages.shape[2]
+
+    @property
+    def alike(self) -> tuple:
+        """What calls over the same packed keys and values have in common if one launch serves them, whatever their
+        lengths and columns.
+        """
+        mask = self.causal, self.window, self.listed
+        return self.q.shape, self.q.dtype, *mask, self.scale, self.softcap, self.sinks is None
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave at first for these very keys and values; `key` names it, and the calls that it is for."""
+        kept = self.k.memo.get(key)
+        if kept is None or kept[0] is not self.v:
+            kept = self.k.memo[key] = self.v, make()
+        return kept[1]
 
     def kind(self) -> tuple:
         """What distinguishes one kind of call from another, hashable, no values; lengths to a power of two."""

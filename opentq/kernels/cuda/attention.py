@@ -197,7 +197,6 @@ class Launch:
     def __init__(self, args: AttnArgs, fused: Fused, centered: bool = False):
         k, v, q = args.k, args.v, args.q
         assert isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)
-        self.values = v  # which belong to the keys that keep this launch
         self.packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (k, v)]
         self.no_halves, self.no_sinks = cuda.no_halves(), cuda.no_sinks()
         self.launches: Launches = _launches(
@@ -213,7 +212,7 @@ class Launch:
             args.scale,
             args.softcap,
             centered,
-            0 if args.pages is None else args.pages.shape[2],
+            args.listed,
         )
 
     def attend(self, args: AttnArgs) -> mx.array:
@@ -242,12 +241,8 @@ class Launch:
 
 def decode(args: AttnArgs) -> mx.array:
     """Attention alone, in one launch of `decode.cu`."""
-    memo = args.k.memo
-    listed = 0 if args.pages is None else args.pages.shape[2]
-    key = "decode", args.q.dtype, args.q.shape, args.window, args.causal, args.scale, args.softcap, listed
-    if key not in memo or memo[key].values is not args.v:
-        memo[key] = Launch(args, Fused(listed=listed > 0, capped=args.softcap > 0))
-    return memo[key].attend(args)
+    fused = Fused(listed=args.pages is not None, capped=args.softcap > 0)
+    return args.once(("decode", args.alike), lambda: Launch(args, fused)).attend(args)
 
 
 def query(args: AttnArgs) -> mx.array:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ...codecs import codebooks
 from ...codecs.packing import words
 from ...codecs.rounding import lengths
-from ...contracts.attention import AttnArgs, PackedKV
+from ...contracts.attention import AttnArgs
 from ...contracts.backend import Backend, Pair, StepFn
 from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Integers
@@ -24,15 +24,11 @@ __all__ = ["BACKEND", "append", "attend", "codec_side", "extend", "layouts", "pa
 def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None: an explicit mask, a codec or a head dim that the kernels do not know; or
     pages, where simdgroup matrices serve."""
-    q, memo, tune = args.q, args.k.memo, metal.tuning()
-    listed = 0 if args.pages is None else args.pages.shape[2]
-    key = "attend", q.shape, q.dtype, args.window, args.causal, args.scale, args.softcap, args.sinks is None, listed
-    kept: tuple[PackedKV, metal.Tuning, Launch | None] | None = memo.get(key)
     if args.mask is not None:
         return None
-    if kept is None or kept[0] is not args.v or kept[1] is not tune:
-        memo[key] = kept = args.v, tune, _launch(args, False, tune)
-    return None if kept[2] is None else kept[2].attend(args)
+    tune = metal.tuning()
+    launch = args.once(("attend", tune, args.alike), lambda: _launch(args, False, tune))
+    return None if launch is None else launch.attend(args)
 
 
 def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:

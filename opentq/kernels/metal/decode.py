@@ -19,6 +19,7 @@ from ...codecs.polar import LEVELS
 from ...contracts.attention import AttnArgs, Lengths, PackedKV, lens_array
 from ...contracts.backend import Pair
 from ...contracts.codec import Angles, Codebooks, Codec, Halves, Integers
+from ...contracts.layout import FLUSH
 from . import launch as metal
 from .launch import Format, Side
 
@@ -105,7 +106,7 @@ class Geometry:
         if len(self.known) >= KEPT:
             self.known.clear()
         longest = max(packed for packed, _, _ in lens)
-        read = min(longest, metal.PAGE * self.listed) if self.listed else longest
+        read = min(longest, FLUSH * self.listed) if self.listed else longest
         meta = ints((*self.meta[0], columns, *self.meta[1]))
         make = self._in_lanes if self.lanes else self._in_matrices
         call, merge = make(columns + read, (meta, self.real))
@@ -199,7 +200,7 @@ class Launch:
             args.softcap,
             args.sinks is not None,
             bool(rotated and rotated[1]),
-            0 if args.pages is None else args.pages.shape[2],
+            args.listed,
             tune,
             metal.cores(),
         )

@@ -22,6 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...contracts.layout import FLUSH
 from ...errors import UserError
 
 HERE = Path(__file__).parent
@@ -29,8 +30,6 @@ BODY = "// ---- body\n"
 THREADGROUP_BYTES = 32768
 """Threadgroup memory that every Apple GPU has."""
 MAX_SPLITS = 1024
-PAGE = 64
-"""Tokens of a page of a list."""
 LANES = 32
 """Lanes of a simdgroup, and the entries of a table that it holds, one in each."""
 
@@ -329,7 +328,7 @@ def plan_decode(
     per_team = next(r for r in (1, 2, 4, 8, 16) if r >= rows)
     keys = tune.keys if per_team <= 8 else 1
     teams = tune.teams if members == 1 else 1
-    handover = min(tune.handover, PAGE // members) if listed else tune.handover  # all of one page
+    handover = min(tune.handover, FLUSH // members) if listed else tune.handover  # all of one page
     tile = 32 * keys * members
     wanted = max(1, n_cores * tune.simdgroups // (heads * members * teams))
     useful = max(1, -(-tokens // (2 * tile * teams)))
