@@ -55,6 +55,14 @@ def agent(folder):
 
 
 @pytest.fixture
+def all_extras(monkeypatch):
+    """Commands look for their extra first; what comes after is tested with those that are not in `dev`, too."""
+    from opentq.evaluate import harness
+
+    monkeypatch.setattr(harness, "need", lambda: None)
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Run `opentq ARGS` in this process: (exit code, stdout, stderr)."""
 

@@ -20,6 +20,7 @@ from opentq.spec.kv import KVSpec, SpecError
 from opentq.spec.recipe import Recipe
 from opentq.spec.text import AUTO, asked, parse, specs, split
 
+pytestmark = pytest.mark.usefixtures("all_extras")
 LISTED = "int4:skip=first1,last1"
 
 

@@ -24,6 +24,8 @@ from opentq.spec.text import parse, specs
 from . import architectures
 from .test_habits import needs, taking
 
+pytestmark = pytest.mark.usefixtures("all_extras")
+
 
 @pytest.fixture
 def copy(folder, tmp_path):
