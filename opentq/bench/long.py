@@ -20,6 +20,7 @@ from ..evaluate.forward import prefill
 from ..memory.device import GIB
 from ..records import record
 from .build import Built
+from .limit import limited
 
 DECODE = 32
 """Tokens generated per row, at least: enough to answer and to time."""
@@ -49,30 +50,31 @@ def bench(
         depth: where the needle is, 0 to 1.
     """
     contenders = [enter(name, built.model) for name in arms]
-    if limits.memory:
-        mx.set_memory_limit(limits.memory)
     running = {c.name: 0.0 for c in contenders}  # seconds of the last row
     context = start
-    while context <= stop and running:
-        if limits.tokens and context > limits.tokens:
-            for name in running:
-                yield _row(built, name, context, note=f"the model was made for {limits.tokens:,} tokens")
-            return
-        for contender in contenders:
-            if contender.name not in running:
-                continue
-            expected = 2 * running[contender.name]
-            try:
-                if expected > limits.seconds:
-                    raise Stopped(f"would take more than {expected:.0f} s, the limit is {limits.seconds:.0f} s")
-                began = time.perf_counter()
-                yield _row(built, contender.name, context, **_measure(built, contender, context, limits, step, depth))
-                running[contender.name] = time.perf_counter() - began
-            except Stopped as reason:
-                del running[contender.name]
-                mx.clear_cache()
-                yield _row(built, contender.name, context, note=str(reason))
-        context *= 2
+    with limited(limits.memory):
+        while context <= stop and running:
+            if limits.tokens and context > limits.tokens:
+                for name in running:
+                    yield _row(built, name, context, note=f"the model was made for {limits.tokens:,} tokens")
+                return
+            for contender in contenders:
+                if contender.name not in running:
+                    continue
+                expected = 2 * running[contender.name]
+                try:
+                    if expected > limits.seconds:
+                        raise Stopped(f"would take more than {expected:.0f} s, the limit is {limits.seconds:.0f} s")
+                    began = time.perf_counter()
+                    yield _row(
+                        built, contender.name, context, **_measure(built, contender, context, limits, step, depth)
+                    )
+                    running[contender.name] = time.perf_counter() - began
+                except Stopped as reason:
+                    del running[contender.name]
+                    mx.clear_cache()
+                    yield _row(built, contender.name, context, note=str(reason))
+            context *= 2
 
 
 def _measure(

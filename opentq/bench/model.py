@@ -25,6 +25,7 @@ from ..records import record
 from ..spec.text import Spec, name
 from . import timing
 from .build import Built
+from .limit import limited
 
 FILL = 2048
 FILLS = ("prefill", "random")
@@ -184,33 +185,34 @@ def bench(
     """
     if fill not in FILLS:
         raise UserError(f"--fill {fill!r} is not known: use {' or '.join(FILLS)}")
-    if limit:
-        mx.set_memory_limit(limit)
     tests = [("pp", n) for n in prompts if parallel == 1] + [("tg", n) for n in generates]
     side = f"x{parallel}" if parallel > 1 else ""
-    for depth in depths:
-        arms: list[Any] = [ModelArm(built, spec, step, limit, parallel) for spec in specs]
-        if rival:
-            from .rivals import llama_cpp_model
+    with limited(limit):
+        for depth in depths:
+            arms: list[Any] = [ModelArm(built, spec, step, limit, parallel) for spec in specs]
+            if rival:
+                from .rivals import llama_cpp_model
 
-            arms += llama_cpp_model.arms(rival, depth + max([*prompts, *generates]) + 8)
-        for arm in arms:
-            _try(arm, arm.fill, depth, fill)
-        for kind, count in tests:
-            samples: dict[str, list[float]] = {arm.kv: [] for arm in arms}
-            for turn in range(repetitions + 1):  # the first one warms up
-                for arm in arms if turn % 2 else reversed(arms):
-                    if arm.note:
-                        continue
-                    others = sum(a.nbytes for a in arms if a is not arm)
-                    work = arm.prompt if kind == "pp" else arm.generate
-                    tries = timing.TRIES if parallel == 1 else 1  # a batch would grow with every try
-                    seconds, _ = timing.undisturbed(lambda: _try(arm, work, count, others), tries)  # noqa: B023
-                    if turn and not arm.note:
-                        samples[arm.kv].append(parallel * count / seconds)
-            base = samples.get(YARDSTICK) or []
+                arms += llama_cpp_model.arms(rival, depth + max([*prompts, *generates]) + 8)
             for arm in arms:
-                yield _record(built, arm, f"{kind}{count}{side}", depth, fill if depth else "", samples[arm.kv], base)
+                _try(arm, arm.fill, depth, fill)
+            for kind, count in tests:
+                samples: dict[str, list[float]] = {arm.kv: [] for arm in arms}
+                for turn in range(repetitions + 1):  # the first one warms up
+                    for arm in arms if turn % 2 else reversed(arms):
+                        if arm.note:
+                            continue
+                        others = sum(a.nbytes for a in arms if a is not arm)
+                        work = arm.prompt if kind == "pp" else arm.generate
+                        tries = timing.TRIES if parallel == 1 else 1  # a batch would grow with every try
+                        seconds, _ = timing.undisturbed(lambda: _try(arm, work, count, others), tries)  # noqa: B023
+                        if turn and not arm.note:
+                            samples[arm.kv].append(parallel * count / seconds)
+                base = samples.get(YARDSTICK) or []
+                for arm in arms:
+                    yield _record(
+                        built, arm, f"{kind}{count}{side}", depth, fill if depth else "", samples[arm.kv], base
+                    )
 
 
 def _try(arm: ModelArm, work: Callable[..., Any], *args: Any) -> float:
