@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import mlx.core as mx
@@ -16,6 +17,20 @@ from .msl.tally import pytest_terminal_summary  # noqa: F401
 def unguarded():
     """Tests judge kernels themselves; `test_guard.py` judges the judge."""
     guard.judging = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_behind():
+    """A file leaves MLX's memory limit and opentq's settings as it found them: the next file's results hang on them."""
+
+    def settings() -> tuple[int, dict[str, str]]:
+        limit = mx.set_memory_limit(1 << 40)
+        mx.set_memory_limit(limit)
+        return limit, {k: v for k, v in os.environ.items() if k.startswith("OPENTQ_")}
+
+    before = settings()
+    yield
+    assert settings() == before
 
 
 @pytest.fixture(params=["tiled", "native"])
