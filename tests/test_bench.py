@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -159,6 +160,10 @@ def test_a_window_that_the_hypervisor_disturbed_is_taken_again(monkeypatch):
     monkeypatch.setattr(timing, "stolen", lambda: next(clock))
     value, share = timing.undisturbed(lambda: 7.0)
     assert value == 7.0 and share > timing.CALM, "never calm: the calmest, and its row says so"
+    calls = []
+    monkeypatch.setattr(timing, "PATIENCE", 0.05)
+    timing.undisturbed(lambda: calls.append(time.sleep(0.02)) or 1.0)
+    assert len(calls) in (1, 2), "a machine that is never calm is not waited for"
 
 
 # ---- model

@@ -28,6 +28,8 @@ WINDOW_SECONDS = 0.25
 TRIES = 12
 """How often a window is taken again when the hypervisor gave more than `CALM` of the machine to others meanwhile."""
 CALM = 0.01
+PATIENCE = 6.0
+"""Seconds that the tries of one window may take: windows of seconds are taken two or three times at most."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,19 @@ def interleave(
 
 
 def undisturbed(measure: Callable[[], float], tries: int = TRIES) -> tuple[float, float]:
-    """What `measure` returns, and the share of the machine's time stolen meanwhile: the calmest of up to `tries`."""
-    best = 0.0, math.inf
+    """What `measure` returns, and the share of the machine's time stolen meanwhile: the calmest of up to `tries`.
+
+    No try begins that would end after `PATIENCE`.
+    """
+    best, began = (0.0, math.inf), time.perf_counter()
     for _ in range(tries):
         before, start = stolen(), time.perf_counter()
         value = measure()
-        share = (stolen() - before) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+        end = time.perf_counter()
+        share = (stolen() - before) / (end - start) / (os.cpu_count() or 1)
         if share < best[1]:
             best = value, share
-        if share <= CALM:
+        if share <= CALM or end - began + end - start > PATIENCE:
             break
     return best
 
