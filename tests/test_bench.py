@@ -21,7 +21,7 @@ from opentq.errors import UserError
 from opentq.spec.kv import KVSpec
 from opentq.spec.text import specs
 
-QUICK = {"windows": 2, "warm": 0.0, "window": 0.0}
+QUICK = timing.Windows(2, 0.0, 0.0)
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -55,7 +55,7 @@ def little_memory(monkeypatch):
 
 def test_arms_take_turns_forwards_and_backwards():
     calls = []
-    timings = timing.interleave([lambda: calls.append("a"), lambda: calls.append("b")], windows=4, warm=0.0, window=0.0)
+    timings = timing.interleave([lambda: calls.append("a"), lambda: calls.append("b")], timing.Windows(4, 0.0, 0.0))
     assert calls == ["a", "b"] + ["a", "b", "b", "a"] * 2
     assert [len(t.windows) for t in timings] == [4, 4]
 
@@ -82,7 +82,7 @@ def test_float64_attention_is_softmax_attention():
 
 
 def test_kernel_rows_are_right():
-    records = list(kernel.bench((4, 2, 64), [130, 256], specs("f16,int4,k8v4"), ["mlx", "mlx-lm"], **QUICK))
+    records = list(kernel.bench((4, 2, 64), [130, 256], specs("f16,int4,k8v4"), ["mlx", "mlx-lm"], QUICK))
     assert len(records) == 2 * (3 + 2 + 2)
     for r in records:
         assert r["error"] < (2e-3 if r["engine"] == "opentq" else 1e-3), r["engine"]
@@ -105,13 +105,13 @@ def test_stored_is_what_went_in():
 
 def test_long_contexts_are_checked_in_some_heads(monkeypatch):
     monkeypatch.setattr(kernel, "CHECKED", 300 * 64)
-    whole, part = kernel.bench((4, 2, 64), [150, 300], specs("int4"), **QUICK)
+    whole, part = kernel.bench((4, 2, 64), [150, 300], specs("int4"), windows=QUICK)
     assert (whole["checked_heads"], part["checked_heads"]) == (2, 1)
     assert whole["error"] < 2e-3 and part["error"] < 2e-3 < part["error_with_codec"]
 
 
 def test_an_arm_that_takes_too_long_says_so():
-    rows = list(kernel.bench((4, 2, 64), [64, 128, 1 << 14], specs("int4"), **QUICK, budget=1e-9))
+    rows = list(kernel.bench((4, 2, 64), [64, 128, 1 << 14], specs("int4"), windows=QUICK, budget=1e-9))
     assert rows[0]["note"].startswith("timed once: 2 windows would take") and rows[0]["windows_ms"] == [rows[0]["ms"]]
     assert len(rows) > 1 and all(
         r["ms"] is None and r["note"].startswith("left out: a call would take") for r in rows[1:]
@@ -274,7 +274,7 @@ def test_command_prints_tables_and_keeps_records(tmp_path):
 
 
 def test_rows_are_compared_with_mlx_over_fp16():
-    records = list(kernel.bench((4, 2, 64), (128,), specs("int4"), ("mlx",), 2, 0.0, 0.0))
+    records = list(kernel.bench((4, 2, 64), (128,), specs("int4"), ("mlx",), QUICK))
     fp16 = next(r["ms"] for r in records if (r["engine"], r["kv"]) == ("mlx", "f16"))
     text = table.render(records, "md")
     assert f"| {records[0]['ms'] / fp16:.2f}x |" in text and "| 1.00x |" in text

@@ -21,7 +21,7 @@ from prompt_toolkit.output import DummyOutput
 
 from opentq import compress
 from opentq.chat import conversation
-from opentq.chat.console import WORDS, Console, count, size
+from opentq.chat.console import WORDS, Console, count
 from opentq.chat.conversation import SPARE, Conversation, Settings
 from opentq.chat.editor import Commands, Editor, History, Pipe
 from opentq.chat.style import BOLD, CYAN, RESET, Styler
@@ -354,4 +354,4 @@ def test_style(cut, monkeypatch):
 
 def test_numbers():
     assert [count(n) for n in (999, 1500, 41_234)] == ["999", "1.5k", "41k"]
-    assert [size(n) for n in (500, 2_500_000, 1_900_000_000)] == ["0 kB", "2.5 MB", "1.9 GB"]
+    assert [human_bytes(n) for n in (500, 2_500_000, 1_900_000_000)] == ["500 B", "2.5 MB", "1.90 GB"]

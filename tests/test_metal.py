@@ -381,7 +381,7 @@ def test_tune_finds_the_fastest_and_the_kernels_use_it(m9, monkeypatch):
     monkeypatch.setattr(metal_tune.kernel.Ours, "call", lambda self: metal.tuning())
     monkeypatch.setattr(timing, "interleave", lambda calls, *_: [timing.Timing((seconds(c()),)) for c in calls])
     assert metal.tuning() == metal.Tuning()
-    lines = list(metal_tune.tune(2, 0.0, 0.0))
+    lines = list(metal_tune.tune(timing.Windows(2, 0.0, 0.0)))
     assert "applegpu_g99s" in lines[0] and lines[1].startswith("matrix") and str(m9) in lines[-1]
     assert len(lines) > 12 and sum("in use" in line for line in lines[1:-1]) == 1
     assert (metal.tuning().variant, metal.tuning().simdgroups) == ("matrix", 24)
@@ -419,4 +419,4 @@ def test_a_damaged_tuning_file_is_named(m9, text):
 
 def test_tune_needs_metal():
     with pytest.raises(UserError, match="no Metal here"):
-        next(metal_tune.tune(2, 0.0, 0.0))
+        next(metal_tune.tune(timing.Windows(2, 0.0, 0.0)))

@@ -43,9 +43,8 @@ def attention(function: AttnFn, args: AttnArgs) -> str:
         out = function(ours)
         if out is None:  # kinds of calls that it serves at other lengths only
             continue
-        error = _relative(out, tiled.attend(theirs))
-        if not error <= BOUND.get(args.q.dtype, BOUND_HALF):  # not so for NaN
-            return f"differs from the portable path by {error:.1e}"
+        if why := _differs(out, tiled.attend(theirs), args.q.dtype):
+            return why
     return ""
 
 
@@ -65,9 +64,8 @@ def step(made: Callable[..., StepFn | None], args: AttnArgs, centred: bool) -> s
         dense = [mx.concatenate([d, n.astype(mx.float16)], axis=2) for d, n in zip((ours.dense_k, ours.dense_v), new)]
         theirs = replace(theirs, q=k_codec.rotate(theirs.q), dense_k=dense[0], dense_v=dense[1])
         for got, expected in zip(done, (v_codec.unrotate(tiled.attend(theirs)), *dense)):
-            error = _relative(got, expected)
-            if not error <= BOUND.get(args.q.dtype, BOUND_HALF):
-                return f"differs from the portable path by {error:.1e}"
+            if why := _differs(got, expected, args.q.dtype):
+                return why
     return ""
 
 
@@ -120,16 +118,15 @@ def extend(backend: Backend, codecs: Pair, dims: tuple[int, int], dtype: mx.Dtyp
     got = backend.extend(codecs, dense, fresh)
     for codec, old, new, out in zip(codecs, dense, fresh, got or dense):
         plain = mx.concatenate([old, codec.rotate(new.astype(mx.float32)).astype(mx.float16)], axis=2)
-        if not (error := _relative(out, plain)) <= BOUND.get(dtype, BOUND_HALF):
-            return f"differs from the portable path by {error:.1e}"
+        if why := _differs(out, plain, dtype):
+            return why
     return ""
 
 
 def rotation(backend: Backend, dim: int, dtype: mx.Dtype) -> str:
     x = _draw(3, 7, dim).astype(dtype)
     y = backend.rotate(x)
-    error = float("inf") if y is None else _relative(y, rotation_of.plain(x))
-    return "" if error <= BOUND.get(dtype, BOUND_HALF) else f"differs from the portable path by {error:.1e}"
+    return "does not serve" if y is None else _differs(y, rotation_of.plain(x), dtype)
 
 
 def choice(backend: Backend, channels: int, heads: int, length: int, dim: int) -> str:
@@ -154,6 +151,12 @@ def choice(backend: Backend, channels: int, heads: int, length: int, dim: int) -
         if not (bool(listed & (found == newest).any(-1).all()) and mine >= (1 - BOUND_HALF) * theirs):
             return f"reads {mine / theirs:.1%} of the softmax that the portable path reads"
     return ""
+
+
+def _differs(out: mx.array, expected: mx.array, dtype: mx.Dtype) -> str:
+    error = _relative(out, expected)
+    good = error <= BOUND.get(dtype, BOUND_HALF)  # not so for NaN
+    return "" if good else f"differs from the portable path by {error:.1e}"
 
 
 def _relative(out: mx.array, expected: mx.array) -> float:

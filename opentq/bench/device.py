@@ -47,7 +47,7 @@ class Examination:
         timed: specs to time, at `shape` and each of `contexts` that fits this machine.
         deep: contexts at whose end a chunk of `prompt` tokens is timed.
         prompt: tokens of that chunk.
-        windows: as `timing.interleave`.
+        windows: how long each is timed.
     """
 
     specs: tuple[str, ...] = (
@@ -71,7 +71,7 @@ class Examination:
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536, 131072, 262144)
     deep: tuple[int, ...] = (4096, 32768)
     prompt: int = 512
-    windows: device_times.Windows = (timing.WINDOWS, 0.5, timing.WINDOW_SECONDS)
+    windows: timing.Windows = timing.WINDOWS
 
     def only(self, specs: Sequence[str]) -> Examination:
         """The same with these specs alone, each judged and timed. Raises ValueError for a spec that is none."""
@@ -79,7 +79,7 @@ class Examination:
         return replace(self, specs=names, timed=names)
 
 
-FULL = Examination()
+FULL = Examination(windows=timing.Windows(warm=0.5))
 QUICK = Examination(
     specs=("int4", "int3", "tq4"),
     shapes=((4, 2, 64), (5, 1, 80)),
@@ -89,7 +89,7 @@ QUICK = Examination(
     contexts=(512,),
     deep=(512,),
     prompt=64,
-    windows=(2, 0.0, 0.0),
+    windows=timing.Windows(2, 0.0, 0.0),
 )
 
 

@@ -22,8 +22,6 @@ from .rivals import Entry, find
 
 RIVALS = ("mlx", "mlx-lm")
 Shape = tuple[int, int, int]
-Windows = tuple[int, float, float]
-"""Timed windows per arm, seconds of warm-up, least seconds per window."""
 
 
 def that_fit(contexts: Sequence[int], shape: Shape) -> list[int]:
@@ -32,16 +30,18 @@ def that_fit(contexts: Sequence[int], shape: Shape) -> list[int]:
     return [n for n in contexts if n * kv_heads * dim * 2 * 16 <= device.here().usable / 4]
 
 
-def decode(shape: Shape, contexts: Sequence[int], entries: Sequence[Entry], windows: Windows) -> Iterator[Record]:
+def decode(
+    shape: Shape, contexts: Sequence[int], entries: Sequence[Entry], windows: timing.Windows
+) -> Iterator[Record]:
     """One query token: `kernel` records of `entries` and of both rivals."""
     rivals = [entry for name in RIVALS for entry in find(name)(shape[2])]
     if machine.device()[0] == "mac":  # nobody decodes in float32 there, and it takes the memory of two contexts
         rivals = [entry for entry in rivals if entry.kv != "f32"]
-    return kernel.measure(shape, that_fit(contexts, shape), [*entries, *rivals], *windows)
+    return kernel.measure(shape, that_fit(contexts, shape), [*entries, *rivals], windows)
 
 
 def prefill(
-    shape: Shape, contexts: Sequence[int], specs: Sequence[str], prompt: int, windows: Windows
+    shape: Shape, contexts: Sequence[int], specs: Sequence[str], prompt: int, windows: timing.Windows
 ) -> Iterator[Record]:
     """A chunk of `prompt` tokens at the end of each context, ours and MLX's fp16; and appending all of a context."""
     heads, kv_heads, dim = shape
@@ -57,9 +57,9 @@ def prefill(
         for spec in specs:
             names.append(spec)
             calls.append(_ours(_filled(spec, k, v, prompt), q))
-        for name, taken in zip(names, timing.interleave(calls, *windows)):
+        for name, taken in zip(names, timing.interleave(calls, windows)):
             yield _call("prefill", name, shape, context, prompt, taken)
-    for name, taken in zip(specs, timing.interleave([_append(spec, k, v) for spec in specs], *windows)):
+    for name, taken in zip(specs, timing.interleave([_append(spec, k, v) for spec in specs], windows)):
         yield _call("append", name, shape, context, context, taken)
 
 

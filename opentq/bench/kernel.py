@@ -175,9 +175,7 @@ def bench(
     contexts: Sequence[int],
     specs: Sequence[KVSpec],
     against: Sequence[str] = (),
-    windows: int = timing.WINDOWS,
-    warm: float = timing.WARM_SECONDS,
-    window: float = timing.WINDOW_SECONDS,
+    windows: timing.Windows = timing.WINDOWS,
     seed: int = 0,
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
@@ -186,7 +184,7 @@ def bench(
     check_shape(shape)
     for name in against:
         entries += find(name)(shape[2])
-    return measure(shape, contexts, entries, windows, warm, window, seed, budget)
+    return measure(shape, contexts, entries, windows, seed, budget)
 
 
 def check_shape(shape: Sequence[int]) -> None:
@@ -202,9 +200,7 @@ def measure(
     shape: Sequence[int],
     contexts: Sequence[int],
     entries: Sequence[Entry],
-    windows: int = timing.WINDOWS,
-    warm: float = timing.WARM_SECONDS,
-    window: float = timing.WINDOW_SECONDS,
+    windows: timing.Windows = timing.WINDOWS,
     seed: int = 0,
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
@@ -223,16 +219,16 @@ def measure(
             note = f"left out: a call would take about {expected:.0f} s" if expected > budget else ""
             arm = None if note else entry.make(problem, threads())
             first = expected if arm is None else timing.seconds(arm.call)
-            if arm is not None and first * (windows + 1) > budget:  # slow, or cold, or disturbed?
+            if arm is not None and first * (windows.count + 1) > budget:  # slow, or cold, or disturbed?
                 first = min(first, timing.undisturbed(lambda arm=arm: timing.seconds(arm.call))[0])  # type: ignore[misc]
             seconds_per_token[entry] = first / context
-            if arm is not None and first * (windows + 1) > budget:
-                note = f"timed once: {windows} windows would take {first * windows:.0f} s"
+            if arm is not None and first * (windows.count + 1) > budget:
+                note = f"timed once: {windows.count} windows would take {first * windows.count:.0f} s"
             arms.append(arm)
             firsts.append(first)
             notes.append(note)
         many = [i for i, note in enumerate(notes) if not note]
-        timings = dict(zip(many, timing.interleave([arms[i].call for i in many], windows, warm, window)))  # type: ignore[union-attr]
+        timings = dict(zip(many, timing.interleave([arms[i].call for i in many], windows)))  # type: ignore[union-attr]
         for i, (entry, arm) in enumerate(zip(entries, arms)):
             fields = {"shape": list(shape), "context": context, "engine": entry.engine, "kv": entry.kv}
             fields |= {"variant": entry.variant} if entry.variant else {}

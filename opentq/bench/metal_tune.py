@@ -70,7 +70,7 @@ def _mean_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return math.exp(sum(math.log(a / b) for a, b in zip(times, base)) / len(base))
 
 
-def tune(windows: int, warm: float, window: float) -> Iterator[str]:
+def tune(windows: timing.Windows) -> Iterator[str]:
     """Measure, write the winner down and say so, line by line. Raises UserError without a Metal GPU."""
     if not metal.architecture():
         raise UserError(
@@ -79,7 +79,7 @@ def tune(windows: int, warm: float, window: float) -> Iterator[str]:
     names = [f"{q}/{h} heads, D {d}, {n}" for q, h, d in SHAPES for n in CONTEXTS]
     problems = [kernel.Ours(KVSpec.parse(SPEC), kernel.Problem.random(s, n)).call for s in SHAPES for n in CONTEXTS]
     start = metal.tuning()
-    rows = search(problems, lambda calls: [t.median for t in timing.interleave(calls, windows, warm, window)], start)
+    rows = search(problems, lambda calls: [t.median for t in timing.interleave(calls, windows)], start)
     yield f"{metal.architecture()}, {SPEC}; milliseconds for {'; '.join(names)}; relative to what was in use"
     yield from (line(row) + ("   in use" if row.tuning == start else "") for row in rows)
     yield f"the first is now used on this GPU: {metal.keep(rows[0].tuning)}"

@@ -12,26 +12,9 @@ from ..errors import UserError
 from . import svg, table
 from .chart import Chart, charts
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1a1c1f; --soft: #667; --rule: #dde1e6;
-  --c0: #0b66c3; --c1: #c8501e; --c2: #18794e; --c3: #8a3ffc; --c4: #b0870b; --c5: #c2255c; --c6: #0c8599; --c7: #555; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171a; --text: #e6e8eb; --soft: #9aa3ad; --rule: #30363d;
-  --c0: #5aa9f5; --c1: #f5925e; --c2: #56c98a; --c3: #b995ff;
-  --c4: #e2bd4c; --c5: #f783ac; --c6: #5cc9da; --c7: #aaa; } }
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 70rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } p { color: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-.text { text-align: left; }
-figure { margin: 1.5rem 0; max-width: 44rem; } figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-.tick { text-anchor: middle; } .side { text-anchor: end; } svg .key { fill: var(--text); } svg .name { font-size: 9px; }
-.grid { stroke: var(--rule); stroke-width: 1; } .limit { stroke: var(--c5); stroke-dasharray: 6 4; }
-.line { fill: none !important; stroke-width: 2; }
-details { font-size: 13px; color: var(--soft); } pre { overflow-x: auto; font-size: 11px; }
-""" + "".join(f".c{i} {{ fill: var(--c{i}); stroke: var(--c{i}); }}\n" for i in range(svg.COLOURS))
+STYLE = Path(__file__).with_name("report.css").read_text() + "".join(
+    f".c{i} {{ fill: var(--c{i}); stroke: var(--c{i}); }}\n" for i in range(svg.COLOURS)
+)
 
 
 def page(records: Sequence[dict[str, Any]], title: str = "opentq benchmarks") -> str:

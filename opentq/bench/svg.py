@@ -54,7 +54,7 @@ class Axis:
 
 
 def draw(chart: Chart) -> str:
-    """The chart as one `<svg>` element. Its style classes are those of `report.STYLE`."""
+    """The chart as one `<svg>` element. Its style classes are those of report.css."""
     points = [p for s in chart.series for p in s.points]
     if not points:
         return "<p>no points</p>"

@@ -13,17 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..machine import threads
 
-WINDOWS = 7
-WARM_SECONDS = 1.0
-WINDOW_SECONDS = 0.25
 
+class Windows(NamedTuple):
+    """How long each arm is timed: so many windows of at least `seconds`, after `warm` seconds of calls."""
+
+    count: int = 7
+    warm: float = 1.0
+    seconds: float = 0.25
+
+
+WINDOWS = Windows()
 
 TRIES = 12
 """How often a window is taken again when the hypervisor gave more than `CALM` of the machine to others meanwhile."""
@@ -52,29 +58,17 @@ class Timing:
         return statistics.stdev(self.windows) if len(self.windows) > 1 else 0.0
 
 
-def interleave(
-    arms: Sequence[Callable[[], Any]],
-    windows: int = WINDOWS,
-    warm: float = WARM_SECONDS,
-    window: float = WINDOW_SECONDS,
-) -> list[Timing]:
-    """Time every arm: each call must have finished its work when it returns.
-
-    Args:
-        arms: what to call.
-        windows: timed windows per arm.
-        warm: seconds of calls before timing, per arm.
-        window: least seconds per window; short calls are repeated to fill it.
-    """
+def interleave(arms: Sequence[Callable[[], Any]], windows: Windows = WINDOWS) -> list[Timing]:
+    """Time every arm: each call must have finished its work when it returns; short ones are repeated."""
     repeats = []
     for arm in arms:
         count, start = 0, time.perf_counter()
-        while not count or time.perf_counter() - start < warm:
+        while not count or time.perf_counter() - start < windows.warm:
             arm()
             count += 1
-        repeats.append(max(1, round(window * count / (time.perf_counter() - start))))
+        repeats.append(max(1, round(windows.seconds * count / (time.perf_counter() - start))))
     samples: list[list[tuple[float, float]]] = [[] for _ in arms]
-    for turn in range(windows):
+    for turn in range(windows.count):
         order = range(len(arms)) if turn % 2 == 0 else reversed(range(len(arms)))
         for i in order:
             samples[i].append(undisturbed(lambda i=i: seconds(arms[i], repeats[i])))  # type: ignore[misc]

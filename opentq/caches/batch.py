@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..codecs import Packed
 from ..contracts.attention import Lengths
+from ..contracts.ints import int_array, int_list
 from ..contracts.layout import FLUSH, Layout
 from ..spec.kv import KVSpec
 from .buffer import EVERY, Buffer, joined, own
@@ -50,13 +51,13 @@ class BatchOpenTQCache(OpenTQCache):
     @property
     def offset(self) -> mx.array:
         """Position of every sequence's next token, int32 `[B]`, for RoPE."""
-        return _int_array(tuple(e.offset for e in self.extents))
+        return int_array(tuple(e.offset for e in self.extents))
 
     @property
     def left_padding(self) -> mx.array:
         """How much shorter than the longest every sequence is, int32 `[B]`."""
         longest = self.size()
-        return _int_array(tuple(longest - e.held for e in self.extents))
+        return int_array(tuple(longest - e.held for e in self.extents))
 
     def size(self) -> int:
         """Tokens that the longest sequence holds."""
@@ -75,12 +76,12 @@ class BatchOpenTQCache(OpenTQCache):
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
         """Say how the next tokens, until `finalize`, are padded on the right: `lengths` of them are real."""
-        if left_padding is not None and any(_ints(left_padding)):
+        if left_padding is not None and any(int_list(left_padding)):
             raise ValueError("prompts padded on the left can't be used with a compressed cache: pad them on the right")
-        if right_padding is not None and max(_ints(right_padding), default=0) > 0:
+        if right_padding is not None and max(int_list(right_padding), default=0) > 0:
             if lengths is None:
                 raise ValueError("right padding needs the prompts' lengths: prepare(lengths=..., right_padding=...)")
-            self.todo = _ints(lengths)
+            self.todo = int_list(lengths)
 
     def finalize(self) -> None:
         """The padded prompts are over; their padding was never stored."""
@@ -240,7 +241,7 @@ class BatchOpenTQCache(OpenTQCache):
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the given sequences, in the given order; none at all is allowed."""
-        keep, self._lent, self._kept = _ints(batch_indices), None, None
+        keep, self._lent, self._kept = int_list(batch_indices), None, None
         self.extents = tuple(self.extents[i] for i in keep)
         self.centered = [self.centered[i] for i in keep]
         if self.todo is not None:
@@ -390,12 +391,3 @@ def _lens(extents: tuple[Extent, ...], columns: int) -> tuple[Lengths, ...]:
 @functools.lru_cache(maxsize=64)
 def _longest(extents: tuple[Extent, ...]) -> int:
     return max((e.held for e in extents), default=0)
-
-
-def _ints(values: Iterable[int] | mx.array) -> list[int]:
-    return [int(v) for v in (values.tolist() if isinstance(values, mx.array) else values)]  # type: ignore
-
-
-@functools.lru_cache(maxsize=64)
-def _int_array(values: tuple[int, ...]) -> mx.array:
-    return mx.array(values, dtype=mx.int32)

@@ -19,6 +19,7 @@ from ..dialogue.pictures import Content, Picture, content, from_url, parts
 from ..dialogue.request import Progress
 from ..errors import UserError
 from ..hosts import hooks
+from ..hosts.generation import human_bytes
 from .conversation import Conversation, Settings
 from .editor import QUOTES, Editor, Pipe
 from .style import Styler
@@ -120,7 +121,7 @@ class Console:
         again = f" · {count(turn.again)} tokens read again" if turn.again > 64 else ""
         return (
             f"{turn.written} tokens · {turn.write_rate:.1f} tok/s · ctx {count(len(t.held))}/{count(t.context)} · "
-            f"KV {size(t.kv_bytes)} ({t.spec}{ratio}){again}"
+            f"KV {human_bytes(t.kv_bytes)} ({t.spec}{ratio}){again}"
         )
 
     def command(self, text: str) -> None:
@@ -225,8 +226,8 @@ class Console:
         bar = "█" * round(30 * share) + "░" * (30 - round(30 * share))
         self.say(f"context  {bar} {len(t.held)} of {t.context} tokens ({share:.0%})")
         ratio = f", {t.ratio:.2f}x smaller than fp16" if t.ratio else ""
-        self.say(f"KV cache {size(t.kv_bytes)} ({t.spec}{ratio})")
-        self.say(f"memory   {size(mx.get_active_memory())} now, {size(mx.get_peak_memory())} at most")
+        self.say(f"KV cache {human_bytes(t.kv_bytes)} ({t.spec}{ratio})")
+        self.say(f"memory   {human_bytes(mx.get_active_memory())} now, {human_bytes(mx.get_peak_memory())} at most")
         rates = f"at {turn.read_rate:.0f}/s, wrote {turn.written} at {turn.write_rate:.1f}/s"
         self.say(f"last     read {turn.read} tokens {rates}")
 
@@ -284,11 +285,3 @@ def setting(name: str, text: str) -> Any:
 def count(tokens: int) -> str:
     """41234 as 41k."""
     return str(tokens) if tokens < 1000 else f"{tokens / 1000:.1f}k" if tokens < 10_000 else f"{tokens / 1000:.0f}k"
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in powers of 1000 as memory use is reported elsewhere."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= 0.95 * scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes / 1e3:.0f} kB"

@@ -40,10 +40,13 @@ def kernel(
 ) -> None:
     """One layer's attention of one query token: time, bandwidth, error against float64, memory."""
     _check(form, output, records)
+    from ..bench.timing import Windows
+
+    timed = Windows(windows, warm, window)
     if tune:
         from ..bench import metal_tune
 
-        for line in metal_tune.tune(windows, warm, window):
+        for line in metal_tune.tune(timed):
             typer.echo(line)
         return
     from ..bench import kernel as kernels
@@ -58,7 +61,7 @@ def kernel(
         raise UserError(
             "bench kernel times this package's kernels: --kv takes no 'off' and no recipe; see --against mlx"
         )
-    found = kernels.bench(sizes, contexts, asked, rivals, windows, warm, window, seed, budget)
+    found = kernels.bench(sizes, contexts, asked, rivals, timed, seed, budget)
     _emit(found, form, output, records)
 
 

@@ -63,6 +63,9 @@ Lengths = tuple[int, int, int]
 `[0, sink_len)` and `[tail_start, Td)`."""
 
 
+Alike = tuple[tuple[int, int, int, int], mx.Dtype, bool, int, int, float, float, bool]
+"""Shape and dtype of queries; causal, window, pages listed (0 without a list); scale, softcap, whether with sinks."""
+
 EXACT = 16
 """Query tokens up to which calls of different length are different kinds."""
 
@@ -139,12 +142,12 @@ class AttnArgs:
         return 0 if self.pages is None else self.pages.shape[2]
 
     @property
-    def alike(self) -> tuple:
+    def alike(self) -> Alike:
         """What calls over the same packed keys and values have in common if one launch serves them, whatever their
         lengths and columns.
         """
         mask = self.causal, self.window, self.listed
-        return self.q.shape, self.q.dtype, *mask, self.scale, self.softcap, self.sinks is None
+        return self.q.shape, self.q.dtype, *mask, self.scale, self.softcap, self.sinks is not None
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave at first for these very keys and values; `key` names it, and the calls that it is for."""

@@ -12,10 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...caches.batch import BatchOpenTQCache, _int_array, _ints
+from ...caches.batch import BatchOpenTQCache
 from ...caches.latent import BatchOpenTQLatentCache, OpenTQLatentCache
 from ...caches.single import OpenTQCache
 from ...caches.step import Handle, Step
+from ...contracts.ints import int_array, int_list
 
 
 class _Protocol:
@@ -88,7 +89,7 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
         `finalize` takes back.
         """
         if right_padding is not None and lengths is None:
-            self.cut = _ints(right_padding)
+            self.cut = int_list(right_padding)
             return
         if left_padding is not None:
             self.pads = [p + int(more) for p, more in zip(self.pads, left_padding)]
@@ -103,18 +104,18 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
     @property
     def offset(self) -> mx.array:
         """Position of every sequence's next column, int32 `[B]`: negative while its padding is still to come."""
-        return _int_array(tuple(e.offset - p for e, p in zip(self.extents, self.pads)))
+        return int_array(tuple(e.offset - p for e, p in zip(self.extents, self.pads)))
 
     @offset.setter
     def offset(self, value: mx.array) -> None:
         # Models that run a batch row by row say in this way how much padding is still to come.
-        self.pads = [max(0, e.offset - v) for e, v in zip(self.extents, _ints(value))]
+        self.pads = [max(0, e.offset - v) for e, v in zip(self.extents, int_list(value))]
 
     @property
     def left_padding(self) -> mx.array:
         """Columns of the batch's timeline before every sequence's first token, int32 `[B]`."""
         longest = self.size()
-        return _int_array(tuple(longest - e.held + p for e, p in zip(self.extents, self.pads)))
+        return int_array(tuple(longest - e.held + p for e, p in zip(self.extents, self.pads)))
 
     @left_padding.setter
     def left_padding(self, value: mx.array) -> None:
@@ -147,7 +148,7 @@ class BatchVLMCache(_Protocol, BatchOpenTQCache):
         return handles
 
     def filter(self, batch_indices) -> None:
-        keep = _ints(batch_indices)
+        keep = int_list(batch_indices)
         self.pads = [self.pads[i] for i in keep]
         super().filter(keep)
 
@@ -200,7 +201,7 @@ class PaddedStep:
         mask = mx.broadcast_to(mask, (len(self.pads), mask.shape[1], count, mask.shape[3]))
         old = mask.shape[3] - count
         mask = _rolled(mx.concatenate([mask[..., :old], _rolled(mask[..., old:], self.pads, 3)], axis=3), self.pads, 2)
-        real = mx.arange(count) < (count - _int_array(tuple(self.pads)))[:, None]
+        real = mx.arange(count) < (count - int_array(tuple(self.pads)))[:, None]
         anything = mx.array(True) if mask.dtype == mx.bool_ else mx.zeros((), mask.dtype)
         return mx.where(real[:, None, :, None], mask, anything)
 
@@ -208,7 +209,7 @@ class PaddedStep:
 def _rolled(x: mx.array, shifts: Sequence[int], axis: int) -> mx.array:
     """Every sequence of `x` rotated to the left along `axis` by its own shift."""
     count = x.shape[axis]
-    index = (mx.arange(count) + _int_array(tuple(shifts))[:, None]) % count
+    index = (mx.arange(count) + int_array(tuple(shifts))[:, None]) % count
     shape = [1] * x.ndim
     shape[0], shape[axis] = len(shifts), count
     return mx.take_along_axis(x, index.reshape(shape), axis=axis)

@@ -15,10 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...caches.batch import _ints
 from ...caches.buffer import Buffer
 from ...caches.extent import Extent
 from ...caches.single import OpenTQCache
+from ...contracts.ints import int_list
 from ...contracts.layout import CANONICAL
 from ..seams import flat
 from .caches import BatchVLMCache, VLMCache
@@ -161,7 +161,7 @@ class BatchVLMQSACache(Choosing, BatchVLMCache):
         return [(min(p, length), length - min(p, length)) for p in self.pads]
 
     def filter(self, batch_indices) -> None:
-        keep = _ints(batch_indices)
+        keep = int_list(batch_indices)
         self.indices = [self.indices[i] for i in keep] if self.indices else []
         super().filter(keep)
 

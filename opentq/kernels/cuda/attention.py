@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ...contracts.attention import AttnArgs, Lengths, lens_array
+from ...contracts.attention import Alike, AttnArgs, Lengths, lens_array
 from ...contracts.backend import Backend, Pair, StepFn, Stepped
 from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
@@ -113,12 +113,10 @@ class Launches:
     Args:
         k, v: layouts.
         fused: what only some launches do.
-        shape, dtype: of the queries.
+        alike: of the calls (`AttnArgs.alike`).
         kv_heads: KV heads.
         blocks: of packed keys and values, allocated.
-        window, causal, scale, softcap: as in `AttnArgs`.
         centered: whether a center comes with the call.
-        listed: pages of a list, 0 without one.
     """
 
     def __init__(
@@ -126,17 +124,12 @@ class Launches:
         k: MmaLayout,
         v: MmaLayout,
         fused: Fused,
-        shape: tuple[int, int, int, int],
-        dtype: mx.Dtype,
+        alike: Alike,
         kv_heads: int,
         blocks: tuple[int, int],
-        window: int,
-        causal: bool,
-        scale: float,
-        softcap: float,
         centered: bool,
-        listed: int,
     ):
+        shape, dtype, causal, window, listed, scale, softcap, _ = alike
         self.batch, self.heads, self.length, _ = shape
         self.kv_heads, self.dtype, self.window, self.listed = kv_heads, dtype, window, listed
         self.rows = self.heads // kv_heads * self.length
@@ -195,25 +188,12 @@ class Launch:
     """Decode launches over packed arrays that do not change: what is the same in every step of a layer is made once."""
 
     def __init__(self, args: AttnArgs, fused: Fused, centered: bool = False):
-        k, v, q = args.k, args.v, args.q
+        k, v = args.k, args.v
         assert isinstance(k.layout, MmaLayout) and isinstance(v.layout, MmaLayout)
         self.packed = [kv.arrays[0] if kv.arrays else cuda.no_records() for kv in (k, v)]
         self.no_halves, self.no_sinks = cuda.no_halves(), cuda.no_sinks()
-        self.launches: Launches = _launches(
-            k.layout,
-            v.layout,
-            fused,
-            q.shape,
-            q.dtype,
-            args.kv_heads,
-            (self.packed[0].shape[2], self.packed[1].shape[2]),
-            args.window,
-            args.causal,
-            args.scale,
-            args.softcap,
-            centered,
-            args.listed,
-        )
+        blocks = self.packed[0].shape[2], self.packed[1].shape[2]
+        self.launches: Launches = _launches(k.layout, v.layout, fused, args.alike, args.kv_heads, blocks, centered)
 
     def attend(self, args: AttnArgs) -> mx.array:
         """Attention alone."""

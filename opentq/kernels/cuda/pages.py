@@ -6,6 +6,7 @@ import functools
 
 import mlx.core as mx
 
+from ...contracts.ints import int_array
 from . import launch as cuda
 from .launch import KernelSource
 
@@ -64,9 +65,4 @@ def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: i
         [sketches, rows], [(shape, mx.float32)], (pages, sketches.shape[2], length), (-(-pages // 4), both, 1)
     )
     outputs = [((both, pages), mx.float32), ((batch, heads, count), mx.int32)]
-    return pick([weights, _lengths(packed)], outputs, (pages, length, heads, count), (both, 1, 1))[1]
-
-
-@functools.lru_cache(maxsize=64)
-def _lengths(packed: tuple[int, ...]) -> mx.array:
-    return mx.array(packed, dtype=mx.int32)
+    return pick([weights, int_array(packed)], outputs, (pages, length, heads, count), (both, 1, 1))[1]

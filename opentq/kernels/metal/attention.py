@@ -13,9 +13,10 @@ from ...contracts.attention import AttnArgs
 from ...contracts.backend import Backend, Pair, StepFn
 from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Integers
+from ...contracts.ints import int_array
 from ...contracts.layout import Canonical, Layout
 from . import launch as metal
-from .decode import MAX_DIM, Launch, append, codec_side, ints, nothing, side
+from .decode import MAX_DIM, Launch, append, codec_side, nothing, side
 from .launch import Format
 
 __all__ = ["BACKEND", "append", "attend", "codec_side", "extend", "layouts", "pack", "pack_book", "side", "step"]
@@ -98,7 +99,7 @@ def pack(form: Integers, y: mx.array) -> tuple[mx.array, mx.array]:
     tokens, group = y.size // dim, min(form.group, dim)
     template = ("FORMAT", int(Format.integers(form.bits))), ("GROUP", group), ("D", dim)
     codes, scales = metal.kernel("pack", template)(
-        inputs=[mx.contiguous(y), ints((tokens,))],
+        inputs=[mx.contiguous(y), int_array((tokens,))],
         grid=(-(-tokens // 4) * 128, 1, 1),
         threadgroup=(128, 1, 1),
         output_shapes=[(*lead, words(dim, form.bits)), (*lead, 2 * -(-dim // group))],
@@ -120,7 +121,7 @@ def pack_book(form: Codebooks, y: mx.array) -> tuple[mx.array, ...]:
         ("NORM", form.fit == "norm"),
     )
     codes, scales = metal.kernel("pack_book", template)(
-        inputs=[y, lengths(y, len(books)), *_cuts(books), ints((tokens,))],
+        inputs=[y, lengths(y, len(books)), *_cuts(books), int_array((tokens,))],
         grid=(-(-tokens // 4) * 128, 1, 1),
         threadgroup=(128, 1, 1),
         output_shapes=[(*lead, sum(sizes)), (*lead, len(books))],

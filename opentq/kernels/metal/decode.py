@@ -16,9 +16,10 @@ import mlx.core as mx
 
 from ...codecs import codebooks
 from ...codecs.polar import LEVELS
-from ...contracts.attention import AttnArgs, Lengths, PackedKV, lens_array
+from ...contracts.attention import Alike, AttnArgs, Lengths, PackedKV, lens_array
 from ...contracts.backend import Pair
 from ...contracts.codec import Angles, Codebooks, Codec, Halves, Integers
+from ...contracts.ints import int_array
 from ...contracts.layout import FLUSH
 from . import launch as metal
 from .launch import Format, Side
@@ -53,35 +54,17 @@ class Geometry:
 
     Args:
         k, v: packed keys and values.
-        shape: of the queries.
+        alike: of the calls (`AttnArgs.alike`).
         heads: KV heads.
-        dtype: of queries and output.
         capacity: rows of the packed arrays.
-        window, causal, scale, softcap, sinks: as in `AttnArgs`.
         turned: whether the output leaves a Hadamard basis.
-        listed: pages of a list, which are all that is read of packed tokens; 0 for everything.
         tune, cores: of the device.
     """
 
     def __init__(
-        self,
-        k: Side,
-        v: Side,
-        shape: tuple[int, int, int, int],
-        heads: int,
-        dtype: mx.Dtype,
-        capacity: int,
-        window: int,
-        causal: bool,
-        scale: float,
-        softcap: float,
-        sinks: bool,
-        turned: bool,
-        listed: int,
-        tune: metal.Tuning,
-        cores: int,
+        self, k: Side, v: Side, alike: Alike, heads: int, capacity: int, turned: bool, tune: metal.Tuning, cores: int
     ) -> None:
-        batch, q_heads, self.length, _ = shape
+        (batch, q_heads, self.length, _), dtype, causal, window, listed, scale, softcap, sinks = alike
         self.k, self.v, self.dtype, self.tune, self.cores = k, v, dtype, tune, cores
         self.sinks, self.turned, self.q_heads = sinks, turned, q_heads
         self.out = batch, q_heads, self.length, v.dim
@@ -107,7 +90,7 @@ class Geometry:
             self.known.clear()
         longest = max(packed for packed, _, _ in lens)
         read = min(longest, FLUSH * self.listed) if self.listed else longest
-        meta = ints((*self.meta[0], columns, *self.meta[1]))
+        meta = int_array((*self.meta[0], columns, *self.meta[1]))
         make = self._in_lanes if self.lanes else self._in_matrices
         call, merge = make(columns + read, (meta, self.real))
         made = self.known[columns, lens] = call, merge, lens_array(lens)
@@ -169,7 +152,7 @@ class Geometry:
             "output_shapes": [self.out],
             "output_dtypes": [self.dtype],
         }
-        return Call("merge", template, given, (ints((splits, self.length, self.q_heads)),))
+        return Call("merge", template, given, (int_array((splits, self.length, self.q_heads)),))
 
 
 _pipelines: set[tuple[str, metal.Template]] = set()
@@ -187,23 +170,9 @@ class Launch:
     def __init__(self, args: AttnArgs, k: Side, v: Side, rotated: tuple[bool, bool] | None, tune: metal.Tuning) -> None:
         self.rotated, self.codec = rotated, args.v.codec
         self.sketch = k.sketch
-        self.geometry: Geometry = _geometry(
-            k,
-            v,
-            args.q.shape,
-            args.kv_heads,
-            args.q.dtype,
-            args.k.arrays[0].shape[2] if args.k.arrays else 0,
-            args.window,
-            args.causal,
-            args.scale,
-            args.softcap,
-            args.sinks is not None,
-            bool(rotated and rotated[1]),
-            args.listed,
-            tune,
-            metal.cores(),
-        )
+        rows = args.k.arrays[0].shape[2] if args.k.arrays else 0
+        turned = bool(rotated and rotated[1])
+        self.geometry: Geometry = _geometry(k, v, args.alike, args.kv_heads, rows, turned, tune, metal.cores())
         self.packed = [array for kv in (args.k, args.v) for array in _packed(kv)]
         self.no_halves, self.no_sinks, self.no_pages = (nothing(t) for t in (mx.float16, mx.float32, mx.int32))
         self.books = books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
@@ -290,7 +259,9 @@ def append_call(
         "output_shapes": [q, *((batch, heads, columns + length, dim) for dim in (k_dim, v_dim))],
         "output_dtypes": [dtype, mx.float16, mx.float16],
     }
-    return Call("append", template, given, (ints((length, columns, rows, queries)), floats((k_dim**-0.5, v_dim**-0.5))))
+    return Call(
+        "append", template, given, (int_array((length, columns, rows, queries)), floats((k_dim**-0.5, v_dim**-0.5)))
+    )
 
 
 def side(kv: PackedKV) -> Side | None:
@@ -347,11 +318,6 @@ def _circles() -> tuple[tuple[float, ...], tuple[float, ...]]:
     angles = [codebooks.angle(bits, level) for level, bits in enumerate(LEVELS, 1)]
     one, two, three, four = [[math.cos(a) for a in level] for level in angles]
     return (*one, *map(math.sin, angles[0])), (*(a * b for a in four for b in three), *two)
-
-
-@functools.lru_cache(maxsize=256)
-def ints(values: tuple[int, ...]) -> mx.array:
-    return mx.array(values, dtype=mx.int32)
 
 
 @functools.lru_cache(maxsize=64)

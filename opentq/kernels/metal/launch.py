@@ -1,10 +1,10 @@
 """Metal kernels: their sources, their launch geometry, and the `mx.fast.metal_kernel` objects built from them.
 
-A kernel is one `.metal` file: helper functions, then a line `// ---- body`, then the body of the kernel; MLX writes the
-signature. Every kernel takes whole, over-allocated, row-contiguous buffers plus lengths in a small array, so nothing is
-ever copied, and nothing that changes from step to step is a constant of its text. `Tuning` holds the numbers that only
-a measurement on the device can choose: `opentq bench kernel --tune` writes them to `tuning_file()`, by GPU; for others
-there is a table keyed by GPU generation.
+A kernel is one `.metal` file or several: helper functions, then a line `// ---- body`, then the body of the kernel; MLX
+writes the signature. Every kernel takes whole, over-allocated, row-contiguous buffers plus lengths in a small array, so
+nothing is ever copied, and nothing that changes from step to step is a constant of its text. `Tuning` holds the numbers
+that only a measurement on the device can choose: `opentq bench kernel --tune` writes them to `tuning_file()`, by GPU;
+for others there is a table keyed by GPU generation.
 """
 
 from __future__ import annotations
@@ -78,11 +78,10 @@ class Kernel:
 
 _PACKED = ("k_codes", "k_more", "k_scales", "v_codes", "v_more", "v_scales")
 _CACHE = (*_PACKED, "dense_k", "dense_v", "lens", "meta", "real", "books")
+_LANES = ("lanes.metal", "decode_lanes.metal")
 KERNELS = {
-    "decode_lanes": Kernel(("decode_lanes.metal",), ("q", *_CACHE, "pages"), ("partial",)),
-    "decode_whole": Kernel(
-        ("decode_lanes.metal", "finish.metal"), ("q", *_CACHE, "pages", "sinks"), ("out", "partial")
-    ),
+    "decode_lanes": Kernel(_LANES, ("q", *_CACHE, "pages"), ("partial",)),
+    "decode_whole": Kernel((*_LANES, "finish.metal"), ("q", *_CACHE, "pages", "sinks"), ("out", "partial")),
     "matrix": Kernel(("attend_matrix.metal",), ("q", *_CACHE, "sinks"), ("out",)),
     "merge": Kernel(("merge.metal",), ("partial", "sinks", "meta"), ("out",)),
     "append": Kernel(
@@ -207,7 +206,7 @@ def cores() -> int:
 @functools.cache
 def source(*files: str) -> tuple[str, str]:
     """(header, body) of `.metal` files; the shared header comes first."""
-    helpers, bodies = zip(*((HERE / file).read_text().split(BODY) for file in files))
+    helpers, _, bodies = zip(*((HERE / file).read_text().partition(BODY) for file in files))
     common = (HERE / "common.metal").read_text()
     return "\n".join((common, *helpers, "")), "".join(bodies)
 
