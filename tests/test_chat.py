@@ -28,6 +28,7 @@ from opentq.chat.style import BOLD, CYAN, RESET, Styler
 from opentq.dialogue.prompt import Prompter
 from opentq.dialogue.request import Delta, Progress
 from opentq.errors import UserError
+from opentq.hosts.generation import human_bytes
 from opentq.hosts.mlx_lm.load import load
 
 from .architectures import build
