@@ -219,11 +219,11 @@ def measure(
             note = f"left out: a call would take about {expected:.0f} s" if expected > budget else ""
             arm = None if note else entry.make(problem, threads())
             first = expected if arm is None else timing.seconds(arm.call)
-            if arm is not None and first * (windows.count + 1) > budget:  # slow, or cold, or disturbed?
+            if arm is not None and first * (windows.number + 1) > budget:  # slow, or cold, or disturbed?
                 first = min(first, timing.undisturbed(lambda arm=arm: timing.seconds(arm.call))[0])  # type: ignore[misc]
             seconds_per_token[entry] = first / context
-            if arm is not None and first * (windows.count + 1) > budget:
-                note = f"timed once: {windows.count} windows would take {first * windows.count:.0f} s"
+            if arm is not None and first * (windows.number + 1) > budget:
+                note = f"timed once: {windows.number} windows would take {first * windows.number:.0f} s"
             arms.append(arm)
             firsts.append(first)
             notes.append(note)

@@ -24,7 +24,7 @@ from ..machine import threads
 class Windows(NamedTuple):
     """How long each arm is timed: so many windows of at least `seconds`, after `warm` seconds of calls."""
 
-    count: int = 7
+    number: int = 7
     warm: float = 1.0
     seconds: float = 0.25
 
@@ -68,7 +68,7 @@ def interleave(arms: Sequence[Callable[[], Any]], windows: Windows = WINDOWS) ->
             count += 1
         repeats.append(max(1, round(windows.seconds * count / (time.perf_counter() - start))))
     samples: list[list[tuple[float, float]]] = [[] for _ in arms]
-    for turn in range(windows.count):
+    for turn in range(windows.number):
         order = range(len(arms)) if turn % 2 == 0 else reversed(range(len(arms)))
         for i in order:
             samples[i].append(undisturbed(lambda i=i: seconds(arms[i], repeats[i])))  # type: ignore[misc]

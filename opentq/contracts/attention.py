@@ -63,7 +63,7 @@ Lengths = tuple[int, int, int]
 `[0, sink_len)` and `[tail_start, Td)`."""
 
 
-Alike = tuple[tuple[int, int, int, int], mx.Dtype, bool, int, int, float, float, bool]
+Alike = tuple[tuple[int, ...], mx.Dtype, bool, int, int, float, float, bool]
 """Shape and dtype of queries; causal, window, pages listed (0 without a list); scale, softcap, whether with sinks."""
 
 EXACT = 16
