@@ -256,6 +256,21 @@ def test_fidelity_orders_specs_by_bits_and_resumes(loaded, text, tmp_path):
     )
 
 
+def test_on_a_cpu_what_mlx_computes_slowly_is_simulated_and_says_so(loaded, text):
+    model, tokenizer = loaded
+    protocol = fidelity.Protocol((200,), window=16, sequences=1, prefill=128)
+    on = evaluation(model, tokenizer, text, "int4", "q4_0")
+    slow = contenders.slow(on.names, model)
+    assert slow == ({"native", "q4_0"} if mx.default_device() == mx.Device(mx.cpu) else set())
+    plain = fidelity.run(on, protocol)
+    fast = fidelity.run(on._replace(simulated=frozenset({"native", "q4_0"}), records=Records()), protocol)
+    assert [r["settings"]["protocol"]["simulate"] for r in plain + fast] == [False, False, False, True]
+    assert [r.get("reference") for r in plain + fast] == [None, None, "f16", "f16"]
+    for real, simulated in zip(plain, fast):
+        assert simulated["kl_mean"][0] == pytest.approx(real["kl_mean"][0], rel=0.05)
+    assert "fp16, q4_0. Decoded" in show.fidelity(fast, "md") and "Simulated" not in show.fidelity(plain, "md")
+
+
 def test_layer_errors_are_made_locally_and_pile_up(loaded, text):
     view = layers.View(context=300, window=16, sequences=1, prefill=128)
     found = layers.run(evaluation(*loaded, text, "int8", "tq2"), view)

@@ -66,7 +66,8 @@ class Study(Network):
     def on(
         self, names: list[str], records: Records, text: corpus.Corpus | None = None, sim: bool = False
     ) -> Evaluation:
-        return Evaluation(self.model, self.id, self.tokenizer, text, names, records, simulate=sim)
+        simulated = frozenset(names if sim else ())
+        return Evaluation(self.model, self.id, self.tokenizer, text, names, records, simulated=simulated)
 
     def asked(self, names: list[str]) -> list[str]:
         """This process's share of the specs that were asked for, else of `names`."""

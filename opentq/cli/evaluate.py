@@ -46,7 +46,7 @@ def fidelity(
     depths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,2048,4096",
     window: Annotated[int, typer.Option(min=1, help="Tokens scored at each depth.")] = 128,
     step: Annotated[int, typer.Option(min=1, help="Tokens per teacher-forced step.")] = 16,
-    sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 4,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts, read as one batch.")] = 2,
     prefill_step_size: options.PrefillStep = 512,
     seed: Texts = 0,
     simulate: Simulate = False,
@@ -56,13 +56,14 @@ def fidelity(
     records: options.RecordsFile = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
+    from ..evaluate import contenders, show
     from ..evaluate import fidelity as task
-    from ..evaluate import show
 
     protocol = task.Protocol(
         options.numbers(depths, "--depths", TOKENS), window, step, sequences, prefill_step_size, seed, simulate
     )
     on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, protocol.length)
+    on = on._replace(simulated=contenders.slow(on.names, on.model))
     passes = len(on.names) + ("native" not in on.names)
     found = _run(on, task, protocol, passes * protocol.sequences * (protocol.length - 1))
     options.write(show.fidelity(found, form), output)

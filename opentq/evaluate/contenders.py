@@ -9,7 +9,7 @@ stay as they are for everybody.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..contracts.codec import FP16_MAX, Packed
 from ..errors import UserError
 from ..hosts import hooks
 from ..hosts.mlx_lm.host import HOST
-from ..hosts.mlx_lm.public import QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from ..hosts.mlx_lm.public import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from ..hosts.policy import native_reason
 from ..spec.kv import KVSpec
 from ..spec.text import OFF, Spec, parse
@@ -169,6 +169,18 @@ def enter(name: str, model: Any, simulate: bool = False) -> Contender:
         return caches
 
     return Contender(name, true_bits, simulated)
+
+
+def slow(names: Sequence[str], model: Any) -> frozenset[str]:
+    """Which of the contenders, and of the reference, are better simulated here, because MLX attends to them slowly.
+
+    On a CPU these are the model's own cache and all rivals; where a model has caches of other kinds, none.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return frozenset()
+    if not all(type(c) is KVCache or (type(c) is RotatingKVCache and not c.keep) for c in make_prompt_cache(model)):
+        return frozenset()
+    return frozenset({NATIVE, *(n for n in names if n.startswith("q4_0") or _mlx(n))})
 
 
 def _try(contender: Contender, model: Any) -> None:

@@ -19,7 +19,7 @@ class Evaluation(NamedTuple):
         corpus: the text; None where an evaluation brings its own.
         names: contenders, as the command line gives them.
         tick: told how many tokens have been worked off.
-        simulate: `each` enters contenders so (`contenders.enter`), and its records say it.
+        simulated: contenders that are entered so (`contenders.enter`); their records say it.
     """
 
     model: Any
@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
     names: Sequence[str]
     records: Records
     tick: Tick = nothing
-    simulate: bool = False
+    simulated: frozenset[str] = frozenset()
 
     def about(self, kind: str, own: Corpus | None = None, **more: Any) -> Record:
         """What identifies a result of `kind`: the model, the text that it read, and the task's own settings."""
@@ -52,8 +52,9 @@ class Evaluation(NamedTuple):
             key = {**settings, "spec": name}
             record = self.records.find(key)
             if record is None:
-                contender = enter(name, self.model, self.simulate)
-                bits = {"bits": round(contender.bits, 4), **({"simulated": True} if self.simulate else {})}
+                simulate = name in self.simulated
+                contender = enter(name, self.model, simulate)
+                bits = {"bits": round(contender.bits, 4), **({"simulated": True} if simulate else {})}
                 record = self.records.add(key, bits | measure(contender))
             else:
                 self.tick(tokens)

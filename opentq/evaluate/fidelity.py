@@ -34,13 +34,13 @@ class Protocol:
         sequences: texts, read as one batch.
         prefill: tokens per step of the text between windows.
         seed: which texts.
-        simulate: see `contenders.enter`.
+        simulate: all contenders are simulated (`contenders.enter`), not only those of `Evaluation.simulated`.
     """
 
     depths: tuple[int, ...] = (512, 2048, 4096)
     window: int = 128
     step: int = 16
-    sequences: int = 4
+    sequences: int = 2
     prefill: int = 512
     seed: int = 0
     simulate: bool = False
@@ -70,33 +70,43 @@ class _Reading:
 
 def run(on: Evaluation, protocol: Protocol) -> list[Record]:
     """Measure each contender at each depth; returns their records in order, old ones where the file has them."""
-    described = asdict(protocol) | {"depths": list(protocol.depths)}
-    settings = on.about("fidelity", protocol=described)
-    missing = [n for n in on.names if any(not on.records.find(_key(settings, n, d)) for d in protocol.depths)]
+    keys = _keys(on, protocol)
+    missing = [name for name, own in keys.items() if not all(map(on.records.find, own))]
+    on.tick((len(keys) - len(missing)) * protocol.sequences * (protocol.length - 1))
     if missing:
         rows = on.text.tokens(on.tokenizer, protocol.sequences, protocol.length, protocol.seed)
         tokens = mx.array(rows)
-        reference = _read(on.model, enter(NATIVE, on.model, protocol.simulate), tokens, protocol, on.tick)
+        simulated = _simulated(on, protocol, NATIVE)
+        reference = _read(on.model, enter(NATIVE, on.model, simulated), tokens, protocol, on.tick)
+        note = {"reference": "f16"} if simulated and not protocol.simulate else {}
         for name in missing:
             start = time.perf_counter()
-            contender = enter(name, on.model, protocol.simulate)
+            contender = enter(name, on.model, _simulated(on, protocol, name))
             # The first reading is both sides of the native row.
             reading = reference if name == NATIVE else _read(on.model, contender, tokens, protocol, on.tick)
             seconds = time.perf_counter() - start
-            for i, depth in enumerate(protocol.depths):
-                key = _key(settings, name, depth)
+            for i, (depth, key) in enumerate(zip(protocol.depths, keys[name])):
                 if on.records.find(key) is None:
                     targets = tokens[:, depth + 1 : depth + protocol.window + 1]
                     result = compare(reference.log_probs[i], reading.log_probs[i], targets, protocol.step)
                     held = {"cache_bytes": reading.cache_bytes[i], "native_bytes": reference.cache_bytes[i]}
-                    bits = {"bits": round(contender.bits, 4)}
+                    bits = {"bits": round(contender.bits, 4), **note}
                     on.records.add(key, {**bits, **result, **held, "seconds": round(seconds, 2)})
-    found = [on.records.find(_key(settings, n, d)) for n in on.names for d in protocol.depths]
+    found = [on.records.find(key) for own in keys.values() for key in own]
     return [r for r in found if r is not None]
 
 
-def _key(settings: Record, name: str, depth: int) -> Record:
-    return {**settings, "spec": name, "depth": depth}
+def _simulated(on: Evaluation, protocol: Protocol, name: str) -> bool:
+    return protocol.simulate or name in on.simulated
+
+
+def _keys(on: Evaluation, protocol: Protocol) -> dict[str, list[Record]]:
+    """What identifies the results of every contender, by depth."""
+    settings, keys = on.about("fidelity"), {}
+    for name in on.names:
+        described = asdict(protocol) | {"depths": list(protocol.depths), "simulate": _simulated(on, protocol, name)}
+        keys[name] = [{**settings, "protocol": described, "spec": name, "depth": depth} for depth in protocol.depths]
+    return keys
 
 
 def _read(model: Any, contender: Contender, tokens: mx.array, protocol: Protocol, tick: Tick) -> _Reading:

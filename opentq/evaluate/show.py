@@ -29,7 +29,14 @@ def fidelity(records: Sequence[Record], style: str) -> str:
         ratio = _interval(r["ppl_ratio"], lambda x: f"{x:.4f}")
         size = f"{r['cache_bytes'] / 2**20:.2f}"
         rows.append([settings["spec"], f"{r['bits']:.3g}", str(settings["depth"]), *kls, top, ratio, size])
-    return table(head, rows, style, records)
+    text = table(head, rows, style, records)
+    if style == "json" or not any("reference" in r for r in records):
+        return text
+    rivals = [r["settings"]["spec"] for r in records if r["settings"]["protocol"]["simulate"]]
+    names = ", ".join(dict.fromkeys(["fp16", *rivals]))
+    return (
+        f"{text}\n\nSimulated, because MLX attends to them slowly on a CPU: {names}. Decoded values are kept in fp16."
+    )
 
 
 def needle(records: Sequence[Record], style: str) -> str:
