@@ -43,8 +43,14 @@ def key(r: dict[str, Any]) -> tuple[str, int, str]:
 
 def fidelity(rows: Rows) -> tuple[dict[tuple[str, int, str], dict[str, Any]], list[int]]:
     """Rows by (text, depth, spec), and the depths; a text is the one with most rows of those that have its name."""
-    kept = [r for r in real(rows, "fidelity") if len(r["settings"]["protocol"]["depths"]) > 1]
+    kept = deepest(real(rows, "fidelity"))
     return {key(r): r for r in one_text(kept)}, sorted({r["settings"]["depth"] for r in kept})
+
+
+def deepest(rows: Rows) -> Rows:
+    """The rows of the protocol with most depths, which is the study's; of more than one."""
+    most = max((len(r["settings"]["protocol"]["depths"]) for r in rows), default=0)
+    return [r for r in rows if len(r["settings"]["protocol"]["depths"]) == most > 1]
 
 
 def one_text(rows: Rows) -> Rows:
@@ -60,8 +66,8 @@ def one_text(rows: Rows) -> Rows:
 
 def footer(rows: Rows) -> str:
     """Where and when, for the line under a table."""
-    last = rows[-1]
-    return f"\n\n{last['device']}, mlx {last['versions']['mlx']}, {last['date'][:10]}."
+    last, devices = rows[-1], Counter(r["device"] for r in rows)
+    return f"\n\n{' and '.join(name for name, _ in devices.most_common())}, mlx {last['versions']['mlx']}, {last['date'][:10]}."
 
 
 def short(x: float) -> str:
@@ -73,27 +79,43 @@ def divergences(rows: Rows, specs: Sequence[str], markdown: Callable[..., str]) 
     found, depths = fidelity(rows)
     if not found:
         return NONE
-    body = []
+    body, shown = [], []
     for spec in specs:
         cells = [found.get((text, depth, spec)) for text in TEXTS.values() for depth in depths]
+        shown += [c for c in cells if c]
         if any(cells):
             bits = next(c for c in cells if c)["bits"]
             body.append([label(spec), f"{bits:.3g}", *(short(c["kl_mean"][0]) if c else "" for c in cells)])
     heads = [f"{text} @{depth}" for text in TEXTS.values() for depth in depths]
-    return markdown(["spec", "bits", *heads], body) + footer(list(found.values()))
+    return markdown(["spec", "bits", *heads], body) + footer(shown)
+
+
+def command(rows: Rows, markdown: Callable[..., str]) -> str:
+    """What `opentq eval fidelity smollm2` measures in its default protocol, with the intervals that it prints."""
+    kept = [r for r in real(rows, "fidelity") if r["settings"]["protocol"]["depths"] == [512, 2048, 4096]]
+    if not kept:
+        return "No record yet."
+    found = {(r["settings"]["spec"], r["settings"]["depth"]): r for r in kept}
+    body = []
+    for spec in dict.fromkeys(spec for spec, _ in found):
+        cells = [found.get((spec, depth)) for depth in (512, 2048, 4096)]
+        kls = ["{} [{}, {}]".format(*map(short, c["kl_mean"])) if c else "" for c in cells]
+        body.append([f"`{spec}`", f"{next(c for c in cells if c)['bits']:.3g}", *kls])
+    return markdown(["spec", "bits", "KL @512", "KL @2048", "KL @4096"], body) + footer(kept)
 
 
 def headline(rows: Rows, markdown: Callable[..., str]) -> str:
     """What README says of the real network: a few caches after the most tokens."""
     found, depths = fidelity(rows)
     names = {"mlx4": "mlx-lm `--kv-bits 4`", "q4_0": "llama.cpp's q4_0, rotated"}
-    body = []
+    body, shown = [], []
     for spec in ("mlx4", "q4_0", "int4", "tq5/tq3:nc:center:sink=4"):
         cells = [found[text, depths[-1], spec] for text in TEXTS.values()]
+        shown += cells
         body.append([names.get(spec, f"opentq `{spec}`"), f"{cells[0]['bits']:.3g}"])
         body[-1] += [f"{short(c['kl_mean'][0])} ({100 * c['top1'][0]:.1f} %)" for c in cells]
     heads = [f"{text}: KL to fp16 (same top token)" for text in TEXTS.values()]
-    return markdown([f"SmolLM2-135M after {depths[-1]:,} tokens", "bits", *heads], body) + footer(list(found.values()))
+    return markdown([f"SmolLM2-135M after {depths[-1]:,} tokens", "bits", *heads], body) + footer(shown)
 
 
 def ratio(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float]:
@@ -131,13 +153,14 @@ def goal(rows: Rows, markdown: Callable[..., str]) -> str:
     found, depths = fidelity(rows)
     asked = [(t, d) for t in TEXTS.values() for d in depths if all((t, d, rival) in found for rival in RIVALS)]
     winner = best(found, asked) if asked else ""
-    body = []
+    body, shown = [], []
     for text in TEXTS.values():
         for depth in depths:
             cells = [found.get((text, depth, spec)) for spec in (winner, *RIVALS)]
             if not all(cells):
                 continue
             own, q4, mlx = cells
+            shown += cells
             ratios = ["{:.3f} [{:.3f}, {:.3f}]".format(*ratio(own, other)) for other in (q4, mlx)]
             kls = ["{} [{}, {}]".format(*map(short, c["kl_mean"])) for c in (own, q4, mlx)]
             body.append([f"{text}, {depth:,} tokens", *kls, *ratios])
@@ -152,14 +175,12 @@ def goal(rows: Rows, markdown: Callable[..., str]) -> str:
         "to q4_0",
         "to mlx-lm",
     ]
-    return markdown(head, body) + footer(list(found.values()))
+    return markdown(head, body) + footer(shown)
 
 
 def recipes(rows: Rows, markdown: Callable[..., str]) -> str:
     """What other bits in some layers give: mean KL on every text, and the largest ratio to q4_0 at a depth."""
-    whole = real(rows, "fidelity")
-    most = max((len(r["settings"]["protocol"]["depths"]) for r in whole), default=0)
-    whole = [r for r in whole if len(r["settings"]["protocol"]["depths"]) == most > 1]
+    whole = deepest(real(rows, "fidelity"))
     first = one_text(whole)
     found: dict[str, dict[str, dict[int, float]]] = {}  # text, spec, depth
     for part, other in ((first, ""), ([r for r in whole if r not in first], "other ")):

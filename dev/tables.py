@@ -375,6 +375,7 @@ REAL = {
     "headline": ("fidelity", study.headline),
     "codecs": ("fidelity", lambda rows, markdown: study.divergences(rows, study.CODECS, markdown)),
     "negative": ("fidelity", lambda rows, markdown: study.divergences(rows, study.NEGATIVE, markdown)),
+    "command": ("fidelity", study.command),
     "goal": ("fidelity", study.goal),
     "recipes": ("fidelity", study.recipes),
     "needles": ("needle", study.needles),
