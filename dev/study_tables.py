@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ NEGATIVE = """
 qjl qjl2/int4 qjl4/int4:sketch=gauss qjl6/int4 int4:first2=qjl tq3p tq3p:sketch=orth tq3 tq3:nc polar4 int2 tq2 int4
 mlx4
 """.split()  # noqa: SIM905
+RECIPE = Path(__file__).parents[1] / "docs" / "studies" / "smollm2.toml"
 TEXTS = {"python-stdlib": "code", "python-reference": "prose"}
 NONE = "No record yet: `python docs/studies/real.py --model smollm2` makes them."
 
@@ -67,7 +70,8 @@ def one_text(rows: Rows) -> Rows:
 def footer(rows: Rows) -> str:
     """Where and when, for the line under a table."""
     last, devices = rows[-1], Counter(r["device"] for r in rows)
-    return f"\n\n{' and '.join(name for name, _ in devices.most_common())}, mlx {last['versions']['mlx']}, {last['date'][:10]}."
+    names = " and ".join(name for name, _ in devices.most_common())
+    return f"\n\n{names}, mlx {last['versions']['mlx']}, {last['date'][:10]}."
 
 
 def short(x: float) -> str:
@@ -152,51 +156,59 @@ def goal(rows: Rows, markdown: Callable[..., str]) -> str:
     """The best spec of at most 4.5 bits at every depth against its rivals, in pairs."""
     found, depths = fidelity(rows)
     asked = [(t, d) for t in TEXTS.values() for d in depths if all((t, d, rival) in found for rival in RIVALS)]
-    winner = best(found, asked) if asked else ""
+    own = {text: cells for text, cells in texts(rows).items() if text in TEXTS.values()}
+    return beside(own, best(found, asked) if asked else "", markdown)
+
+
+def tuned(rows: Rows, markdown: Callable[..., str]) -> str:
+    """The recipe of docs/studies/smollm2.toml against the same rivals, on every text."""
+    return beside(texts(rows), "|".join(tomllib.loads(RECIPE.read_text())["layers"]), markdown)
+
+
+def texts(rows: Rows) -> dict[str, dict[tuple[int, str], dict[str, Any]]]:
+    """Rows of the study's protocol by text, which may be another of the name, and by (depth, spec)."""
+    whole = deepest(real(rows, "fidelity"))
+    first = set(map(id, one_text(whole)))
+    found: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
+    for r in sorted(whole, key=lambda r: id(r) not in first):
+        text, at, spec = key(r)
+        found.setdefault(text if id(r) in first else f"other {text}", {})[at, spec] = r
+    return found
+
+
+def beside(found: dict[str, dict[tuple[int, str], dict[str, Any]]], spec: str, markdown: Callable[..., str]) -> str:
+    """A spec and its rivals at every depth of every text, with the ratios in pairs."""
     body, shown = [], []
-    for text in TEXTS.values():
-        for depth in depths:
-            cells = [found.get((text, depth, spec)) for spec in (winner, *RIVALS)]
-            if not all(cells):
+    for text, cells in found.items():
+        for depth in sorted({at for at, _ in cells}):
+            three = [cells.get((depth, name)) for name in (spec, *RIVALS)]
+            if not all(three):
                 continue
-            own, q4, mlx = cells
-            shown += cells
-            ratios = ["{:.3f} [{:.3f}, {:.3f}]".format(*ratio(own, other)) for other in (q4, mlx)]
-            kls = ["{} [{}, {}]".format(*map(short, c["kl_mean"])) for c in (own, q4, mlx)]
+            shown += three
+            own, *others = three
+            ratios = ["{:.3f} [{:.3f}, {:.3f}]".format(*ratio(own, other)) for other in others]
+            kls = ["{} [{}, {}]".format(*map(short, c["kl_mean"])) for c in three]
             body.append([f"{text}, {depth:,} tokens", *kls, *ratios])
     if not body:
         return NONE
-    bits = found[next(k for k in found if k[2] == winner)]["bits"]
-    head = [
-        "",
-        f"{label(winner)}, {bits:.3g} bits",
-        "`q4_0` rotated, 4.5",
-        "mlx-lm `--kv-bits 4`, 4.5",
-        "to q4_0",
-        "to mlx-lm",
-    ]
-    return markdown(head, body) + footer(shown)
+    head = [f"{label(spec)}, {shown[0]['bits']:.3g} bits", "`q4_0` rotated, 4.5", "mlx-lm `--kv-bits 4`, 4.5"]
+    return markdown(["", *head, "to q4_0", "to mlx-lm"], body) + footer(shown)
 
 
 def recipes(rows: Rows, markdown: Callable[..., str]) -> str:
     """What other bits in some layers give: mean KL on every text, and the largest ratio to q4_0 at a depth."""
-    whole = deepest(real(rows, "fidelity"))
-    first = one_text(whole)
-    found: dict[str, dict[str, dict[int, float]]] = {}  # text, spec, depth
-    for part, other in ((first, ""), ([r for r in whole if r not in first], "other ")):
-        for r in part:
-            text, at, spec = key(r)
-            found.setdefault(other + text, {}).setdefault(spec, {})[at] = r["kl_mean"][0]
+    found = texts(rows)
+    whole = [r for cells in found.values() for r in cells.values()]
     bits = {r["settings"]["spec"]: r["bits"] for r in whole}
     plain = ("q4_0", "tq4/tq3:nc:center:sink=4", "tq5/tq3:nc:center:sink=4", "tq5/tq4:nc:center:sink=4")
     body = []
     for spec in sorted((s for s in bits if s in plain or re.search(r"\||(first|last)9", s)), key=bits.__getitem__):
-        cells = []
-        for specs in found.values():
-            kl = specs.get(spec, {})
+        row = []
+        for cells in found.values():
+            kl = {depth: r["kl_mean"][0] for (depth, name), r in cells.items() if name == spec}
             mean = short(float(np.exp(np.mean(np.log(list(kl.values())))))) if kl else ""
-            cells.append(mean and f"{mean} ({max(x / specs['q4_0'][d] for d, x in kl.items()):.2f})")
-        body.append([label(spec), f"{bits[spec]:.3g}", *cells])
+            row.append(mean and f"{mean} ({max(x / cells[d, 'q4_0']['kl_mean'][0] for d, x in kl.items()):.2f})")
+        body.append([label(spec), f"{bits[spec]:.3g}", *row])
     return markdown(["spec", "bits", *found], body) + footer(whole) if body else NONE
 
 

@@ -377,6 +377,7 @@ REAL = {
     "negative": ("fidelity", lambda rows, markdown: study.divergences(rows, study.NEGATIVE, markdown)),
     "command": ("fidelity", study.command),
     "goal": ("fidelity", study.goal),
+    "tuned": ("fidelity", study.tuned),
     "recipes": ("fidelity", study.recipes),
     "needles": ("needle", study.needles),
     "use": ("use", study.use),

@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "dev"))
 import study_tables as study
 
+from opentq.spec.recipe import Recipe
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,9 +60,34 @@ def test_later_records_replace_earlier_ones_and_other_models_are_left_out():
     assert "0.50" in text and "9.00" not in text and "tq1" not in text
 
 
-@pytest.mark.parametrize("table", ["goal", "recipes", "needles", "use", "tasks", "depth", "scale", "cpu"])
+@pytest.mark.parametrize(
+    "table", ["command", "goal", "tuned", "recipes", "needles", "use", "tasks", "depth", "scale", "cpu"]
+)
 def test_without_records_a_sentence_says_how_to_make_them(table):
     assert getattr(study, table)([], markdown).startswith("No record yet")
+
+
+def test_other_protocols_change_no_table_of_the_study():
+    other = row("q4_0", 4.5, 0.9)
+    other["settings"]["protocol"] = {"depths": [512]}
+    assert study.goal([*ROWS, other], markdown) == study.goal(ROWS, markdown)
+
+
+def test_the_recipe_is_what_was_found_and_meets_the_goal():
+    """At most half of q4_0's divergence and a twentieth of mlx-lm's in 4.5 bits, on two texts at four depths."""
+    found = Recipe.read(str(study.RECIPE))
+    tuned = [json.loads(line) for line in (ROOT / "results" / "tune.jsonl").read_text().splitlines()]
+    assert str(found) in [r["recipe"] for r in tuned] and len(found.layers) == 30
+    rows = [json.loads(line) for line in (ROOT / "results" / "fidelity.jsonl").read_text().splitlines()]
+    compared = 0
+    for cells in study.texts(rows).values():
+        for (depth, spec), own in cells.items():
+            if spec == str(found):
+                q4, mlx = (cells[depth, rival] for rival in study.RIVALS)
+                assert study.held(own) <= study.LIMIT
+                assert study.ratio(own, q4)[0] <= 1 / 2 and study.ratio(own, mlx)[0] <= 1 / 20
+                compared += 1
+    assert compared >= 8
 
 
 def test_bits_count_the_tokens_that_stay_in_fp16():

@@ -2,7 +2,7 @@
 
     python docs/studies/real.py --model smollm2
     python docs/studies/real.py --model smollm2 --only fidelity,tasks --quick
-    python docs/studies/real.py --model smollm2 --only fidelity --specs int4,recipe.toml
+    python docs/studies/real.py --model smollm2 --only fidelity --specs int4,recipe.toml --texts code
     python docs/studies/real.py --model smollm2 --only fidelity --share 2/4
 
 Runs on the device that MLX uses (`--device cpu` for the CPU). Weights are decoded to float32 and caches simulated for
@@ -61,7 +61,7 @@ class Study(Network):
         self.quick, self.batch = args.quick, args.batch
         self.part, self.of = (int(n) for n in args.share.split("/"))
         self.specs = [contenders.check(name) for name in split(args.specs, "--specs")] if args.specs else []
-        self.texts = [corpus.load(Path(name)) for name in (args.code, "prose")]
+        self.texts = [corpus.load(Path(args.code if name == "code" else name)) for name in args.texts.split(",")]
 
     def on(
         self, names: list[str], records: Records, text: corpus.Corpus | None = None, sim: bool = False
@@ -203,6 +203,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
     parser.add_argument("--code", default="code", help="the code: a folder; default: this Python's library")
+    parser.add_argument("--texts", default="code,prose", help="what fidelity reads; the first is what the others read")
     parser.add_argument("--specs", default="", help="instead of the study's own, comma-separated")
     parser.add_argument("--share", default="1/1", help="i/n: every n-th spec from the i-th on")
     parser.add_argument("--batch", type=int, help="prompts read together; default: 40, on a CPU 4")
