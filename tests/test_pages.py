@@ -90,7 +90,7 @@ def test_sketches_keep_four_bits_of_some_channels_and_the_mean_of_the_others():
 
 def lists(cache: OpenTQCache, q: mx.array, lens: list[int]) -> mx.array:
     selector = cache.sketches.selector(lens)
-    return selector.choose(selector.queries(q, 0.125), tuple(lens))
+    return selector.choose(selector.queries(q, 0.125), tuple(lens), cache.sketches.budget // 64)
 
 
 def test_sketches_are_of_the_packed_keys():
@@ -172,7 +172,7 @@ def test_kernels_choose_what_the_reference_chooses(by):
         selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count)
         queries = selector.queries(mx.array(rng.standard_normal((2, heads * rows, 1, dim), dtype=np.float32)), 1.0)
         choose = choosers.get(by)
-        found = choose(selector.sketches, queries, packed, count) if choose else selector.choose(queries, packed)
+        found = choose(selector.sketches, queries, packed, count) if choose else selector.choose(queries, packed, count)
         few, mean = pages.decode(selector.sketches, channels)
         scores = (queries[:, :, None, :, :channels] @ few) + (queries[..., channels:] @ mean.swapaxes(-1, -2)).swapaxes(
             -1, -2
@@ -273,6 +273,43 @@ def test_attention_over_pages_is_judged_by_the_reference(spec, shape, length, ke
     judge(replace(args, q=args.q), dtype=mx.float16 if kernels == "native" else None)
     exact = reference.attend(replace(args, pages=None))
     assert not mx.allclose(reference.attend(args), exact, atol=1e-3).item()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(batch=2, q_heads=6, kv_heads=2, key_dim=96, value_dim=64)], ids=str)
+@pytest.mark.parametrize("spec", ["int4", "tq5/tq3:nc:sink=4", "f16", "polar4", "tq2.5", "k8tq4:out=2"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_pages_are_weighed_by_their_keys(spec, shape, listed, kernels):
+    cache = OpenTQCache(spec)
+    fill(cache, *vectors(shape, 8 * 64 + 40), [300, 100])
+    some = mx.array([LISTS[0]] * shape.batch, dtype=mx.int32)
+    handles = cache.update_and_fetch(*vectors(shape, 3, seed=3))
+    args = args_of(handles, queries(shape, 3), causal=True, pages=some if listed else None)
+    keys = args.k.decode(0, 512, mx.float32).reshape(shape.batch, 2, 1, 8, 64, shape.key_dim)
+    rows = args.q.reshape(shape.batch, 2, -1, 1, 1, shape.key_dim)
+    every = mx.logsumexp((rows * keys).sum(-1) * args.scale, axis=-1)
+    expected = mx.take_along_axis(every, some[:, :, None], axis=-1) if listed else every
+    weigh = dispatch.backends.active().weigh if kernels == "native" else pages.weigh
+    found = weigh(args)
+    if found is None and kernels == "native" and dispatch.backends.active().name != "cpu":
+        pytest.skip("the portable path weighs pages here")
+    assert found.shape == expected.shape and mx.allclose(found, expected, atol=2e-3).item()
+
+
+def test_what_sketches_name_is_chosen_by_its_keys(kernels, monkeypatch):
+    """Of `CANDIDATES` times the budget the pages of most softmax; of fewer pages than that, sketches are not asked."""
+    cache = sketched("int4:pages=192", 1500)
+    handles, q = step(cache)
+    args = args_of(handles, q, scale=0.125)
+    whole = mx.softmax(pages.weigh(replace(args, pages=None)), axis=-1).sum(2)[0]
+    for times, known in ((8, range(23)), (3, None)):
+        monkeypatch.setattr(pages, "CANDIDATES", times)
+        selector = cache.sketches.selector([1472])
+        found = dispatch.choose(selector, replace(args, q=q))[0]
+        for head in range(2):
+            rows = selector.queries(q, 0.125)
+            there = known or selector.choose(rows, (1472,), 3 * times)[0, head].tolist()
+            best = sorted(there, key=lambda p: -(whole[head, p].item() if p != 22 else 9))[:3]
+            assert found[head].tolist() == sorted(best)
 
 
 def test_every_page_listed_is_everything(kernels):

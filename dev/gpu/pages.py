@@ -29,7 +29,7 @@ def run(log) -> None:
         chosen = mx.broadcast_to(mx.arange(1, channels + 1, dtype=mx.int32), (2, heads, channels))
         selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count)
         queries = selector.queries(mx.array(rng.standard_normal((2, heads * rows, 1, dim), dtype=np.float32)), 1.0)
-        mine, best = kernels.choose(selector.sketches, queries, packed, count), selector.choose(queries, packed)
+        mine, best = kernels.choose(selector.sketches, queries, packed, count), selector.choose(queries, packed, count)
         weights = selector.weights(queries, max(packed) // 64)
         for b, tokens in enumerate(packed):
             there, whole = -(-tokens // 64), tokens // 64

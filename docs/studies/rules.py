@@ -145,22 +145,26 @@ class Sparse(KVCache):
         rule: what chooses; None reads everything, as prompts are read.
         page, budget: tokens.
         by_mass: whether a query head has as much say as it looks at packed tokens.
+        times: so many times the budget is what the rule chooses, and keys choose among it; 0 where the rule is all.
         watch: told of every call and of its attention `[B, H, G, L, T]`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rule: Rule | None = None
-        self.page, self.budget, self.by_mass = FLUSH, 1024, False
+        self.page, self.budget, self.by_mass, self.times = FLUSH, 1024, False, 0
         self.watch: Callable[[Call, mx.array], None] | None = None
         self.seen, self.sums = 0, None
         self._kept: tuple[int, Any] | None = None
 
-    def fork(self, rule: Rule | None = None, page: int = FLUSH, budget: int = 1024, by_mass: bool = False) -> Sparse:
+    def fork(
+        self, rule: Rule | None = None, page: int = FLUSH, budget: int = 1024, by_mass: bool = False, times: int = 0
+    ) -> Sparse:
         """A cache that holds the same tokens and goes its own way."""
         other = copy(self)
         other.keys, other.values = self.keys[:], self.values[:]  # arrays of Python's own, which writes replace
-        other.rule, other.page, other.budget, other.by_mass, other._kept = rule, page, budget, by_mass, None
+        other.rule, other.page, other.budget, other._kept = rule, page, budget, None
+        other.by_mass, other.times = by_mass, times
         return other
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
@@ -222,7 +226,11 @@ class _Step:
         if cache.by_mass:
             scores = (call.q @ k.swapaxes(-1, -2).astype(mx.float32)).reshape(batch, heads, -1, rows, held)
             other = mx.logsumexp(mx.where(always, scores, -mx.inf), axis=-1)
-        taken = call.chosen(cache.rule.weigh(call.q, cache.kept(keys)), cache.budget // cache.page, other)
+        weights, count = cache.rule.weigh(call.q, cache.kept(keys)), cache.budget // cache.page
+        if cache.times:
+            some = mx.tile(call.chosen(weights, cache.times * count, other), (1, 1, q.shape[1] // heads, 1))
+            weights = mx.where(some, exact(call.q, keys), -mx.inf)
+        taken = call.chosen(weights, count, other)
         listed = mx.repeat(taken, cache.page, axis=-1)
         end = SPEC.sink + pages * cache.page
         listed = mx.pad(listed, [(0, 0)] * 3 + [(SPEC.sink, held - end)])

@@ -8,6 +8,7 @@ nobody serves, the error prints the whole record.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -74,12 +75,24 @@ def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layo
     return backend.layouts(k_codec, v_codec, dims) if backend else (CANONICAL, CANONICAL)
 
 
-def choose(selector: pages.Selector, q: mx.array, scale: float, packed: tuple[int, ...]) -> mx.array:
-    """The pages that queries `[B, Hq, L, D]` read, by a kernel where there is one: see `pages.Selector.choose`."""
+def choose(selector: pages.Selector, args: AttnArgs) -> mx.array:
+    """The pages that `args`, whose queries are not rotated, is to read: int32 `[B, Hkv, budget / 64]`, ascending.
+
+    Sketches name the candidates, and of these the ones whose keys have the most weight are read; by kernels where there
+    are any.
+    """
     backend = backends.active() if kernel_mode() != "tiled" else None
-    rows = selector.queries(q, scale)
-    found = guard.choose(backend, selector, rows, packed) if backend else None
-    return selector.choose(rows, packed) if found is None else found
+    packed, count = tuple(n for n, _, _ in args.lens), selector.budget // pages.PAGE
+    listed, many = None, pages.CANDIDATES * count
+    if max(packed) > many * pages.PAGE:
+        rows = selector.queries(args.q, args.scale)
+        listed = guard.choose(backend, selector, rows, packed, many) if backend else None
+        listed = selector.choose(rows, packed, many) if listed is None else listed
+    args = replace(args, q=args.k.codec.rotate(args.q), pages=listed)
+    weights = guard.weigh(backend, args) if backend else None
+    held = tuple(n for n, _, _ in args.picked_lens)
+    index = pages.top(pages.weigh(args) if weights is None else weights, held, count)
+    return index if listed is None else mx.take_along_axis(listed, index, axis=-1)
 
 
 def kernel_mode() -> str:

@@ -30,7 +30,7 @@ from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, Layout
 from ..errors import UserError
 from . import judge, tiled, verdicts
-from .pages import PAGE, Selector
+from .pages import Selector
 
 log = logging.getLogger("opentq")
 
@@ -165,15 +165,28 @@ def rotation(backend: Backend) -> Callable[[mx.array], mx.array | None]:
     return rotate
 
 
-def choose(backend: Backend, selector: Selector, rows: mx.array, packed: tuple[int, ...]) -> mx.array | None:
+def choose(
+    backend: Backend, selector: Selector, rows: mx.array, packed: tuple[int, ...], count: int
+) -> mx.array | None:
     """The back end's choice of pages for scaled `rows`, once it was right on this machine; None where it has none."""
     channels, (heads, length, width) = selector.channels.shape[2], rows.shape[1:]
     return _first(
         backend.name,
         (backend.choose, channels, heads, length, width),
         lambda: f"pages by {channels} of {width - channels} channels, {length} queries of {heads} heads",
-        functools.partial(backend.choose, selector.sketches, rows, packed, selector.budget // PAGE),
+        functools.partial(backend.choose, selector.sketches, rows, packed, count),
         functools.partial(judge.choice, backend, channels, heads, length, width - channels),
+    )
+
+
+def weigh(backend: Backend, args: AttnArgs) -> mx.array | None:
+    """The back end's weights of pages by their keys, once they were right on this machine; None where it has none."""
+    return _first(
+        backend.name,
+        (backend.weigh, args.kind()),
+        lambda: f"weights of pages {args.kind_words()}",
+        functools.partial(backend.weigh, args),
+        functools.partial(judge.weights, backend, args),
     )
 
 

@@ -17,7 +17,7 @@ from ..contracts.backend import Backend, Pair, StepFn
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, FLUSH, Layout
 from . import tiled
-from .pages import PAGE, Selector, encode
+from .pages import PAGE, Selector, encode, weigh
 
 BOUND = {mx.bfloat16: 1e-2}
 """Relative error to the portable path from which a kernel is wrong, by the query's dtype; `BOUND_HALF` for others."""
@@ -145,11 +145,24 @@ def choice(backend: Backend, channels: int, heads: int, length: int, dim: int) -
         share = mx.softmax(mx.where(kept[:, :, None], case.weights(rows, whole), -mx.inf), axis=-1).sum(2)
         mine, theirs = (
             float(mx.take_along_axis(share, mx.clip(chosen, 0, whole - 1), axis=-1).sum())
-            for chosen in (found, case.choose(rows, packed))
+            for chosen in (found, case.choose(rows, packed, COUNT))
         )
         listed = (found[..., 1:] > found[..., :-1]).all() & (found >= 0).all() & (found <= newest).all()
         if not (bool(listed & (found == newest).any(-1).all()) and mine >= (1 - BOUND_HALF) * theirs):
             return f"reads {mine / theirs:.1%} of the softmax that the portable path reads"
+    return ""
+
+
+def weights(backend: Backend, args: AttnArgs) -> str:
+    """A page that a sequence does not have counts for nothing."""
+    for lens, own, columns in CASES:
+        ours, theirs = _case(args, lens, args.kv_heads if own else 1, columns + args.q.shape[2], args.q.shape[2])
+        found, expected = backend.weigh(ours), weigh(theirs)
+        if found is None:
+            continue
+        there = expected > -mx.inf
+        if why := _differs(mx.where(there, found, 0), mx.where(there, expected, 0), mx.float32):
+            return why
     return ""
 
 

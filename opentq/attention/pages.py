@@ -20,7 +20,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..contracts.attention import AttnArgs, lens_array
 from ..contracts.layout import FLUSH
+from . import tiled
 from .channels import count
 
 PAGE = FLUSH
@@ -28,6 +30,9 @@ PAGE = FLUSH
 
 ROWS = 8
 """Calls with more query rows than this read everything: prefill is exact."""
+
+CANDIDATES = 4
+"""How many times the budget sketches name, so that keys choose among them."""
 
 LEVELS = 7.5
 TILE = 4096
@@ -111,14 +116,37 @@ class Selector:
                 mx.eval(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
-    def choose(self, rows: mx.array, packed: tuple[int, ...]) -> mx.array:
-        """The pages to read for scaled `queries`: int32 `[B, Hkv, budget / 64]`, ascending.
+    def choose(self, rows: mx.array, packed: tuple[int, ...], count: int) -> mx.array:
+        """The `count` pages of most weight for scaled `queries`: int32 `[B, Hkv, count]`, ascending.
 
         `packed` tokens are held of each sequence. Where a sequence has fewer pages than are asked for, all of them come
         first and what follows is to be left alone.
         """
-        pages = max(packed) // PAGE
-        return top(self.weights(rows, pages), packed, self.budget // PAGE)
+        return top(self.weights(rows, max(packed) // PAGE), packed, count)
+
+
+def weigh(args: AttnArgs) -> mx.array:
+    """Log of the sum of exponentials of the scores that the keys of pages have, float32 `[B, Hkv, G * L, P]`.
+
+    The pages are those of `args.pages`, or all. What stands for pages that a sequence does not have counts for nothing.
+    """
+    args = args.picked()
+    lens = lens_array(args.lens)[:, 0].reshape(-1, 1, 1, 1)
+    rows = args.q.astype(mx.float32).reshape(args.q.shape[0], args.kv_heads, -1, args.q.shape[3]) * args.scale
+    pages, parts = -(-args.max_packed // PAGE), []
+    step = max(1, tiled.tile_tokens(args, args.q.shape[2]) // PAGE)
+    for start in range(0, pages, step):
+        stop = min(start + step, pages)
+        first, last = start * PAGE, min(stop * PAGE, args.max_packed)
+        scores = rows @ args.k.decode(first, last, mx.float32).swapaxes(-1, -2)
+        if args.softcap:
+            scores = mx.tanh(scores / args.softcap) * args.softcap
+        scores = mx.where(mx.arange(first, last) < lens, scores, -mx.inf)
+        scores = mx.pad(scores, [(0, 0)] * 3 + [(0, stop * PAGE - last)], constant_values=-mx.inf)
+        parts.append(mx.logsumexp(scores.reshape(*rows.shape[:3], -1, PAGE), axis=-1))
+        if step < pages:
+            mx.eval(parts[-1])
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
 def top(weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array:

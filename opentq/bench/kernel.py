@@ -123,11 +123,13 @@ class Ours:
         packed, dense = self.step.lens[0][0], self.step.dense_k.shape[2]
         spec, p = self.cache.spec, self.problem
         per_token = spec.bits_per_value(p.dim) * 2 * p.dim / 8
-        sketches = 0.0
-        if spec.pages and packed > spec.pages:  # all sketches, and the tokens of some pages
-            sketches = packed * pages.bytes_per_token(p.dim)
+        choice = 0.0
+        if spec.pages and packed > spec.pages:  # all sketches, the keys of candidates, and the tokens of some pages
+            some = pages.CANDIDATES * spec.pages
+            choice = packed * pages.bytes_per_token(p.dim) if packed > some else 0.0
+            choice += min(packed, some) * self.cache.k_codec.bits_per_value(p.dim) * p.dim / 8
             packed = spec.pages
-        return round(p.kv_heads * (packed * per_token + sketches + dense * 4 * p.dim))
+        return round(p.kv_heads * (packed * per_token + choice + dense * 4 * p.dim))
 
     def call(self) -> mx.array:
         with self.variant():

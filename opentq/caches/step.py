@@ -146,14 +146,12 @@ class Step:
             raise UserError(
                 "centred keys can't serve attention sinks or soft-capped logits: drop center from the KV spec"
             )
-        listed = None
+        args = AttnArgs(
+            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window, mask, sinks, softcap
+        )
         if self.sketches is not None:
             self.sketches.observe(q)
-            listed = self._pages(q, float(scale), window or mask is not None)
-        args = AttnArgs(
-            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window, mask, sinks,
-            softcap, listed,
-        )  # fmt: skip
+            args.pages = self._pages(args)
         stats, cache, fresh = self.stats, self.cache, self.fresh
         stats.calls += 1
         if cache is not None and fresh is not None:
@@ -179,13 +177,13 @@ class Step:
         self.stats.served_by = "selected"
         return self.v.codec.unrotate(selected.attend(args, positions))
 
-    def _pages(self, q: mx.array, scale: float, whole: bool | int) -> mx.array | None:
-        """The pages that this call reads; None for everything, as where `whole` says so."""
-        if q.shape[2] > pages.ROWS or self.sketches is None:
+    def _pages(self, args: AttnArgs) -> mx.array | None:
+        """The pages that this call reads; None for everything, as with a mask or a window."""
+        if args.q.shape[2] > pages.ROWS or self.sketches is None:
             return None
         packed = tuple(n for n, _, _ in self.lens)
-        selector = None if whole else self.sketches.selector(packed)
+        selector = None if args.window or args.mask is not None else self.sketches.selector(packed)
         self.stats.steps += sum(n > 0 for n in packed)
         self.stats.held += sum(packed)
         self.stats.read += sum(min(n, selector.budget) for n in packed) if selector else sum(packed)
-        return dispatch.choose(selector, q, scale, packed) if selector else None
+        return dispatch.choose(selector, args) if selector else None

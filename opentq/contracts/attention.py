@@ -111,12 +111,15 @@ class AttnArgs:
         """
         if self.pages is None:
             return self
-        count = self.pages.shape[2]
-        lens = []
-        for packed, sink, tail_start in self.lens:
-            missing = -(-packed // FLUSH) - count
-            lens.append((packed - FLUSH * max(missing, 0), sink, tail_start))
-        return replace(self, k=self.k.pick(self.pages), v=self.v.pick(self.pages), lens=tuple(lens), pages=None)
+        return replace(self, k=self.k.pick(self.pages), v=self.v.pick(self.pages), lens=self.picked_lens, pages=None)
+
+    @property
+    def picked_lens(self) -> tuple[Lengths, ...]:
+        """Lengths with no more packed tokens than those of `pages`."""
+        if self.pages is None:
+            return self.lens
+        gone = [FLUSH * max(-(-packed // FLUSH) - self.listed, 0) for packed, _, _ in self.lens]
+        return tuple((packed - n, sink, tail) for n, (packed, sink, tail) in zip(gone, self.lens))
 
     @property
     def projected(self) -> mx.array:

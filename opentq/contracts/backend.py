@@ -44,6 +44,7 @@ class Backend(Shared):
         rotate: `codecs.rotation.rotate` in one launch, or None for vectors that it does not serve.
         choose: `(sketches, rows, packed, count)`: the pages of most weight (`attention.pages`), or None.
         checks: what `opentq doctor` should say.
+        weigh: the weights by their keys of the pages that `args` lists (`attention.pages.weigh`), or None.
     """
 
     name: str
@@ -56,3 +57,4 @@ class Backend(Shared):
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
     choose: Callable[[mx.array, mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
     checks: Callable[[], list[Check]] = list
+    weigh: Callable[[AttnArgs], mx.array | None] = lambda args: None

@@ -78,6 +78,8 @@ struct Call {
   int64_t window;       // 0: none
   const int32_t* pages; // [B][Hkv][page_count]: the blocks to read, ascending, or null: all
   int64_t page_count;   // a sequence with fewer blocks has all of them first
+  float* weights;       // [B][Hkv][gqa * L, query by query][page_count], or null: in place of attention, the logarithm
+                        // of the sum of exponentials of each block's scores, of `pages` or of all
   int32_t threads, pad;
   int dim_out() const { return v_outliers.count ? 2 * dim_v : dim_v; }  // outliers behind the rest
 };

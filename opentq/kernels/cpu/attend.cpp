@@ -6,7 +6,8 @@
 // range, and whoever finishes the last one merges them in order. The cut depends on shapes, lengths and the thread
 // setting only, so results are the same bit by bit from run to run.
 //
-// With a list of pages, which never comes with a window, a task's range is one of the list.
+// With a list of pages, which never comes with a window, a task's range is one of the list. Where the weights of blocks are
+// asked for, keys alone are read, and a task ends with the scores of its range.
 //
 // blocks.h has the packed layout, products.h the products on codes, dense.h those on fp16, packed.h what joins them.
 // A key whose score is NaN gets no weight; infinite scores give zeros or NaN in their row, never a crash.
@@ -130,7 +131,7 @@ class Attention {
           const int64_t parts = std::max<int64_t>(1, (last - first + per_task - 1) / per_task);
           Group& g = groups_[size_t(group)];
           g.parts = int(parts), g.left = int(parts);
-          if (parts > 1) g.partial.reset(new float[size_t(parts * rows * (c_.dim_out() + 2))]);
+          if (parts > 1 && !c_.weights) g.partial.reset(new float[size_t(parts * rows * (c_.dim_out() + 2))]);
           for (int64_t p = 0; p < parts; p++)
             tasks_.push_back({b, h, row, rows, first + (last - first) * p / parts, first + (last - first) * (p + 1) / parts, group, int(p)});
         }
@@ -164,12 +165,17 @@ class Attention {
     Rows rows;
     rows.allocate(arena, int(t.rows), c_);
     rows.softcap = c_.softcap;
+    if (c_.weights) {
+      rows.weights = c_.weights + ((t.batch * c_.kv_heads + t.head) * total_rows_ + t.row) * c_.page_count;
+      rows.weights_stride = c_.page_count;
+    }
     load_queries(t, rows);
     if (t.first < t.last) {
       Range seen[ROW_BLOCK];
       for (int r = 0; r < rows.count; r++) seen[r] = packed_range(t.batch, (t.row + r) / c_.gqa);
       attend_packed(rows, seen, c_, t.batch, t.head, t.first, t.last);
     }
+    if (c_.weights) return;
     Group& group = groups_[size_t(t.group)];
     if (t.part == group.parts - 1) {
       Columns seen[ROW_BLOCK];

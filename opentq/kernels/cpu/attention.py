@@ -21,6 +21,7 @@ from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
 from . import blas
 from . import library as cpu
+from .blocks import TOKENS
 from .call import check, prepared, serves
 from .layout import layout_for, layout_named
 from .outliers import CpuOutliers
@@ -32,42 +33,62 @@ def attend(args: AttnArgs) -> mx.array | None:
     """`[B, Hq, L, Dv]` in q's dtype, or None when this call isn't for the CPU kernels."""
     if not serves(args):
         return None
-    packed = args.max_packed > 0
-    k_outlying, v_outlying = (packed and isinstance(side.layout, CpuOutliers) for side in (args.k, args.v))
+    outlying = args.max_packed > 0 and isinstance(args.v.layout, CpuOutliers)
     # Outliers of values come back apart and still to be rotated, so they may not be rounded yet.
-    q = args.q.astype(mx.float32) if v_outlying else args.q
+    q, dim = args.q.astype(mx.float32) if outlying else args.q, args.v.head_dim
+    call, held = _call(args, q)
+    out = np.empty((*q.shape[:3], 2 * dim if outlying else dim), held[0].dtype)
+    call.out = out.ctypes.data
+    cpu.call("opentq_attend", call)
+    result = mx.array(out)
+    if outlying:
+        return (result[..., :dim] + args.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
+    return result.view(mx.bfloat16) if q.dtype == mx.bfloat16 else result
+
+
+def weigh(args: AttnArgs) -> mx.array | None:
+    """Weights of the blocks of `args.pages`, or of all: see `attention.pages.weigh`."""
+    if not serves(args) or args.window or not args.max_packed:
+        return None
+    call, _held = _call(args, args.q, fresh=True)
+    count = args.listed or -(-args.max_packed // TOKENS)
+    # Blocks that a shorter sequence does not have are left alone.
+    out = np.zeros((args.q.shape[0], args.kv_heads, args.q.shape[2], args.gqa, count), np.float32)
+    call.weights, call.page_count = out.ctypes.data, count
+    cpu.call("opentq_attend", call)
+    return mx.array(out.swapaxes(2, 3).reshape(*out.shape[:2], -1, count))
+
+
+def _call(args: AttnArgs, q: mx.array, fresh: bool = False) -> tuple[cpu.Call, list[np.ndarray]]:
+    """The kernel's call but for where results go, and what it points to, the queries first.
+
+    `fresh`: the columns of this step's own tokens may still be missing, because none is read.
+    """
+    packed = args.max_packed > 0
     projected = args.k.codec.project(q) if packed else q
-    plain = args.k.codec.unrotate(q) if k_outlying else q
+    plain = args.k.codec.unrotate(q) if packed and isinstance(args.k.layout, CpuOutliers) else q
     arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
     arrays += [a for a in (args.sinks, args.pages) if a is not None]
     try:
         mx.eval(arrays)
     except RuntimeError as error:  # of the model's own arithmetic before this call
         raise explained(error) or error from error
-    check(args)
-    batch, heads, length, _ = q.shape
-    queries = [cpu.rows_view(a) for a in (q, projected, plain)]
-    dense_k, dense_v = cpu.rows_view(args.dense_k), cpu.rows_view(args.dense_v)
-    lens = np.array(args.lens, np.int32)
-    sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
-    pages = None if args.pages is None else np.ascontiguousarray(cpu.view(args.pages))
-    dim = args.v.head_dim
-    out = np.empty((batch, heads, length, 2 * dim if v_outlying else dim), queries[0].dtype)
+    check(args, q.shape[2] if fresh else 0)
+    held = [cpu.rows_view(a) for a in (q, projected, plain, args.dense_k, args.dense_v)]
     k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
     call = prepared(args, k, v)
-    call.columns = args.dense_k.shape[2]
-    call.q, call.projected, call.plain = (cpu.Queries(*strided(a)) for a in queries)
-    call.dtype = cpu.DTYPES[q.dtype]
-    call.dense_k, call.dense_v = cpu.Dense(*strided(dense_k)), cpu.Dense(*strided(dense_v))
-    call.lens, call.sinks = lens.ctypes.data, None if sinks is None else sinks.ctypes.data
-    call.out, call.threads = out.ctypes.data, cpu.threads()
-    if pages is not None:
-        call.pages, call.page_count = pages.ctypes.data, pages.shape[2]
-    cpu.call("opentq_attend", call)
-    result = mx.array(out)
-    if v_outlying:
-        return (result[..., :dim] + args.v.codec.rotate(result[..., dim:])).astype(args.q.dtype)
-    return result.view(mx.bfloat16) if q.dtype == mx.bfloat16 else result
+    call.columns, call.dtype, call.threads = args.dense_k.shape[2], cpu.DTYPES[q.dtype], cpu.threads()
+    call.q, call.projected, call.plain = (cpu.Queries(*strided(a)) for a in held[:3])
+    call.dense_k, call.dense_v = (cpu.Dense(*strided(a)) for a in held[3:])
+    held += [*k, *v, np.array(args.lens, np.int32)]
+    call.lens = held[-1].ctypes.data
+    if args.sinks is not None:
+        held.append(np.array(args.sinks.astype(mx.float32)))
+        call.sinks = held[-1].ctypes.data
+    if args.pages is not None:
+        held.append(np.ascontiguousarray(cpu.view(args.pages)))
+        call.pages, call.page_count = held[-1].ctypes.data, args.listed
+    return call, held
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
@@ -94,4 +115,6 @@ def checks() -> list[Check]:
     return [found, Check("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
 
 
-BACKEND = Backend("cpu", cpu.available, attend, layouts, layout_named, step=step, choose=choose, checks=checks)
+BACKEND = Backend(
+    "cpu", cpu.available, attend, layouts, layout_named, step=step, choose=choose, checks=checks, weigh=weigh
+)

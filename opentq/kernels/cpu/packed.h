@@ -183,17 +183,23 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
     const int64_t b = pages ? pages[i] : i, next = i + 1 == last ? -1 : pages ? pages[i + 1] : i + 1;
     const bool whole = low <= b * BLOCK && (b + 1) * BLOCK <= high;
     const uint64_t any = whole ? ~uint64_t(0) : bits_between(any_low, any_high, b * BLOCK);
-    k.open(b), unit.stay_awake(), v.open(b);
-    if (next >= 0) rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count);
+    k.open(b), unit.stay_awake();
     if (two_k) k2.open(b);
-    if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
-    if (next >= 0 && (two_k || two_v)) more.ahead.start(k2.p, k2.block(next), v2.p, v2.block(next), rows.count);
     if (float_k) k.widen_keys(rows, any);
-    if (float_v) v.widen_values(rows, any);
-    else load_params(rows, v.p, v.params, any);
-    unit.stay_awake();
     if (rows.plain) k_outliers.open(b, any);
-    if (rows.outliers) v_outliers.open(b, any);
+    if (!rows.weights) {
+      v.open(b);
+      if (next >= 0) rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count);
+      if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
+      if (next >= 0 && (two_k || two_v)) more.ahead.start(k2.p, k2.block(next), v2.p, v2.block(next), rows.count);
+      if (float_v) v.widen_values(rows, any);
+      else load_params(rows, v.p, v.params, any);
+      if (rows.outliers) v_outliers.open(b, any);
+    } else if (next >= 0) {
+      rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count);
+      rows.ahead.v = rows.ahead.v_end;
+    }
+    unit.stay_awake();
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {
       const int n = std::min(CHUNK, rows.count - r0);
       const float* step = float_k ? ONES : rows.q_step + r0;
@@ -211,6 +217,10 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
       }
       if (!whole)
         for (int i = 0; i < n; i++) mask_scores(rows.scores + 64 * i, bits_between(seen[r0 + i].low, seen[r0 + i].high, b * BLOCK));
+      if (rows.weights) {
+        for (int j = 0; j < n; j++) rows.weigh(r0 + j, i, rows.scores + 64 * j, step[j]);
+        continue;
+      }
       if (float_v) {
         softmax_dense(rows, r0, n, step);
         dense_values(rows, r0, n, BLOCK);

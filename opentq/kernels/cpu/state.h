@@ -67,6 +67,12 @@ struct Ahead {
   }
 };
 
+INLINE float largest_score(const float* scores) {
+  F m = set1(LOWEST);
+  for (int i = 0; i < 64; i += W) m = max(load(scores + i), m);  // a NaN score loses
+  return hmax(m);
+}
+
 struct Rows {
   int count = 0;
   int dim_q = 0, dim_v = 0;        // channels of dense keys and of values
@@ -74,6 +80,8 @@ struct Rows {
   int runs_k = 0, groups_v = 0;    // groups_v: of all runs of values
   int run_v = 0;                   // channels of one run of values
   float softcap = 0;
+  float* weights = nullptr;        // [count][weights_stride]: of blocks, where these are asked for in place of attention
+  int64_t weights_stride = 0;
   // query
   float* q;         // [count][dim_q], times scale * log2(e)
   float* projected; // [runs_k * dim_k]: one row's query of packed keys, times the same
@@ -123,6 +131,14 @@ struct Rows {
 
   // Rows of whole chunks: products may read those that fill up the last one.
   size_t filled() const { return size_t((count + CHUNK - 1) / CHUNK * CHUNK); }
+
+  // Row r's weight of the i-th block, from its 64 scores in units of `step`.
+  void weigh(int r, int64_t i, const float* block, float step) const {
+    const float largest = largest_score(block) * step;
+    F sum = set1(0.f);
+    for (int t = 0; t < 64; t += W) sum = add(sum, exp2(fma(load(block + t), set1(step), set1(-largest))));
+    weights[r * weights_stride + i] = (largest + std::log2(hsum(sum))) / LOG2E;
+  }
 
   // The same rows as the second runs' products see them. A run of values has one group: those that follow it are empty.
   Rows second() const {
@@ -212,12 +228,6 @@ inline uint64_t bits_between(int64_t from, int64_t to, int64_t origin) {
   const int64_t a = std::max<int64_t>(from - origin, 0), b = std::min<int64_t>(to - origin, 64);
   if (a >= b) return 0;
   return (b == 64 ? ~uint64_t(0) : (uint64_t(1) << b) - 1) & ~((uint64_t(1) << a) - 1);
-}
-
-INLINE float largest_score(const float* scores) {
-  F m = set1(LOWEST);
-  for (int i = 0; i < 64; i += W) m = max(load(scores + i), m);  // a NaN score loses
-  return hmax(m);
 }
 
 }  // namespace otq
