@@ -179,7 +179,7 @@ def test_kernels_choose_what_the_reference_chooses(by):
         )[..., None]
         for b in range(2):
             whole, there = packed[b] // 64, -(-packed[b] // 64)
-            mass = mx.softmax(mx.logsumexp(scores[b, :, :whole], axis=-1), axis=1).sum(2)  # [H, pages]
+            mass = mx.softmax(scores[b, :, :whole].max(-1), axis=1).sum(2)  # [H, pages]
             for h in range(heads):
                 chosen = found[b, h].tolist()
                 if there <= count:

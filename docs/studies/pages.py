@@ -30,6 +30,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from opentq.attention import channels
+from opentq.attention.pages import CANDIDATES
 from opentq.contracts.rotary import Rotary
 from opentq.evaluate import corpus, fidelity, metrics, needle
 from opentq.evaluate.contenders import NATIVE, enter
@@ -43,12 +44,13 @@ from opentq.tuning.calibrate import Calibrator, Reading, texts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from network import ROOT, Network, on_gpu, options
-from rules import MEAN, ORACLE, QUEST, SPEC, Call, Rule, Sparse, sketch
+from rules import MEAN, ORACLE, QUEST, SPEC, Call, Rule, Sparse
+from rules import sketch as sketches
 
 BUDGETS = (512, 1024, 2048)
 PAGES = (16, 32, 64, 128)
 OWN = "own: "
-"""What names the package's own rule start with: three pairs in 4 bits and the mean key of the others."""
+"""What names of the package's own sketches start with: three pairs in 4 bits and the mean key of the others."""
 SKETCHES = {  # pairs, bits, tokens of a run whose mean key is kept, and its bits: as many bytes as the package's, or
     "runs of 32": (3, 4, 32, 4),
     "runs of 16": (2, 4, 16, 4),
@@ -56,6 +58,8 @@ SKETCHES = {  # pairs, bits, tokens of a run whose mean key is kept, and its bit
     "5 pairs of 2 bits": (5, 2, 64, 8),
     "8 pairs": (8, 4, 64, 8),  # twice as many
 }
+BY_KEYS = "by keys, "
+"""A rule that starts with this names `CANDIDATES` times the budget by largest scores, and the keys of these choose."""
 BY_MASS = "by mass, "
 """A rule that starts with this weighs query heads by how much they look at packed tokens."""
 PROMPT = "prompt"
@@ -171,7 +175,8 @@ class Study(Network):
     def rule(self, name: str, layer: int, cache: Sparse) -> Rule:
         """A layer's rule by its name: "oracle", "quest", "mean key", "own: SOURCE", one of `SKETCHES` with a source, or
         "N pairs, B bits, SOURCE"."""
-        name = name.removeprefix(BY_MASS)
+        by_keys, name = name.startswith(BY_KEYS), name.removeprefix(BY_MASS).removeprefix(BY_KEYS)
+        sketch = partial(sketches, largest=by_keys)
         if name in ("oracle", "quest", "mean key"):
             return {"oracle": ORACLE, "quest": QUEST, "mean key": MEAN}[name]
         if name.startswith(OWN):
@@ -188,9 +193,10 @@ class Study(Network):
     def fork(self, held: list[Any], name: str | None, page: int = 64, budget: int = 1024) -> list[Any]:
         """Caches that go on from `held` and read by a rule; None reads everything."""
         made, by_mass = [], (name or "").startswith(BY_MASS)
+        times = CANDIDATES if (name or "").startswith(BY_KEYS) else 0
         for layer, cache in enumerate(held):
             rule = self.rule(name, layer, cache) if name and layer in self.places else None
-            made.append(cache.fork(rule, page, budget, by_mass) if layer in self.places else cache)
+            made.append(cache.fork(rule, page, budget, by_mass, times) if layer in self.places else cache)
         return made
 
     def held(self, tokens: mx.array) -> list[Any]:
@@ -202,6 +208,10 @@ class Study(Network):
         caches = [Sparse() for _ in caches]
         prefill(self.model, tokens, caches, 512)
         return caches
+
+    def wanted(self, name: str) -> bool:
+        """Whether a rule is among those that were asked for."""
+        return not self.args.rules or name in self.args.rules
 
     # ---- what every rule misses
 
@@ -240,7 +250,8 @@ class Study(Network):
 
     def arms(self) -> list[tuple[str, int, int]]:
         """(rule, page, budget)."""
-        main = ["oracle", OWN + "code", OWN + "prose", OWN + PROMPT, "quest", "mean key", "4 pairs, 4 bits, code"]
+        main = ["oracle", *(BY_KEYS + OWN + s for s in ("code", PROMPT)), OWN + "code", OWN + "prose", OWN + PROMPT]
+        main += ["quest", "mean key", "4 pairs, 4 bits, code"]
         if self.args.quick:
             return [(name, 64, 512) for name in main]
         grid = [f"{p} pairs, {b}, code" for p in (2, 4, 8) for b in ("2 bits", "3 bits", "4 bits", "8 bits")]
@@ -248,7 +259,7 @@ class Study(Network):
         more += [BY_MASS + n for n in ("oracle", OWN + "code", *more)]
         return [
             *((name, 64, budget) for budget in (1024, 512, 2048) for name in main),
-            *((name, page, 1024) for page in (16, 32, 128) for name in main[:5]),
+            *((name, page, 1024) for page in (16, 32, 128) for name in main[:7]),
             *((name, 64, 1024) for name in (*grid, *(OWN + s for s in SOURCES), *more) if name not in main),
         ]
 
@@ -257,7 +268,7 @@ class Study(Network):
         for kind, text in self.judged.items():
             settings = about("pages-fidelity", self.id, text, depth=depth, window=window)
             keys = {arm: {**settings, **dict(zip(("rule", "page", "budget"), arm))} for arm in self.arms()}
-            missing = [arm for arm, key in keys.items() if self.records.find(key) is None]
+            missing = [a for a, key in keys.items() if self.wanted(a[0]) and self.records.find(key) is None]
             if not missing:
                 continue
             tokens = mx.array(text.tokens(self.tokenizer, 1, depth + window + 1, 0))
@@ -284,7 +295,8 @@ class Study(Network):
         """Facts found by rule, in prompts that are read once for all rules."""
         lengths = (900,) if self.args.quick else self.args.lengths
         trials, budget = (1, 512) if self.args.quick else (10, 1024)
-        names = [None, "oracle", OWN + "code", OWN + "prose", OWN + PROMPT, "quest", "mean key"]
+        names = [None, "oracle", BY_KEYS + OWN + PROMPT, OWN + "code", OWN + "prose", OWN + PROMPT, "quest", "mean key"]
+        names = [n for n in names if self.wanted(n or "exact")]
         depths = (0.1, 0.3, 0.5, 0.7, 0.9)
         for facts, how in self.asked():
             for length in lengths:
@@ -363,6 +375,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=6144, help="tokens of the text of `rules`")
     parser.add_argument("--depth", type=int, default=6912, help="tokens before those of `fidelity`")
     parser.add_argument("--lengths", type=lambda s: tuple(map(int, s.split(","))), default=(1536, 3584, 6656))
+    parser.add_argument("--rules", type=lambda s: s.split(";"), help="of `fidelity` and `needles` these, by semicolons")
     parser.add_argument("--batch", type=int, help="needles read together; default: 10, on a CPU 5")
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "recipes", help="where recipes are kept")
     args = parser.parse_args()

@@ -44,9 +44,10 @@ class Rule:
     weigh: Callable[[mx.array, Any], mx.array]
 
 
-def exact(q: mx.array, k: mx.array) -> mx.array:
+def exact(q: mx.array, k: mx.array, largest: bool = False) -> mx.array:
     scores = q @ k.reshape(*k.shape[:2], -1, k.shape[-1]).swapaxes(-1, -2)
-    return mx.logsumexp(scores.reshape(*q.shape[:3], k.shape[2], k.shape[3]), axis=-1)
+    scores = scores.reshape(*q.shape[:3], k.shape[2], k.shape[3])
+    return scores.max(-1) if largest else mx.logsumexp(scores, axis=-1)
 
 
 ORACLE = Rule(lambda k: k, exact)
@@ -73,9 +74,10 @@ def coarse(x: mx.array, bits: int) -> mx.array:
     return (mx.clip(mx.floor(x / step), -half, half - 1) + 0.5) * step
 
 
-def sketch(chosen: mx.array, bits: int = 0, run: int = 0, mean_bits: int = MEAN_BITS) -> Rule:
+def sketch(chosen: mx.array, bits: int = 0, run: int = 0, mean_bits: int = MEAN_BITS, largest: bool = False) -> Rule:
     """Scores from channels `chosen [B, H, C]`, in `bits` bits (0: exact); with `run` from the others by the mean key of
-    every so many tokens. With 4 bits and runs of a page (64) in 8 bits this is the package's own rule."""
+    every so many tokens. A page's weight is the sum of its scores' exponentials, or its `largest` score. With 4 bits,
+    runs of a page (64) in 8 bits and the largest score this is how the package names candidates."""
 
     def prepare(k: mx.array) -> tuple[mx.array, mx.array | None]:
         index = mx.broadcast_to(chosen[:, :, None, None], (*k.shape[:4], chosen.shape[-1]))
@@ -94,10 +96,12 @@ def sketch(chosen: mx.array, bits: int = 0, run: int = 0, mean_bits: int = MEAN_
         few, rest = kept
         own = mx.take_along_axis(q, mx.broadcast_to(chosen[:, :, None], (*q.shape[:3], chosen.shape[-1])), axis=-1)
         if rest is None:
-            return exact(own, few)
+            return exact(own, few, largest)
         batch, heads, pages, runs, dim = rest.shape
-        scores = exact(own, few.reshape(batch, heads, pages * runs, -1, few.shape[-1]))
+        scores = exact(own, few.reshape(batch, heads, pages * runs, -1, few.shape[-1]), largest)
         scores = scores + q @ rest.reshape(batch, heads, -1, dim).swapaxes(-1, -2)
+        if largest:
+            return scores.reshape(*q.shape[:3], pages, runs).max(-1)
         return mx.logsumexp(scores.reshape(*q.shape[:3], pages, runs), axis=-1)
 
     return Rule(prepare, weigh)

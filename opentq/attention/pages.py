@@ -2,9 +2,11 @@
 
 A token's sketch is a few channels of its key, as it is after RoPE and before the codec's rotation (`channels.py` says
 which), in 4 bits with one scale per channel and page. Of the other channels a page has its mean key. The products of
-both with a query are scores; a page's weight is the share of the softmax that its scores have, summed over the query
-heads (and rows) that share the page, and the pages with the most weight are read. The newest page always is. So a step
-reads a few bytes of every token, and the keys and values of a number of tokens that does not grow.
+both with a query are scores, and a page's weight is its largest one. Sketches leave out what a few heads look for, so
+they name `CANDIDATES` times as many pages as are read, and the packed keys of these choose: there a page's weight is
+the log of the sum of the exponentials of its scores. Both times the pages with the largest shares of the softmax of the
+weights, summed over the query heads (and rows) that share the page, are taken, and always the newest. So a step reads a
+few bytes of every token, and the keys and values of a number of tokens that does not grow.
 
 One page of sketches, uint8 `[B, Hkv, pages, C * 34 + D + 2]`:
 
@@ -105,12 +107,12 @@ class Selector:
         return mx.concatenate([mx.take_along_axis(rows, index, axis=-1), rows], axis=-1)
 
     def weights(self, rows: mx.array, pages: int) -> mx.array:
-        """Log of the sum of exponentials of every page's scores, float32 `[B, Hkv, G * L, pages]`."""
+        """Every page's largest score, float32 `[B, Hkv, G * L, pages]`."""
         parts, channels = [], self.channels.shape[2]
         few, whole = rows[..., :channels], rows[..., channels:]
         for start in range(0, pages, TILE):
             keys, mean = decode(self.sketches[:, :, start : min(start + TILE, pages)], channels)
-            scores = mx.logsumexp(few[:, :, None] @ keys, axis=-1)  # [B, H, pages, rows]
+            scores = (few[:, :, None] @ keys).max(-1)  # [B, H, pages, rows]
             parts.append(scores.swapaxes(-1, -2) + whole @ mean.swapaxes(-1, -2))
             if pages > TILE:
                 mx.eval(parts[-1])

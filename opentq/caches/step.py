@@ -147,8 +147,9 @@ class Step:
                 "centred keys can't serve attention sinks or soft-capped logits: drop center from the KV spec"
             )
         args = AttnArgs(
-            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window, mask, sinks, softcap
-        )
+            q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window, mask, sinks,
+            softcap,
+        )  # fmt: skip
         if self.sketches is not None:
             self.sketches.observe(q)
             args.pages = self._pages(args)

@@ -1,10 +1,11 @@
-// Which pages a decode step reads: scores of all tokens from their sketches, the softmax's share per page, the largest.
+// Which pages a decode step looks at: scores of all tokens from their sketches, the largest per page, the softmax's share
+// of these, the pages with the most.
 //
 // A page of sketches is C channels of 32 bytes (byte j: the 4-bit codes of tokens j and j + 32) and C fp16 scales; a code
 // stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). First
-// every page leaves, for every query row of its KV head, the largest score and the sum of 2^(score - largest); then every
-// KV head adds up the rows' shares and picks. Bytes moved: all sketches once, from memory. The arithmetic, an exponential
-// per token and row, is what it costs.
+// every page leaves, for every query row of its KV head, the largest score; then every KV head adds up the rows' shares and
+// picks. Bytes moved: all sketches once, from memory. The arithmetic, a multiply-add per channel, token and row, is what
+// it costs.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -28,7 +29,7 @@ class Choice {
     for (int64_t b = 0; b < c_.batch; b++) longest_ = std::max<int64_t>(longest_, c_.packed[b] / PAGE);
     stride_ = (longest_ + 15) / 16 * 16;
     const size_t all = size_t(c_.batch * c_.kv_heads * c_.rows * stride_);
-    largest_.reset(new float[all]), sum_.reset(new float[all]);
+    largest_.reset(new float[all]);
   }
 
   void run() {
@@ -40,7 +41,7 @@ class Choice {
  private:
   const PageCall& c_;
   int64_t longest_ = 0, stride_ = 0;
-  std::unique_ptr<float[]> largest_, sum_;  // [B * Hkv][rows][stride_], in units of log2
+  std::unique_ptr<float[]> largest_;  // [B * Hkv][rows][stride_], in units of log2
 
   int64_t width() const { return c_.channels + c_.dim; }
 
@@ -60,12 +61,7 @@ class Choice {
         }
         F most = s[0];
         UNROLL for (int j = 1; j < PAGE / W; j++) most = max(most, s[j]);
-        const float largest = hmax(most);
-        const F top = set1(largest);
-        F sum = set1(0.f);
-        UNROLL for (int j = 0; j < PAGE / W; j++) sum = add(sum, exp2(sub(s[j], top)));
-        const int64_t at = (head * c_.rows + r) * stride_ + p;
-        largest_[at] = largest + product(q + c_.channels, mean) * LOG2_OF_E, sum_[at] = hsum(sum);
+        largest_[(head * c_.rows + r) * stride_ + p] = hmax(most) + product(q + c_.channels, mean) * LOG2_OF_E;
       }
     }
   }
@@ -109,12 +105,12 @@ class Choice {
     std::vector<float> share(room, 0.f), part(room, 0.f);
     for (int64_t r = 0; r < c_.rows; r++) {
       const int64_t row = (head * c_.rows + r) * stride_;
-      const float *largest = largest_.get() + row, *sum = sum_.get() + row;
+      const float* largest = largest_.get() + row;
       const float top = *std::max_element(largest, largest + whole);
       if (!(std::fabs(top) < 1e30f)) continue;  // a row that is not finite has no say
       F sums = set1(0.f);
       for (int64_t p = 0; p < whole; p += W) {
-        store(part.data() + p, mul(load(sum + p), exp2(min(sub(load(largest + p), set1(top)), set1(0.f)))));
+        store(part.data() + p, exp2(min(sub(load(largest + p), set1(top)), set1(0.f))));
       }
       std::fill(part.begin() + whole, part.end(), 0.f);
       for (int64_t p = 0; p < whole; p += W) sums = add(sums, load(part.data() + p));
