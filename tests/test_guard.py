@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from opentq.attention import backends, dispatch, guard, judge, tiled, verdicts
+from opentq.attention import backends, dispatch, guard, judge, pages, tiled, verdicts
 from opentq.attention.pages import PAGE, Selector, encode
 from opentq.caches import sketches
 from opentq.caches.single import OpenTQCache
@@ -268,17 +268,31 @@ def test_a_wrong_choice_of_pages_is_not_used(plant, caplog, sign):
     assert all(f"the {backend.name} kernel for pages by 8 of 64 channels" in line for line in lines(caplog))
 
 
+@pytest.mark.parametrize("factor", [1, 1.1], ids=["right", "wrong"])
+def test_wrong_weights_of_pages_are_not_used(plant, caplog, factor):
+    backend = plant(weigh=lambda real: lambda args: factor * pages.weigh(args))
+    cache = OpenTQCache("int4")
+    handles = cache.update_and_fetch(*(mx.random.normal((1, 2, 400, 64)) for _ in "kv"))
+    args = oracle.args_of(handles, mx.random.normal((1, 4, 1, 64)))
+    for _ in range(2):
+        assert (guard.weigh(backend, args) is None) == (factor > 1)
+    assert len(lines(caplog)) == (factor > 1)
+    assert all(f"the {backend.name} kernel for weights of pages int4" in line for line in lines(caplog))
+
+
 def by_sketch(sketches, rows, packed, count):
     """The portable path as a back end's function."""
     channels, _ = shape_of(sketches.shape[3], rows.shape[3])
-    return Selector(sketches, mx.zeros((*sketches.shape[:2], channels), mx.int32), count * PAGE).choose(rows, packed)
+    return Selector(sketches, mx.zeros((*sketches.shape[:2], channels), mx.int32), count * PAGE).choose(
+        rows, packed, count
+    )
 
 
 def pages_of_a_cache():
     """Arguments of `guard.choose`."""
     channels = mx.broadcast_to(mx.arange(8, dtype=mx.int32), (1, 2, 8))
     selector = Selector(encode(mx.random.normal((1, 2, 4 * PAGE, 64)), channels), channels, 2 * PAGE)
-    return selector, selector.queries(mx.random.normal((1, 4, 1, 64)), 0.125), (4 * PAGE,)
+    return selector, selector.queries(mx.random.normal((1, 4, 1, 64)), 0.125), (4 * PAGE,), 2
 
 
 def failing(after: int):
@@ -296,12 +310,14 @@ def failing(after: int):
     return change
 
 
-@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose"])
+@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose", "weigh"])
 @pytest.mark.parametrize("plant", ["metal"], indirect=True)
 def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, monkeypatch, caplog, name):
     """The call that fails is computed again, once, and nobody asks that function again."""
     spec = "int4" if name in ("attend", "step") else "int4:pages=64"  # which a step in one launch does not serve
-    monkeypatch.setattr(sketches, "WARM", 64)  # or the prompt would be too short to choose channels
+    monkeypatch.setattr(sketches, "WARM", 64)  # or the prompt would be too short to choose channels,
+    for times in ("WHOLE", "CANDIDATES"):  # and pages
+        monkeypatch.setattr(pages, times, 1)
     expected = portable(spec)
     portably = {
         "attend": lambda real: lambda args: None if args.mask is not None else tiled.attend(args),
@@ -313,6 +329,7 @@ def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, mo
             )
         ),
         "choose": lambda real: by_sketch,
+        "weigh": lambda real: pages.weigh,
     }
 
     def fails(real):

@@ -36,6 +36,9 @@ ROWS = 8
 CANDIDATES = 4
 """How many times the budget sketches name, so that keys choose among them."""
 
+WHOLE = 2
+"""Up to so many times the budget everything is read: the keys of all and the values of some are no fewer bytes."""
+
 LEVELS = 7.5
 TILE = 4096
 """Pages whose scores exist at one time."""

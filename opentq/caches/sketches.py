@@ -120,7 +120,7 @@ class Sketches:
 
     def selector(self, packed: Sequence[int]) -> Selector | None:
         """What chooses pages in this step; None while everything is read."""
-        if max(packed, default=0) <= self.budget or not all(self.ready) or self.channels is None:
+        if max(packed, default=0) <= pages.WHOLE * self.budget or not all(self.ready) or self.channels is None:
             return None
         return Selector(self.buffer.arrays[0], self.channels, self.budget)
 

@@ -18,8 +18,8 @@ def calibrate(
     kv: Annotated[
         str | None, typer.Option("--kv", metavar="SPEC", help="KV spec of the recipe; default: recommended.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens to read, such as 8k.")] = "8k",
-    context: Annotated[str, typer.Option(help="Tokens of each text.")] = "2k",
+    tokens: Annotated[str, typer.Option(help="Tokens to read, such as 8k.")] = "2k",
+    context: Annotated[str, typer.Option(help="Tokens of each text.")] = "1k",
     text: Annotated[Path | None, typer.Option(help="Text file or folder to read instead of Python's library.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which texts.")] = 0,
     prefill_step_size: PrefillStep = 512,

@@ -40,8 +40,8 @@ SUMS = ("q_sum", "q_outer", "k_sum", "k_outer")
 class Reading:
     """What is read: `sequences` texts of `context` tokens, `step` at a time."""
 
-    tokens: int = 8192
-    context: int = 2048
+    tokens: int = 2048
+    context: int = 1024
     step: int = 512
     seed: int = 0
 
