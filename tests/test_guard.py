@@ -272,7 +272,8 @@ def test_a_wrong_choice_of_pages_is_not_used(plant, caplog, sign):
 def test_wrong_weights_of_pages_are_not_used(plant, caplog, factor):
     backend = plant(weigh=lambda real: lambda args: factor * pages.weigh(args))
     cache = OpenTQCache("int4")
-    handles = cache.update_and_fetch(*(mx.random.normal((1, 2, 400, 64)) for _ in "kv"))
+    oracle.fill(cache, *oracle.vectors(Shape(q_heads=4, kv_heads=2), 400), [300])
+    handles = cache.update_and_fetch(*oracle.vectors(Shape(q_heads=4, kv_heads=2), 1))
     args = oracle.args_of(handles, mx.random.normal((1, 4, 1, 64)))
     for _ in range(2):
         assert (guard.weigh(backend, args) is None) == (factor > 1)

@@ -51,7 +51,6 @@ def test_one_pass_stands_for_as_many_steps():
     assert rules.packed(720) == 704 and all(c.n_packed == rules.packed(740) for c in caches)
     distance = [float(metrics.kl(exact, x).mean()) for x in (own, steps, best, alone)]
     assert distance[0] > 1e-4 and distance[1] == pytest.approx(distance[0], rel=0.1)
-    print(distance)
     assert distance[2] < 1.1 * distance[0] < distance[3]
     native = enter(NATIVE, model).caches()
     prefill(model, text, native, 256)
