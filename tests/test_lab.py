@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from opentq.errors import UserError
-from opentq.lab import page, record
+from opentq.lab import page, record, runner
 from opentq.lab.measures import defaults
 from opentq.lab.record import OPEN, REFUTED, SUPPORTED
 from opentq.lab.study import Study, key, load
@@ -209,11 +209,11 @@ def test_a_killed_run_goes_on_and_runs_nothing_twice(tmp_path):
     deadline = time.time() + 120
     while len(trials(tmp_path)) < 2 and time.time() < deadline:
         time.sleep(0.05)
-    second = start(tmp_path, study, 1)
-    assert "already running" in second.communicate()[1]
+    with pytest.raises(UserError, match="already running"):
+        runner.run(study, 1, tmp_path / "out")
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done = start(tmp_path, study)
+    done = start(tmp_path, study, 1)
     out, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
     assert "12 trials done" in out.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import mlx.core as mx
@@ -130,6 +131,7 @@ def test_a_decode_step_with_matrices(monkeypatch):
 # ---- counts
 
 
+@functools.cache
 def per_element(spec: str, gqa: int, tune: metal.Tuning) -> tuple[float, float]:
     """(operations per KV element beyond the 2 * gqa multiply-adds, packed bytes fetched / packed bytes) at D 128.
 

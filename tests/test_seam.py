@@ -177,8 +177,7 @@ def _prefill_peak(spec: str | None, tokens: int) -> int:
 
 def test_peak_memory_of_a_long_prefill_is_below_mlx_lm(kernels):
     """Packed cache and bounded scratch against fp32 cache and whole score matrices."""
-    tokens = 8192 if kernels == "native" else 4096  # the portable path is slow
-    assert _prefill_peak("int4", tokens) < _prefill_peak(None, tokens)
+    assert _prefill_peak("int4", 4096) < _prefill_peak(None, 4096)
 
 
 def test_what_mlx_lm_would_bound_or_compress_itself_is_refused_by_name(tiny_llama):
