@@ -108,12 +108,10 @@ def test_nvcc_compiles_the_kernels_without_warnings(tmp_path):
         cuda.pack_source(layout_for("k", Fractional(2.5), 128), "opentq::f16", norm=True),
         cuda.unpack_source((layout_for("k", Turbo(4), 128), layout_for("v", INT4, 128)), "opentq::bf16"),
     ]
-    units: dict[str, str] = {}  # one for the kernels of each file
-    for source in sources:
-        text = cuda.text(source.file)
-        units[source.file] = units.get(source.file, text) + source.translation_unit().removeprefix(text)
-    for text in units.values():
-        (tmp_path / "k.cu").write_text(text)
+    for file in dict.fromkeys(source.file for source in sources):
+        text = cuda.text(file)
+        kernels = [s.translation_unit().removeprefix(text) for s in sources if s.file == file]
+        (tmp_path / "k.cu").write_text("".join((text, *kernels)))
         target = "-gencode=arch=compute_90a,code=sm_90a"
         command = ["nvcc", target, "-std=c++17", "-Xptxas", "-v", "-cubin", "k.cu", "-o", "k.cubin"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

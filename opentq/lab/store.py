@@ -87,7 +87,7 @@ class Store:
                 continue
             k = trial.user_attrs.get("key")
             if k in done:
-                self._tell(trial._trial_id, trial.number, done[k])
+                self._tell(trial.number, done[k])
             else:
                 self.optuna.tell(trial.number, state=self._state("FAIL"))
                 again += k is not None
@@ -137,9 +137,9 @@ class Store:
         k = key(settings)
         record = records.record("trial", key=k, settings=settings, result=result, seconds=round(seconds, 2))
         records.append(self.results, [record])
-        self._tell(trial._trial_id, trial.number, record)
+        self._tell(trial.number, record)
 
-    def _tell(self, trial_id: int, number: int, record: dict[str, Any]) -> None:
+    def _tell(self, number: int, record: dict[str, Any]) -> None:
         search = self.study.search
         names = search.objectives if search else []
         numbers = [record["result"].get(n) for n in names] or [record["seconds"]]
