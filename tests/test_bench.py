@@ -234,7 +234,7 @@ def test_long_goes_on_when_an_arm_ends(config, monkeypatch):
         return {"prefill_per_s": 1.0, "decode_per_s": 1.0, "kv_bytes": 1, "peak_bytes": 1, "needle": None}
 
     monkeypatch.setattr(long, "_measure", measure)
-    rows = list(long.bench(built, ["native", "int4"], 256, 4096, long.Limits(tokens=1024)))
+    rows = list(long.bench(built, ["native", "int4"], 256, 4096, long.Bounds(tokens=1024)))
     assert [(r["arm"], r["context"], r["note"]) for r in rows] == [
         ("native", 256, ""),
         ("int4", 256, ""),
@@ -247,9 +247,9 @@ def test_long_goes_on_when_an_arm_ends(config, monkeypatch):
 
 def test_long_measures(config, same_limit):
     built = build.build(config, "random-f16")
-    rows = list(long.bench(built, ["native", "mlx4", "int4"], 128, 128, long.Limits()))
+    rows = list(long.bench(built, ["native", "mlx4", "int4"], 128, 128, long.Bounds()))
     assert rows and all(r["prefill_per_s"] > 0 and r["decode_per_s"] > 0 for r in rows)
-    rows = list(long.bench(built, ["native"], 128, 128, long.Limits(memory=1 << 10)))
+    rows = list(long.bench(built, ["native"], 128, 128, long.Bounds(memory=1 << 10)))
     assert "out of memory" in rows[0]["note"]
 
 

@@ -125,7 +125,7 @@ def offsets(talk):
     return {c.offset for c in layers(talk) if hasattr(c, "offset")}
 
 
-LONG = "a message that is longer than the window and than a piece of the prompt, " * 4
+LONG = "a message that is longer than the window and than a chunk of the prompt, " * 4
 
 
 def test_a_stopped_answer_keeps_its_cache(kind):
@@ -164,7 +164,7 @@ def test_a_changed_answer_is_read_again_from_the_copy(kind):
 
 
 def test_a_stop_while_the_prompt_is_read_takes_the_message_back(kind, monkeypatch):
-    monkeypatch.setattr(conversation, "PIECES", {"cpu": 64, "gpu": 64})
+    monkeypatch.setattr(conversation, "CHUNKS", {"cpu": 64, "gpu": 64})
     talk = chat(kind)
     seen = []
     for event in talk.ask(LONG):

@@ -27,7 +27,7 @@ DECODE = 32
 
 
 @dataclass(frozen=True)
-class Limits:
+class Bounds:
     """When an arm ends: bytes (0: none), seconds per row, and tokens that the model was made for (0: unknown)."""
 
     memory: int = 0
@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 
 def bench(
-    built: Built, arms: Sequence[str], start: int, stop: int, limits: Limits, step: int = 2048, depth: float = 0.5
+    built: Built, arms: Sequence[str], start: int, stop: int, limits: Bounds, step: int = 2048, depth: float = 0.5
 ) -> Iterator[dict[str, Any]]:
     """One record per context and arm, shortest context first.
 
@@ -78,7 +78,7 @@ def bench(
 
 
 def _measure(
-    built: Built, contender: Contender, context: int, limits: Limits, step: int, depth: float
+    built: Built, contender: Contender, context: int, limits: Bounds, step: int, depth: float
 ) -> dict[str, Any]:
     tokens, answer = _prompt(built, context, depth)
     caches = contender.caches()
@@ -109,7 +109,7 @@ def _measure(
     }
 
 
-def _check(began: float, limits: Limits) -> None:
+def _check(began: float, limits: Bounds) -> None:
     peak = mx.get_peak_memory()
     if limits.memory and peak > limits.memory:
         raise Stopped(f"out of memory: {peak / GIB:.1f} GiB, the limit is {limits.memory / GIB:.1f} GiB")

@@ -32,7 +32,7 @@ Timer = Callable[[Sequence[Decode]], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Candidate:
     """One candidate: seconds per problem, and their geometric mean relative to the tuning in use before."""
 
     tuning: Tuning
@@ -40,15 +40,15 @@ class Row:
     relative: float
 
 
-def search(problems: Sequence[Decode], timer: Timer, start: Tuning) -> list[Row]:
+def search(problems: Sequence[Decode], timer: Timer, start: Tuning) -> list[Candidate]:
     """Every candidate that was measured, the best first. `problems` decode by `metal.tuning()`."""
 
-    def measure(candidates: Sequence[Tuning]) -> list[Row]:
+    def measure(candidates: Sequence[Tuning]) -> list[Candidate]:
         times = timer([_under(t, call) for t in (start, *candidates) for call in problems])
         rows = [tuple(times[i : i + len(problems)]) for i in range(0, len(times), len(problems))]
-        return [Row(t, row, _mean_ratio(row, rows[0])) for t, row in zip((start, *candidates), rows)]
+        return [Candidate(t, row, _mean_ratio(row, rows[0])) for t, row in zip((start, *candidates), rows)]
 
-    found: list[Row] = []
+    found: list[Candidate] = []
     for variant, fields in MATTERS.items():
         best = replace(start, variant=variant)
         for field in fields:
@@ -85,7 +85,7 @@ def tune(windows: timing.Windows) -> Iterator[str]:
     yield f"the first is now used on this GPU: {metal.keep(rows[0].tuning)}"
 
 
-def line(row: Row) -> str:
+def line(row: Candidate) -> str:
     t = row.tuning
     what = f"{t.variant:6} teams {t.teams} keys {t.keys} handover {t.handover:2} simdgroups {t.simdgroups:2}"
     return f"{what}  " + " ".join(f"{s * 1e3:8.3f}" for s in row.seconds) + f"  {row.relative:6.3f}"

@@ -3,7 +3,7 @@
 When a template rewrites the past (thoughts that are dropped, a changed system message), the caches are cut back to what
 is still true. Layers that can't be cut (windows that have forgotten, recurrent states) go back to a copy, made just
 before the end of the last prompt; where that is not far enough back, the conversation is read again, and the turn says
-so. A stop is heeded between two tokens or two pieces of the prompt, never within one: all layers hold the same.
+so. A stop is heeded between two tokens or two chunks of the prompt, never within one: all layers hold the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..hosts.generation import cache_bytes, fp16_bytes
 from ..hosts.mlx_lm.load import make_cache
 from ..hosts.mlx_lm.public import stream_generate
 
-PIECES = {"cpu": 128, "gpu": 512}
+CHUNKS = {"cpu": 128, "gpu": 512}
 """Prompt tokens that are read between two looks at whether to stop: seconds at most, where they are many."""
 SPARE = 16
 """Tokens before a prompt's end where copies are made: what a template puts behind the last message is shorter."""
@@ -182,10 +182,10 @@ class Conversation:
 
     def _read(self, prompt: Prompt) -> Iterator[Progress]:
         """Read all of a prompt but its last token, which makes the answer's first."""
-        piece, tokens, images = PIECES[mx.default_device().type.name], prompt.tokens, prompt.images
+        chunk, tokens, images = CHUNKS[mx.default_device().type.name], prompt.tokens, prompt.images
         last, mark = len(tokens) - 1, len(tokens) - SPARE
         while (done := len(self.held)) < last and not self.stopping:
-            stop = min(done + piece, mark if done < mark else last)
+            stop = min(done + chunk, mark if done < mark else last)
             self._torn = True
             if images and done < images.end:
                 stop = min(last, images.end if images.whole else min(stop, images.end))

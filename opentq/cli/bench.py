@@ -155,7 +155,7 @@ def long_context(
     _check(form, output, records)
     arms = [check(name) for name in split(kv)]
     built = build(options.one_model(model, model_option), weights, layers)
-    limits = long.Limits(parse_memory(memory_limit) if memory_limit else 0, max_seconds, built.context_limit)
+    limits = long.Bounds(parse_memory(memory_limit) if memory_limit else 0, max_seconds, built.context_limit)
     last = parse_count(stop) if stop else built.context_limit or 1 << 20
     found = long.bench(built, arms, parse_count(start), last, limits, prefill_step_size)
     _emit(found, form, output, records)

@@ -18,7 +18,7 @@ Tick = Callable[[int], None]
 
 
 def nothing(_: int) -> None:
-    """The tick of who wants no progress."""
+    """A `Tick` that does nothing."""
 
 
 def prefill(model: Any, tokens: mx.array, caches: list[Any], step: int = 512, tick: Tick = nothing) -> None:

@@ -1,6 +1,6 @@
-"""Prompts with images: what a model's processor and towers make of them, read piece by piece into any caches.
+"""Prompts with images: what a model's processor and towers make of them, read chunk by chunk into any caches.
 
-`Vision.prompt` turns text and images into tokens, in any thread. `ImagePrompt.read` gives a piece of them to the model,
+`Vision.prompt` turns text and images into tokens, in any thread. `ImagePrompt.read` gives a chunk of them to the model,
 in the thread that runs it. After the last image a prompt is text again, and only its positions may be shifted; but
 models with cross attention (mllama) show the images to every token.
 """

@@ -129,14 +129,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """What a tuning may say."""
 
 
-TUNED: dict[str, Tuning] = {
-    "g13": Tuning(),  # M1
-    "g14": Tuning(),  # M2
-    "g15": Tuning(),  # M3
-    "g16": Tuning(),  # M4
-    "g17": Tuning(variant="matrix"),  # M5: the first with matrix units
-}
-"""By GPU generation. Chosen by counting operations and bytes, not yet by measurement: no row is from a real device."""
+TUNED = {"g17": Tuning(variant="matrix")}  # M5: the first with matrix units
+"""By GPU generation, where the defaults are not the best. Chosen by counting operations and bytes, not yet by
+measurement: no row is from a real device."""
 
 CORES = {"p": 6, "g": 10, "s": 32, "c": 40, "d": 76}
 """GPU cores by the last letter of the architecture's name (phone, base, Pro/Max, Max, Ultra): the scale of a launch."""
