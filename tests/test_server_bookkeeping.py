@@ -64,7 +64,7 @@ def test_admission_to_the_byte():
     assert admission.offer("a", 50) == "run" and admission.fits(50) and not admission.fits(51)
     assert admission.offer("b", 50) == "run" and not admission.fits(1)
     assert admission.largest(1000) == 100 and admission.largest(99) == 99 and admission.largest(100) == 100
-    assert Admission(lambda n: n, 0, 1, 1).largest(5) == 0
+    assert [Admission(lambda n: n, bytes, 1, 1).largest(9) for bytes in range(12)] == [*range(10), 9, 9]
 
 
 # ---- prefixes
@@ -232,6 +232,9 @@ def test_what_is_taken_as_ones_own_is_gone(store):
     assert mine.take(names, True) is None
     mine.insert(names, [Kept(tokens, False)])
     assert mine.take(names[:2], True) is None and mine.take(names[:2], False) is None and len(mine) == 1
+    other = tokens[: 2 * BLOCK] + [9] * BLOCK
+    mine.insert(block_names(other, BLOCK), [Kept(other, False)])
+    assert mine.take(block_names(other, BLOCK), True)[0].tokens == other, "not what begins as it does"
 
 
 class FakeFiles:
@@ -240,12 +243,13 @@ class FakeFiles:
     waiting = False
 
     def __init__(self):
-        self.kept, self.broken = {}, False
+        self.kept, self.broken, self.loads = {}, False, 0
 
     def find(self, names):
         return max((n for n in range(1, len(names) + 1) if names[n - 1] in self.kept), default=0)
 
     def load(self, names):
+        self.loads += 1
         return None if self.broken else [Kept(self.kept[names[-1]], True)]
 
     def save(self, names, tokens, caches):
@@ -261,6 +265,10 @@ def test_the_disk_serves_what_is_longer_there(store):
     mine.remember(names[:2], tokens, [Kept(tokens[: 2 * BLOCK], True)])
     mine.remember([], tokens, [])
     assert list(files.kept.values()) == [tokens[: 2 * BLOCK]] and len(mine) == 1
+    assert mine.fetch(names).tokens == 2 * BLOCK and not files.loads, "memory has as much"
+    empty = store(1000, FakeFiles())
+    empty.files.kept[names[0]] = tokens[:BLOCK]
+    assert empty.fetch(names).tokens == BLOCK
     files.kept[names[-1]] = tokens[: 3 * BLOCK]
     hit = mine.fetch(names)
     assert (hit.tokens, hit.shared, hit.caches[0].tokens) == (3 * BLOCK, 3 * BLOCK, tokens[: 3 * BLOCK])
