@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -143,6 +144,10 @@ def test_the_checksum_is_of_every_byte_whatever_is_read_at_once(file, chunk, mon
         disk.save(small, [cached("int4", 0)], [])
         file = small
     monkeypatch.setattr(disk, "CHUNK", chunk)
+    whole = file.read_bytes()
+    at = whole.index(b'"checksum":"') + 12
+    blank = whole[:at] + b"0" * 64 + whole[at + 64 :]
+    assert whole[at : at + 64].decode() == hashlib.sha256(blank).hexdigest()
     assert disk.load(file).manifest.classes[0] == "OpenTQCache"
     with file.open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
@@ -199,6 +204,10 @@ def test_foreign_files_are_refused(file, tmp_path):
     save_prompt_cache(str(other), [KVCache()])
     with pytest.raises(disk.CacheFileError, match="opentq cache build"):
         disk.load(other)
+    for mark in (b'"checksum":"', f'"format":"{disk.FORMAT}"'.encode()):
+        other.write_bytes(file.read_bytes().replace(mark, mark.upper()))
+        with pytest.raises(disk.CacheFileError, match="opentq cache build"):
+            disk.load(other)
     with pytest.raises(disk.CacheFileError, match="No such file"):
         disk.load(tmp_path / "missing")
 
@@ -231,8 +240,8 @@ def test_a_prompt_that_leaves_the_cached_text_is_trimmed_or_refused(tmp_path):
     caches = make_prompt_cache(model)
     model(mx.array([TOKENS]), cache=caches)
     disk.save(tmp_path / "c", caches, TOKENS)
-    caches, rest = disk.load(tmp_path / "c").fit([*TOKENS[:120], 0, 5])
-    assert rest == [0, 5] and caches[0].offset == 120
+    caches, rest = disk.load(tmp_path / "c").fit([*TOKENS[:120], 0, *TOKENS[121:]])
+    assert rest == [0, *TOKENS[121:]] and caches[0].offset == 120
     caches, rest = disk.load(tmp_path / "c").fit(TOKENS)
     assert rest == TOKENS[-1:] and caches[0].offset == len(TOKENS) - 1
     with pytest.raises(disk.CacheFileError, match="does not begin with"):
