@@ -261,7 +261,8 @@ GEMM = """
     shim.cblas_sgemm.argtypes = [i] * 6 + [f, p, i, p, i, f, p, i]
     rng = np.random.default_rng(0)
     kinds = (101, 102), (111, 112), (111, 112)
-    sizes = (70, 500, 600), (900, 40, 100), (1, 1700, 600), (1500, 1, 700), (1, 1, 40)  # rows and columns alone, too
+    sizes = [(70, 500, 600), (900, 40, 100), (1, 1700, 600), (1500, 1, 700), (1, 1, 40)]  # rows and columns alone, too
+    sizes += [(2, 101, 70), (7, 3, 601), (16, 1030, 200), (17, 530, 40), (5, 1, 9)]  # a few rows
     for (m, n, k), order, ta, tb, beta in itertools.product(sizes, *kinds, (-0.5, 0.0)):
         a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((m, k), (k, n), (m, n)))
         want = 1.5 * (a @ b) + beta * c
@@ -278,6 +279,10 @@ GEMM = """
         got = C[:, :-3].T if order == 102 else C[:, :-3]
         assert np.allclose(got, want, atol=1e-3), (m, n, k, order, ta, tb)
         assert np.isnan(C[:, -3:]).all()
+    x, w = (mlx.core.array(rng.standard_normal(s).astype(np.float32)) for s in ((16, 601), (1030, 601)))
+    alone = mlx.core.concatenate([row @ w.T for row in x.split(16)])
+    for rows in range(1, 17):
+        assert (x[:rows] @ w.T == alone[:rows]).all().item(), "a row does not depend on the others"
     assert threads is None or library.scipy_openblas_get_num_threads64_() == threads, "numpy keeps its threads"
     print("right")
 """

@@ -23,7 +23,7 @@ class NoAttention(RuntimeError):
     """No candidate serves these arguments."""
 
 
-STEP = 8
+STEP = 16
 """Tokens of a decode step, at most."""
 
 

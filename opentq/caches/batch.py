@@ -175,10 +175,13 @@ class BatchOpenTQCache(OpenTQCache):
         counts = [n] * len(before) if isinstance(n, int) else n
         self.extents = tuple(e.trim(count) for e, count in zip(before, counts))
         if self.dense_k is not None and self.dense_v is not None:
-            columns = self.dense_k.shape[2]
-            starts = [columns - e.tail for e in before]
-            tails = [range(at, at + e.tail) for at, e in zip(starts, self.extents)]
-            self._arrange(self.dense_k, self.dense_v, [range(e.sink) for e in self.extents], tails)
+            columns, alike = self.dense_k.shape[2], min(counts, default=0)
+            if all(alike == count <= e.tail for count, e in zip(counts, before)):  # the columns at the right edge
+                self.dense_k, self.dense_v = (d[:, :, : columns - alike] for d in (self.dense_k, self.dense_v))
+            else:
+                starts = [columns - e.tail for e in before]
+                tails = [range(at, at + e.tail) for at, e in zip(starts, self.extents)]
+                self._arrange(self.dense_k, self.dense_v, [range(e.sink) for e in self.extents], tails)
             if self.sketches is not None:
                 self.sketches.trim(self._packed(len(self.extents)))
         return max((b.held - e.held for b, e in zip(before, self.extents)), default=0)

@@ -11,7 +11,7 @@ GRAM = 3
 PLACES = 8
 """The latest places of a run of tokens that are looked at, for the one with the most in common before it."""
 COMMON = 32
-LONGEST = 16
+LONGEST = 15
 PATIENCE = 3
 REST = 8
 

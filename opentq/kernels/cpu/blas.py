@@ -19,7 +19,7 @@ from pathlib import Path
 from ...machine import physical_cores, threads
 from .. import build
 
-SOURCES = ("blas_shim.cpp",)
+SOURCES = ("blas_shim.cpp", "rows.cpp")
 SYSTEM = ("libopenblas.so.0", "libopenblas.so")
 ERRORS = {1: "can't be loaded", 2: "has no cblas_sgemm", 3: "computed a wrong product"}
 

@@ -15,6 +15,11 @@
 
 #include "pool.h"
 
+namespace otq {
+void rows_times(int64_t rows, int64_t n, int64_t k, float alpha, const float* x, int64_t ldx, const float* b, int64_t ldb, float beta,
+                float* y, int64_t ldy);  // rows.cpp
+}
+
 namespace {
 
 using Long = void (*)(int, int, int, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t, float, float*, int64_t);
@@ -32,6 +37,7 @@ int threads = 1;
 constexpr int ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112;
 constexpr int64_t PIECE = int64_t(1) << 19;  // multiply-adds that are worth waking a thread for
 constexpr int64_t READ = int64_t(1) << 18;   // the same where each reads a number from memory: one row times a matrix
+constexpr int FEW = 16;                      // rows that rows.cpp multiplies faster than OpenBLAS, up to twice as fast
 constexpr int64_t ALIGN = 32;                // rows or columns: a piece fills the kernels' registers
 
 // While a product runs here, the library uses one thread; the setting is the process's, and numpy's too.
@@ -91,6 +97,11 @@ EXPORT void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float al
     if (long_gemm) long_gemm(order, ta, tb, rows, columns, k, alpha, left, lda, right, ldb, beta, out, ldc);
     else short_gemm(order, ta, tb, int(rows), int(columns), k, alpha, left, lda, right, ldb, beta, out, ldc);
   };
+  if (m <= FEW && ta == PLAIN && tb == TRANSPOSED) {
+    return cut(n, int64_t(n) * k * ((m + 3) / 4), READ, [&](int64_t from, int64_t to) {
+      otq::rows_times(m, to - from, k, alpha, a, lda, b + from * ldb, ldb, beta, c + from, ldc);
+    });
+  }
   const OneThread quiet;
   if (long_gemv || short_gemv) {
     if (m == 1) return row_times(tb, n, k, alpha, a, ta == TRANSPOSED ? lda : 1, b, ldb, beta, c, 1);
