@@ -16,7 +16,7 @@ INLINE void outer(Ahead& ahead, const float* a, int a_stride, const float* b, in
   for (int k = 0; k < depth; k++) {
     if (k % AHEAD_DEPTH == 0) ahead.step();
     F y[NV];
-    UNROLL for (int j = 0; j < NV; j++) y[j] = load(b + size_t(k) * b_stride + W * j);
+    UNROLL for (int j = 0; j < NV; j++) y[j] = load(b + size_t(k) * b_stride + W * j), stay(y[j]);
     UNROLL for (int r = 0; r < NR; r++) {
       const F s = set1(a[r * a_stride + k]);
       UNROLL for (int j = 0; j < NV; j++) x[r][j] = fma(s, y[j], x[r][j]);

@@ -11,8 +11,10 @@
 //
 // A codebook's code becomes its entry, a byte, by one look-up in registers; from there on it is an 8-bit code with one
 // scale per token and zero = -128 * scale. Two runs of codes are two products: scores add up, and values make the two
-// halves of the channels. Keys or values that are not such codes become floats, a block at a time (dense.h, polar.h).
+// halves of the channels. Keys or values that are not such codes become floats, a block at a time (dense.h, polar.h); so do
+// codes that several rows read on a machine that multiplies bytes slowly (decoded.h).
 #pragma once
+#include "decoded.h"
 #include "dense.h"
 #include "matrix.h"
 #include "polar.h"
@@ -147,11 +149,13 @@ struct Run {
   void scores(const Rows& rows, int r0, int n) const { products.scores(codes, params, p, rows, r0, n, rows.scores); }
   void values(const Rows& rows, int r0, int n) const { products.values(codes, p, rows, r0, n); }
   void widen_keys(Rows& rows, uint64_t any) const {
-    if (p.form == POLAR) widen_polar_keys(rows, p, at, any);
+    if (p.coded()) decode_keys(rows, p, codes, params);
+    else if (p.form == POLAR) widen_polar_keys(rows, p, at, any);
     else otq::widen_keys(rows, reinterpret_cast<const uint16_t*>(at), p.token_bytes() / 2, any);
   }
   void widen_values(Rows& rows, uint64_t any) const {
-    if (p.form == POLAR) widen_polar_values(rows, p, at, any);
+    if (p.coded()) decode_values(rows, p, codes, params, any);
+    else if (p.form == POLAR) widen_polar_values(rows, p, at, any);
     else otq::widen_values(rows, reinterpret_cast<const uint16_t*>(at), p.token_bytes() / 2, any);
   }
   const uint8_t* block(int64_t i) const { return data + i * p.block_stride; }
@@ -166,11 +170,11 @@ struct Run {
 
 // Rows of one task against stored blocks [first, last) of one KV head, or of its list of pages. Keys and values may be codes or floats, each for itself.
 inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t batch, int64_t head, int64_t first, int64_t last) {
-  const bool often = rows.count > 2 * CHUNK, float_k = !c.k[0].coded(), float_v = !c.v[0].coded(), two_k = c.k[1].dim, two_v = c.v[1].dim;
+  const bool often = rows.count > 2 * CHUNK, float_k = keys_as_floats(c, rows.count), float_v = as_floats(c.v, rows.count), two_k = c.k[1].dim, two_v = c.v[1].dim;
   const bool matrix = rows.count >= MATRIX_ROWS && !(float_k && float_v) && matrix_unit();
   const MatrixUnit unit(matrix, matrix_step(c.k[0]));
   Rows more = rows.second();
-  Run k(c.k[0], batch, head, often, matrix, rows.wide_k), v(c.v[0], batch, head, often, matrix, rows.wide_v);
+  Run k(c.k[0], batch, head, often || float_k, matrix, rows.wide_k), v(c.v[0], batch, head, often || float_v, matrix, rows.wide_v);
   Run k2(c.k[1], batch, head, often, matrix, more.wide_k), v2(c.v[1], batch, head, often, matrix, more.wide_v);
   OutlierBlock k_outliers(c.k_outliers, batch, head, rows.dim_q), v_outliers(c.v_outliers, batch, head, rows.dim_v);
   int64_t low = 0, high = INT64_MAX, any_low = INT64_MAX, any_high = 0;  // tokens that every row sees, and that any row sees
@@ -189,14 +193,14 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
     if (rows.plain) k_outliers.open(b, any);
     if (!rows.weights) {
       v.open(b);
-      if (next >= 0) rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count);
+      if (next >= 0) rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count, float_k, float_v);
       if (two_v) v2.open(b), load_params(more, v2.p, v2.params, any);
-      if (next >= 0 && (two_k || two_v)) more.ahead.start(k2.p, k2.block(next), v2.p, v2.block(next), rows.count);
+      if (next >= 0 && (two_k || two_v)) more.ahead.start(k2.p, k2.block(next), v2.p, v2.block(next), rows.count, float_k, float_v);
       if (float_v) v.widen_values(rows, any);
       else load_params(rows, v.p, v.params, any);
       if (rows.outliers) v_outliers.open(b, any);
     } else if (next >= 0) {
-      rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count);
+      rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count, float_k, float_v);
       rows.ahead.v = rows.ahead.v_end;
     }
     unit.stay_awake();

@@ -9,15 +9,6 @@ namespace otq {
 
 constexpr int ROWS_TILE = W == 8 ? 3 : 4, COLUMNS_TILE = 4;  // sums, one operand's vectors and one of the other fill the registers
 
-// Compilers would rather read an operand again for every product: two loads for each, in the place of seven for twelve.
-#if defined(__x86_64__)
-static INLINE void stay(F& x) { __asm__("" : "+x"(x)); }
-#elif defined(__aarch64__)
-static INLINE void stay(F& x) { __asm__("" : "+w"(x)); }
-#else
-static INLINE void stay(F&) {}
-#endif
-
 // out = alpha * x b^T + beta * out; where beta is 0, out may hold anything.
 template <int ROWS, int COLUMNS, bool FIRST>
 static INLINE void rows_tile(const float* x, int64_t ldx, const float* b, int64_t ldb, int64_t k, float alpha, float beta, float* y, int64_t ldy) {

@@ -115,6 +115,7 @@ INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
 INLINE I shr(I a, int n) { return _mm512_srli_epi16(a, n); }
 INLINE I shl(I a, int n) { return _mm512_slli_epi16(a, n); }
 INLINE I shl32_16(I a) { return _mm512_slli_epi32(a, 16); }
+INLINE I shr32(I a, int n) { return _mm512_srli_epi32(a, n); }
 // Bits of a where mask is set, else of b.
 INLINE I pick(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
 INLINE I flip(I a, I b) { return _mm512_xor_si512(a, b); }
@@ -182,6 +183,7 @@ INLINE I ior(I a, I b) { return _mm256_or_si256(a, b); }
 INLINE I shr(I a, int n) { return _mm256_srli_epi16(a, n); }
 INLINE I shl(I a, int n) { return _mm256_slli_epi16(a, n); }
 INLINE I shl32_16(I a) { return _mm256_slli_epi32(a, 16); }
+INLINE I shr32(I a, int n) { return _mm256_srli_epi32(a, n); }
 INLINE I pick(I mask, I a, I b) { return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b)); }
 INLINE I flip(I a, I b) { return _mm256_xor_si256(a, b); }
 INLINE I bits_of(F a) { return _mm256_castps_si256(a); }
@@ -246,6 +248,7 @@ INLINE I ior(I a, I b) { return vorrq_s32(a, b); }
 INLINE I shl(I a, int n) { return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(a), vdupq_n_s16(int16_t(n)))); }
 INLINE I shr(I a, int n) { return shl(a, -n); }
 INLINE I shl32_16(I a) { return vshlq_n_s32(a, 16); }
+INLINE I shr32(I a, int n) { return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-n))); }
 INLINE I pick(I mask, I a, I b) { return vbslq_s32(vreinterpretq_u32_s32(mask), a, b); }
 INLINE I flip(I a, I b) { return veorq_s32(a, b); }
 INLINE I bits_of(F a) { return vreinterpretq_s32_f32(a); }
@@ -318,6 +321,7 @@ INLINE I flip(I a, I b) { return a ^ b; }
 INLINE I shr(I a, int n) { return (I)((U16)a >> uint16_t(n)); }
 INLINE I shl(I a, int n) { return (I)((U16)a << uint16_t(n)); }
 INLINE I shl32_16(I a) { return (I)((U32)a << 16); }
+INLINE I shr32(I a, int n) { return (I)((U32)a >> n); }
 INLINE I join(I hi, I lo) { return hi * 256 + lo; }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   // Even and odd bytes apart: a product of an unsigned and a signed byte fits 16 bits, a sum of two doesn't.
@@ -399,5 +403,14 @@ INLINE int32_t word(const void* p) {
   std::memcpy(&x, p, 4);
   return x;
 }
+
+// Compilers would rather read an operand again for every product: each product then waits for a load or two.
+#if defined(__x86_64__)
+INLINE void stay(F& x) { __asm__("" : "+x"(x)); }
+#elif defined(__aarch64__)
+INLINE void stay(F& x) { __asm__("" : "+w"(x)); }
+#else
+INLINE void stay(F&) {}
+#endif
 
 }  // namespace otq
