@@ -6,7 +6,7 @@
 namespace otq {
 
 // Rows that share a block from which on its codes become floats. Instructions for bytes do four times the work of one for floats.
-#if defined(OPENTQ_AVX2) && !defined(__AVXVNNI__)
+#ifdef OPENTQ_SLOW_DOT
 constexpr int FLOAT_ROWS = 9;
 #else
 constexpr int FLOAT_ROWS = 1 << 30;

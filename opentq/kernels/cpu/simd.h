@@ -21,6 +21,7 @@
 #define OPENTQ_ISA "avx2-vnni"
 #else
 #define OPENTQ_ISA "avx2"
+#define OPENTQ_SLOW_DOT 1  // made of three instructions, or five
 #endif
 #define OPENTQ_AVX2 1
 #include <immintrin.h>
@@ -34,6 +35,7 @@
 #include <arm_neon.h>
 #else
 #define OPENTQ_ISA "portable"
+#define OPENTQ_SLOW_DOT 1
 #endif
 
 // Loops over registers must be unrolled completely, or the registers become memory.
