@@ -29,7 +29,7 @@ class Lookup:
         self._ends: dict[tuple[int, ...], int] = {}  # where the latest of every run of GRAM tokens ends
         self._before = [0]  # where the one before ends, of the same tokens as the run that ends here
         self._strange = 0  # steps since something like the last few tokens was seen
-        self.length = LONGEST // 4
+        self.length = (LONGEST + 1) // 4
         self.misses = self.resting = 0
         self._rest = REST
         for token in tokens:

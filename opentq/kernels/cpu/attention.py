@@ -19,7 +19,7 @@ from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
 from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
-from . import blas
+from . import blas, graph
 from . import library as cpu
 from .blocks import TOKENS
 from .call import check, prepared, serves
@@ -104,15 +104,20 @@ def _layout(kind: str, codec: Codec, dim: int) -> Layout | None:
 
 
 def checks() -> list[Check]:
-    """What `opentq doctor` says about the kernels and about matrix products."""
+    """What `opentq doctor` says about the kernels, decode steps and matrix products."""
     status = cpu.status()
     if status.error:
-        found = Check("kernels", "slow", f"portable path only: {status.error}", "install g++ or clang++, or set CXX")
+        hint = "install g++ or clang++, or set CXX"
+        found = [Check("kernels", "slow", f"portable path only: {status.error}", hint)]
     else:
-        found = Check("kernels", "ok", f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}")
+        about = f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}"
+        found = [Check("kernels", "ok", about), Check("decode steps", "ok", "operations of MLX's graph")]
+        if why := graph.status():
+            hint = "install the extra `cpu`, and Python's headers"
+            found[1] = Check("decode steps", "slow", f"waited for in every layer: {why.splitlines()[0]}", hint)
     product = blas.status()
     slow = product.kind == "reference"
-    return [found, Check("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
+    return [*found, Check("matrix product", "slow" if slow else "ok", f"{product.kind}: {product.detail}")]
 
 
 BACKEND = Backend(

@@ -7,20 +7,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "abi.h"
 #include "simd.h"
+#include "step.h"
 
 namespace otq {
-
-// An array as DLPack describes it; strides in elements.
-struct Tensor {
-  void* data;
-  int32_t device_type, device, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t offset;
-};
 
 // Vector (b, h, t) of [B, H, T, D].
 template <class F>
@@ -37,16 +27,6 @@ static void copy(F* out, const F* from, int dim, int64_t stride) {
     for (int i = 0; i < dim; i++) out[i] = from[i * stride];
   }
 }
-
-struct StepCall {
-  const Tensor *q, *k, *v;       // float32 [B, H, L, D]
-  const Tensor *old_k, *old_v;   // fp16 columns [B, Hkv, columns, D]
-  const Tensor* center;          // fp16 [B, Hkv, 1, Dk], or null
-  float* q_out;                  // contiguous, as the rest
-  uint16_t *k_out, *v_out;       // [B, Hkv, columns + L, D]
-  int64_t batch, q_heads, kv_heads, length, columns;
-  int32_t dim_k, dim_v, turn_k, turn_v;
-};
 
 constexpr int MAX_DIM = 1024;
 constexpr float HALF_MAX = 65504.f;

@@ -1,7 +1,8 @@
-"""A decode step on the CPU: appended and rotated by step.cpp, attended by attend.cpp, with one evaluation in between.
+"""A decode step on the CPU: appended and rotated by step.cpp, attended by attend.cpp, as one operation of MLX's graph.
 
 MLX evaluates an operation of a few hundred numbers in some ten microseconds; a step of a small model has thirty of them
-in every layer, and the numbers are done in one.
+in every layer, and the numbers are done in one. Where MLX's graph can't be extended (`graph.py`), every layer is waited
+for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import functools
 import math
 from ctypes import c_int32, c_int64, c_void_p
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +21,7 @@ from ...contracts.backend import Pair, StepFn, Stepped
 from ...contracts.codec import Codec
 from ...errors import explained
 from .. import build
+from . import graph
 from . import library as cpu
 from .call import check, prepared, serves
 from .outliers import CpuOutliers
@@ -79,6 +82,7 @@ class Launch:
         lib = library()
         assert lib is not None
         self.append, self.turn, self.attend = lib.opentq_append, lib.opentq_turn, cpu.function("opentq_attend")
+        self.graph = graph.module()
         self.q = np.empty((batch, heads, length, dim_k), np.float32)
         self.out = np.empty((batch, heads, length, self.dims[1]), np.float32)
         self.step = StepCall(
@@ -92,44 +96,64 @@ class Launch:
         self.room = -1
         self.lens: tuple[Lengths, ...] = ()
         self.lengths: np.ndarray | None = None  # what the call points to
+        self.least = 0  # columns that they need
+        self.packed: list[mx.array] = []
+        self.addresses: list[Any] = []  # of step, call, lengths and functions
 
     def __call__(self, args: AttnArgs, fresh: Pair, center: mx.array | None) -> Stepped:
-        arrays = [args.q, *fresh, args.dense_k, args.dense_v] + ([] if center is None else [center])
-        try:
-            mx.eval(arrays, args.k.arrays, args.v.arrays)
-        except RuntimeError as error:  # of the model's own arithmetic before this call
-            raise explained(error) or error from error
-        step, length = self.step, self.q.shape[2]
-        total = args.dense_k.shape[2] + length
-        check(args, length)
+        step, length, total = self.step, self.q.shape[2], args.dense_k.shape[2] + self.q.shape[2]
         call = self.call or self._prepared(args)
+        if args.lens is not self.lens:
+            check(args, length)
+            self.lens, self.lengths = args.lens, _lens(args.lens)
+            self.least = max(tail for _, _, tail in args.lens) + length
+            self.addresses[2] = call.lens = self.lengths.ctypes.data
+        if total < self.least:
+            check(args, length)
+        step.columns, call.columns = total - length, total
+        for dense, dim in zip((call.dense_k, call.dense_v), self.dims):
+            dense.token_stride, dense.head_stride, dense.batch_stride = dim, total * dim, self.lead[1] * total * dim
+        arrays = [args.q, *fresh, args.dense_k, args.dense_v]
+        if center is not None:
+            arrays.append(center)
+        if self.graph is None:
+            return self._now(args, arrays, call, total)
+        if args.sinks is not None:
+            arrays.append(mx.contiguous(args.sinks.astype(mx.float32)))
+        return self.graph.step(*self.addresses, arrays + self.packed, center is not None, args.sinks is not None)
+
+    def _now(self, args: AttnArgs, arrays: list[mx.array], call: cpu.Call, total: int) -> Stepped:
+        """The step, evaluated."""
+        _evaluate(arrays)
+        step = self.step
         if total > self.room:
             self._make_room(call, total + ROOM)
-        if args.lens is not self.lens:
-            self.lens, self.lengths = args.lens, _lens(args.lens)
-            call.lens = self.lengths.ctypes.data
         views = [x.__dlpack__() for x in arrays]
         step.q, step.k, step.v, step.old_k, step.old_v, *mean = [_pointer(x, b"dltensor") for x in views]
         step.center = mean[0] if mean else None
-        step.columns, call.columns = total - length, total
         self.append(ctypes.byref(step))
-        for dense, dim in zip((call.dense_k, call.dense_v), self.dims):
-            dense.token_stride, dense.head_stride, dense.batch_stride = dim, total * dim, self.lead[1] * total * dim
         sinks = None if args.sinks is None else np.array(args.sinks.astype(mx.float32))
         call.sinks = None if sinks is None else sinks.ctypes.data
         self.attend(ctypes.byref(call))
         if self.turns[1]:
             self.turn(call.out, self.rows, self.dims[1])
         size = self.lead[0] * self.lead[1] * total
-        k, v = (mx.array(x[: size * dim].reshape(*self.lead, total, dim)) for x, dim in zip(self.columns, self.dims))
-        return mx.array(self.out), k, v
+        k, v = (x[: size * dim].reshape(*self.lead, total, dim) for x, dim in zip(self.columns, self.dims))
+        return mx.from_dlpack(self.out, copy=True), mx.from_dlpack(k, copy=True), mx.from_dlpack(v, copy=True)
 
     def _prepared(self, args: AttnArgs) -> cpu.Call:
+        """The call but for columns, lengths and sinks."""
+        self.packed = [*args.k.arrays, *args.v.arrays]
+        _evaluate(self.packed)
         sides = [[cpu.rows_view(a) for a in s.arrays] if args.max_packed else [] for s in (args.k, args.v)]
         self.call = call = prepared(args, *sides)
         self.held = sides
+        if any(view.base is None for side in sides for view in side):  # a copy, which MLX does not keep
+            self.graph = None
         call.dtype, call.threads, call.out = cpu.DTYPES[mx.float32], cpu.threads(), self.out.ctypes.data
         call.q = call.projected = call.plain = cpu.Queries(*strided(self.q))
+        functions = (ctypes.cast(f, c_void_p).value for f in (self.append, self.attend, self.turn))
+        self.addresses = [ctypes.addressof(self.step), ctypes.addressof(call), 0, *functions]
         return call
 
     def _make_room(self, call: cpu.Call, columns: int) -> None:
@@ -150,6 +174,13 @@ def step(args: AttnArgs, fresh: Pair, center: mx.array | None) -> StepFn | None:
     if None in turns or not plain or not served or library() is None:
         return None
     return Launch(args, (bool(turns[0]), bool(turns[1])))
+
+
+def _evaluate(arrays: list[mx.array]) -> None:
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:  # of the model's own arithmetic before this call
+        raise explained(error) or error from error
 
 
 @functools.lru_cache(maxsize=64)
