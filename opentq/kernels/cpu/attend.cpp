@@ -146,7 +146,7 @@ class Attention {
       float* q = rows.q + size_t(r) * rows.dim_q;
       read_query(c_.q, t.batch, head, i, factor, rows.dim_q, q);
       if (rows.plain) read_query(c_.plain, t.batch, head, i, factor, rows.dim_q, rows.plain + size_t(r) * rows.dim_q);
-      if (t.first == t.last || keys_as_floats(c_, rows.count)) continue;
+      if (t.first == t.last || keys_as_floats(c_)) continue;
       if (c_.projected.data != c_.q.data) {
         q = rows.projected;
         read_query(c_.projected, t.batch, head, i, factor, rows.runs_k * rows.dim_k, q);

@@ -1,21 +1,21 @@
-// Codes of a block as floats, for the products of dense.h: where the machine has no instruction for dot products of bytes, building
-// one out of three costs more than multiplying floats, as soon as a few rows share what was decoded.
+// Codes of a block as floats, for the products of dense.h: where the machine has no instruction for dot products of bytes, one is made
+// of three or five, and multiplying floats costs less, as soon as a few rows share what was decoded.
 #pragma once
 #include "products.h"
 
 namespace otq {
 
-// Rows that share a block from which on its codes become floats. Instructions for bytes do four times the work of one for floats.
+// Query heads per KV head from which on codes become floats. Nothing else decides, so that a token's numbers don't depend on how
+// many others come with it: guessed tokens are checked by the very sums of single steps.
 #ifdef OPENTQ_SLOW_DOT
-constexpr int FLOAT_ROWS = 9;
+constexpr int64_t FLOAT_GQA = 4;
 #else
-constexpr int FLOAT_ROWS = 1 << 30;
+constexpr int64_t FLOAT_GQA = INT64_MAX;
 #endif
 
-// Whether a side of a call, one or two runs, is read so by this many rows.
-inline bool as_floats(const Packed* side, int rows) { return !side->coded() || (rows >= FLOAT_ROWS && !side[1].dim); }
-// Queries of keys that were projected are not those that multiply the vectors themselves.
-inline bool keys_as_floats(const Call& c, int rows) { return as_floats(c.k, c.projected.data == c.q.data ? rows : 0); }
+// Whether keys or values, one or two runs, are read so. Queries of projected keys don't multiply the vectors themselves.
+inline bool as_floats(const Packed* side, int64_t gqa) { return !side->coded() || (gqa >= FLOAT_GQA && !side[1].dim); }
+inline bool keys_as_floats(const Call& c) { return as_floats(c.k, c.projected.data == c.q.data ? c.gqa : 0); }
 
 // Byte j of every 32-bit lane.
 INLINE F byte_of(I x, int j) { return to_float(iand(shr32(x, 8 * j), iset32(255))); }

@@ -12,7 +12,7 @@
 // A codebook's code becomes its entry, a byte, by one look-up in registers; from there on it is an 8-bit code with one
 // scale per token and zero = -128 * scale. Two runs of codes are two products: scores add up, and values make the two
 // halves of the channels. Keys or values that are not such codes become floats, a block at a time (dense.h, polar.h); so do
-// codes that several rows read on a machine that multiplies bytes slowly (decoded.h).
+// codes that several heads read on a machine that multiplies bytes slowly (decoded.h).
 #pragma once
 #include "decoded.h"
 #include "dense.h"
@@ -170,7 +170,7 @@ struct Run {
 
 // Rows of one task against stored blocks [first, last) of one KV head, or of its list of pages. Keys and values may be codes or floats, each for itself.
 inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t batch, int64_t head, int64_t first, int64_t last) {
-  const bool often = rows.count > 2 * CHUNK, float_k = keys_as_floats(c, rows.count), float_v = as_floats(c.v, rows.count), two_k = c.k[1].dim, two_v = c.v[1].dim;
+  const bool often = rows.count > 2 * CHUNK, float_k = keys_as_floats(c), float_v = as_floats(c.v, c.gqa), two_k = c.k[1].dim, two_v = c.v[1].dim;
   const bool matrix = rows.count >= MATRIX_ROWS && !(float_k && float_v) && matrix_unit();
   const MatrixUnit unit(matrix, matrix_step(c.k[0]));
   Rows more = rows.second();
