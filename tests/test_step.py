@@ -148,6 +148,29 @@ def test_a_step_of_the_cpu_leaves_the_bits_that_single_operations_leave(monkeypa
     assert mx.allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_that_waits_to_be_computed_keeps_what_it_reads(monkeypatch):
+    from opentq.kernels.cpu import attention as cpu
+    from opentq.kernels.cpu import graph
+
+    if not cpu.BACKEND.available() or graph.module() is None:
+        pytest.skip("MLX's graph can't be extended here")
+    monkeypatch.setattr(backends, "active", lambda: cpu.BACKEND)
+    outs, (k, v), q = [], vectors(SHAPE, 152), queries(SHAPE, 1, dtype=mx.float32)
+    for waits in (False, True):
+        cache = made("tq5/tq3:nc", 150, 1)
+        for at in (150, 151):  # the first of its kind is computed at once
+            handle, _ = cache.update_and_fetch(k[:, :, at : at + 1], v[:, :, at : at + 1])
+            out = handle.step.attend(q, scale=0.125)
+        assert cache.stats.served_by == "cpu" and isinstance(cache, OpenTQCache)
+        if waits:
+            del handle
+            del cache
+            mx.eval([mx.full((1 << 16,), n) for n in range(64)])  # in the place of what was let go
+        mx.eval(out)
+        outs.append(out)
+    assert mx.array_equal(*outs).item()
+
+
 def test_what_a_step_of_the_cpu_leaves_to_others():
     from opentq.kernels.cpu import step as cpu_step
     from opentq.spec.kv import KVSpec

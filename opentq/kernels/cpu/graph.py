@@ -1,6 +1,6 @@
 """Decode steps as operations of MLX's graph (graph.cpp), so that nobody waits in every layer.
 
-The extension is compiled on first use, against the headers of this very MLX. It needs those of Python and nanobind, too;
+The extension is compiled on first use, against the headers of this very MLX. It needs those of Python and nanobind;
 where there are none, steps are evaluated layer by layer, which gives the same bits more slowly.
 """
 
