@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..caches.composite import members
 from ..caches.single import OpenTQCache
+from ..spec.recipe import BAR
 from . import hooks
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class Result:
         return self.kv_fp16_bytes / self.kv_bytes if self.kv_fp16_bytes and self.kv_bytes else 0.0
 
     def summary(self) -> str:
-        kv = f"KV {human_bytes(self.kv_bytes)} ({self.kv_spec}" + (f", {self.ratio:.2f}x)" if self.ratio else ")")
+        layers = self.kv_spec.split(BAR)
+        spec = self.kv_spec if len(layers) == 1 else f"a recipe of {len(layers)} layers"
+        kv = f"KV {human_bytes(self.kv_bytes)} ({spec}" + (f", {self.ratio:.2f}x)" if self.ratio else ")")
         return (
             f"{len(self.tokens)} tokens · {self.generation_tps:.1f} tok/s · prompt {self.prompt_tokens} tokens, "
             f"{self.prompt_tps:.0f} tok/s · ctx {self.context} · {kv} · peak {human_bytes(self.peak_bytes)}"
