@@ -126,7 +126,9 @@ class Study(Network):
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
         self.records = self.file("pages")
-        self.judged = {"code": corpus.standard_library(), "prose": prose(1)}
+        self.code = corpus.standard_library()
+        judged = {"code": self.code, "prose": prose(1)}
+        self.judged = {kind: text for kind, text in judged.items() if kind in args.texts}
         self.read = {"code": corpus.standard_library(corpus.CALIBRATION), "prose": prose(0)}
         self.folder = args.work / Path(str(args.model)).stem
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -300,13 +302,13 @@ class Study(Network):
         depths = (0.1, 0.3, 0.5, 0.7, 0.9)
         for facts, how in self.asked():
             for length in lengths:
-                settings = about("pages-needle", self.id, self.judged["code"], length=length, facts=facts)
+                settings = about("pages-needle", self.id, self.code, length=length, facts=facts)
                 settings |= {"trials": len(depths) * trials, "budget": budget}
                 missing = [n for n in names if self.records.find({**settings, "rule": n or "exact"}) is None]
                 if not missing:
                     continue
                 cells = [(d, 1000 + t) for d in depths for t in range(trials)]
-                made = [corpus.needle(self.tokenizer, self.judged["code"], length, d, t, **how) for d, t in cells]
+                made = [corpus.needle(self.tokenizer, self.code, length, d, t, **how) for d, t in cells]
                 right: dict[str | None, int] = dict.fromkeys(missing, 0)
                 for start in range(0, len(made), self.args.batch):
                     for name, count in self.ask(made[start : start + self.args.batch], missing, budget):
@@ -352,11 +354,11 @@ class Study(Network):
         )
         cells = [(length, d, t) for d in grid.depths for t in range(trials)]
         for name in (PACKED, f"{PACKED}, code"):
-            key: Record = about("pages-cache-needle", self.id, self.judged["code"], length=length, spec=name)
+            key: Record = about("pages-cache-needle", self.id, self.code, length=length, spec=name)
             key |= {"trials": len(cells), "budget": budget}
             if self.records.find(key) is not None:
                 continue
-            asked = [needle.make(self.tokenizer, self.judged["code"], grid, *cell) for cell in cells]
+            asked = [needle.make(self.tokenizer, self.code, grid, *cell) for cell in cells]
             right = sum(needle.ask(self.model, self.tokenizer, enter(specs[name], self.model).caches, asked, grid))
             self.records.add(key, {"correct": right, "accuracy": wilson(right, len(asked))})
             self.say("caches", "needles", name, right, "of", len(asked))
@@ -372,6 +374,7 @@ PARTS = ("rules", "fidelity", "caches", "needles")
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--texts", default="code,prose", help="what rules are judged on; needles are asked in code")
     parser.add_argument("--context", type=int, default=6144, help="tokens of the text of `rules`")
     parser.add_argument("--depth", type=int, default=6912, help="tokens before those of `fidelity`")
     parser.add_argument("--lengths", type=lambda s: tuple(map(int, s.split(","))), default=(1536, 3584, 6656))
