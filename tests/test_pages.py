@@ -158,6 +158,7 @@ def emulated_choose(sketches, rows, packed, count):
 def test_kernels_choose_what_the_reference_chooses(by):
     """Lists are sets, and a page may only differ where its weight ties with that of the last one chosen."""
     backend = dispatch.backends.active()
+    sums = by == "cuda" or (by == "native" and backend is not None and backend.sums)
     choosers = {"native": backend.choose if backend else None, "cuda": emulated_choose}
     if by == "native" and not backend:
         pytest.skip("no fused kernels on this machine")
@@ -169,7 +170,7 @@ def test_kernels_choose_what_the_reference_chooses(by):
     for packed, channels, dim, rows, count in cases:
         keys = mx.array(rng.standard_normal((2, heads, 64 * held, dim), dtype=np.float32))
         chosen = mx.broadcast_to(mx.arange(1, channels + 1, dtype=mx.int32), (2, heads, channels))
-        selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count)
+        selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count, sums)
         queries = selector.queries(mx.array(rng.standard_normal((2, heads * rows, 1, dim), dtype=np.float32)), 1.0)
         choose = choosers.get(by)
         found = choose(selector.sketches, queries, packed, count) if choose else selector.choose(queries, packed, count)
@@ -179,7 +180,8 @@ def test_kernels_choose_what_the_reference_chooses(by):
         )[..., None]
         for b in range(2):
             whole, there = packed[b] // 64, -(-packed[b] // 64)
-            mass = mx.softmax(scores[b, :, :whole].max(-1), axis=1).sum(2)  # [H, pages]
+            weights = mx.logsumexp(scores[b, :, :whole], axis=-1) if sums else scores[b, :, :whole].max(-1)
+            mass = mx.softmax(weights, axis=1).sum(2)  # [H, pages]
             for h in range(heads):
                 chosen = found[b, h].tolist()
                 if there <= count:

@@ -27,7 +27,7 @@ def run(log) -> None:
         packed, channels, dim, heads, rows, count = case
         keys = mx.array(rng.standard_normal((2, heads, -(-max(packed) // 64) * 64, dim), dtype=np.float32))
         chosen = mx.broadcast_to(mx.arange(1, channels + 1, dtype=mx.int32), (2, heads, channels))
-        selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count)
+        selector = pages.Selector(pages.encode(keys, chosen), chosen, 64 * count, sums=True)
         queries = selector.queries(mx.array(rng.standard_normal((2, heads * rows, 1, dim), dtype=np.float32)), 1.0)
         mine, best = kernels.choose(selector.sketches, queries, packed, count), selector.choose(queries, packed, count)
         weights = selector.weights(queries, max(packed) // 64)

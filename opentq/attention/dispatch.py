@@ -81,7 +81,9 @@ def choose(selector: pages.Selector, args: AttnArgs) -> mx.array:
     Sketches name the candidates, and of these the ones whose keys have the most weight are read; by kernels where there
     are any.
     """
-    backend = backends.active() if kernel_mode() != "tiled" else None
+    active = backends.active()
+    backend = active if kernel_mode() != "tiled" else None
+    selector = replace(selector, sums=active is not None and active.sums)
     packed, count = tuple(n for n, _, _ in args.lens), selector.budget // pages.PAGE
     listed, many = None, pages.CANDIDATES * count
     if max(packed) > many * pages.PAGE:

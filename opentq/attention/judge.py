@@ -135,7 +135,7 @@ def choice(backend: Backend, channels: int, heads: int, length: int, dim: int) -
         batch, whole = len(packed), max(packed) // PAGE
         index = mx.broadcast_to(mx.arange(0, 2 * channels, 2, dtype=mx.int32) % dim, (batch, kv_heads, channels))
         keys, q = _draw(batch, kv_heads, whole * PAGE, dim), _draw(batch, kv_heads * length, 1, dim, seed=1)
-        case = Selector(encode(keys, index), index, COUNT * PAGE)
+        case = Selector(encode(keys, index), index, COUNT * PAGE, backend.sums)
         rows = case.queries(q, 4 * dim**-0.5)  # scores that differ from page to page
         found = backend.choose(case.sketches, rows, packed, COUNT)
         if found is None:

@@ -2,7 +2,8 @@
 
 A token's sketch is a few channels of its key, as it is after RoPE and before the codec's rotation (`channels.py` says
 which), in 4 bits with one scale per channel and page. Of the other channels a page has its mean key. The products of
-both with a query are scores, and a page's weight is its largest one. Sketches leave out what a few heads look for, so
+both with a query are scores, and a page's weight is its largest one, or on NVIDIA the log of the sum of their
+exponentials. Sketches leave out what a few heads look for, so
 they name `CANDIDATES` times as many pages as are read, and the packed keys of these choose: there a page's weight is
 the log of the sum of the exponentials of its scores. Both times the pages with the largest shares of the softmax of the
 weights, summed over the query heads (and rows) that share the page, are taken, and always the newest. So a step reads a
@@ -96,11 +97,14 @@ class Selector:
         sketches: uint8 `[B, Hkv, pages (over-allocated), C * 34 + D + 2]`.
         channels: int32 `[B, Hkv, C]`.
         budget: packed tokens to read, a multiple of 64.
+        sums: whether a page's weight is the logarithm of the sum of its scores' exponentials, not its largest score;
+            a back end says which (`contracts.backend.Backend.sums`), and both name the same pages but for a few.
     """
 
     sketches: mx.array
     channels: mx.array
     budget: int
+    sums: bool = False
 
     def queries(self, q: mx.array, scale: float) -> mx.array:
         """Queries `[B, Hq, L, D]`, scaled: their chosen channels, then all, float32 `[B, Hkv, G * L, C + D]`."""
@@ -110,12 +114,13 @@ class Selector:
         return mx.concatenate([mx.take_along_axis(rows, index, axis=-1), rows], axis=-1)
 
     def weights(self, rows: mx.array, pages: int) -> mx.array:
-        """Every page's largest score, float32 `[B, Hkv, G * L, pages]`."""
+        """Every page's weight, float32 `[B, Hkv, G * L, pages]`."""
         parts, channels = [], self.channels.shape[2]
         few, whole = rows[..., :channels], rows[..., channels:]
         for start in range(0, pages, TILE):
             keys, mean = decode(self.sketches[:, :, start : min(start + TILE, pages)], channels)
-            scores = (few[:, :, None] @ keys).max(-1)  # [B, H, pages, rows]
+            scores = few[:, :, None] @ keys  # [B, H, pages, rows, PAGE]
+            scores = mx.logsumexp(scores, axis=-1) if self.sums else scores.max(-1)
             parts.append(scores.swapaxes(-1, -2) + whole @ mean.swapaxes(-1, -2))
             if pages > TILE:
                 mx.eval(parts[-1])

@@ -44,6 +44,8 @@ class Backend(Shared):
         rotate: `codecs.rotation.rotate` in one launch, or None for vectors that it does not serve.
         choose: `(sketches, rows, packed, count)`: the pages of most weight (`attention.pages`), or None.
         checks: what `opentq doctor` should say.
+        sums: whether `choose` weighs a page by the sum of its scores' exponentials, which cost a GPU nothing, or by the
+            largest score, where exponentials would be most of the work.
         weigh: the weights by their keys of the pages that `args` lists (`attention.pages.weigh`), or None.
     """
 
@@ -57,4 +59,5 @@ class Backend(Shared):
     rotate: Callable[[mx.array], mx.array | None] = lambda x: None
     choose: Callable[[mx.array, mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
     checks: Callable[[], list[Check]] = list
+    sums: bool = False
     weigh: Callable[[AttnArgs], mx.array | None] = lambda args: None

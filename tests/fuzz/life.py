@@ -232,10 +232,8 @@ class Life:
         self.served[step.stats.served_by] += 1
         if self.home and native != (self.home == "native"):
             raise Wrong(f"{step.stats.served_by} served under {self.home}")
-        whole = bool(step.window) or isinstance(mask, mx.array)
-        listed = step._pages(q, more["scale"], whole) if step.sketches is not None else None
         args = args_of(handles, q, causal=mask is not None, window=step.window, **more)
-        args.pages = listed
+        args.pages = step._pages(replace(args, q=q, mask=mask if isinstance(mask, mx.array) else None))
         fp16 = mx.float16 if native and self.dtype == mx.float32 else None
         judge(args, out, atol=self.atol, dtype=fp16, model=True)
         singly = step.sketches is None and step.k.layout.block == step.v.layout.block == 1

@@ -329,4 +329,5 @@ BACKEND = Backend(
     cuda.rotate,
     pages.choose,
     checks,
+    sums=True,
 )

@@ -1,5 +1,4 @@
-// Which pages a decode step looks at, in two launches: every page's largest score for every query row, then the largest
-// shares.
+// Which pages a decode step reads, in two launches: every page's weight for every query row, then the largest shares.
 //
 // A page of sketches is C channels of 32 bytes (byte j: the 4-bit codes of tokens j and j + 32) and C fp16 scales; a code
 // stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). `weigh`:
@@ -44,8 +43,11 @@ __device__ __forceinline__ void weigh_pages(const unsigned char* sketches, const
     for (int c = 0; c < C; ++c) a += q[c] * low[c], b += q[c] * high[c];
     float most = fmaxf(a, b);
 #pragma unroll
-    for (int s = 1; s < 32; s *= 2) most = fmaxf(most, shuffle_xor(most, s)), rest += shuffle_xor(rest, s);
-    if (lane == 0) weights[((size_t)head * rows + r) * pages + page] = most + rest;
+    for (int s = 1; s < 32; s *= 2) most = fmaxf(most, shuffle_xor(most, s));
+    float sum = exp2_fast(a - most) + exp2_fast(b - most);
+#pragma unroll
+    for (int s = 1; s < 32; s *= 2) sum += shuffle_xor(sum, s), rest += shuffle_xor(rest, s);
+    if (lane == 0) weights[((size_t)head * rows + r) * pages + page] = most + log2f(sum) + rest;
   }
 }
 
