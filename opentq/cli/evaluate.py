@@ -82,6 +82,7 @@ def needle(
     batch: Annotated[int, typer.Option(min=1, help="Needles read together.")] = 8,
     kind: Annotated[str, typer.Option(help="What is hidden: secret code, phone number or magic word.")] = "secret code",
     distractors: Annotated[int, typer.Option(min=0, help="Facts about other names in the text.")] = 0,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 24,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map to this PNG.")] = None,
     prefill_step_size: options.PrefillStep = 512,
     seed: Texts = 0,
@@ -103,7 +104,7 @@ def needle(
     whole = options.numbers(lengths, "--lengths", TOKENS)
     parts = options.numbers(depths, "--depths", "numbers from 0 to 1", float)
     grid = task.Grid(
-        whole, parts, trials, kind, distractors, prefill=prefill_step_size, seed=seed, batch=batch, simulate=simulate
+        whole, parts, trials, kind, distractors, answer, prefill_step_size, seed, batch, simulate
     )
     on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, max(whole))
     found = _run(on, task, grid, len(on.names) * sum(whole) * len(parts) * trials)
