@@ -103,9 +103,7 @@ def needle(
         pyplot()  # a missing matplotlib is reported now, not after the work
     whole = options.numbers(lengths, "--lengths", TOKENS)
     parts = options.numbers(depths, "--depths", "numbers from 0 to 1", float)
-    grid = task.Grid(
-        whole, parts, trials, kind, distractors, answer, prefill_step_size, seed, batch, simulate
-    )
+    grid = task.Grid(whole, parts, trials, kind, distractors, answer, prefill_step_size, seed, batch, simulate)
     on = _prepare(options.one_model(model, model_option), kv, text, form, output, records, max(whole))
     found = _run(on, task, grid, len(on.names) * sum(whole) * len(parts) * trials)
     options.write(show.needle(found, form), output)
