@@ -124,9 +124,8 @@ class Ours:
         spec, p = self.cache.spec, self.problem
         per_token = spec.bits_per_value(p.dim) * 2 * p.dim / 8
         choice = 0.0
-        if (
-            spec.pages and packed > pages.WHOLE * spec.pages
-        ):  # all sketches, the keys of candidates, and the tokens of some pages
+        if spec.pages and packed > pages.WHOLE * spec.pages:
+            # All sketches, the keys of candidates, and the tokens of some pages.
             some = pages.CANDIDATES * spec.pages
             choice = packed * pages.bytes_per_token(p.dim) if packed > some else 0.0
             choice += min(packed, some) * self.cache.k_codec.bits_per_value(p.dim) * p.dim / 8
