@@ -281,6 +281,16 @@ def test_wrong_weights_of_pages_are_not_used(plant, caplog, factor):
     assert all(f"the {backend.name} kernel for weights of pages int4" in line for line in lines(caplog))
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
+def test_a_wrong_list_of_the_heaviest_pages_is_not_used(plant, caplog, sign):
+    backend = plant(top=lambda real: lambda weights, *rest: pages.top(sign * weights, *rest))
+    weights = mx.random.normal((1, 2, 4, 6))
+    for _ in range(2):
+        assert (guard.top(backend, weights, (6 * PAGE,), 2) is None) == (sign < 0)
+    assert len(lines(caplog)) == (sign < 0)
+    assert all(f"the {backend.name} kernel for the pages of most weight of 2 heads" in line for line in lines(caplog))
+
+
 def by_sketch(sketches, rows, packed, count):
     """The portable path as a back end's function."""
     channels, _ = shape_of(sketches.shape[3], rows.shape[3])
@@ -311,7 +321,7 @@ def failing(after: int):
     return change
 
 
-@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose", "weigh"])
+@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose", "weigh", "top"])
 @pytest.mark.parametrize("plant", ["metal"], indirect=True)
 def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, monkeypatch, caplog, name):
     """The call that fails is computed again, once, and nobody asks that function again."""
@@ -331,6 +341,7 @@ def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, mo
         ),
         "choose": lambda real: by_sketch,
         "weigh": lambda real: pages.weigh,
+        "top": lambda real: pages.top,
     }
 
     def fails(real):

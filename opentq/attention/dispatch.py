@@ -92,8 +92,10 @@ def choose(selector: pages.Selector, args: AttnArgs) -> mx.array:
         listed = selector.choose(rows, packed, many) if listed is None else listed
     args = replace(args, q=args.k.codec.rotate(args.q), pages=listed)
     weights = guard.weigh(backend, args) if backend else None
+    weights = pages.weigh(args) if weights is None else weights
     held = tuple(n for n, _, _ in args.picked_lens)
-    index = pages.top(pages.weigh(args) if weights is None else weights, held, count)
+    index = guard.top(backend, weights, held, count) if backend else None
+    index = pages.top(weights, held, count) if index is None else index
     return index if listed is None else mx.take_along_axis(listed, index, axis=-1)
 
 

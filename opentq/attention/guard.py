@@ -190,6 +190,17 @@ def weigh(backend: Backend, args: AttnArgs) -> mx.array | None:
     )
 
 
+def top(backend: Backend, weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array | None:
+    """The back end's pages of most weight, once they were right on this machine; None where it has none."""
+    return _first(
+        backend.name,
+        (backend.top, weights.shape[1:3]),
+        lambda: f"the pages of most weight of {weights.shape[1]} heads",
+        functools.partial(backend.top, weights, packed, count),
+        functools.partial(judge.top, backend, *weights.shape[1:3]),
+    )
+
+
 def _first(
     name: str, kind: Hashable, what: Callable[[], str], call: Callable[[], T | None], verdict: Callable[[], str]
 ) -> T | None:

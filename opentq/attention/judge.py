@@ -16,7 +16,7 @@ from ..contracts.attention import EXACT, AttnArgs, AttnFn, Lengths, PackedKV
 from ..contracts.backend import Backend, Pair, StepFn
 from ..contracts.codec import Codec
 from ..contracts.layout import CANONICAL, FLUSH, Layout
-from . import tiled
+from . import pages, tiled
 from .pages import PAGE, Selector, encode, weigh
 
 BOUND = {mx.bfloat16: 1e-2}
@@ -140,16 +140,32 @@ def choice(backend: Backend, channels: int, heads: int, length: int, dim: int) -
         found = backend.choose(case.sketches, rows, packed, COUNT)
         if found is None:
             continue
-        newest = mx.array([-(-n // PAGE) - 1 for n in packed]).reshape(-1, 1, 1)
-        kept = mx.arange(whole) < mx.array([n // PAGE for n in packed]).reshape(-1, 1, 1)
-        share = mx.softmax(mx.where(kept[:, :, None], case.weights(rows, whole), -mx.inf), axis=-1).sum(2)
-        mine, theirs = (
-            float(mx.take_along_axis(share, mx.clip(chosen, 0, whole - 1), axis=-1).sum())
-            for chosen in (found, case.choose(rows, packed, COUNT))
-        )
-        listed = (found[..., 1:] > found[..., :-1]).all() & (found >= 0).all() & (found <= newest).all()
-        if not (bool(listed & (found == newest).any(-1).all()) and mine >= (1 - BOUND_HALF) * theirs):
-            return f"reads {mine / theirs:.1%} of the softmax that the portable path reads"
+        if why := _misses(found, case.choose(rows, packed, COUNT), case.weights(rows, whole), packed):
+            return why
+    return ""
+
+
+def _misses(found: mx.array, best: mx.array, weights: mx.array, packed: tuple[int, ...]) -> str:
+    """Why a list of pages is no such list, or holds less of the softmax of `weights` than the portable path's."""
+    whole = weights.shape[-1]
+    newest = mx.array([-(-n // PAGE) - 1 for n in packed]).reshape(-1, 1, 1)
+    kept = mx.arange(whole) < mx.array([n // PAGE for n in packed]).reshape(-1, 1, 1)
+    share = mx.softmax(mx.where(kept[:, :, None], weights, -mx.inf), axis=-1).sum(2)
+    mine, theirs = (
+        float(mx.take_along_axis(share, mx.clip(chosen, 0, whole - 1), axis=-1).sum()) for chosen in (found, best)
+    )
+    listed = (found[..., 1:] > found[..., :-1]).all() & (found >= 0).all() & (found <= newest).all()
+    if bool(listed & (found == newest).any(-1).all()) and mine >= (1 - BOUND_HALF) * theirs:
+        return ""
+    return f"reads {mine / theirs:.1%} of the softmax that the portable path reads"
+
+
+def top(backend: Backend, heads: int, rows: int) -> str:
+    for packed in ((5 * PAGE, 3 * PAGE + 5), (7 * PAGE,)):
+        weights = 4 * _draw(len(packed), heads, rows, -(-max(packed) // PAGE))
+        found = backend.top(weights, packed, COUNT)
+        if found is not None and (why := _misses(found, pages.top(weights, packed, COUNT), weights, packed)):
+            return why
     return ""
 
 

@@ -47,6 +47,7 @@ class Backend(Shared):
         sums: whether `choose` weighs a page by the sum of its scores' exponentials, which cost a GPU nothing, or by the
             largest score, where exponentials would be most of the work.
         weigh: the weights by their keys of the pages that `args` lists (`attention.pages.weigh`), or None.
+        top: `(weights, packed, count)`: the pages of most weight (`attention.pages.top`), or None.
     """
 
     name: str
@@ -61,3 +62,4 @@ class Backend(Shared):
     checks: Callable[[], list[Check]] = list
     sums: bool = False
     weigh: Callable[[AttnArgs], mx.array | None] = lambda args: None
+    top: Callable[[mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None

@@ -330,4 +330,6 @@ BACKEND = Backend(
     pages.choose,
     checks,
     sums=True,
+    weigh=pages.weigh,
+    top=pages.top,
 )
