@@ -1,7 +1,7 @@
 """Choosing pages: by sketches in two launches of pages.cu, or by the keys of some of them.
 
-Keys of candidates are laid out in fp16 as for a prompt's chunk, a bounded number of heads at a time, meet the queries in
-one matrix product, and are dropped.
+Keys of candidates are laid out in fp16 as for a prompt's chunk, a bounded number of heads at a time, meet the queries
+in one matrix product, and are dropped.
 """
 
 from __future__ import annotations
