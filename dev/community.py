@@ -25,6 +25,7 @@ FIELDS = {
     | {"read_bandwidth", "copy_bandwidth"},
     "conformance": CASE | {"max_error", "naive_error", "first_seconds", "again_seconds", "failure"},
     "pack": {"ok", "codec", "dim", "identical", "error", "failure"},
+    "pages": {"ok", "by", "kv", "dim", "failure"},
     "kernel": {
         "shape",
         "context",

@@ -34,7 +34,7 @@ def doctor(monkeypatch, tmp_path):
 def test_bench_writes_what_it_finds(doctor, tmp_path):
     done, records = doctor("--bench", "--quick")
     assert done.exit_code == 0, done.output
-    assert {r["kind"] for r in records} == {"device", "conformance", "pack", "kernel", "call"}
+    assert {r["kind"] for r in records} == {"device", "conformance", "pack", "pages", "kernel", "call"}
     judged = {r["served_by"] for r in records if r["kind"] == "conformance"}
     assert judged == {name for name, _ in dispatch.candidates()}
     compared = [r for r in records if "max_error" in r]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import mlx.core as mx
 
 from .. import records as store
-from ..attention import backends, dispatch, reference
+from ..attention import backends, channels, dispatch, judge, reference
 from ..caches.single import OpenTQCache
 from ..contracts.attention import AttnArgs, AttnFn
+from ..contracts.backend import Backend
 from ..contracts.codec import Codec, Packed
 from ..kernels.metal import launch as metal
 from ..spec.kv import KVSpec
@@ -94,7 +95,7 @@ QUICK = Examination(
 
 
 def examine(plan: Examination) -> Iterator[Record]:
-    """All records: one of the device, then conformance, packing, and times. Records that failed have `ok` false.
+    """All records: one of the device, then conformance, packing, pages, and times. Records that failed have `ok` false.
 
     Only what was right is timed.
     """
@@ -115,6 +116,7 @@ def examine(plan: Examination) -> Iterator[Record]:
                         yield found
     for spec in plan.specs:
         yield from _pack(plan, spec)
+    yield from _pages(plan)
     arms = [(spec, name, variant) for name, variant in variants() for spec in plan.timed if (spec, name) not in wrong]
     right = [spec for spec in plan.timed if not any(s == spec for s, _ in wrong)]
     ours = [kernel.ours(KVSpec.parse(spec), name, variant) for spec, name, variant in arms]
@@ -244,3 +246,36 @@ def _pack(plan: Examination, spec: str) -> Iterator[Record]:
 def _distance(codec: Codec, packed: Packed, y: mx.array) -> float:
     y = y.astype(mx.float32)
     return float((mx.linalg.norm(codec.decode(packed, mx.float32, y.shape[-1]) - y) / mx.linalg.norm(y)).item())  # type: ignore[arg-type]
+
+
+def _pages(plan: Examination) -> Iterator[Record]:
+    """The kernels that choose pages for a decode step, by sketches and by the packed keys of every spec."""
+    backend = dispatch.serving()
+    if backend is None:
+        return
+    for heads, kv_heads, dim in plan.shapes:
+        number, rows = channels.count(dim), heads // kv_heads
+        choice = functools.partial(judge.choice, channels=number, heads=kv_heads, length=rows, dim=dim)
+        yield from _chosen(backend, "choose", choice, {"dim": dim})
+        for spec in plan.specs:
+            args = attention(plan.tokens, spec, (heads, kv_heads, dim), (1, "float16", 0))
+            yield from _chosen(backend, "weigh", functools.partial(judge.weights, args=args), {"dim": dim, "kv": spec})
+
+
+def _chosen(backend: Backend, name: str, verdict: Callable[[Backend], str], case: Record) -> Iterator[Record]:
+    """What the judge says of a back end's function, if it serves."""
+    served = False
+
+    def watched(*args: Any) -> Any:
+        nonlocal served
+        out = getattr(backend, name)(*args)
+        served = served or out is not None
+        return out
+
+    changed: dict[str, Any] = {name: watched}
+    try:
+        why = verdict(replace(backend, **changed))
+    except RuntimeError as error:
+        why = str(error)[:4000]
+    if served or why:
+        yield _record("pages", ok=not why, by=name, **case, **({"failure": why} if why else {}))

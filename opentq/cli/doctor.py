@@ -74,7 +74,7 @@ def _bench(quick: bool, specs: list[str], output: Path | None) -> bool:
         records.append(record)
         if device.failed(record):
             print(f"FAILED {_case(record)}")
-    for kind in ("conformance", "pack"):
+    for kind in ("conformance", "pack", "pages"):
         tried = [r for r in records if r["kind"] == kind]
         spent = sum(r.get("first_seconds", 0) - r.get("again_seconds", 0) for r in tried)
         compiled = f", compiling took {spent:.0f} s" if kind == "conformance" else ""
@@ -97,7 +97,7 @@ def _slug(text: str) -> str:
 
 def _case(record: dict[str, Any]) -> str:
     """What a failed record tried, and what went wrong, in one line."""
-    names = ("kind", "served_by", "variant", "kv", "codec", "shape", "dim", "length", "dtype", "window")
+    names = ("kind", "by", "served_by", "variant", "kv", "codec", "shape", "dim", "length", "dtype", "window")
     what = ", ".join(str(record[n]) for n in names if record.get(n))
     if "failure" in record:
         return f"{what}: {record['failure'].splitlines()[0]}"

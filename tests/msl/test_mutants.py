@@ -18,6 +18,8 @@ from .. import oracle
 from ..matrix import Shape
 from ..test_metal import test_a_codebook_packs_bit_for_bit as codebook_packs
 from ..test_metal import test_pack_is_the_codec_bit_for_bit as pack_is_the_codec
+from ..test_metal_pages import ragged_sequences as weights_in_ragged_sequences
+from ..test_metal_pages import test_weights_of_shapes_and_rows as weights_of_rows
 from ..test_metal_step import decode_step
 from ..test_metal_step import test_columns_are_appended_as_the_cache_does as columns_are_appended
 from . import launch, tally
@@ -28,14 +30,14 @@ pytestmark = needs_emulator
 BARRIER = re.compile(r"\b(?:threadgroup|simdgroup)_barrier\(mem_flags::mem_threadgroup\);")
 FACTOR = re.compile(
     r"(?<= \* )(?:\((?:\w+ [*/+] (?:\w+|\w+<\w+>\(\)))\)"
-    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows|columns|E)\b)"
+    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows|rows|count|columns|E)\b)"
 )
 NOT_A_STRIDE = re.compile(
     r"^\s*(?:(?:static constant )?constexpr|threadgroup \w+ \w+\[|for \(|return |int c = |zero\.add|#)|\? ts\[|sizeof"
 )
 """Lines whose numbers are sizes, bounds or steps of loops over threads: most are only waste when they are larger."""
 EVERY = 15
-NAMES = ("merge", "append", "pack", "pack_book", "decode_whole", "matrix")
+NAMES = ("merge", "append", "pack", "pack_book", "decode_whole", "weigh", "matrix")
 """Kernels that between them have all text."""
 
 
@@ -49,9 +51,10 @@ def mutants() -> list:
     found = []
     for name in NAMES:
         text = code(name)
-        # The shared header is mutated with the kernel that uses all of it.
-        first = 0 if name == "decode_whole" else len((metal.HERE / "common.metal").read_text())
-        edits = [(m.start(), m.end(), ";", "no barrier") for m in BARRIER.finditer(text)]
+        # Shared text is mutated with the kernel that uses all of it.
+        own = {"decode_whole": 0, "weigh": text.index("\0")}
+        first = own.get(name, len((metal.HERE / "common.metal").read_text()))
+        edits = [(m.start(), m.end(), ";", "no barrier") for m in BARRIER.finditer(text, first)]
         strides = []
         for m in FACTOR.finditer(text, first):
             line = text[text.rfind("\n", 0, m.start()) + 1 : text.find("\n", m.start())]
@@ -82,6 +85,10 @@ def exercise(name: str) -> None:
         return
     if name == "append":
         columns_are_appended((64, 128), mx.float32, 5, 2, True)
+        return
+    if name == "weigh":
+        weights_in_ragged_sequences()
+        weights_of_rows(Shape(q_heads=8, kv_heads=1), 5, mx.float16)
         return
     if name == "merge":
         metal.tuning = lambda: metal.Tuning(teams=1)

@@ -173,7 +173,7 @@ class Launch:
         rows = args.k.arrays[0].shape[2] if args.k.arrays else 0
         turned = bool(rotated and rotated[1])
         self.geometry: Geometry = _geometry(k, v, args.alike, args.kv_heads, rows, turned, tune, metal.cores())
-        self.packed = [array for kv in (args.k, args.v) for array in _packed(kv)]
+        self.packed = [array for kv in (args.k, args.v) for array in packed_arrays(kv)]
         self.no_halves, self.no_sinks, self.no_pages = (nothing(t) for t in (mx.float16, mx.float32, mx.int32))
         self.books = books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
 
@@ -289,7 +289,7 @@ def codec_side(codec: Codec, dim: int) -> Side | None:
     return None
 
 
-def _packed(kv: PackedKV) -> Sequence[mx.array]:
+def packed_arrays(kv: PackedKV) -> Sequence[mx.array]:
     """Codes, those of a second run, and scales; a buffer of no rows has no memory, and the kernel reads none of it."""
     if not (kv.arrays and kv.arrays[0].size):
         return nothing(mx.uint32), nothing(mx.uint32), nothing(mx.float16)

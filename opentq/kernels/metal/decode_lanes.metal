@@ -57,22 +57,9 @@
   threadgroup float* ts = team_shared + team * 2 * DS * R;
   threadgroup float* az = az_shared + team * GV * R;
 
-  // The query, transposed to [dim][row], with scale, log2(e) and the weights of the packed keys.
-  const size_t q0 = size_t(head) * n_rows * QE;
-  const float q_scale = CAP ? real[0] : real[0] * OTQ_LOG2E;
-  for (int i = thread_index_in_threadgroup; i < QE * R; i += 32 * DS * NT) {
-    int r = i % R, d = i / R;
-    qs[i] = r < n_rows ? float(q[q0 + r * QE + d]) * q_scale * otq_pow2(-otq_shift<KF>(d)) : 0.0f;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int i = thread_index_in_threadgroup; i < GK * R; i += 32 * DS * NT) {
-    float sum = 0;
-    for (int d = i / R * KG; d < min(KE, i / R * KG + KG); d++) {
-      sum += qs[(KQ + d) * R + i % R] * otq_pow2(otq_shift<KF>(d));
-    }
-    qsum_shared[i] = sum;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  otq_queries<KF, KG, KE, QE, R>(
+      q + size_t(head) * n_rows * QE, n_rows, CAP ? real[0] : real[0] * OTQ_LOG2E, qs, qsum_shared,
+      thread_index_in_threadgroup, 32 * DS * NT);
 
   // Position of the row with the query's first token; row r is r % L further.
   const int q_position = sink + packed + Td - tail_start - L;
@@ -139,10 +126,7 @@
     if (dense) {
       otq_scores<OTQ_HALF, DK, DK, R, KPL, KF, 0>(keys, qs, qsum_shared, k_book, k_book2);
     } else {
-      otq_scores<KF, KN, KG, R, KPL, KF, 0>(keys, qs + KQ * R, qsum_shared, k_book, k_book2);
-      if (KF2) {
-        otq_scores<(KF2 ? KF2 : KF), KN, KG, R, KPL, KF, 1>(keys, qs + (KQ + KN) * R, qsum_shared, k_book2, k_book2);
-      }
+      otq_packed_scores<KF, KF2, KN, KG, R, KPL>(keys, qs + KQ * R, qsum_shared, k_book, k_book2);
     }
 
     if (CAP) {
@@ -150,7 +134,7 @@
       for (int k = 0; k < KPL; k++) {
 #pragma clang loop unroll(full)
         for (int r = 0; r < R; r++) {
-          keys.s[k][r] = precise::tanh(keys.s[k][r] / real[1]) * (real[1] * OTQ_LOG2E);
+          keys.s[k][r] = otq_capped(keys.s[k][r], real[1]);
         }
       }
     }

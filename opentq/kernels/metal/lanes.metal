@@ -1,5 +1,25 @@
-// What decode_lanes.metal is made of: scores of packed or dense keys, a lane a key; weighted values, a lane four dims. R query
-// rows, KPL keys a lane; all else is said there.
+// What decode_lanes.metal and weigh.metal are made of: scores of packed or dense keys, a lane a key; weighted values, a lane
+// four dims. R query rows, KPL keys a lane; all else is said there.
+
+// A KV head's query rows, transposed to [dim][row], with a factor and the weights of the packed keys, which meet the last KE of
+// QE channels; then these channels' sums over groups, without the weights. Rows from n_rows on are 0.
+template <int KF, int KG, int KE, int QE, int R, class Queries>
+METAL_FUNC void otq_queries(
+    Queries q, int n_rows, float factor, threadgroup float* qs, threadgroup float* qsum, int thread_index, int threads) {
+  for (int i = thread_index; i < QE * R; i += threads) {
+    int r = i % R, d = i / R;
+    qs[i] = r < n_rows ? float(q[r * QE + d]) * factor * otq_pow2(-otq_shift<KF>(d)) : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = thread_index; i < (KE + KG - 1) / KG * R; i += threads) {
+    float sum = 0;
+    for (int d = i / R * KG; d < min(KE, i / R * KG + KG); d++) {
+      sum += qs[(QE - KE + d) * R + i % R] * otq_pow2(otq_shift<KF>(d));
+    }
+    qsum[i] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
 
 // Where a lane's keys are, and their scores against R rows.
 template <int KPL, int R>
@@ -87,6 +107,21 @@ METAL_FUNC void otq_scores(
       }
     }
   }
+}
+
+// The scores of packed keys: of KN channels, or of a second run of as many, too.
+template <int KF, int KF2, int KN, int KG, int R, int KPL>
+METAL_FUNC void otq_packed_scores(
+    thread OtqKeys<KPL, R>& keys, const threadgroup float* q, const threadgroup float* qsum, float book, float book2) {
+  otq_scores<KF, KN, KG, R, KPL, KF, 0>(keys, q, qsum, book, book2);
+  if (KF2) {
+    otq_scores<(KF2 ? KF2 : KF), KN, KG, R, KPL, KF, 1>(keys, q + KN * R, qsum, book2, book2);
+  }
+}
+
+// A score with a softcap, times log2(e).
+METAL_FUNC float otq_capped(float score, float cap) {
+  return precise::tanh(score / cap) * (cap * OTQ_LOG2E);
 }
 
 // Values of one KV head as a lane reads them: rows of its run, and polar's other arrays. `second`: the lane's dims lie in

@@ -90,6 +90,11 @@ KERNELS = {
         ("q_out", "k_out", "v_out"),
         strided=True,
     ),
+    "weigh": Kernel(
+        ("lanes.metal", "weigh.metal"),
+        ("q", "k_codes", "k_more", "k_scales", "lens", "meta", "real", "books", "pages"),
+        ("weights",),
+    ),
     "pack": Kernel(("pack.metal",), ("y", "meta"), ("codes", "scales")),
     "pack_book": Kernel(("pack_book.metal",), ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
 }
