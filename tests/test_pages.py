@@ -131,6 +131,21 @@ def test_the_newest_page_and_missing_pages():
     assert short[0] == 0  # what follows is left alone
 
 
+@pytest.mark.parametrize("choosing, read", [(0, 128), (1 << 30, 1280)])
+def test_pages_are_chosen_where_that_takes_less_time_than_reading_all(monkeypatch, choosing, read):
+    cache = sketched("int4:pages=128", 1300)
+    backend = dispatch.backends.active()
+    if backend is None:
+        pytest.skip("no fused kernels on this machine")
+    monkeypatch.setattr(dispatch.backends, "active", lambda: replace(backend, choosing=choosing))
+    handles, q = step(cache)
+    before = cache.stats.read
+    handles[0].step.attend(q, scale=0.125)
+    assert cache.stats.read - before == read
+    held = 1280 * 2 * 2 * cache.spec.bits_per_value(64) * 64 / 8
+    assert args_of(handles, q).packed_bytes == pytest.approx(held, rel=0.1)
+
+
 def emulated_choose(sketches, rows, packed, count):
     """The CUDA kernels' choice, by the emulator."""
     from opentq.kernels.cuda import pages as cuda_pages

@@ -75,6 +75,12 @@ def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layo
     return backend.layouts(k_codec, v_codec, dims) if backend else (CANONICAL, CANONICAL)
 
 
+def pays(args: AttnArgs) -> bool:
+    """Whether choosing pages takes less time than it saves."""
+    active = backends.active()
+    return active is None or kernel_mode() == "tiled" or args.packed_bytes > active.choosing
+
+
 def choose(selector: pages.Selector, args: AttnArgs) -> mx.array:
     """The pages that `args`, whose queries are not rotated, is to read: int32 `[B, Hkv, budget / 64]`, ascending.
 

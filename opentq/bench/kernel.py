@@ -124,7 +124,7 @@ class Ours:
         spec, p = self.cache.spec, self.problem
         per_token = spec.bits_per_value(p.dim) * 2 * p.dim / 8
         choice = 0.0
-        if spec.pages and packed > pages.WHOLE * spec.pages:
+        if self.cache.stats.read < self.cache.stats.held:
             # All sketches, the keys of candidates, and the tokens of some pages.
             some = pages.CANDIDATES * spec.pages
             choice = packed * pages.bytes_per_token(p.dim) if packed > some else 0.0

@@ -184,6 +184,7 @@ class Step:
             return None
         packed = tuple(n for n, _, _ in self.lens)
         selector = None if args.window or args.mask is not None else self.sketches.selector(packed)
+        selector = selector if selector and dispatch.pays(args) else None
         self.stats.steps += sum(n > 0 for n in packed)
         self.stats.held += sum(packed)
         self.stats.read += sum(min(n, selector.budget) for n in packed) if selector else sum(packed)

@@ -140,6 +140,13 @@ class AttnArgs:
         return max(packed for packed, _, _ in self.lens)
 
     @property
+    def packed_bytes(self) -> float:
+        """Of all packed keys and values, without what is allocated ahead."""
+        tokens, sequences = sum(packed for packed, _, _ in self.lens), len(self.lens)
+        rows = [(a.nbytes / a.shape[2], kv.layout.block) for kv in (self.k, self.v) for a in kv.arrays]
+        return sum(tokens / block * width / sequences for width, block in rows)
+
+    @property
     def listed(self) -> int:
         """Blocks in the list of pages; 0 without one."""
         return 0 if self.pages is None else self.pages.shape[2]

@@ -47,6 +47,8 @@ class Backend(Shared):
         sums: whether `choose` weighs a page by the sum of its scores' exponentials, which cost a GPU nothing, or by the
             largest score, where exponentials would be most of the work.
         weigh: the weights by their keys of the pages that `args` lists (`attention.pages.weigh`), or None.
+        choosing: bytes of packed keys and values that a layer reads in the time that choosing pages takes: steps over
+            less read everything.
         top: `(weights, packed, count)`: the pages of most weight (`attention.pages.top`), or None.
     """
 
@@ -62,4 +64,5 @@ class Backend(Shared):
     checks: Callable[[], list[Check]] = list
     sums: bool = False
     weigh: Callable[[AttnArgs], mx.array | None] = lambda args: None
+    choosing: int = 0
     top: Callable[[mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None

@@ -330,6 +330,7 @@ BACKEND = Backend(
     pages.choose,
     checks,
     sums=True,
+    choosing=pages.CHOOSING,
     weigh=pages.weigh,
     top=pages.top,
 )

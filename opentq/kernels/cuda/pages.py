@@ -23,6 +23,9 @@ MAX_CHANNELS, MAX_DIM = 32, 512
 AT_ONCE = 64 << 20
 """Bytes of keys in fp16 that exist at one time."""
 
+CHOOSING = 512 << 20
+"""Bytes that a layer reads in the .2 ms in which the host hands over the launches that choose pages (H200)."""
+
 LOG2_OF_E = 1.4426950408889634
 
 
