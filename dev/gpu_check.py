@@ -1,12 +1,12 @@
 """Everything that only a GPU can prove about the CUDA kernels, in one go: right, clean, and how fast.
 
-    python dev/gpu_check.py [--quick] [--out results/cuda.jsonl] [--only check,model,time,ncu,full,rivals]
+    python dev/gpu_check.py [--quick] [--out results/cuda.jsonl] [--only check,model,time,decode,ncu,full,rivals]
 
 Checks random cases against fp32 attention over the same decoded values while compute-sanitizer (memcheck, racecheck,
 synccheck) watches a small driver, generates with a model through the compressed cache, times decode, prefill and
-packing beside their rivals in this same process, reads the decode kernel's bandwidth with ncu, and fills the card until
-allocations fail. One JSON row per
-figure, each with the device, versions, command, date and the hash of the kernel sources; one table of the figures
+packing beside their rivals in this same process (those of FlashInfer and FlashAttention 3 where they are installed),
+reads the decode kernel's bandwidth with ncu, and fills the card until allocations fail. `decode`, which runs only when
+named, is the part of `time` that compares decode with the rivals. One JSON row per figure, each with the device, versions, command, date and the hash of the kernel sources; one table of the figures
 against the goals. Ends with `N passed, 0 failed` (tests; a goal is not a test), and with status 1 if anything failed.
 CI holds the newest row's hash against the sources, so a kernel can't change without its proof being renewed.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -30,11 +31,12 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 
 import mlx.core as mx  # noqa: E402
 import torch  # noqa: E402
-from gpu import conform, driver, generate, goals, pages, profile, timing  # noqa: E402
+from gpu import conform, driver, generate, goals, pages, profile, rivals, timing  # noqa: E402
 
 from opentq.kernels.cuda import launch as cuda  # noqa: E402
 
 PARTS = ("check", "model", "time", "ncu", "full", "rivals")
+MORE = ("decode",)
 
 
 class Log:
@@ -78,7 +80,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few hundred random cases instead of 10,000")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "cuda.jsonl")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS + MORE)}")
     parser.add_argument("--cases", type=int, help="number of random cases")
     parser.add_argument("--driver", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -109,10 +111,15 @@ def main() -> int:
         lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
         log.row("full card", clean=done.returncode == 0, errors=lines)
 
+    @functools.cache
+    def ways() -> list[rivals.Way]:
+        return rivals.usable(command)
+
     steps = {
         "check": check,
         "model": lambda: generate.run(log),
-        "time": lambda: timing.run(log, torch, options.quick),
+        "time": lambda: timing.run(log, torch, options.quick, ways()),
+        "decode": lambda: timing.run_decode(log, torch, ways()),
         "ncu": lambda: profile.ncu(log, command),
         "full": full,
         "rivals": lambda: timing.run_slow_rivals(log),

@@ -16,6 +16,7 @@ from typing import Any
 import community
 import page_tables
 import study_tables as study
+from gpu import goals
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from opentq.records import read
@@ -184,44 +185,64 @@ def cpu_kernel() -> str:
 
 @table
 def nvidia() -> str:
-    """The decode kernel on Hopper beside the best fp16 attention of the same run."""
+    """The decode kernel on Hopper beside the best fp16 and fp8 attention measured on the same device.
+
+    Of the newest device, all that was timed since the last run that timed everything.
+    """
     rows = [r for r in records("cuda") if r["what"] == "decode"]
+    newest, kernels = rows[-1]["device"], rows[-1]["kernels"]
+    since = [r["date"] for r in records("cuda") if r["what"] == "prefill" and r["device"] == newest][-1]
     mine = {key: r for key, r in latest(rows, "device", *DECODE, "harness", "engine").items() if key[-2:] == GRAPH}
-    others = [r for r in rows if r["engine"] in ("mlx_sdpa", "torch-cudnn", "torch-flash")]
-    fp16 = latest(others, "device", *SHAPE, "harness", "engine")
+    others = latest([r for r in rows if goals.bits(r["engine"])], "device", *SHAPE, "harness", "engine")
+    with_fp8 = any(goals.bits(r["engine"]) == 8 for r in others.values())
     body = []
-    newest = rows[-1]["device"]
+    older = False
     for r in sorted(mine.values(), key=lambda r: (r["device"] != newest, r["device"])):
         if r["device"] != newest and any(r[k] != v for k, v in HEADLINE.items()):
             continue
-        if r["device"] == newest and r["kernels"] != rows[-1]["kernels"]:
+        if r["device"] == newest and r["date"] < since:
             continue
         if r["n"] not in (1024, 8192, 32768, 131072) or r["length"] > 1 or r["k"] == "int4:g64":
             continue
         same = tuple(r[k] for k in ("device", *SHAPE))
-        rivals = {k[-1]: other["us"] for k, other in fp16.items() if k[: len(same)] == same}
-        best = min(rivals, key=lambda name: rivals[name], default="")
+        times = {key[-1]: other["us"] for key, other in others.items() if key[: len(same)] == same}
+        bests = [goals.fastest(times, engines) for engines in (goals.FP16, goals.FP8)[: 1 + with_fp8]]
+        cells = [c for b in bests for c in ([f"{b[0]:.1f} ({b[1]})", f"{b[0] / r['us']:.2f}x"] if b else ["", ""])]
         codecs = r["k"] if r["k"] == r["v"] else f"{r['k']} / {r['v']}"
         device = r["device"].removeprefix("NVIDIA ").split()[0]
+        mark = "*" if r["device"] == newest and r["kernels"] != kernels else ""
+        older = older or bool(mark)
         body.append(
             [
                 f"{device}, {r['q_heads']}/{r['kv_heads']} heads, D {r['dim']}, {codecs}",
                 f"{r['batch']} x {r['n'] // 1024}K",
-                f"{r['us']:.1f}",
+                f"{r['us']:.1f}{mark}",
                 f"{r['gb_per_s'] / 1000:.2f}",
                 f"{r['share_of_read']:.0%}" if r["device"] == newest else "",
-                f"{rivals[best]:.1f} ({best})" if best else "",
-                f"{rivals[best] / r['us']:.2f}x" if best else "",
+                *cells,
             ]
         )
     head = ["one layer, one new token", "batch x context", "us", "TB/s", "of read", "best fp16, us", "faster"]
+    head += ["best fp8, us", "faster"] if with_fp8 else []
     read = [r for r in records("cuda") if r["what"] == "read bandwidth"][-1]
     note = f"Read: {read['gb_per_s'] / 1000:.2f} TB/s, {read.get('by', 'a maximum')}, in the same process. "
-    note += "The best fp16 is that of MLX, cuDNN and FlashAttention as torch calls them."
+    for what, engines in (("fp16", goals.FP16), ("fp8", goals.FP8)):
+        names = [RIVALS[e] for e in engines if any(e == r["engine"] for r in others.values())]
+        note += f"The best {what} is that of {', '.join(names[:-1])} and {names[-1]}. " if len(names) > 1 else ""
+    note += "*: an earlier version of the kernels. " if older else ""
     versions = f"{machine(rows)}, torch {rows[-1]['versions']['torch']}"
-    return f"{markdown(head, body)}\n\n{note} {versions}; `python dev/gpu_check.py`."
+    return f"{markdown(head, body)}\n\n{note}{versions}; `python dev/gpu_check.py`."
 
 
+RIVALS = {
+    "mlx_sdpa": "MLX",
+    "torch-cudnn": "cuDNN",
+    "torch-flash": "FlashAttention 2",
+    "flashinfer-fa2": "FlashInfer's fa2",
+    "flashinfer-xqa": "FlashInfer's XQA",
+    "flash-attn-3": "FlashAttention 3",
+}
+RIVALS |= {f"{name}-fp8": what for name, what in RIVALS.items()}
 SHAPE = ("n", "batch", "q_heads", "kv_heads", "dim", "length")
 DECODE = (*SHAPE, "k", "v")
 GRAPH = ("graph", "ours")

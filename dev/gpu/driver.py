@@ -16,8 +16,13 @@ from . import conform
 
 def run(what: str) -> None:
     """`profile`, `decode`, `prefill` (without the matrix products that sketches need), `small` (both, and those), or
-    `conform PART PARTS CASES QUICK`, or `exhaust`.
+    `conform PART PARTS CASES QUICK`, `rival NUMBER`, or `exhaust`.
     """
+    if what.startswith("rival"):
+        from . import rivals
+
+        rivals.probe(int(what.split()[1]))
+        return
     if what == "exhaust":
         from . import exhaust
 

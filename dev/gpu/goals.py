@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 Row = dict
-FP16 = ("mlx_sdpa", "torch-cudnn", "torch-flash")
+FP16 = ("mlx_sdpa", "torch-cudnn", "torch-flash", "flashinfer-fa2", "flashinfer-xqa", "flash-attn-3")
+FP8 = ("flashinfer-fa2-fp8", "flashinfer-xqa-fp8", "flash-attn-3-fp8")
+"""Engines whose keys and values have 16 and 8 bits; of each kind the fastest of a shape is the rival."""
+
+
+def bits(engine: str) -> int | None:
+    """Of a rival's keys and values."""
+    return 16 if engine in FP16 else 8 if engine in FP8 else None
+
+
+def fastest(times: dict[str, float], engines: tuple[str, ...]) -> tuple[float, str] | None:
+    """The least of `times` by engine, and its name; None where none of `engines` was measured."""
+    return min(((t, name) for name, t in times.items() if name in engines), default=None)
 
 
 class Figures:
@@ -31,11 +43,14 @@ class Figures:
     def bytes(self, **changed) -> float:
         return next(r["bytes"] for r in self.of("decode") if r["engine"] == "ours" and key(r) == key(BASE | changed))
 
+    def best(self, engines: tuple[str, ...] = FP16, **changed) -> tuple[float, str] | None:
+        """The fastest of `engines` in either harness, and its name."""
+        return fastest({n: t for (of, _, n), t in self.times.items() if of == key(BASE | changed)}, engines)
+
     def best_fp16(self, **changed) -> tuple[float, str]:
-        """The fastest fp16 attention of either harness, and its name."""
-        found = {n: t for (k, _, n), t in self.times.items() if k == key(BASE | changed) and n in FP16}
-        name = min(found, key=lambda n: found[n])
-        return found[name], name
+        found = self.best(**changed)
+        assert found, "MLX's own attention is timed at every shape"
+        return found
 
 
 BASE = {
@@ -84,6 +99,8 @@ def goals(rows: list[Row]) -> Iterator[Goal]:
     yield at_least("decode int4 128K, of read bandwidth", f.share(), 0.85, percent)
     fp16, name = f.best_fp16()
     yield at_least(f"  against the best fp16 ({name})", fp16 / f.us(), 2.8, times)
+    if fp8 := f.best(FP8):
+        yield at_least(f"  against the best fp8 ({fp8[1]})", fp8[0] / f.us(), 1.0, times)
     for rival, goal in (("mlx_lm_quantized", 15.0), ("dequantize_sdpa", 12.0)):
         if (key(BASE), "mlx", rival) in f.times:
             yield at_least(f"  against {rival}", f.us("mlx", rival) / f.us(), goal, times)

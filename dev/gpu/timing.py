@@ -27,7 +27,7 @@ from opentq.kernels.cuda import launch as cuda
 from opentq.kernels.cuda import nvrtc
 from opentq.kernels.cuda.layout import layout_for
 
-from . import graph
+from . import goals, graph, rivals
 from .graph import Shape
 
 Step = Callable[[mx.array], mx.array]
@@ -144,25 +144,45 @@ def dequantize_sdpa(shape: Shape) -> Step:
 # ---- rows
 
 
-def decode_row(log, torch, shape: Shape, rivals: bool = True) -> None:
+def decode_row(log, torch, ways: list[rivals.Way], shape: Shape, compared: bool = True) -> None:
     """Time one shape on every engine; records and prints."""
     times = {("graph", "ours"): graph.kernel_seconds(torch, shape)}
-    if rivals:
+    settings: dict[str, str] = {}
+    if compared:
         times |= {("graph", name): t for name, t in graph.sdpa_seconds(torch, shape).items()}
+        for name, (seconds, settings[name]) in rivals.fastest(torch, ways, shape).items():
+            times["graph", name] = seconds
     torch.cuda.empty_cache()
     q = queries(shape)
-    for engine in (ours, mlx_sdpa) if rivals else (ours,):
+    for engine in (ours, mlx_sdpa) if compared else (ours,):
         times["mlx", engine.__name__] = chained(engine(shape), q, 30)
         mx.clear_cache()
     read = graph.read_bandwidth(torch)
     for (harness, name), seconds in times.items():
-        size = shape.fp16_bytes if name.startswith(("mlx_sdpa", "torch")) else shape.bytes
+        bits = goals.bits(name)
+        size = shape.fp16_bytes * bits / 16 if bits else shape.bytes
         rate = size / seconds
         row = {"engine": name, "harness": harness, "us": round(seconds * 1e6, 2), "bytes": int(size)}
+        row |= {"setting": settings[name]} if name in settings else {}
         log.row("decode", **row, gb_per_s=round(rate / 1e9, 1), share_of_read=round(rate / read, 3), **shape.row())
     said = ", ".join(f"{name} {1e6 * t:.1f} ({harness})" for (harness, name), t in times.items())
     what = f"n {shape.n:>6} b{shape.batch:<2} gqa {shape.gqa:<2} D{shape.dim:<3} L{shape.length:<2}"
     print(f"  {what} {shape.k} {shape.v}: {said} us", flush=True)
+
+
+def read_row(log, torch) -> None:
+    read = graph.read_bandwidth(torch) / 1e9
+    log.row("read bandwidth", gb_per_s=round(read, 1), by="int32 sum over 4 GiB")
+    print(f"  read {read:.0f} GB/s", flush=True)
+
+
+def run_decode(log, torch, ways: list[rivals.Way]) -> None:
+    """Decode alone, beside every rival: the shapes that readers look for first."""
+    read_row(log, torch)
+    for dim, contexts in ((128, (1024, 8192, 32768, 131072)), (64, (131072,))):
+        for n in contexts:
+            for batch in (1, 8):
+                decode_row(log, torch, ways, Shape(n, INT4, INT4, batch=batch, dim=dim))
 
 
 INT4 = Affine(4)
@@ -177,24 +197,22 @@ OTHERS = [
 """Codes of two runs, sketches and angles."""
 
 
-def run(log, torch, quick: bool) -> None:
-    read = graph.read_bandwidth(torch) / 1e9
-    log.row("read bandwidth", gb_per_s=round(read, 1), by="int32 sum over 4 GiB")
-    print(f"  read {read:.0f} GB/s", flush=True)
-    row = functools.partial(decode_row, log, torch)
+def run(log, torch, quick: bool, ways: list[rivals.Way]) -> None:
+    read_row(log, torch)
+    row = functools.partial(decode_row, log, torch, ways)
     for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
         row(Shape(n, INT4, INT4))
     for codecs in ((Affine(8), Affine(8)), (Affine(8), INT4), (Affine(2), Affine(2)), (Affine(4, 64), Affine(4, 64))):
-        row(Shape(131072, *codecs), rivals=False)
+        row(Shape(131072, *codecs), compared=False)
     for codecs in ((Turbo(4), Turbo(4)), (Turbo(3), Turbo(3)), RECOMMENDED, (Turbo(2), Turbo(2))):
-        row(Shape(131072, *codecs), rivals=False)
+        row(Shape(131072, *codecs), compared=False)
     for batch, dim in ((1, 64), (8, 64), (8, 128)):
         for codecs in ((INT4, INT4), RECOMMENDED):
             if (batch, dim, codecs) != (1, 64, (INT4, INT4)):
-                row(Shape(131072, *codecs, batch=batch, dim=dim), rivals=False)
+                row(Shape(131072, *codecs, batch=batch, dim=dim), compared=False)
     for n in (32768, 131072):
         for codecs in OTHERS:
-            row(Shape(n, *codecs), rivals=False)
+            row(Shape(n, *codecs), compared=False)
     for gqa in (1, 4, 16):
         row(Shape(131072, INT4, INT4, gqa=gqa))
     for dim in (64, 256):
@@ -204,7 +222,7 @@ def run(log, torch, quick: bool) -> None:
             row(Shape(n, INT4, INT4, batch=batch))
     if not quick:
         for length in (4, 16):
-            row(Shape(32768, INT4, INT4, length=length), rivals=False)
+            row(Shape(32768, INT4, INT4, length=length), compared=False)
     for n in (8192, 32768, 131072):
         prefill_row(log, Shape(n, INT4, INT4, length=2048))
     for codecs in ((INT4, INT4), (Turbo(4), Turbo(4)), *OTHERS):
