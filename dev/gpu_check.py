@@ -4,11 +4,12 @@
 
 Checks random cases against fp32 attention over the same decoded values while compute-sanitizer (memcheck, racecheck,
 synccheck) watches a small driver, generates with a model through the compressed cache, times decode, prefill and
-packing beside their rivals in this same process (those of FlashInfer and FlashAttention 3 where they are installed),
-reads the decode kernel's bandwidth with ncu, and fills the card until allocations fail. `decode`, which runs only when
-named, is the part of `time` that compares decode with the rivals. One JSON row per figure, each with the device, versions, command, date and the hash of the kernel sources; one table of the figures
-against the goals. Ends with `N passed, 0 failed` (tests; a goal is not a test), and with status 1 if anything failed.
-CI holds the newest row's hash against the sources, so a kernel can't change without its proof being renewed.
+packing beside their rivals in this same process (FlashInfer's and FlashAttention 3 where they are installed), reads the
+decode kernel's bandwidth with ncu, and fills the card until allocations fail. `decode`, which runs only when named, is
+the part of `time` that compares decode with the rivals. One JSON row per figure, each with the device, versions,
+command, date and the hash of the kernel sources; one table of the figures against the goals. Ends with `N passed, 0
+failed` (tests; a goal is not a test), and with status 1 if anything failed. CI holds the newest row's hash against the
+sources, so a kernel can't change without its proof being renewed.
 """
 
 from __future__ import annotations
