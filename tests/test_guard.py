@@ -74,7 +74,7 @@ def plant(request, monkeypatch, tmp_path):
         real = replace(real, attend=lambda args: None if args.mask is not None else tiled.attend(args))
         real = replace(real, layouts=lambda k, v, dims: (CANONICAL, CANONICAL), available=lambda: True)
         real = replace(real, extend=lambda codecs, dense, fresh: None, step=None, rotate=lambda x: None)
-        real = replace(real, choose=lambda *_: None, sums=False)
+        real = replace(real, choose=lambda *_: None, sums=False, weigh=lambda args: None, top=lambda *_: None)
     monkeypatch.setattr(guard, "judging", True)
     monkeypatch.setattr(guard, "trusted", {})
     monkeypatch.setattr(verdicts, "_known", {})

@@ -119,11 +119,13 @@ def test_longer_heads_rotate_back_in_the_last_launch(dim):
     assert decode_step("int4", 1, dim, held=600)[1][-1] == "opentq_merge"
 
 
-def test_a_decode_step_reads_the_pages_of_a_list_where_they_lie():
-    spec = replace(KVSpec.parse("int4:sink=4:pages=192"), channels=((0, 1, 2, 32, 33, 34),) * 2)
+@pytest.mark.parametrize("budget, chosen", [(192, "weigh pick"), (128, "sketches pick weigh pick")])
+def test_a_decode_step_reads_the_pages_of_a_list_where_they_lie(budget, chosen):
+    """Sketches are asked where there are more than four times as many pages as are read."""
+    spec = replace(KVSpec.parse(f"int4:sink=4:pages={budget}"), channels=((0, 1, 2, 32, 33, 34),) * 2)
     cache, names = decode_step(spec, 1, held=600)
-    assert names == ["opentq_weigh", "opentq_append", "opentq_decode_whole"]
-    assert cache.stats.read == 192 < cache.stats.held
+    assert names == [f"opentq_{name}" for name in (*chosen.split(), "append", "decode_whole")]
+    assert cache.stats.read == budget < cache.stats.held
 
 
 def test_a_decode_step_with_matrices(monkeypatch):

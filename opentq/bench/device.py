@@ -257,6 +257,7 @@ def _pages(plan: Examination) -> Iterator[Record]:
         number, rows = channels.count(dim), heads // kv_heads
         choice = functools.partial(judge.choice, channels=number, heads=kv_heads, length=rows, dim=dim)
         yield from _chosen(backend, "choose", choice, {"dim": dim})
+        yield from _chosen(backend, "top", functools.partial(judge.top, heads=kv_heads, rows=rows), {"dim": dim})
         for spec in plan.specs:
             args = attention(plan.tokens, spec, (heads, kv_heads, dim), (1, "float16", 0))
             yield from _chosen(backend, "weigh", functools.partial(judge.weights, args=args), {"dim": dim, "kv": spec})

@@ -18,6 +18,7 @@ from .. import oracle
 from ..matrix import Shape
 from ..test_metal import test_a_codebook_packs_bit_for_bit as codebook_packs
 from ..test_metal import test_pack_is_the_codec_bit_for_bit as pack_is_the_codec
+from ..test_metal_pages import chosen
 from ..test_metal_pages import ragged_sequences as weights_in_ragged_sequences
 from ..test_metal_pages import test_weights_of_shapes_and_rows as weights_of_rows
 from ..test_metal_step import decode_step
@@ -30,14 +31,14 @@ pytestmark = needs_emulator
 BARRIER = re.compile(r"\b(?:threadgroup|simdgroup)_barrier\(mem_flags::mem_threadgroup\);")
 FACTOR = re.compile(
     r"(?<= \* )(?:\((?:\w+ [*/+] (?:\w+|\w+<\w+>\(\)))\)"
-    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows|rows|count|columns|E)\b)"
+    r"|(?:W[2]?|[KV][WMHS]|[QK]E|[KV]N|K?Q|G[KV]?|D[KV]?|R|RUNS|TK|SPAN|SUB|STRIDE|KP|N|L|DS|KG|8|splits|capacity|Td|n_rows|rows|count|pages|PAGE|columns|E)\b)"
 )
 NOT_A_STRIDE = re.compile(
     r"^\s*(?:(?:static constant )?constexpr|threadgroup \w+ \w+\[|for \(|return |int c = |zero\.add|#)|\? ts\[|sizeof"
 )
 """Lines whose numbers are sizes, bounds or steps of loops over threads: most are only waste when they are larger."""
 EVERY = 15
-NAMES = ("merge", "append", "pack", "pack_book", "decode_whole", "weigh", "matrix")
+NAMES = ("merge", "append", "pack", "pack_book", "decode_whole", "weigh", "sketches", "pick", "matrix")
 """Kernels that between them have all text."""
 
 
@@ -89,6 +90,10 @@ def exercise(name: str) -> None:
     if name == "weigh":
         weights_in_ragged_sequences()
         weights_of_rows(Shape(q_heads=8, kv_heads=1), 5, mx.float16)
+        return
+    if name in ("sketches", "pick"):
+        for found, expected in (chosen((830, 700), 4, 40, 2, 19, 4), chosen((64 * 280,), 1, 8, 1, 1, 5)):
+            assert mx.array_equal(found, expected)
         return
     if name == "merge":
         metal.tuning = lambda: metal.Tuning(teams=1)

@@ -18,7 +18,7 @@ from ...contracts.layout import Canonical, Layout
 from . import launch as metal
 from .decode import MAX_DIM, Launch, append, codec_side, nothing, side
 from .launch import Format
-from .pages import weigh
+from .pages import choose, top, weigh
 
 __all__ = ["BACKEND", "append", "attend", "codec_side", "extend", "layouts", "pack", "pack_book", "side", "step"]
 
@@ -148,4 +148,13 @@ def checks() -> list[Check]:
     return [Check("kernels", "ok", "Metal, compiled on first use")]
 
 
-BACKEND = Backend("metal", mx.metal.is_available, attend, layouts, extend=extend, step=step, checks=checks, weigh=weigh)
+BACKEND = Backend(
+    *("metal", mx.metal.is_available, attend, layouts),
+    extend=extend,
+    step=step,
+    choose=choose,
+    checks=checks,
+    sums=True,
+    weigh=weigh,
+    top=top,
+)

@@ -95,6 +95,8 @@ KERNELS = {
         ("q", "k_codes", "k_more", "k_scales", "lens", "meta", "real", "books", "pages"),
         ("weights",),
     ),
+    "sketches": Kernel(("sketches.metal",), ("sketches", "queries", "meta"), ("weights",)),
+    "pick": Kernel(("pick.metal",), ("weights", "packed", "meta"), ("list", "shares")),
     "pack": Kernel(("pack.metal",), ("y", "meta"), ("codes", "scales")),
     "pack_book": Kernel(("pack_book.metal",), ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
 }
