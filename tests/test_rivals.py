@@ -122,8 +122,9 @@ def test_the_fastest_way_counts_and_a_failure_is_said(monkeypatch, capsys):
 
     monkeypatch.setattr(rivals, "seconds", seconds)
     found = rivals.fastest(TORCH, rivals.WAYS, SHAPE)
-    assert found["flashinfer-xqa"] == (2e-5, "float16, NHD, pages of 64")
-    assert found["flash-attn-3-fp8"] == (2e-5, "float8_e4m3fn, NHD")
+    settings = {name: (taken, way.setting) for name, (taken, way) in found.items()}
+    assert settings["flashinfer-xqa"] == (2e-5, "float16, NHD, pages of 64")
+    assert settings["flash-attn-3-fp8"] == (2e-5, "float8_e4m3fn, NHD")
     assert not {"flash-attn-3", "flashinfer-fa2-fp8"} & set(found)
     said = capsys.readouterr().out
     assert "flash-attn-3 (bfloat16, HND) does not serve" in said and "ValueError: wrong: relative error 1" in said

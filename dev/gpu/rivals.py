@@ -9,6 +9,7 @@ keys and values, so that a wrong call can't win. FlashInfer's fa3 is not here: i
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import subprocess
 from collections.abc import Callable, Iterator
@@ -50,6 +51,10 @@ class Way:
 
     def package(self) -> str | None:
         return next((name for name in self.packages if importlib.util.find_spec(name)), None)
+
+    def version(self) -> str:
+        distribution = DISTRIBUTIONS[self.package() or self.packages[0]]
+        return f"{distribution} {importlib.metadata.version(distribution)}"
 
     def cache(self, shape: Shape) -> tuple[int, ...]:
         """Shape of keys and of values in memory."""
@@ -101,9 +106,14 @@ def flash_attention_3(torch, way: Way, shape: Shape, q, sets) -> Calls:
     return [functools.partial(attend, q, *pair, softmax_scale=shape.dim**-0.5) for pair in pairs]
 
 
-FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
+DISTRIBUTIONS = {
+    "flashinfer": "flashinfer-python",
+    "flash_attn_interface": "flash-attn-3",
+    "fa3_fwd_interface": "fa3-fwd",
+}
+FLASHINFER, *FLASH_ATTENTION_3 = DISTRIBUTIONS
 WAYS = [
-    Way(name + ("-fp8" if "8" in dtype else ""), ("flashinfer",), calls, dtype, layout, page)
+    Way(name + ("-fp8" if "8" in dtype else ""), (FLASHINFER,), calls, dtype, layout, page)
     for name, calls, pages in (
         ("flashinfer-fa2", flashinfer_fa2, (64,)),
         ("flashinfer-xqa", flashinfer_xqa, (64, 128)),
@@ -112,7 +122,7 @@ WAYS = [
     for layout in ("HND", "NHD")
     for page in pages
 ] + [
-    Way("flash-attn-3" + ("-fp8" if "8" in dtype else ""), FLASH_ATTENTION_3, flash_attention_3, dtype, layout)
+    Way("flash-attn-3" + ("-fp8" if "8" in dtype else ""), tuple(FLASH_ATTENTION_3), flash_attention_3, dtype, layout)
     for dtype in ("bfloat16", "float8_e4m3fn")
     for layout in ("HND", "NHD")
 ]
@@ -147,9 +157,9 @@ def seconds(torch, way: Way, shape: Shape) -> float:
         return graph.graph_seconds(torch, calls)
 
 
-def fastest(torch, ways: list[Way], shape: Shape) -> dict[str, tuple[float, str]]:
-    """By name: seconds per call and the setting, of the fastest way that serves the shape."""
-    found: dict[str, tuple[float, str]] = {}
+def fastest(torch, ways: list[Way], shape: Shape) -> dict[str, tuple[float, Way]]:
+    """By name: seconds per call, and the way, of the fastest that serves the shape."""
+    found: dict[str, tuple[float, Way]] = {}
     for way in ways:
         try:
             taken = seconds(torch, way, shape)
@@ -159,7 +169,7 @@ def fastest(torch, ways: list[Way], shape: Shape) -> dict[str, tuple[float, str]
         finally:
             torch.cuda.empty_cache()
         if way.name not in found or taken < found[way.name][0]:
-            found[way.name] = taken, way.setting
+            found[way.name] = taken, way
     return found
 
 
@@ -172,10 +182,11 @@ def said(error: BaseException) -> str:
 
 
 def probe(number: int) -> None:
-    """Way `number` at a short and a batched shape; an error ends the process."""
+    """Way `number` at a short, a batched and a long shape; an error ends the process."""
     import torch
 
-    for shape in (Shape(1024, Affine(4), Affine(4)), Shape(8192, Affine(4), Affine(4), batch=8)):
+    for batch, n in ((1, 1024), (8, 8192), (1, 131072)):
+        shape = Shape(n, Affine(4), Affine(4), batch=batch)
         print(f"{1e6 * seconds(torch, WAYS[number], shape):.1f} us at {shape.batch} x {shape.n}", flush=True)
 
 

@@ -147,10 +147,10 @@ def dequantize_sdpa(shape: Shape) -> Step:
 def decode_row(log, torch, ways: list[rivals.Way], shape: Shape, compared: bool = True) -> None:
     """Time one shape on every engine; records and prints."""
     times = {("graph", "ours"): graph.kernel_seconds(torch, shape)}
-    settings: dict[str, str] = {}
+    chosen: dict[str, rivals.Way] = {}
     if compared:
         times |= {("graph", name): t for name, t in graph.sdpa_seconds(torch, shape).items()}
-        for name, (seconds, settings[name]) in rivals.fastest(torch, ways, shape).items():
+        for name, (seconds, chosen[name]) in rivals.fastest(torch, ways, shape).items():
             times["graph", name] = seconds
     torch.cuda.empty_cache()
     q = queries(shape)
@@ -163,7 +163,7 @@ def decode_row(log, torch, ways: list[rivals.Way], shape: Shape, compared: bool 
         size = shape.fp16_bytes * bits / 16 if bits else shape.bytes
         rate = size / seconds
         row = {"engine": name, "harness": harness, "us": round(seconds * 1e6, 2), "bytes": int(size)}
-        row |= {"setting": settings[name]} if name in settings else {}
+        row |= {"setting": chosen[name].setting, "library": chosen[name].version()} if name in chosen else {}
         log.row("decode", **row, gb_per_s=round(rate / 1e9, 1), share_of_read=round(rate / read, 3), **shape.row())
     said = ", ".join(f"{name} {1e6 * t:.1f} ({harness})" for (harness, name), t in times.items())
     what = f"n {shape.n:>6} b{shape.batch:<2} gqa {shape.gqa:<2} D{shape.dim:<3} L{shape.length:<2}"
