@@ -14,6 +14,7 @@ from opentq.kernels.metal import launch as metal
 from opentq.kernels.metal import pages as metal_pages
 
 from .matrix import Shape
+from .msl import cost
 from .msl.harness import LANES, MATRIX, gpu, needs_emulator, reports, step  # noqa: F401
 
 pytestmark = needs_emulator
@@ -147,6 +148,16 @@ def test_a_row_that_is_not_finite_has_no_say():
     for wrong in (mx.nan, mx.inf):
         both = mx.concatenate([mx.full(rows.shape, wrong), rows], axis=2)
         assert mx.array_equal(metal_pages.choose(sketches, both, (640,), 3), alone)
+
+
+def test_a_step_by_pages_has_a_quarter_of_the_work(monkeypatch):
+    """Of 128K tokens, 4,096 of which are read, GQA 8: lane operations of all launches, beside those of reading all."""
+    monkeypatch.setattr(cost, "TOKENS", (256, 512))
+    whole, budget = 1 << 17, 4096
+    by_sketches, by_list, by_keys = cost.page_kernels("int4", 8, 128)
+    exact = cost.ours("int4", 8, 128, "lanes").issue
+    work = (by_sketches.issue + by_list.issue) * whole + (by_keys.issue + by_list.issue) * 4 * budget + exact * budget
+    assert by_keys.fetched == by_keys.unique == 80 and work < exact * whole / 4
 
 
 def test_sketches_are_read_once():

@@ -2,7 +2,7 @@
 
 A token's sketch is a few channels of its key, as it is after RoPE and before the codec's rotation (`channels.py` says
 which), in 4 bits with one scale per channel and page. Of the other channels a page has its mean key. The products of
-both with a query are scores, and a page's weight is its largest one, or on NVIDIA the log of the sum of their
+both with a query are scores, and a page's weight is its largest one, or on GPUs the log of the sum of their
 exponentials. Sketches leave out what a few heads look for, so they name `CANDIDATES` times as many pages as are read,
 and the packed keys of these choose: there a page's weight is the log of the sum of the exponentials of its scores. Both
 times the pages with the largest shares of the softmax of the weights, summed over the query heads (and rows) that share

@@ -18,10 +18,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from opentq.attention import backends, dispatch, guard
+from opentq.attention import backends, dispatch, guard, pages
+from opentq.attention.channels import count as count_of_channels
 from opentq.caches.single import OpenTQCache
 from opentq.kernels.metal import attention as fused_metal
 from opentq.kernels.metal import launch as metal
+from opentq.kernels.metal import pages as metal_pages
 from opentq.records import append, read, record
 
 from .. import oracle
@@ -154,6 +156,27 @@ def step_kernels(gqa: int, dim: int) -> dict[str, dict[str, float]]:
     }
 
 
+def page_kernels(spec: str, gqa: int, dim: int) -> list[Cost]:
+    """What one more token costs one KV head where pages are chosen: by sketches, the list, and by keys of `spec`."""
+    shape, found = Shape(q_heads=gqa, kv_heads=1, key_dim=dim, value_dim=dim), []
+    channels = mx.arange(count_of_channels(dim), dtype=mx.int32).reshape(1, 1, -1)
+    with emulated("lanes"):
+        for tokens in TOKENS:
+            cache = OpenTQCache(spec)
+            args = oracle.args_of(
+                oracle.fill(cache, *oracle.vectors(shape, tokens + 1), [tokens, 1]),
+                oracle.queries(shape, 1, dtype=mx.float16),
+            )
+            sketches = pages.encode(args.k.decode(0, tokens, mx.float32), channels)
+            before = len(launch.launches)
+            rows = pages.Selector(sketches, channels, pages.PAGE).queries(args.q, args.scale)
+            metal_pages.choose(sketches, rows, (tokens,), 2)
+            metal_pages.weigh(args)
+            found.append([report for _, report in launch.launches[before:]])
+    buffers = {"sketches": (0,), "pick": (0,), "weigh": PACKED[:3]}
+    return [difference(n, *pair, b, TOKENS[1] - TOKENS[0]) for (n, b), pair in zip(buffers.items(), zip(*found))]
+
+
 def mlx_fp16(gqa: int, dim: int) -> Cost:
     """MLX's own two-pass attention over fp16 K/V: the kernel that MLX chooses for this GQA ratio and head dim."""
     variant = gqa == 8 and dim in (64, 128)
@@ -175,6 +198,9 @@ def count(path: Path, seconds: float) -> None:
     for gqa in set(RATIOS) - {r["gqa"] for r in rows if r["kind"] == "metal-step"}:
         for kernel, counts in step_kernels(gqa, 128).items():
             append(path, [record("metal-step", kernel=kernel, gqa=gqa, dim=128, columns=COLUMNS, per_launch=counts)])
+    for gqa in set(RATIOS) - {r["gqa"] for r in rows if r["kind"] == "metal-pages"}:
+        for cost in page_kernels("int4", gqa, 128):
+            append(path, [record("metal-pages", kv="int4", gqa=gqa, dim=128, kernel=cost.name, per_token=_row(cost))])
     wanted = [("mlx f16", gqa, "") for gqa in RATIOS]
     wanted += [(spec, gqa, variant) for gqa in RATIOS for spec in SPECS for variant in metal.CHOICES["variant"]]
     start = time.monotonic()
@@ -185,8 +211,11 @@ def count(path: Path, seconds: float) -> None:
             print("not all: call it again")
             return
         cost = ours(spec, gqa, 128, variant) if variant else mlx_fp16(gqa, 128)
-        row = {k: v for k, v in asdict(cost).items() if k != "name"}
-        append(path, [record("metal-count", kv=spec, gqa=gqa, dim=128, variant=variant, per_token=row)])
+        append(path, [record("metal-count", kv=spec, gqa=gqa, dim=128, variant=variant, per_token=_row(cost))])
+
+
+def _row(cost: Cost) -> dict[str, float]:
+    return {k: v for k, v in asdict(cost).items() if k != "name"}
 
 
 def table(costs: list[Cost], tokens: int, heads: int, dim: int) -> str:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 
 from opentq.kernels.metal import launch as metal
+from opentq.kernels.metal.decode import append
 
 from .. import oracle
 from ..matrix import Shape
@@ -86,6 +87,8 @@ def exercise(name: str) -> None:
         return
     if name == "append":
         columns_are_appended((64, 128), mx.float32, 5, 2, True)
+        one = [mx.ones((1, 1, n, 64), mx.float16) for n in (1, 3)]  # no multiple of what a threadgroup takes
+        mx.eval(append(one[0], (True, True), (one[1], one[1]), (one[0], one[0]), None))
         return
     if name == "weigh":
         weights_in_ragged_sequences()
