@@ -149,3 +149,9 @@ def test_a_way_that_breaks_its_process_is_left_out(monkeypatch, capsys):
 def test_a_way_that_does_not_end_is_left_out(monkeypatch):
     monkeypatch.setattr(rivals, "PATIENCE", 0.1)
     assert rivals.attempt([sys.executable, "-c", "import time; time.sleep(9)"]) == "no answer within 0.1 s"
+
+
+def test_our_launch_has_all_scalars_of_the_kernel():
+    shape = Shape(1024, Affine(4), Affine(4))
+    given = dict(zip([name for name, _ in shape.geometry().source().scalars], shape.scalars, strict=True))
+    assert given["packed"] == 1024 and given["q_heads"] == 64 and given["columns"] == 64 and given["scale"] == 128**-0.5

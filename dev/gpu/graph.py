@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from opentq.contracts.codec import Codec
 from opentq.kernels.cuda import launch as cuda
 from opentq.kernels.cuda import nvrtc
-from opentq.kernels.cuda.geometry import Geometry
+from opentq.kernels.cuda.geometry import CALL, Geometry
 from opentq.kernels.cuda.layout import layout_for
 
 TORCH = {"f16": "float16", "bf16": "bfloat16"}
 CALLS = 20  # in one graph
+COLUMNS = 64  # dense ones
 COLD_BYTES = 400 << 20  # sets of keys and values together: several times the L2 cache
 
 
@@ -63,6 +64,17 @@ class Shape:
         assert layouts[0] and layouts[1]
         return Geometry.choose(*layouts, "opentq::f16", self.gqa * self.length)
 
+    @property
+    def scalars(self) -> cuda.Scalars:
+        """Of a launch over `COLUMNS` dense columns."""
+        values = {
+            **{"k_blocks": self.n // 64, "v_blocks": self.n // 64, "columns": COLUMNS, "packed": self.n},
+            **{"q_heads": self.gqa * self.kv_heads, "kv_heads": self.kv_heads, "length": self.length},
+            **{"window": 0, "causal": int(self.length > 1), "sink": 0, "tail_start": 0},
+            **{"scale": self.dim**-0.5, "softcap": 0.0, "centered": 0, "listed": 0},
+        }
+        return tuple(values[name] for name, _ in CALL)
+
     def splits(self, geometry: Geometry) -> int:
         tiles = self.batch * self.kv_heads * -(-self.gqa * self.length // geometry.row_tile)
         return geometry.splits(tiles, -(-self.n // 32), 4, cuda.multiprocessors())
@@ -93,7 +105,8 @@ def launch(
 ) -> None:
     """One launch on torch's current stream."""
     held = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    held += [ctypes.c_float(s) if isinstance(s, float) else ctypes.c_int(s) for s in scalars]
+    types = {"float": ctypes.c_float, "int": ctypes.c_int}
+    held += [types[ctype](s) for s, (_, ctype) in zip(scalars, source.scalars, strict=True)]
     table = (ctypes.c_void_p * len(held))(*(ctypes.addressof(h) for h in held))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     function = _function(source)
@@ -161,7 +174,7 @@ def read_bandwidth(torch) -> float:
 
 
 def kernel_seconds(torch, shape: Shape, geometry: Geometry | None = None, splits: int | None = None) -> float:
-    """Seconds per launch over random records and 64 dense columns."""
+    """Seconds per launch over random records and `COLUMNS` dense columns."""
     geometry = geometry or shape.geometry()
     splits = splits or shape.splits(geometry)
     source, rows = geometry.source(), shape.gqa * shape.length
@@ -172,14 +185,13 @@ def kernel_seconds(torch, shape: Shape, geometry: Geometry | None = None, splits
         sets.append(sides)
     heads = shape.gqa * shape.kv_heads
     q = torch.randn(shape.batch, heads, shape.length, geometry.k.query, device="cuda").half()
-    dense = [torch.randn(shape.batch, shape.kv_heads, 64, shape.dim, device="cuda").half() for _ in "kv"]
+    dense = [torch.randn(shape.batch, shape.kv_heads, COLUMNS, shape.dim, device="cuda").half() for _ in "kv"]
     lens = torch.zeros(1, dtype=torch.int32, device="cuda")
     sinks = torch.full((1,), float("nan"), device="cuda")
     tickets = torch.zeros(65536, dtype=torch.int32, device="cuda")
     out = torch.empty(shape.batch, heads, shape.length, shape.dim, device="cuda").half()
     scratch = torch.empty(blocks[1] * blocks[2], splits, geometry.row_tile, shape.dim + 2, device="cuda")
-    sizes = (shape.n // 64, shape.n // 64, 64, heads, shape.kv_heads, shape.length)
-    scalars = (*sizes, 0, int(shape.length > 1), shape.n, 0, 0, float(shape.dim**-0.5), 0.0, 0)
+    scalars = shape.scalars
 
     def call(pair):
         launch(torch, source, [q, *pair, *dense, lens, sinks, tickets, out, scratch], scalars, blocks)
