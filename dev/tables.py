@@ -276,17 +276,18 @@ def nvidia_step() -> str:
     found = latest(rows, "model", "test", "kv", "depth")
     depths = sorted({depth for *_, depth in found})
     body = []
-    for test in ("tg128", "pp2048", "pp512"):
+    for test in ("tg128", "pp2048"):
         for model, kv in sorted({(m, k) for m, t, k, _ in found if t == test}):
             cells = []
             for depth in depths:
                 r = found.get((model, test, kv, depth))
                 ratio = f" ({r['vs_native']:.2f}x)" if r and r["vs_native"] and kv != "native" else ""
-                cells.append(f"{r['tokens_per_s']:,.0f}{ratio}" if r and r["tokens_per_s"] else "")
+                speed = f"{r['tokens_per_s']:,.0f} ± {r['tokens_per_s_sd']:,.0f}" if r and r["tokens_per_s"] else ""
+                cells.append(speed + ratio)
             label = "mlx-lm's own fp16" if kv == "native" else f"`{kv}`"
             body.append([test, model.split(" (")[0], label, *cells])
     head = ["test", "shape, random 4-bit weights", "KV cache", *(f"{d // 1024}K" if d else "0" for d in depths)]
-    command = "opentq bench model SHAPE --weights random-4bit --fill random -p 512,2048 -n 128 -r 3"
+    command = "opentq bench model SHAPE --weights random-4bit --fill random -p 2048 -n 128 -r 3"
     return f"{markdown(head, body)}\n\n{machine(rows)}; `{command}`."
 
 
