@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from opentq.contracts.codec import Codec
 from opentq.kernels.cuda import launch as cuda
 from opentq.kernels.cuda import nvrtc
-from opentq.kernels.cuda.geometry import CALL, Geometry
+from opentq.kernels.cuda.geometry import Geometry
 from opentq.kernels.cuda.layout import layout_for
 
 TORCH = {"f16": "float16", "bf16": "bfloat16"}
@@ -67,13 +67,9 @@ class Shape:
     @property
     def scalars(self) -> cuda.Scalars:
         """Of a launch over `COLUMNS` dense columns."""
-        values = {
-            **{"k_blocks": self.n // 64, "v_blocks": self.n // 64, "columns": COLUMNS, "packed": self.n},
-            **{"q_heads": self.gqa * self.kv_heads, "kv_heads": self.kv_heads, "length": self.length},
-            **{"window": 0, "causal": int(self.length > 1), "sink": 0, "tail_start": 0},
-            **{"scale": self.dim**-0.5, "softcap": 0.0, "centered": 0, "listed": 0},
-        }
-        return tuple(values[name] for name, _ in CALL)
+        blocks, heads, causal = self.n // 64, self.gqa * self.kv_heads, int(self.length > 1)
+        first = (blocks, blocks, COLUMNS, heads, self.kv_heads, self.length, 0, causal)  # no window,
+        return (*first, self.n, 0, 0, self.dim**-0.5, 0.0, 0, 0)  # sinks, softcap, center or list
 
     def splits(self, geometry: Geometry) -> int:
         tiles = self.batch * self.kv_heads * -(-self.gqa * self.length // geometry.row_tile)
