@@ -94,9 +94,10 @@ KERNELS = {
         ("lanes.metal", "weigh.metal"),
         ("q", "k_codes", "k_more", "k_scales", "lens", "meta", "real", "books", "pages"),
         ("weights",),
+        strided=True,
     ),
-    "sketches": Kernel(("sketches.metal",), ("sketches", "queries", "meta"), ("weights",)),
-    "pick": Kernel(("pick.metal",), ("weights", "packed", "meta"), ("list", "shares")),
+    "sketches": Kernel(("sketches.metal",), ("sketches", "queries", "meta"), ("weights",), strided=True),
+    "pick": Kernel(("pick.metal",), ("weights", "packed", "meta"), ("list", "shares"), strided=True),
     "pack": Kernel(("pack.metal",), ("y", "meta"), ("codes", "scales")),
     "pack_book": Kernel(("pack_book.metal",), ("y", "lengths", "cuts", "entries", "meta"), ("codes", "scales")),
 }

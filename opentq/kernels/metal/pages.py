@@ -29,8 +29,7 @@ def weigh(args: AttnArgs) -> mx.array | None:
     call = _weigh(k, args.alike, args.kv_heads, rows, count, metal.tuning(), metal.cores())
     tables = books(args.k.codec, args.k.head_dim, args.v.codec, args.v.head_dim)
     pages = nothing(mx.int32) if args.pages is None else args.pages
-    q = mx.contiguous(args.projected)
-    return call([q, *packed_arrays(args.k), lens_array(args.lens), *call.numbers, tables, pages])[0]
+    return call([args.projected, *packed_arrays(args.k), lens_array(args.lens), *call.numbers, tables, pages])[0]
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,7 +65,7 @@ def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: i
         return None
     shape = *rows.shape[:3], max(packed) // FLUSH
     call = _by_sketches(shape, channels, dim, sketches.shape[2], metal.tuning(), metal.cores())
-    return top(call([mx.contiguous(sketches), mx.contiguous(rows), *call.numbers])[0], packed, count)
+    return top(call([sketches, rows, *call.numbers])[0], packed, count)
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,7 +85,7 @@ def _by_sketches(shape: tuple[int, ...], channels: int, dim: int, held: int, tun
 def top(weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array:
     """`attention.pages.top` in one launch: weights float32 `[B, Hkv, R, pages]` -> int32 `[B, Hkv, count]`."""
     call = _top(weights.shape, count)
-    return call([mx.contiguous(weights), int_array(packed), *call.numbers])[0]
+    return call([weights, int_array(packed), *call.numbers])[0]
 
 
 @functools.lru_cache(maxsize=256)
