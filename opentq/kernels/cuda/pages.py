@@ -73,8 +73,8 @@ def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: i
     if not cuda.available() or channels > MAX_CHANNELS or dim > MAX_DIM or dim % 2:
         return None
     pages, both = max(packed) // BLOCK, batch * heads
-    weigh = cuda.compiled(weigh_source(channels, dim))
-    (weights,) = weigh(
+    kernel = cuda.compiled(weigh_source(channels, dim))
+    (weights,) = kernel(
         [sketches, rows],
         [((both, length, pages), mx.float32)],
         (pages, sketches.shape[2], length),
