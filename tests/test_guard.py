@@ -291,6 +291,27 @@ def test_a_wrong_list_of_the_heaviest_pages_is_not_used(plant, caplog, sign):
     assert all(f"the {backend.name} kernel for the pages of most weight of 2 heads" in line for line in lines(caplog))
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
+@pytest.mark.parametrize("plant", ["cpu"], indirect=True)
+def test_a_wrong_selection_of_pages_is_not_used(plant, caplog, sign):
+    backend = plant(select=lambda real: lambda made, channels, args, plain, *rest: by_both(
+        made, channels, replace(args, q=sign * args.q), sign * plain, *rest
+    ))
+    cache = OpenTQCache("int4")
+    oracle.fill(cache, *oracle.vectors(Shape(q_heads=4, kv_heads=2), 400), [300])
+    handles = cache.update_and_fetch(*oracle.vectors(Shape(q_heads=4, kv_heads=2), 1))
+    args = oracle.args_of(handles, mx.random.normal((1, 4, 1, 64)))
+    selector = pages_of_a_cache()[0]
+    for _ in range(2):
+        assert (guard.select(backend, selector, args, args.q, 3, 2) is None) == (sign < 0)
+    assert len(lines(caplog)) == (sign < 0)
+    assert all("the cpu kernel for pages by 8 channels, then by keys, int4" in line for line in lines(caplog))
+
+
+def by_both(made, channels, args, plain, many, count):
+    return pages.select(Selector(made, channels, count * PAGE), args, plain, many, count)
+
+
 def by_sketch(sketches, rows, packed, count):
     """The portable path as a back end's function."""
     channels, _ = shape_of(sketches.shape[3], rows.shape[3])
@@ -321,7 +342,7 @@ def failing(after: int):
     return change
 
 
-@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose", "weigh", "top"])
+@pytest.mark.parametrize("name", ["attend", "step", "extend", "choose", "weigh", "top", "select"])
 @pytest.mark.parametrize("plant", ["metal"], indirect=True)
 def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, monkeypatch, caplog, name):
     """The call that fails is computed again, once, and nobody asks that function again."""
@@ -342,6 +363,7 @@ def test_what_fails_in_a_generation_is_done_again_by_the_portable_path(plant, mo
         "choose": lambda real: by_sketch,
         "weigh": lambda real: pages.weigh,
         "top": lambda real: pages.top,
+        "select": lambda real: by_both,
     }
 
     def fails(real):

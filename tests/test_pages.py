@@ -329,6 +329,29 @@ def test_what_sketches_name_is_chosen_by_its_keys(kernels, monkeypatch):
             assert found[head].tolist() == sorted(best)
 
 
+@pytest.mark.parametrize("spec", ["int4", "tq5/tq3:nc:sink=4", "f16"])
+@pytest.mark.parametrize("many", [5, 9], ids=["sketches", "keys alone"])
+def test_a_kernel_selects_what_the_portable_path_selects(spec, many, monkeypatch):
+    """Both choices in one call, of sequences of ragged length, and the same with any number of threads."""
+    backend = dispatch.backends.active()
+    if backend is None or backend.name != "cpu":
+        pytest.skip("one call of the CPU kernels")
+    shape = Shape(batch=2, q_heads=6, kv_heads=2, key_dim=96, value_dim=64)
+    cache = OpenTQCache(spec)
+    fill(cache, *vectors(shape, 8 * 64 + 40), [300, 100])
+    handles, plain = cache.update_and_fetch(*vectors(shape, 3, seed=3)), queries(shape, 3)
+    args = args_of(handles, plain, causal=True)
+    args = replace(args, lens=(args.lens[0], (261, *args.lens[1][1:])))
+    index = mx.broadcast_to(mx.arange(0, 8, 2, dtype=mx.int32), (2, 2, 4))
+    keys = args.k.codec.unrotate(args.k.decode(0, 512, mx.float32))
+    selector = pages.Selector(pages.encode(keys, index), index, 192)
+    expected = pages.select(selector, args, plain, many, 3)
+    for threads in ("1", "2", "5"):
+        monkeypatch.setenv("OPENTQ_THREADS", threads)
+        found = backend.select(selector.sketches, index, args, plain, many, 3)
+        assert found.tolist() == expected.tolist()
+
+
 def test_every_page_listed_is_everything(kernels):
     cache = OpenTQCache("int4")
     fill(cache, *vectors(SHAPE, 500), [300, 100])

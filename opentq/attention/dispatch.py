@@ -92,11 +92,14 @@ def choose(selector: pages.Selector, args: AttnArgs) -> mx.array:
     selector = replace(selector, sums=active is not None and active.sums)
     packed, count = tuple(n for n, _, _ in args.lens), selector.budget // pages.PAGE
     listed, many = None, pages.CANDIDATES * count
+    turned = replace(args, q=args.k.codec.rotate(args.q))
+    if backend and (chosen := guard.select(backend, selector, turned, args.q, many, count)) is not None:
+        return chosen
     if max(packed) > many * pages.PAGE:
         rows = selector.queries(args.q, args.scale)
         listed = guard.choose(backend, selector, rows, packed, many) if backend else None
         listed = selector.choose(rows, packed, many) if listed is None else listed
-    args = replace(args, q=args.k.codec.rotate(args.q), pages=listed)
+    args = replace(turned, pages=listed)
     weights = guard.weigh(backend, args) if backend else None
     weights = pages.weigh(args) if weights is None else weights
     held = tuple(n for n, _, _ in args.picked_lens)

@@ -201,6 +201,26 @@ def top(backend: Backend, weights: mx.array, packed: tuple[int, ...], count: int
     )
 
 
+def select(
+    backend: Backend, selector: Selector, args: AttnArgs, plain: mx.array, many: int, count: int
+) -> mx.array | None:
+    """The back end's choice of pages in one call, once it and its parts were right on this machine; None where it has
+    none.
+    """
+    channels, length = selector.channels.shape[2], args.gqa * args.q.shape[2]
+    return _first(
+        backend.name,
+        (backend.select, channels, args.kind()),
+        lambda: f"pages by {channels} channels, then by keys, {args.kind_words()}",
+        functools.partial(backend.select, selector.sketches, selector.channels, args, plain, many, count),
+        lambda: (
+            judge.choice(backend, channels, args.kv_heads, length, args.k.head_dim)
+            or judge.weights(backend, args)
+            or judge.selection(backend, args, channels)
+        ),
+    )
+
+
 def _first(
     name: str, kind: Hashable, what: Callable[[], str], call: Callable[[], T | None], verdict: Callable[[], str]
 ) -> T | None:

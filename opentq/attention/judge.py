@@ -182,6 +182,26 @@ def weights(backend: Backend, args: AttnArgs) -> str:
     return ""
 
 
+def selection(backend: Backend, args: AttnArgs, channels: int) -> str:
+    """Both choices in one call: sketches name some of the pages, and keys choose among these."""
+    dim, many = args.k.head_dim, COUNT + 2
+    for packed, kv_heads in (((7 * PAGE, 3 * PAGE + 5), 1), ((7 * PAGE,), args.kv_heads)):
+        lens: tuple[Lengths, ...] = tuple((n, 0, 0) for n in packed)
+        ours, theirs = _case(replace(args, scale=4 * dim**-0.5), lens, kv_heads, args.q.shape[2], args.q.shape[2])
+        plain, index = ours.q, mx.arange(0, 2 * channels, 2, dtype=mx.int32) % dim
+        ours, theirs = (replace(a, q=a.k.codec.rotate(a.q)) for a in (ours, theirs))
+        index = mx.broadcast_to(index, (len(packed), kv_heads, channels))
+        keys = theirs.k.codec.unrotate(theirs.k.decode(0, 7 * PAGE, mx.float32))
+        case = Selector(encode(keys, index), index, COUNT * PAGE, backend.sums)
+        found = backend.select(case.sketches, index, ours, plain, many, COUNT)
+        if found is None:
+            continue
+        best = pages.select(case, theirs, plain, many, COUNT)
+        if why := _misses(found, best, weigh(theirs), packed):
+            return why
+    return ""
+
+
 def _differs(out: mx.array, expected: mx.array, dtype: mx.Dtype) -> str:
     error = _relative(out, expected)
     good = error <= BOUND.get(dtype, BOUND_HALF)  # not so for NaN

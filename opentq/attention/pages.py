@@ -19,7 +19,7 @@ and a code stands for `(code - 7.5) * scale`. The layout is the same on every ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -173,3 +173,17 @@ def top(weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array:
     share = mx.where(index > newest, -1.0, mx.where(index == newest, mx.inf, share))
     chosen = mx.argpartition(-share, count - 1, axis=-1)[..., :count]
     return mx.sort(chosen.astype(mx.int32), axis=-1)
+
+
+def select(selector: Selector, args: AttnArgs, plain: mx.array, many: int, count: int) -> mx.array:
+    """The `count` pages that `args` is to read, int32 `[B, Hkv, count]`: `plain` are its queries, not rotated.
+
+    Of more pages than `many`, sketches name so many; of these the ones with the most weight by their keys are read.
+    """
+    packed = tuple(n for n, _, _ in args.lens)
+    listed = None
+    if max(packed) > many * PAGE:
+        listed = selector.choose(selector.queries(plain, args.scale), packed, many)
+    args = replace(args, pages=listed)
+    index = top(weigh(args), tuple(n for n, _, _ in args.picked_lens), count)
+    return index if listed is None else mx.take_along_axis(listed, index, axis=-1)

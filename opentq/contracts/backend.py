@@ -50,6 +50,8 @@ class Backend(Shared):
         choosing: bytes of packed keys and values that a layer reads in the time that choosing pages takes: steps over
             less read everything.
         top: `(weights, packed, count)`: the pages of most weight (`attention.pages.top`), or None.
+        select: `(sketches, channels, args, plain, many, count)`: all of the choice in one call (`attention.pages.select`),
+            or None; its parts are judged with it.
     """
 
     name: str
@@ -66,3 +68,4 @@ class Backend(Shared):
     weigh: Callable[[AttnArgs], mx.array | None] = lambda args: None
     choosing: int = 0
     top: Callable[[mx.array, tuple[int, ...], int], mx.array | None] = lambda *_: None
+    select: Callable[[mx.array, mx.array, AttnArgs, mx.array, int, int], mx.array | None] = lambda *_: None

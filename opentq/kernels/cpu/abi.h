@@ -84,14 +84,16 @@ struct Call {
   int dim_out() const { return v_outliers.count ? 2 * dim_v : dim_v; }  // outliers behind the rest
 };
 
-// Which pages of sketches a decode step reads (pages.cpp). Strides in bytes.
+// Which pages a decode step reads (pages.cpp). Strides in bytes.
 struct PageCall {
-  const uint8_t* sketches;  // [B, Hkv, pages, channels * 34 + dim + 2]
+  const uint8_t* sketches;  // [B, Hkv, pages, channels * 34 + dim + 2], or null: keys choose among all pages
   int64_t batch_stride, head_stride, page_stride;
   const float* queries;   // [B, Hkv, rows, channels + dim], scaled, contiguous
   const int32_t* packed;  // [B]: tokens
   int32_t* out;           // [B, Hkv, count]
   int64_t batch, kv_heads, rows, channels, dim, count;
+  const Call* keys;  // null: sketches choose; else they name `many` pages, and among these the keys of this call choose
+  int64_t many;
   int32_t threads, pad;
 };
 

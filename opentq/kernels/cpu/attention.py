@@ -10,6 +10,9 @@ one per group and block of values), everything else is fp32: the error is that o
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -19,13 +22,12 @@ from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
 from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
-from . import blas, graph
+from . import blas, graph, pages
 from . import library as cpu
 from .blocks import TOKENS
 from .call import check, prepared, serves
 from .layout import layout_for, layout_named
 from .outliers import CpuOutliers
-from .pages import choose
 from .step import step, strided
 
 
@@ -59,16 +61,39 @@ def weigh(args: AttnArgs) -> mx.array | None:
     return mx.array(out.swapaxes(2, 3).reshape(*out.shape[:2], -1, count))
 
 
-def _call(args: AttnArgs, q: mx.array, fresh: bool = False) -> tuple[cpu.Call, list[np.ndarray]]:
+def select(
+    sketches: mx.array, channels: mx.array, args: AttnArgs, plain: mx.array, many: int, count: int
+) -> mx.array | None:
+    """The whole choice of pages in one call: see `contracts.backend.Backend.select`."""
+    by_sketch, (batch, heads, width) = -(-args.max_packed // TOKENS) > many, channels.shape
+    if not serves(args) or args.window or not pages.serves(sketches, width + plain.shape[3]):
+        return None
+    plain = plain.astype(mx.float32)
+    call, held = _call(args, args.q, True, [plain, sketches, channels])
+    lengths, out = np.array([n for n, _, _ in args.lens], np.int32), np.empty((batch, heads, count), np.int32)
+    chosen = cpu.PageCall(packed=lengths.ctypes.data, out=out.ctypes.data, batch=batch, kv_heads=heads, count=count)
+    chosen.keys, chosen.many, chosen.threads = ctypes.addressof(call), many, call.threads
+    if by_sketch:
+        whole = cpu.view(plain).reshape(batch, heads, -1, plain.shape[3]) * np.float32(args.scale)
+        few = np.take_along_axis(whole, cpu.view(channels)[:, :, None], axis=-1)
+        held += pages.sketched(chosen, sketches, np.concatenate([few, whole], axis=-1), args.max_packed)
+    cpu.call("opentq_pages", chosen)
+    return mx.array(out)
+
+
+def _call(
+    args: AttnArgs, q: mx.array, fresh: bool = False, others: Sequence[mx.array] = ()
+) -> tuple[cpu.Call, list[np.ndarray]]:
     """The kernel's call but for where results go, and what it points to, the queries first.
 
-    `fresh`: the columns of this step's own tokens may still be missing, because none is read.
+    `fresh`: the columns of this step's own tokens may still be missing, because none is read. `others` are evaluated in
+    the same go.
     """
     packed = args.max_packed > 0
     projected = args.k.codec.project(q) if packed else q
     plain = args.k.codec.unrotate(q) if packed and isinstance(args.k.layout, CpuOutliers) else q
     arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
-    arrays += [a for a in (args.sinks, args.pages) if a is not None]
+    arrays += [a for a in (args.sinks, args.pages, *others) if a is not None]
     try:
         mx.eval(arrays)
     except RuntimeError as error:  # of the model's own arithmetic before this call
@@ -121,5 +146,14 @@ def checks() -> list[Check]:
 
 
 BACKEND = Backend(
-    "cpu", cpu.available, attend, layouts, layout_named, step=step, choose=choose, checks=checks, weigh=weigh
+    "cpu",
+    cpu.available,
+    attend,
+    layouts,
+    layout_named,
+    step=step,
+    choose=pages.choose,
+    checks=checks,
+    weigh=weigh,
+    select=select,
 )

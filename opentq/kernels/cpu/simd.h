@@ -109,6 +109,7 @@ INLINE F scale_exp(F p, F magic_n, F t) {
 }
 INLINE I izero() { return _mm512_setzero_si512(); }
 INLINE I iload(const void* p) { return _mm512_loadu_si512(p); }
+INLINE I iload_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }  // W bytes
 INLINE void istore(void* p, I x) { _mm512_storeu_si512(p, x); }
 INLINE I iset8(int x) { return _mm512_set1_epi8(char(x)); }
 INLINE I iset32(int32_t x) { return _mm512_set1_epi32(x); }
@@ -177,6 +178,7 @@ INLINE F scale_exp(F p, F magic_n, F t) {
 }
 INLINE I izero() { return _mm256_setzero_si256(); }
 INLINE I iload(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE I iload_signed(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE void istore(void* p, I x) { _mm256_storeu_si256((__m256i*)p, x); }
 INLINE I iset8(int x) { return _mm256_set1_epi8(char(x)); }
 INLINE I iset32(int32_t x) { return _mm256_set1_epi32(x); }
@@ -242,6 +244,11 @@ INLINE F scale_exp(F p, F magic_n, F t) {
 }
 INLINE I izero() { return vdupq_n_s32(0); }
 INLINE I iload(const void* p) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t*)p)); }
+INLINE I iload_signed(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
 INLINE void istore(void* p, I x) { vst1q_u8((uint8_t*)p, vreinterpretq_u8_s32(x)); }
 INLINE I iset8(int x) { return vreinterpretq_s32_s8(vdupq_n_s8(int8_t(x))); }
 INLINE I iset32(int32_t x) { return vdupq_n_s32(x); }
@@ -315,6 +322,11 @@ INLINE F scale_exp(F p, F magic_n, F t) {
 }
 INLINE I izero() { return I{}; }
 INLINE I iload(const void* p) { I r; std::memcpy(&r, p, sizeof r); return r; }
+INLINE I iload_signed(const void* p) {
+  int8_t b[4];
+  std::memcpy(b, p, 4);
+  return I{b[0], b[1], b[2], b[3]};
+}
 INLINE void istore(void* p, I x) { std::memcpy(p, &x, sizeof x); }
 INLINE I iset8(int x) { return iset32(int32_t(uint32_t(x & 255) * 0x01010101u)); }
 INLINE I iand(I a, I b) { return a & b; }
