@@ -101,7 +101,7 @@ inline void softmax_packed(Rows& rows, int r0, int n, const float* step, const M
       store(zeros, fma(z, f, load(zeros)));
       float p_step = rows.tame[g];
       if (p_step > 0.f) {
-        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(p[j], load(scale + W * j), set1(MAGIC + 128.f));
+        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(p[j], load(scale + W * j), set1(MAGIC + BIAS));
       } else {
         F most = set1(0.f);
         UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) {
@@ -111,7 +111,7 @@ inline void softmax_packed(Rows& rows, int r0, int n, const float* step, const M
         const float largest = std::max(hmax(most), 1e-30f);  // less than that is nothing
         p_step = largest / LEVELS;
         const F inverse = set1(LEVELS / largest);
-        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(v[j], inverse, set1(MAGIC + 128.f));
+        UNROLL for (int j = 0; j < TOKEN_VECTORS; j++) v[j] = fma(v[j], inverse, set1(MAGIC + BIAS));
       }
       rows.p_step[g * CHUNK + i] = share[i] * p_step;
       int8_t* out = rows.p8 + (g * CHUNK + i) * 128;

@@ -31,8 +31,7 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
   for (int part = 0; part < PARTS; part++) {
     for (int g = 0; g < groups; g++) {
       rows.ahead.step();
-      I hi[NR][NF], lo[NR][NF];
-      UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < NF; n++) hi[r][n] = lo[r][n] = izero();
+      Sum total[NR][NF];
       for (int t = k.first_tile(g); t < k.last_tile(g); t++) {
         const uint8_t* tile = codes + t * 128 * BITS;
         UNROLL for (int s = 0; s < 4; s++) {
@@ -41,10 +40,7 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
           UNROLL for (int r = 0; r < NR; r++) {
             const int8_t* q = q8 + 2 * r * dim + 16 * t + 4 * s;
             const I q_hi = iset32(word(q)), q_lo = iset32(word(q + dim));
-            UNROLL for (int n = 0; n < NF; n++) {
-              hi[r][n] = dot<WIDE>(hi[r][n], c[n], q_hi);
-              lo[r][n] = dot<WIDE>(lo[r][n], c[n], q_lo);
-            }
+            UNROLL for (int n = 0; n < NF; n++) total[r][n].template add<WIDE>(Bytes(c[n]), q_hi, q_lo);
           }
         }
       }
@@ -54,7 +50,7 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
         UNROLL for (int r = 0; r < NR; r++) {
           float* s = scores + 64 * r + token;
           const F before = fma(x.zero, set1(sum[r * groups + g]), g ? load(s) : set1(0.f));
-          store(s, fma(to_float(join(hi[r][n], lo[r][n])), x.scale, before));
+          store(s, fma(total[r][n].value(), x.scale, before));
         }
       }
     }
@@ -80,25 +76,21 @@ INLINE void value_tiles(const Reader<BITS, LOOKUP>& read, const uint8_t* tile, i
   constexpr bool WIDE = BITS == 8 || LOOKUP;
   for (int part = 0; part < PARTS; part++) {
     rows.ahead.step();
-    I hi[NR][2], lo[NR][2];
-    UNROLL for (int r = 0; r < NR; r++) UNROLL for (int n = 0; n < 2; n++) hi[r][n] = lo[r][n] = izero();
+    Sum total[NR][2];
     UNROLL for (int i = 0; i < 16; i++) {
       I c[2];
       UNROLL for (int n = 0; n < 2; n++) c[n] = read(both[n], i, part);
       UNROLL for (int r = 0; r < NR; r++) {
         const int8_t* p = p8 + r * 128 + 4 * i;
         const I p_hi = iset32(word(p)), p_lo = iset32(word(p + 64));
-        UNROLL for (int n = 0; n < 2; n++) {
-          hi[r][n] = dot<WIDE>(hi[r][n], c[n], p_hi);
-          lo[r][n] = dot<WIDE>(lo[r][n], c[n], p_lo);
-        }
+        UNROLL for (int n = 0; n < 2; n++) total[r][n].template add<WIDE>(Bytes(c[n]), p_hi, p_lo);
       }
     }
     UNROLL for (int n = 0; n < 2; n++) {
       if (n == tiles) break;
       UNROLL for (int r = 0; r < NR; r++) {
         float* a = rows.acc + size_t(r0 + r) * rows.dim_v + channel + 16 * n + W * part;
-        store(a, fma(to_float(join(hi[r][n], lo[r][n])), set1(step[r]), load(a)));
+        store(a, fma(total[r][n].value(), set1(step[r]), load(a)));
       }
     }
   }

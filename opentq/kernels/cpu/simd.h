@@ -21,7 +21,7 @@
 #define OPENTQ_ISA "avx2-vnni"
 #else
 #define OPENTQ_ISA "avx2"
-#define OPENTQ_SLOW_DOT 1  // made of three instructions, or five
+#define OPENTQ_WORDS 1  // dot products of words take two instructions, those of bytes three or five
 #endif
 #define OPENTQ_AVX2 1
 #include <immintrin.h>
@@ -142,7 +142,11 @@ INLINE I by_top_bit(I selector, I a, I b) { return _mm512_mask_blend_epi8(_mm512
 
 #elif defined(OPENTQ_AVX2)
 
+#if defined(OPENTQ_WORDS)
+constexpr int W = 8, MAX_ROWS = 4;
+#else
 constexpr int W = 8, MAX_ROWS = 2;
+#endif
 using F = __m256;
 using I = __m256i;
 INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -192,18 +196,11 @@ INLINE I pick(I mask, I a, I b) { return _mm256_or_si256(_mm256_and_si256(mask, 
 INLINE I flip(I a, I b) { return _mm256_xor_si256(a, b); }
 INLINE I bits_of(F a) { return _mm256_castps_si256(a); }
 INLINE I join(I hi, I lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo); }
-template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(acc, codes, q);
+template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm256_dpbusd_avx_epi32(acc, codes, q); }
 #else
-  const I ones = _mm256_set1_epi16(1);
-  if (!WIDE) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), ones));
-  // maddubs saturates above 2 * 128 * 127, so an 8-bit code goes in as 7 bits and its top bit.
-  const I low = _mm256_and_si256(codes, iset8(127)), top = _mm256_and_si256(_mm256_srli_epi16(codes, 7), iset8(1));
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, q), ones));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(top, q), _mm256_set1_epi16(128)));
+INLINE I dot_words(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 #endif
-}
 #define OPENTQ_BOOK_OF_16
 INLINE I entries16(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 INLINE I shuffle16(I table, I codes) { return _mm256_shuffle_epi8(table, codes); }
@@ -393,14 +390,52 @@ INLINE void transpose_half(const uint16_t* const* rows, float* out, int stride) 
 // 1.5 * 2^23. A float x with |x| < 2^22 plus MAGIC is rounded to an integer that lies in the low bits of the sum.
 constexpr float MAGIC = 12582912.f;
 
-// Integers v[j] = 256 * hi + lo in [-32640, 32512], given as float(v[j] + 128) + MAGIC, to the signed bytes that dot wants:
-// byte j of every lane of `hi` and `lo` belongs to v[j].
+// Codes, a byte each, times integers in [-32512, 32512], four of each to a lane: the integers lie in two planes of 32 bits,
+// which are the high and the low bytes of v = 256 * hi + lo, or where words multiply faster the even and the odd integers.
+// Integers come as float(v + BIAS) + MAGIC.
+#if defined(OPENTQ_WORDS)
+constexpr float BIAS = 0.f;
+struct Bytes {
+  I even, odd;
+  INLINE explicit Bytes(I c) : even(iand(c, iset32(0x00ff00ff))), odd(shr(c, 8)) {}
+};
+struct Sum {
+  I all = izero();
+  template <bool WIDE> INLINE void add(const Bytes& c, I even, I odd) { all = dot_words(dot_words(all, c.even, even), c.odd, odd); }
+  INLINE F value() const { return to_float(all); }
+};
+INLINE void narrow(const F* v, I& even, I& odd) {
+  const I words = iset32(0xffff);
+  even = pick(words, bits_of(v[0]), shl32_16(bits_of(v[2]))), odd = pick(words, bits_of(v[1]), shl32_16(bits_of(v[3])));
+}
+// Integer d of a row.
+INLINE void put(int8_t* even, int8_t* odd, int d, float x) {
+  const auto v = int16_t(std::fabs(x) <= 32512.f ? x : 0.f);
+  std::memcpy((d % 2 ? odd : even) + d / 4 * 4 + d % 4 / 2 * 2, &v, 2);
+}
+#else
+constexpr float BIAS = 128.f;
+struct Bytes {
+  I all;
+  INLINE explicit Bytes(I c) : all(c) {}
+};
+struct Sum {
+  I hi = izero(), lo = izero();
+  template <bool WIDE> INLINE void add(const Bytes& c, I high, I low) { hi = dot<WIDE>(hi, c.all, high), lo = dot<WIDE>(lo, c.all, low); }
+  INLINE F value() const { return to_float(join(hi, lo)); }
+};
 INLINE void narrow(const F* v, I& hi, I& lo) {
   const I words = iset32(0xffff), bytes = iset32(0x00ff00ff);
   const I a = pick(words, bits_of(v[0]), shl32_16(bits_of(v[2]))), b = pick(words, bits_of(v[1]), shl32_16(bits_of(v[3])));
   hi = pick(bytes, shr(a, 8), b);
   lo = flip(pick(bytes, a, shl(b, 8)), iset8(-128));
 }
+INLINE void put(int8_t* hi, int8_t* lo, int d, float x) {
+  const float y = x + BIAS;
+  const int v = std::fabs(y) <= 32768.f ? int(y) : 0;
+  hi[d] = int8_t(v >> 8), lo[d] = int8_t((v & 255) - 128);
+}
+#endif
 
 // 2^t, exactly 0 below t = -126 and for NaN; relative error 2e-7. t must not exceed 127.
 INLINE F exp2(F t) {

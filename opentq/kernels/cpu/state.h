@@ -161,10 +161,9 @@ struct Rows {
       std::fill_n(sum, groups_k, 0.f);
       int8_t *hi = q8 + (run * filled() + size_t(r)) * 2 * dim_k, *lo = hi + dim_k;
       for (int d = 0; d < dim_k; d++) {
-        const float rounded = std::nearbyint(x[d] * inverse), y = rounded + 128.f;
+        const float rounded = std::nearbyint(x[d] * inverse);
         sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
-        const int v = std::fabs(y) <= 32768.f ? int(y) : 0;  // NaN goes into the sums, which make the scores NaN
-        hi[d] = int8_t(v >> 8), lo[d] = int8_t((v & 255) - 128);
+        put(hi, lo, d, rounded);    // not NaN, which goes into the sums, and these make the scores NaN
       }
     }
   }
