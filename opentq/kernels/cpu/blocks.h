@@ -56,7 +56,17 @@ template <int BITS, bool LOOKUP> struct Reader {
 };
 template <int BITS> struct Reader<BITS, true> {
   explicit Reader(const uint8_t* entries) : book(entries) {}
-  INLINE I operator()(const uint8_t* tile, int i, int part) const { return book[field<BITS>(tile, i, part)]; }
+  INLINE I operator()(const uint8_t* tile, int i, int part) const {
+#if defined(OPENTQ_BOOK_OF_16)
+    if constexpr (BITS > 4) {  // high bits choose among tables, and need not join the low ones
+      constexpr int HIGH = BITS - 4, PER = 8 / HIGH;
+      tile += 4 * W * part;
+      const I low = iand(shr(iload(tile + 64 * (i / 2)), 4 * (i % 2)), iset8(15)), plane = iload(tile + 512 + 64 * (i / PER));
+      return book.entry(low, shl(plane, 7 - HIGH * (i % PER)), shl(plane, 8 - HIGH - HIGH * (i % PER)));
+    }
+#endif
+    return book[field<BITS>(tile, i, part)];
+  }
   Table<BITS> book;
 };
 

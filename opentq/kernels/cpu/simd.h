@@ -362,10 +362,13 @@ template <int BITS> struct Table {
   }
   INLINE I operator[](I codes) const {
     if constexpr (BITS <= 4) return shuffle16(table[0], codes);
-    const I bit4 = shl(codes, 3);
-    const I low = by_top_bit(bit4, shuffle16(table[0], codes), shuffle16(table[TABLES > 1], codes));
-    if constexpr (BITS <= 5) return low;
-    return by_top_bit(shl(codes, 2), low, by_top_bit(bit4, shuffle16(table[TABLES / 2], codes), shuffle16(table[TABLES - 1], codes)));
+    return entry(codes, shl(codes, 3), shl(codes, 2));
+  }
+  // Of a code's low four bits and the rest, each as the highest bit of a byte.
+  INLINE I entry(I low, I bit4, I bit5) const {
+    const I first = by_top_bit(bit4, shuffle16(table[0], low), shuffle16(table[TABLES > 1], low));
+    if constexpr (BITS <= 5) return first;
+    return by_top_bit(bit5, first, by_top_bit(bit4, shuffle16(table[TABLES / 2], low), shuffle16(table[TABLES - 1], low)));
   }
 };
 #endif
