@@ -308,6 +308,67 @@ static bool run(const Shape& s) {
   return false;
 }
 
+// Pages chosen by random sketches: what they have of the softmax, against the most that so many pages can have.
+static bool choose(int channels, int dim, int rows, int pages, int count, int threads) {
+  const int heads = 2, row_bytes = channels * 34 + dim + 2, packed = 64 * pages - 64 + (pages % 2 ? 64 : 5), whole = packed / 64;
+  Odd<uint8_t> sketches(size_t(heads) * pages * row_bytes);
+  std::vector<float> queries(size_t(heads) * rows * (channels + dim));
+  for (float& x : queries) x = normal();
+  for (int i = 0; i < heads * pages; i++) {
+    uint8_t *page = sketches.get() + size_t(i) * row_bytes, *rest = page + 34 * channels;
+    for (int j = 0; j < row_bytes; j++) page[j] = uint8_t(256 * uniform());
+    for (int c = 0; c <= channels; c++) {
+      const uint16_t scale = to_half(float(c < channels ? 0.2 * uniform() : 0.005));
+      std::memcpy(c < channels ? page + 32 * channels + 2 * c : rest + dim, &scale, 2);
+    }
+  }
+  std::vector<int32_t> out(size_t(heads) * count), again(out.size());
+  const int32_t lens[1] = {packed};
+  PageCall c{};
+  c.sketches = sketches.get(), c.page_stride = row_bytes, c.head_stride = c.batch_stride = int64_t(pages) * row_bytes;
+  c.queries = queries.data(), c.packed = lens, c.out = out.data();
+  c.batch = 1, c.kv_heads = heads, c.rows = rows, c.channels = channels, c.dim = dim, c.count = count, c.threads = threads;
+  if (opentq_pages(&c)) return false;
+  c.out = again.data(), c.threads = 1;
+  if (opentq_pages(&c) || out != again) return false;
+  for (int h = 0; h < heads; h++) {
+    std::vector<double> share(size_t(whole), 0);
+    for (int r = 0; r < rows; r++) {
+      const float* q = &queries[size_t(h * rows + r) * (channels + dim)];
+      std::vector<double> weight(size_t(whole), -INFINITY);
+      double sum = 0;
+      for (int p = 0; p < whole; p++) {
+        const uint8_t *page = sketches.get() + (size_t(h) * pages + p) * row_bytes, *rest = page + 34 * channels;
+        uint16_t scale;
+        for (int t = 0; t < 64; t++) {
+          double score = 0;
+          for (int i = 0; i < channels; i++) {
+            std::memcpy(&scale, page + 32 * channels + 2 * i, 2);
+            score += q[i] * half(scale) * ((t < 32 ? page[32 * i + t] & 15 : page[32 * i + t - 32] >> 4) - 7.5);
+          }
+          weight[p] = std::max(weight[p], score);
+        }
+        std::memcpy(&scale, rest + dim, 2);
+        for (int d = 0; d < dim; d++) weight[p] += q[channels + d] * int8_t(rest[d]) * half(scale);
+        sum += std::exp(weight[p]);
+      }
+      for (int p = 0; p < whole; p++) share[p] += std::exp(weight[p]) / sum;
+    }
+    double mine = 0, most = 0;
+    const int newest = (packed + 63) / 64 - 1;
+    for (int i = 0; i < count; i++) {
+      const int page = out[size_t(h * count + i)];
+      if (page < 0 || page > newest || (i && page <= out[size_t(h * count + i - 1)]) || (i == count - 1 && page != newest)) return false;
+      if (page != newest) mine += share[page];
+    }
+    share.resize(size_t(newest));
+    std::sort(share.begin(), share.end(), std::greater<>());
+    for (int i = 0; i < count - 1; i++) most += share[i];
+    if (!(mine >= 0.9999 * most)) return std::printf("%.6f of %.6f\n", mine, most), false;
+  }
+  return true;
+}
+
 int main(int argc, char** argv) {
   const bool forks = !(argc > 1 && std::strcmp(argv[1], "--no-fork") == 0);  // qemu-user can't fork a process with threads
 
@@ -356,6 +417,10 @@ int main(int argc, char** argv) {
     std::printf("FAILED k%d v%d g%d D %d %d gqa %d L %d packed %d sink %d tail %d causal %d window %d batch %d softcap %g sinks %d\n", s.kb, s.vb,
                 s.group, s.dk, s.dv, s.gqa, s.length, s.packed, s.sink, s.tail, s.causal, s.window, s.batch, double(s.softcap), s.sinks);
   }
+  for (int channels : {1, 3, 4, 6, 9})
+    for (int dim : {24, 40, 128})
+      for (int rows : {1, 3, 8, 21})
+        if (!choose(channels, dim, rows, 60 + channels + rows, 9, 3)) failed++, std::printf("FAILED pages by %d of %d channels, %d rows\n", channels, dim, rows);
   // The thread pool's workers don't survive a fork: the child must start new ones instead of waiting for them.
   const pid_t child = forks ? fork() : 0;
   int status = 0;

@@ -6,8 +6,9 @@
 // stands for (code - 7.5) * scale; then the mean key of the page, D signed bytes and a scale (attention/pages.py). A task
 // is 64 pages of a KV head: every page is opened once, and leaves the largest score for every query row of the head;
 // whoever finishes a head's last task adds up its rows' shares and picks. Bytes moved: all sketches once, from memory. The
-// arithmetic, a multiply-add per channel, token and row, is what it costs: so several rows are done at a time, a page's
-// scales go into the queries, and its codes are only made floats.
+// arithmetic, a multiply-add per channel, token and row, is what it costs, so it is done in integers, two at a time: codes
+// and means are some, a page's scales go into the queries' chosen channels, and queries become 15-bit integers of one step
+// per row, of the chosen channels per row and page.
 #include <cmath>
 #include <functional>
 #include <memory>
@@ -21,7 +22,6 @@ namespace otq {
 constexpr int PAGE = 64;
 constexpr int64_t PAGES_PER_TASK = 64;
 constexpr int MAX_CHANNELS = 64, MAX_DIM = 1024;
-constexpr float CENTRE = 7.5f;  // of the codes
 
 static int64_t pages_of(int64_t tokens) { return (tokens + PAGE - 1) / PAGE; }
 
@@ -72,19 +72,16 @@ class Choice {
   Choice(const PageCall& call, int64_t count, int32_t* out) : c_(call), count_(count), out_(out) {
     for (int64_t b = 0; b < c_.batch; b++) longest_ = std::max<int64_t>(longest_, c_.packed[b] / PAGE);
     heads_ = c_.batch * c_.kv_heads, tasks_ = std::max<int64_t>(1, (longest_ + PAGES_PER_TASK - 1) / PAGES_PER_TASK);
-    stride_ = (longest_ + 15) / 16 * 16, dim_ = (c_.dim + 15) / 16 * 16;
-    const size_t rows = size_t(heads_ * c_.rows);
-    arena_.reset(4 * rows * size_t(stride_ + dim_ + c_.channels) + 3 * 64);
-    weights_ = arena_.take<float>(rows * size_t(stride_)), whole_ = arena_.take<float>(rows * size_t(dim_));
-    few_ = arena_.take<float>(rows * size_t(c_.channels));
+    stride_ = up(longest_, 16), dim_ = up(c_.dim, 2 * W), pairs_ = (c_.channels + 1) / 2, lanes_ = up(c_.rows, W);
+    const auto rows = size_t(heads_ * c_.rows), few = size_t(heads_ * 2 * pairs_ * lanes_);
+    arena_.reset(4 * (rows * size_t(stride_ + 1) + few) + 2 * rows * size_t(dim_) + 4 * 64);
+    weights_ = arena_.take<float>(rows * size_t(stride_)), few_ = arena_.take<float>(few);
+    whole_ = arena_.take<int16_t>(rows * size_t(dim_)), step_ = arena_.take<float>(rows);
+    std::fill_n(few_, few, 0.f);
     left_.reset(new std::atomic<int64_t>[size_t(heads_)]);
-    for (int64_t i = 0; i < heads_; i++) left_[size_t(i)] = tasks_;
-    const float* q = c_.queries;
-    for (size_t r = 0; r < rows; r++) {
-      float *few = few_ + r * size_t(c_.channels), *whole = whole_ + r * size_t(dim_);
-      for (int64_t c = 0; c < c_.channels; c++) few[c] = *q++ * LOG2E;
-      for (int64_t d = 0; d < c_.dim; d++) whole[d] = *q++ * LOG2E;
-      std::fill(whole + c_.dim, whole + dim_, 0.f);
+    for (int64_t head = 0; head < heads_; head++) {
+      left_[size_t(head)] = tasks_;
+      for (int64_t r = 0; r < c_.rows; r++) read_query(head, r);
     }
   }
 
@@ -98,83 +95,142 @@ class Choice {
   }
 
  private:
+  // One page, opened: pairs of codes of a token, the channels' scales, and the mean key in units of `unit`.
+  struct Page {
+    alignas(64) int32_t codes[MAX_CHANNELS / 2 * PAGE];
+    alignas(64) uint16_t halves[MAX_CHANNELS] = {};
+    alignas(64) float scale[MAX_CHANNELS];
+    alignas(64) int16_t mean[MAX_DIM];
+    float unit;
+  };
+  // What every row's query makes of a page's codes: integers of one step, in pairs, and what to add for the centre of codes.
+  struct Factors {
+    alignas(64) int32_t words[MAX_CHANNELS / 2 * W];
+    alignas(64) float step[W], zero[W];
+  };
+
   const PageCall& c_;
   const int64_t count_;
   int32_t* const out_;
-  int64_t longest_ = 0, heads_, tasks_, stride_, dim_;
+  int64_t longest_ = 0, heads_, tasks_, stride_, dim_, pairs_, lanes_;
   Arena arena_;
   float* weights_;  // [B * Hkv][rows][stride_], in units of log2
-  float* whole_;    // [B * Hkv][rows][dim_]: the queries, in the same units
-  float* few_;      // [B * Hkv][rows][channels]: their chosen channels
+  float* few_;      // [B * Hkv][2 * pairs_][lanes_]: the queries' chosen channels, in the same units
+  int16_t* whole_;  // [B * Hkv][rows][dim_]: all their channels, as integers
+  float* step_;     // [B * Hkv][rows]: of these
   std::unique_ptr<std::atomic<int64_t>[]> left_;
+
+  static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+  void read_query(int64_t head, int64_t r) {
+    const int64_t row = head * c_.rows + r;
+    const float *few = c_.queries + row * (c_.channels + c_.dim), *whole = few + c_.channels;
+    for (int64_t c = 0; c < c_.channels; c++) few_[(head * 2 * pairs_ + c) * lanes_ + r] = few[c] * LOG2E;
+    float most = 1e-30f, all = 0;
+    for (int64_t d = 0; d < c_.dim; d++) most = std::max(most, std::fabs(whole[d])), all += whole[d];
+    const float levels = std::min(LEVELS, float(1 << 24) / float(c_.dim)), inverse = levels / most;  // sums fit 32 bits
+    step_[row] = std::isfinite(all) ? LOG2E / inverse : NAN;
+    int16_t* out = whole_ + row * dim_;
+    for (int64_t d = 0; d < dim_; d++) out[d] = d < c_.dim && std::isfinite(all) ? int16_t(std::nearbyint(whole[d] * inverse)) : 0;
+  }
 
   void weigh(int64_t head, int64_t first) const {
     const int64_t b = head / c_.kv_heads, last = std::min<int64_t>(first + PAGES_PER_TASK, c_.packed[b] / PAGE);
-    alignas(64) float x[MAX_CHANNELS * PAGE], scale[MAX_CHANNELS], mean[MAX_DIM];
-    const uint8_t* page = c_.sketches + b * c_.batch_stride + head % c_.kv_heads * c_.head_stride + first * c_.page_stride;
-    for (int64_t p = first; p < last; p++, page += c_.page_stride) {
-      open(page, x, scale, mean);
-      int64_t r = 0;
-      for (; r + 4 <= c_.rows; r += 4) weigh_rows<4>(head * c_.rows + r, p, x, scale, mean);
-      for (; r < c_.rows; r++) weigh_rows<1>(head * c_.rows + r, p, x, scale, mean);
+    const uint8_t* data = c_.sketches + b * c_.batch_stride + head % c_.kv_heads * c_.head_stride + first * c_.page_stride;
+    Page page;
+    Factors factors;
+    for (int64_t p = first; p < last; p++, data += c_.page_stride) {
+      open(data, page);
+      for (int64_t lane = 0; lane < c_.rows; lane += W) {
+        multiply(few_ + head * 2 * pairs_ * lanes_ + lane, page, factors);
+        const int64_t row = head * c_.rows + lane, n = std::min<int64_t>(W, c_.rows - lane);
+        if (pairs_ == 2) weigh_rows<2>(row, int(n), p, page, factors);
+        else if (pairs_ == 3) weigh_rows<3>(row, int(n), p, page, factors);
+        else weigh_rows<0>(row, int(n), p, page, factors);
+      }
     }
   }
 
-  template <int NR>
-  INLINE void weigh_rows(int64_t row, int64_t page, const float* x, const float* scale, const float* mean) const {
-    const float* few = few_ + row * c_.channels;
-    float factor[NR][MAX_CHANNELS], centre[NR] = {};
-    for (int64_t c = 0; c < c_.channels; c++)
-      UNROLL for (int r = 0; r < NR; r++) factor[r][c] = few[r * c_.channels + c] * scale[c], centre[r] += factor[r][c];
-    F most[NR], sum[NR][2];
-    UNROLL for (int r = 0; r < NR; r++) most[r] = set1(-INFINITY), sum[r][0] = sum[r][1] = set1(0.f);
-    for (int token = 0; token < PAGE; token += 2 * W) {
-      F s[NR][2];
-      UNROLL for (int r = 0; r < NR; r++) s[r][0] = s[r][1] = set1(0.f);
-      for (int64_t c = 0; c < c_.channels; c++) {
-        F y[2];
-        UNROLL for (int j = 0; j < 2; j++) y[j] = load(x + c * PAGE + token + W * j), stay(y[j]);
-        UNROLL for (int r = 0; r < NR; r++) {
-          const F f = set1(factor[r][c]);
-          UNROLL for (int j = 0; j < 2; j++) s[r][j] = fma(f, y[j], s[r][j]);
+  void open(const uint8_t* data, Page& page) const {
+    const uint8_t *scales = data + c_.channels * (PAGE / 2), *rest = scales + 2 * c_.channels;
+    const I nibbles = iset32(0x000f000f);
+    int32_t* out = page.codes;
+    for (int64_t c = 0; c < c_.channels; c += 2, data += PAGE, out += PAGE) {
+      const uint8_t* second = data + (c + 1 < c_.channels ? PAGE / 2 : 0);  // of a channel alone: times 0
+      for (int t = 0; t < PAGE / 2; t += W) {
+        const I both = ior(iand(iload_signed(data + t), iset32(255)), shl32_16(iload_signed(second + t)));
+        istore(out + t, iand(both, nibbles)), istore(out + t + PAGE / 2, iand(shr(both, 4), nibbles));
+      }
+    }
+    for (int64_t c = 0; c < c_.channels; c++) std::memcpy(page.halves + c, scales + 2 * c, 2);
+    for (int64_t c = 0; c < c_.channels; c += W) store(page.scale + c, load_half(page.halves + c));
+    for (int64_t d = 0; d < dim_; d += 2 * W, rest += 2 * W) {
+      if (d + 2 * W <= c_.dim) {
+        istore(page.mean + d, iload_words(rest));
+        continue;
+      }
+      uint8_t end[2 * W] = {};
+      std::memcpy(end, rest, size_t(c_.dim - d));
+      istore(page.mean + d, iload_words(end));
+    }
+    uint16_t unit;
+    std::memcpy(&unit, scales + 2 * c_.channels + c_.dim, 2);
+    page.unit = half_to_float(unit);
+  }
+
+  // W rows, a lane each. What is not finite makes `zero`, and with it the weight, no number.
+  void multiply(const float* few, const Page& page, Factors& out) const {
+    F most = set1(1e-30f), zero = set1(0.f);
+    for (int64_t c = 0; c < c_.channels; c++) {
+      const F f = mul(load(few + c * lanes_), set1(page.scale[c]));
+      zero = add(zero, f), most = max(max(f, sub(set1(0.f), f)), most);
+    }
+    const F inverse = div(set1(LEVELS), most);
+    store(out.step, mul(most, set1(1 / LEVELS))), store(out.zero, mul(zero, set1(-7.5f)));
+    for (int64_t p = 0; p < pairs_; p++) {
+      const int64_t c = 2 * p;
+      const I a = round_int(mul(mul(load(few + c * lanes_), set1(page.scale[c])), inverse));
+      const I b = round_int(mul(mul(load(few + (c + 1) * lanes_), set1(page.scale[c + 1])), inverse));
+      istore(out.words + p * W, ior(iand(a, iset32(0xffff)), shl32_16(b)));
+    }
+  }
+
+  // `n` rows from lane 0 on. PAIRS: of channels, where they are the usual ones, so that what multiplies them stays in registers.
+  template <int PAIRS> void weigh_rows(int64_t row, int n, int64_t p, const Page& page, const Factors& factors) const {
+    int r = 0;
+    for (; r + 4 <= n; r += 4) weigh_few<PAIRS, 4>(row + r, p, page, factors, r);
+    for (; r < n; r++) weigh_few<PAIRS, 1>(row + r, p, page, factors, r);
+  }
+
+  template <int PAIRS, int NR> INLINE void weigh_few(int64_t row, int64_t p, const Page& page, const Factors& factors, int lane) const {
+    I most[NR], sum[NR], f[PAIRS + 1][NR];
+    UNROLL for (int r = 0; r < NR; r++) most[r] = iset32(INT32_MIN), sum[r] = izero();
+    UNROLL for (int pair = 0; pair < PAIRS; pair++)
+      UNROLL for (int r = 0; r < NR; r++) f[pair][r] = iset32(factors.words[pair * W + lane + r]);
+    for (int token = 0; token < PAGE; token += W) {
+      I s[NR];
+      UNROLL for (int r = 0; r < NR; r++) s[r] = izero();
+      if constexpr (PAIRS) {
+        UNROLL for (int pair = 0; pair < PAIRS; pair++) {
+          const I x = iload(page.codes + pair * PAGE + token);
+          UNROLL for (int r = 0; r < NR; r++) s[r] = dot_words(s[r], x, f[pair][r]);
+        }
+      } else {
+        for (int64_t pair = 0; pair < pairs_; pair++) {
+          const I x = iload(page.codes + pair * PAGE + token);
+          UNROLL for (int r = 0; r < NR; r++) s[r] = dot_words(s[r], x, iset32(factors.words[pair * W + lane + r]));
         }
       }
-      UNROLL for (int r = 0; r < NR; r++) most[r] = max(most[r], max(s[r][0], s[r][1]));
+      UNROLL for (int r = 0; r < NR; r++) most[r] = imax(most[r], s[r]);
     }
-    const float* whole = whole_ + row * dim_;
-    for (int64_t d = 0; d < dim_; d += 16) {
-      UNROLL for (int j = 0; j < 16 / W; j++) {
-        F y = load(mean + d + W * j);
-        stay(y);
-        UNROLL for (int r = 0; r < NR; r++) sum[r][j % 2] = fma(load(whole + r * dim_ + d + W * j), y, sum[r][j % 2]);
-      }
+    const int16_t* whole = whole_ + row * dim_;
+    for (int64_t d = 0; d < dim_; d += 2 * W) {
+      const I y = iload(page.mean + d);
+      UNROLL for (int r = 0; r < NR; r++) sum[r] = dot_words(sum[r], y, iload(whole + r * dim_ + d));
     }
     UNROLL for (int r = 0; r < NR; r++) {
-      weights_[(row + r) * stride_ + page] = hmax(most[r]) - CENTRE * centre[r] + hsum(add(sum[r][0], sum[r][1]));
-    }
-  }
-
-  // A page's codes [channels][PAGE] and their scales, and its mean key [dim_], as floats.
-  void open(const uint8_t* page, float* x, float* scale, float* mean) const {
-    const uint8_t *scales = page + c_.channels * (PAGE / 2), *rest = scales + 2 * c_.channels;
-    for (int64_t c = 0; c < c_.channels; c++, page += PAGE / 2, x += PAGE) {
-      for (int t = 0; t < PAGE / 2; t += W) {
-        const I both = iload_signed(page + t);
-        store(x + t, to_float(iand(both, iset32(15))));
-        store(x + t + PAGE / 2, to_float(iand(shr32(both, 4), iset32(15))));
-      }
-    }
-    alignas(64) uint16_t halves[MAX_CHANNELS] = {};
-    std::memcpy(halves, scales, size_t(2 * c_.channels));
-    for (int64_t c = 0; c < c_.channels; c += W) store(scale + c, load_half(halves + c));
-    uint16_t unit;
-    std::memcpy(&unit, rest + c_.dim, 2);
-    const F width = set1(half_to_float(unit));
-    for (int64_t d = 0; d < dim_; d += 16, rest += 16) {
-      uint8_t end[16] = {};
-      const bool inside = d + 16 <= c_.dim;
-      if (!inside) std::memcpy(end, rest, size_t(c_.dim - d));
-      for (int j = 0; j < 16; j += W) store(mean + d + j, mul(to_float(iload_signed((inside ? rest : end) + j)), width));
+      const float best = hmax(to_float(most[r])) * factors.step[lane + r] + factors.zero[lane + r];
+      weights_[(row + r) * stride_ + p] = best + hsum(to_float(sum[r])) * (step_[row + r] * page.unit);
     }
   }
 };

@@ -3,9 +3,10 @@
 //   F   W floats, W = 16 (AVX-512), 8 (AVX2), 4 (NEON and portable)
 //   I   4*W bytes, or W int32, or 2*W int16: one code vector or one integer accumulator
 //
-// Everything above this file is written once in these names. The one instruction that matters is
+// Everything above this file is written once in these names. The instructions that matter are
 //
-//   dot(acc, codes, q):  acc[l] += sum_{j<4} codes_u8[4l + j] * q_s8[4l + j]      (int32 lanes l < W)
+//   dot(acc, codes, q):   acc[l] += sum_{j<4} codes_u8[4l + j] * q_s8[4l + j]      (int32 lanes l < W)
+//   dot_words(acc, a, b): acc[l] += sum_{j<2} a_s16[2l + j] * b_s16[2l + j]
 //
 // VNNI and i8mm have it; AVX2 and NEON build it. It is exact everywhere: unsigned codes up to 255, signed q, no saturation.
 #pragma once
@@ -124,6 +125,9 @@ INLINE I pick(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0
 INLINE I flip(I a, I b) { return _mm512_xor_si512(a, b); }
 INLINE I bits_of(F a) { return _mm512_castps_si512(a); }
 INLINE I join(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
+INLINE I imax(I a, I b) { return _mm512_max_epi32(a, b); }
+INLINE I iload_words(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }  // of 2 * W signed bytes
+INLINE I dot_words(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm512_dpbusd_epi32(acc, codes, q); }
 #if defined(__AVX512VBMI__)
 template <int BITS> struct Table {
@@ -196,10 +200,11 @@ INLINE I pick(I mask, I a, I b) { return _mm256_or_si256(_mm256_and_si256(mask, 
 INLINE I flip(I a, I b) { return _mm256_xor_si256(a, b); }
 INLINE I bits_of(F a) { return _mm256_castps_si256(a); }
 INLINE I join(I hi, I lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo); }
+INLINE I imax(I a, I b) { return _mm256_max_epi32(a, b); }
+INLINE I iload_words(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+INLINE I dot_words(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 #if defined(__AVXVNNI__)
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) { return _mm256_dpbusd_avx_epi32(acc, codes, q); }
-#else
-INLINE I dot_words(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 #endif
 #define OPENTQ_BOOK_OF_16
 INLINE I entries16(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
@@ -259,6 +264,12 @@ INLINE I pick(I mask, I a, I b) { return vbslq_s32(vreinterpretq_u32_s32(mask), 
 INLINE I flip(I a, I b) { return veorq_s32(a, b); }
 INLINE I bits_of(F a) { return vreinterpretq_s32_f32(a); }
 INLINE I join(I hi, I lo) { return vaddq_s32(vshlq_n_s32(hi, 8), lo); }
+INLINE I imax(I a, I b) { return vmaxq_s32(a, b); }
+INLINE I iload_words(const void* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8((const int8_t*)p))); }
+INLINE I dot_words(I acc, I a, I b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+  return vaddq_s32(acc, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+}
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   return vusdotq_s32(acc, vreinterpretq_u8_s32(codes), vreinterpretq_s8_s32(q));
@@ -334,6 +345,13 @@ INLINE I shl(I a, int n) { return (I)((U16)a << uint16_t(n)); }
 INLINE I shl32_16(I a) { return (I)((U32)a << 16); }
 INLINE I shr32(I a, int n) { return (I)((U32)a >> n); }
 INLINE I join(I hi, I lo) { return hi * 256 + lo; }
+INLINE I imax(I a, I b) { return pick(a > b, a, b); }
+INLINE I iload_words(const void* p) {
+  int8_t b[8];
+  std::memcpy(b, p, 8);
+  return (I)S16{b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
+}
+INLINE I dot_words(I acc, I a, I b) { return acc + ((I)((U32)a << 16) >> 16) * ((I)((U32)b << 16) >> 16) + (a >> 16) * (b >> 16); }
 template <bool WIDE> INLINE I dot(I acc, I codes, I q) {
   // Even and odd bytes apart: a product of an unsigned and a signed byte fits 16 bits, a sum of two doesn't.
   const S16 even = (S16)(codes & iset32(0x00ff00ff)) * ((S16)(shl(q, 8)) >> int16_t(8)), odd = (S16)shr(codes, 8) * ((S16)q >> int16_t(8));
