@@ -2,10 +2,12 @@
 //
 // Every buffer is a heap block of its exact size, and packed and dense data start at odd addresses, so a read past an end
 // or an aligned load of unaligned memory is caught. Exit status: the number of shapes that failed (at most 100).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -318,7 +320,7 @@ static bool choose(int channels, int dim, int rows, int pages, int count, int th
     uint8_t *page = sketches.get() + size_t(i) * row_bytes, *rest = page + 34 * channels;
     for (int j = 0; j < row_bytes; j++) page[j] = uint8_t(256 * uniform());
     for (int c = 0; c <= channels; c++) {
-      const uint16_t scale = to_half(float(c < channels ? 0.2 * uniform() : 0.005));
+      const uint16_t scale = to_half(float(c < channels ? 0.01 + 0.2 * uniform() : 0.005));
       std::memcpy(c < channels ? page + 32 * channels + 2 * c : rest + dim, &scale, 2);
     }
   }
