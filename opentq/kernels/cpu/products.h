@@ -24,7 +24,7 @@ INLINE Scale scale_of(const Packed& p, const uint16_t* params) {
 template <int BITS, bool LOOKUP, int NR, int NF, int F0>
 INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Packed& k, const Rows& rows, int r0, float* scores) {
   const int groups = rows.groups_k, dim = rows.dim_k;
-  const int8_t* q8 = rows.q8 + size_t(r0) * 2 * dim;
+  const int8_t* q8 = rows.q8 + quad_at(dim, r0, 0);
   const float* sum = rows.q_sum + size_t(r0) * groups;
   constexpr bool WIDE = BITS == 8 || LOOKUP;
   const Reader<BITS, LOOKUP> read(k.book);
@@ -38,9 +38,9 @@ INLINE void score_fields(const uint8_t* codes, const uint16_t* params, const Pac
           I c[NF];
           UNROLL for (int n = 0; n < NF; n++) c[n] = read(tile, 4 * s + F0 + n, part);
           UNROLL for (int r = 0; r < NR; r++) {
-            const int8_t* q = q8 + 2 * r * dim + 16 * t + 4 * s;
-            const I q_hi = iset32(word(q)), q_lo = iset32(word(q + dim));
-            UNROLL for (int n = 0; n < NF; n++) total[r][n].template add<WIDE>(Bytes(c[n]), q_hi, q_lo);
+            const int8_t* q = q8 + quad_at(dim, r, 16 * t + 4 * s);
+            const I first = iset32(word(q)), second = iset32(word(q + plane(dim)));
+            UNROLL for (int n = 0; n < NF; n++) total[r][n].template add<WIDE>(Bytes(c[n]), first, second);
           }
         }
       }
@@ -82,8 +82,8 @@ INLINE void value_tiles(const Reader<BITS, LOOKUP>& read, const uint8_t* tile, i
       UNROLL for (int n = 0; n < 2; n++) c[n] = read(both[n], i, part);
       UNROLL for (int r = 0; r < NR; r++) {
         const int8_t* p = p8 + r * 128 + 4 * i;
-        const I p_hi = iset32(word(p)), p_lo = iset32(word(p + 64));
-        UNROLL for (int n = 0; n < 2; n++) total[r][n].template add<WIDE>(Bytes(c[n]), p_hi, p_lo);
+        const I first = iset32(word(p)), second = iset32(word(p + 64));
+        UNROLL for (int n = 0; n < 2; n++) total[r][n].template add<WIDE>(Bytes(c[n]), first, second);
       }
     }
     UNROLL for (int n = 0; n < 2; n++) {

@@ -429,10 +429,13 @@ INLINE void narrow(const F* v, I& even, I& odd) {
   const I words = iset32(0xffff);
   even = pick(words, bits_of(v[0]), shl32_16(bits_of(v[2]))), odd = pick(words, bits_of(v[1]), shl32_16(bits_of(v[3])));
 }
-// Integer d of a row.
-INLINE void put(int8_t* even, int8_t* odd, int d, float x) {
+// Where integers of channels from d on, a multiple of four, of row r lie, and how far from there the second plane: the rows
+// of one product side by side, so that all of them are read off one address.
+INLINE int64_t quad_at(int64_t dim, int64_t r, int64_t d) { return (r / MAX_ROWS * dim + d) * 2 * MAX_ROWS + r % MAX_ROWS * 8; }
+INLINE int plane(int) { return 4; }
+INLINE void put(int8_t* quad, int plane, int j, float x) {
   const auto v = int16_t(std::fabs(x) <= 32512.f ? x : 0.f);
-  std::memcpy((d % 2 ? odd : even) + d / 4 * 4 + d % 4 / 2 * 2, &v, 2);
+  std::memcpy(quad + j % 2 * plane + j / 2 * 2, &v, 2);
 }
 #else
 constexpr float BIAS = 128.f;
@@ -451,10 +454,12 @@ INLINE void narrow(const F* v, I& hi, I& lo) {
   hi = pick(bytes, shr(a, 8), b);
   lo = flip(pick(bytes, a, shl(b, 8)), iset8(-128));
 }
-INLINE void put(int8_t* hi, int8_t* lo, int d, float x) {
+INLINE int64_t quad_at(int64_t dim, int64_t r, int64_t d) { return 2 * dim * r + d; }
+INLINE int plane(int dim) { return dim; }
+INLINE void put(int8_t* quad, int plane, int j, float x) {
   const float y = x + BIAS;
   const int v = std::fabs(y) <= 32768.f ? int(y) : 0;
-  hi[d] = int8_t(v >> 8), lo[d] = int8_t((v & 255) - 128);
+  quad[j] = int8_t(v >> 8), quad[j + plane] = int8_t((v & 255) - 128);
 }
 #endif
 

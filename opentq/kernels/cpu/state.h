@@ -87,7 +87,7 @@ struct Rows {
   float* q;         // [count][dim_q], times scale * log2(e)
   float* projected; // [runs_k * dim_k]: one row's query of packed keys, times the same
   float* plain;     // [count][dim_q]: the query of outliers, times the same; null without any
-  int8_t* q8;       // [runs_k][filled()][hi, lo][dim_k]: the bytes of its integers
+  int8_t* q8;       // [runs_k][filled()][2][dim_k]: the bytes of its integers (quad_at)
   float* q_step;    // [count]: query ~ q_step * v, and the unit of packed scores
   float* q_sum;     // [runs_k][count][groups_k]: sum of these integers over the group, for the zeros
   // running softmax
@@ -99,7 +99,7 @@ struct Rows {
   // scratch of one chunk
   float* scores;    // [CHUNK][64]
   float* more;      // [CHUNK][64]: scores of a second run
-  int8_t* p8;       // [groups_v][CHUNK][hi 64, lo 64]
+  int8_t* p8;       // [groups_v][CHUNK][2][64]: those of its probabilities, two planes of four integers to a lane
   float* p_step;    // [groups_v][CHUNK]
   float* params;    // [groups_v][scale 64, zero 64]: one block's, as floats
   float* tame;      // [groups_v]: scale that every probability of the block may use, or 0 (see load_params)
@@ -159,11 +159,11 @@ struct Rows {
     for (int run = 0; run < runs_k; run++, x += dim_k) {
       float* sum = q_sum + (size_t(run) * count + r) * groups_k;
       std::fill_n(sum, groups_k, 0.f);
-      int8_t *hi = q8 + (run * filled() + size_t(r)) * 2 * dim_k, *lo = hi + dim_k;
+      int8_t* out = q8 + run * filled() * 2 * dim_k;
       for (int d = 0; d < dim_k; d++) {
         const float rounded = std::nearbyint(x[d] * inverse);
         sum[d / group] += rounded;  // exact, and of what the products see: rounding then meets centred keys only
-        put(hi, lo, d, rounded);    // not NaN, which goes into the sums, and these make the scores NaN
+        put(out + quad_at(dim_k, r, d / 4 * 4), plane(dim_k), d % 4, rounded);  // not NaN, which goes into the sums, and these make the scores NaN
       }
     }
   }
