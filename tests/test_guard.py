@@ -294,9 +294,13 @@ def test_a_wrong_list_of_the_heaviest_pages_is_not_used(plant, caplog, sign):
 @pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
 @pytest.mark.parametrize("plant", ["cpu"], indirect=True)
 def test_a_wrong_selection_of_pages_is_not_used(plant, caplog, sign):
-    backend = plant(select=lambda real: lambda made, channels, args, plain, *rest: by_both(
-        made, channels, replace(args, q=sign * args.q), sign * plain, *rest
-    ))
+    backend = plant(
+        select=lambda real: (
+            lambda made, channels, args, plain, *rest: by_both(
+                made, channels, replace(args, q=sign * args.q), sign * plain, *rest
+            )
+        )
+    )
     cache = OpenTQCache("int4")
     oracle.fill(cache, *oracle.vectors(Shape(q_heads=4, kv_heads=2), 400), [300])
     handles = cache.update_and_fetch(*oracle.vectors(Shape(q_heads=4, kv_heads=2), 1))

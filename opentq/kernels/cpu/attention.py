@@ -92,7 +92,7 @@ def _call(
     packed = args.max_packed > 0
     projected = args.k.codec.project(q) if packed else q
     plain = args.k.codec.unrotate(q) if packed and isinstance(args.k.layout, CpuOutliers) else q
-    arrays = [q, projected, plain, args.dense_k, args.dense_v, *args.k.arrays, *args.v.arrays]
+    arrays = [q, projected, plain, args.dense_k, args.dense_v]
     arrays += [a for a in (args.sinks, args.pages, *others) if a is not None]
     try:
         mx.eval(arrays)
@@ -100,8 +100,8 @@ def _call(
         raise explained(error) or error from error
     check(args, q.shape[2] if fresh else 0)
     held = [cpu.rows_view(a) for a in (q, projected, plain, args.dense_k, args.dense_v)]
-    k, v = ([cpu.rows_view(a) for a in side.arrays] if packed else [] for side in (args.k, args.v))
-    call = prepared(args, k, v)
+    same, k, v = args.once(("cpu", packed, args.alike), lambda: _same(args))
+    call = cpu.Call.from_buffer_copy(same)
     call.columns, call.dtype, call.threads = args.dense_k.shape[2], cpu.DTYPES[q.dtype], cpu.threads()
     call.q, call.projected, call.plain = (cpu.Queries(*strided(a)) for a in held[:3])
     call.dense_k, call.dense_v = (cpu.Dense(*strided(a)) for a in held[3:])
@@ -114,6 +114,13 @@ def _call(
         held.append(np.ascontiguousarray(cpu.view(args.pages)))
         call.pages, call.page_count = held[-1].ctypes.data, args.listed
     return call, held
+
+
+def _same(args: AttnArgs) -> tuple[cpu.Call, list[np.ndarray], list[np.ndarray]]:
+    """What is the same in every such call over these packed arrays, and views of them."""
+    mx.eval(args.k.arrays, args.v.arrays)
+    k, v = ([cpu.rows_view(a) for a in side.arrays] if args.max_packed else [] for side in (args.k, args.v))
+    return prepared(args, k, v), k, v
 
 
 def layouts(k_codec: Codec, v_codec: Codec, dims: tuple[int, int]) -> tuple[Layout, Layout]:
