@@ -50,8 +50,8 @@ class Backend(Shared):
         choosing: bytes of packed keys and values that a layer reads in the time that choosing pages takes: steps over
             less read everything.
         top: `(weights, packed, count)`: the pages of most weight (`attention.pages.top`), or None.
-        select: `(sketches, channels, args, plain, many, count)`: all of the choice in one call (`attention.pages.select`),
-            or None; its parts are judged with it.
+        select: `(sketches, channels, args, plain, many, count)`: all of the choice in one call
+            (`attention.pages.select`), or None; its parts are judged with it.
     """
 
     name: str

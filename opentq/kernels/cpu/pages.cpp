@@ -36,7 +36,11 @@ static void pick(const float* weights, int64_t rows, int64_t stride, float unit,
   const size_t room = size_t(pages + W);
   std::vector<float> share(room, 0.f), part(room, 0.f);
   for (int64_t r = 0; r < rows; r++, weights += stride) {
-    const float top = *std::max_element(weights, weights + whole);
+    float top = -INFINITY;
+    F most = set1(top);
+    int64_t last = 0;
+    for (; last + W <= whole; last += W) most = max(load(weights + last), most);
+    for (top = hmax(most); last < whole; last++) top = std::max(weights[last], top);
     if (!(std::fabs(top) < 1e30f)) continue;  // a row that is not finite has no say
     F sums = set1(0.f);
     for (int64_t p = 0; p < whole; p += W) {
@@ -207,7 +211,7 @@ class Choice {
     UNROLL for (int r = 0; r < NR; r++) most[r] = iset32(INT32_MIN), sum[r] = izero();
     UNROLL for (int pair = 0; pair < PAIRS; pair++)
       UNROLL for (int r = 0; r < NR; r++) f[pair][r] = iset32(factors.words[pair * W + lane + r]);
-    for (int token = 0; token < PAGE; token += W) {
+    _Pragma("GCC unroll 1") for (int token = 0; token < PAGE; token += W) {
       I s[NR];
       UNROLL for (int r = 0; r < NR; r++) s[r] = izero();
       if constexpr (PAIRS) {
@@ -224,7 +228,7 @@ class Choice {
       UNROLL for (int r = 0; r < NR; r++) most[r] = imax(most[r], s[r]);
     }
     const int16_t* whole = whole_ + row * dim_;
-    for (int64_t d = 0; d < dim_; d += 2 * W) {
+    _Pragma("GCC unroll 4") for (int64_t d = 0; d < dim_; d += 2 * W) {
       const I y = iload(page.mean + d);
       UNROLL for (int r = 0; r < NR; r++) sum[r] = dot_words(sum[r], y, iload(whole + r * dim_ + d));
     }
