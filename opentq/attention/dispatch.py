@@ -81,8 +81,8 @@ def pays(args: AttnArgs) -> bool:
     return active is None or kernel_mode() == "tiled" or args.packed_bytes > active.choosing
 
 
-def choose(selector: pages.Selector, args: AttnArgs, rotated: mx.array | None = None) -> mx.array:
-    """The pages that `args`, whose queries are not `rotated`, is to read: int32 `[B, Hkv, budget / 64]`, ascending.
+def choose(selector: pages.Selector, args: AttnArgs, rotated: mx.array) -> mx.array:
+    """The pages that `args`, whose queries are not yet `rotated`, is to read: int32 `[B, Hkv, budget / 64]`, ascending.
 
     Sketches name the candidates, and of these the ones whose keys have the most weight are read; by kernels where there
     are any.
@@ -92,7 +92,7 @@ def choose(selector: pages.Selector, args: AttnArgs, rotated: mx.array | None = 
     selector = replace(selector, sums=active is not None and active.sums)
     packed, count = tuple(n for n, _, _ in args.lens), selector.budget // pages.PAGE
     listed, many = None, pages.CANDIDATES * count
-    turned = replace(args, q=args.k.codec.rotate(args.q) if rotated is None else rotated)
+    turned = replace(args, q=rotated)
     if backend and (chosen := guard.select(backend, selector, turned, args.q, many, count)) is not None:
         return chosen
     if max(packed) > many * pages.PAGE:

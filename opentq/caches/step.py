@@ -150,10 +150,12 @@ class Step:
             q, self.k, self.v, self._dense_k, self._dense_v, self.lens, float(scale), causal, window, mask, sinks,
             softcap,
         )  # fmt: skip
-        rotated = self.k.codec.rotate(q)  # evaluated once, by the choice of pages or by attention, or not at all
+        rotated = None
         if self.sketches is not None:
             self.sketches.observe(q)
-            args.pages = self._pages(args, rotated)
+            if (selector := self._selector(args)) is not None:
+                rotated = self.k.codec.rotate(q)
+                args.pages = dispatch.choose(selector, args, rotated)
         stats, cache, fresh = self.stats, self.cache, self.fresh
         stats.calls += 1
         if cache is not None and fresh is not None:
@@ -165,7 +167,7 @@ class Step:
                 self.join(done[1], done[2])
                 return done[0]
             args.dense_k, args.dense_v = self.dense_k, self.dense_v
-        args.q = rotated
+        args.q = self.k.codec.rotate(q) if rotated is None else rotated
         out, stats.served_by = dispatch.attend(args)
         return self.v.codec.unrotate(out)
 
@@ -179,8 +181,8 @@ class Step:
         self.stats.served_by = "selected"
         return self.v.codec.unrotate(selected.attend(args, positions))
 
-    def _pages(self, args: AttnArgs, rotated: mx.array) -> mx.array | None:
-        """The pages that this call reads; None for everything, as with a mask or a window."""
+    def _selector(self, args: AttnArgs) -> pages.Selector | None:
+        """What chooses the pages that this call reads; None for everything, as with a mask or a window."""
         if args.q.shape[2] > pages.ROWS or self.sketches is None:
             return None
         packed = tuple(n for n, _, _ in self.lens)
@@ -189,4 +191,4 @@ class Step:
         self.stats.steps += sum(n > 0 for n in packed)
         self.stats.held += sum(packed)
         self.stats.read += sum(min(n, selector.budget) for n in packed) if selector else sum(packed)
-        return dispatch.choose(selector, args, rotated) if selector else None
+        return selector
