@@ -321,7 +321,7 @@ def test_what_sketches_name_is_chosen_by_its_keys(kernels, monkeypatch):
     for times, known in ((8, range(23)), (3, None)):
         monkeypatch.setattr(pages, "CANDIDATES", times)
         selector = cache.sketches.selector([1472])
-        found = dispatch.choose(selector, replace(args, q=q))[0]
+        found = dispatch.choose(selector, replace(args, q=q), args.q)[0]
         for head in range(2):
             rows = selector.queries(q, 0.125)
             there = known or selector.choose(rows, (1472,), 3 * times)[0, head].tolist()
