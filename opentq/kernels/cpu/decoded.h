@@ -1,5 +1,5 @@
 // Codes of a block as floats, for the products of dense.h: where the machine has no instruction for dot products of bytes, one is made
-// of three or five, and multiplying floats costs less, as soon as a few rows share what was decoded.
+// of two (words) or more, and multiplying floats costs less, as soon as some rows share what was decoded.
 #pragma once
 #include "products.h"
 
@@ -7,15 +7,24 @@ namespace otq {
 
 // Query heads per KV head from which on codes become floats. Nothing else decides, so that a token's numbers don't depend on how
 // many others come with it: guessed tokens are checked by the very sums of single steps.
-#ifdef OPENTQ_SLOW_DOT
+#if defined(OPENTQ_SLOW_DOT) || defined(OPENTQ_WORDS)
 constexpr int64_t FLOAT_GQA = 4;
 #else
 constexpr int64_t FLOAT_GQA = INT64_MAX;
 #endif
+// Rows up to which words are quicker. Only the weights of pages may go by them: nothing is checked by their sums.
+#ifdef OPENTQ_WORDS
+constexpr int64_t FEW_ROWS = 8;
+#else
+constexpr int64_t FEW_ROWS = 0;
+#endif
 
 // Whether keys or values, one or two runs, are read so. Queries of projected keys don't multiply the vectors themselves.
 inline bool as_floats(const Packed* side, int64_t gqa) { return !side->coded() || (gqa >= FLOAT_GQA && !side[1].dim); }
-inline bool keys_as_floats(const Call& c) { return as_floats(c.k, c.projected.data == c.q.data ? c.gqa : 0); }
+inline bool keys_as_floats(const Call& c) {
+  const bool few = c.weights && c.gqa * c.length <= FEW_ROWS;
+  return as_floats(c.k, c.projected.data == c.q.data && !few ? c.gqa : 0);
+}
 
 // Byte j of every 32-bit lane.
 INLINE F byte_of(I x, int j) { return to_float(iand(shr32(x, 8 * j), iset32(255))); }

@@ -1,7 +1,7 @@
 // The two products of packed.h on codes of BITS bits, for up to MAX_ROWS query rows at a time: scores and values. With
 // LOOKUP, codes become the bytes of a codebook on their way from memory to the products.
 //
-// Code vectors are unpacked once per row group and feed 2 * MAX_ROWS dot products (hi and lo bytes of each row); on
+// Code vectors are unpacked once per row group and feed 2 * MAX_ROWS dot products (two planes of each row, see Sum); on
 // AVX-512 that is 16 accumulators, 2 code vectors and broadcasts. Each width is compiled in a file of its own, because
 // fully unrolled loops take the compiler seconds (products.cpp).
 #pragma once
