@@ -200,8 +200,7 @@ inline void attend_packed(Rows& rows, const Range* seen, const Call& c, int64_t 
       else load_params(rows, v.p, v.params, any);
       if (rows.outliers) v_outliers.open(b, any);
     } else if (next >= 0) {
-      rows.ahead.start(k.p, k.block(next), v.p, v.block(next), rows.count, float_k, float_v);
-      rows.ahead.v = rows.ahead.v_end;
+      rows.ahead.start(k.p, k.block(next), v.p, nullptr, rows.count, float_k, float_v);
     }
     unit.stay_awake();
     for (int r0 = 0; r0 < rows.count; r0 += CHUNK) {

@@ -58,13 +58,14 @@ struct Ahead {
   }
   void start(const Packed& keys, const uint8_t* k_block, const Packed& values, const uint8_t* v_block, int rows, bool float_k,
              bool float_v) {
-    k = k_block, k_end = k + keys.block_bytes(), v = v_block, v_end = v + values.block_bytes();
+    const int64_t k_bytes = keys.block_bytes(), v_bytes = v_block ? values.block_bytes() : 0;  // no values: keys alone are read
+    k = k_block, k_end = k + k_bytes, v = v_block, v_end = v + v_bytes;
     // Codes take one step per group of keys and per pair of value tiles, for each group of rows; raw tokens as they multiply.
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = rows <= MAX_ROWS / 2 ? 1 : 2, quads = (rows + 3) / 4;
     const int k_steps = float_k ? quads * 64 / (VECTORS * W) * (keys.dim / AHEAD_DEPTH) : tiles * PARTS * passes * keys.groups();
     const int v_steps =
-        float_v ? quads * 64 / AHEAD_DEPTH * std::max(1, values.dim / (VECTORS * W)) : tiles * PARTS * ((values.tiles() + 1) / 2);
-    pace = int((keys.block_bytes() + values.block_bytes()) / 64 / (k_steps + v_steps)) + 1;
+        !v_block ? 0 : float_v ? quads * 64 / AHEAD_DEPTH * std::max(1, values.dim / (VECTORS * W)) : tiles * PARTS * ((values.tiles() + 1) / 2);
+    pace = int((k_bytes + v_bytes) / 64 / (k_steps + v_steps)) + 1;
   }
 };
 
