@@ -183,7 +183,7 @@ def speed(rows: Rows, markdown: Markdown) -> str:
     body = []
     for device, *shape in dict.fromkeys(key[:4] for key in found):
         times = {key[4]: r["ms"] for key, r in found.items() if key[:4] == (device, *shape) and key[5]}
-        for context, ms in times.items():
+        for context, ms in sorted(times.items()):
             whole = found.get((device, *shape, context, False))
             exact, factor = (f"{whole['ms']:.2f}", f"{whole['ms'] / ms:.1f}") if whole else ("", "")
             growth = f"{ms / times[1 << 17]:.1f}" if 1 << 17 in times else ""
