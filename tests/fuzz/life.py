@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from opentq.attention import channels, pages
+from opentq.attention import channels, dispatch, pages
 from opentq.caches import disk, sketches
 from opentq.caches.batch import BatchOpenTQCache
 from opentq.caches.latent import OpenTQLatentCache
@@ -233,7 +233,9 @@ class Life:
         if self.home and native != (self.home == "native"):
             raise Wrong(f"{step.stats.served_by} served under {self.home}")
         args = args_of(handles, q, causal=mask is not None, window=step.window, **more)
-        args.pages = step._pages(replace(args, q=q, mask=mask if isinstance(mask, mx.array) else None))
+        asked = replace(args, q=q, mask=mask if isinstance(mask, mx.array) else None)
+        if (selector := step._selector(asked)) is not None:
+            args.pages = dispatch.choose(selector, asked, args.q)
         fp16 = mx.float16 if native and self.dtype == mx.float32 else None
         judge(args, out, atol=self.atol, dtype=fp16, model=True)
         singly = step.sketches is None and step.k.layout.block == step.v.layout.block == 1
