@@ -25,8 +25,8 @@ from opentq.contracts.layout import CANONICAL
 from opentq.errors import UserError
 from opentq.hosts import hooks
 from opentq.kernels import build
-from opentq.kernels.cpu.pages import shape_of
 from opentq.kernels.metal import launch as metal
+from opentq.kernels.sketches import shape_of
 
 from . import oracle
 from .conftest import random_llama

@@ -24,6 +24,7 @@ from opentq.hosts.report import report
 from opentq.spec.kv import KVSpec, SpecError
 
 from .conftest import random_llama
+from .cuda.choice import emulated_choose
 from .matrix import Shape
 from .oracle import args_of, fill, judge, queries, vectors
 
@@ -144,29 +145,6 @@ def test_pages_are_chosen_where_that_takes_less_time_than_reading_all(monkeypatc
     assert cache.stats.read - before == read
     held = 1280 * 2 * 2 * cache.spec.bits_per_value(64) * 64 / 8
     assert args_of(handles, q).packed_bytes == pytest.approx(held, rel=0.1)
-
-
-def emulated_choose(sketches, rows, packed, count):
-    """The CUDA kernels' choice, by the emulator."""
-    from opentq.kernels.cuda import pages as cuda_pages
-
-    from .cuda import emulator
-
-    (batch, heads, length, width), whole = rows.shape, max(packed) // 64
-    channels = (sketches.shape[3] - width - 2) // 33
-    (weights,), _ = emulator.run(
-        cuda_pages.weigh_source(channels, width - channels),
-        (-(-whole // 4), batch * heads, 1),
-        [sketches, rows],
-        [((batch * heads, length, whole), mx.float32)],
-        (whole, sketches.shape[2], length),
-    )
-    outputs = [((batch * heads, whole), mx.float32), ((batch, heads, count), mx.int32)]
-    given = [weights, mx.array(packed, dtype=mx.int32)]
-    (_, found), _ = emulator.run(
-        cuda_pages.pick_source(64), (batch * heads, 1, 1), given, outputs, (whole, length, heads, count)
-    )
-    return found
 
 
 @pytest.mark.parametrize("by", ["portable", "native", "cuda"])

@@ -7,8 +7,11 @@ nobody serves, the error prints the whole record.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -88,24 +91,28 @@ def choose(selector: pages.Selector, args: AttnArgs, rotated: mx.array) -> mx.ar
     are any.
     """
     active = backends.active()
-    backend = active if kernel_mode() != "tiled" else None
     selector = replace(selector, sums=active is not None and active.sums)
-    packed, count = tuple(n for n, _, _ in args.lens), selector.budget // pages.PAGE
-    listed, many = None, pages.CANDIDATES * count
-    turned = replace(args, q=rotated)
-    if backend and (chosen := guard.select(backend, selector, turned, args.q, many, count)) is not None:
+    count = selector.budget // pages.PAGE
+    given = replace(args, q=rotated), args.q, pages.CANDIDATES * count, count
+    if active is None or kernel_mode() == "tiled":
+        return pages.select(selector, *given)
+    chosen = guard.select(active, selector, *given)
+    if chosen is not None:
         return chosen
-    if max(packed) > many * pages.PAGE:
-        rows = selector.queries(args.q, args.scale)
-        listed = guard.choose(backend, selector, rows, packed, many) if backend else None
-        listed = selector.choose(rows, packed, many) if listed is None else listed
-    args = replace(turned, pages=listed)
-    weights = guard.weigh(backend, args) if backend else None
-    weights = pages.weigh(args) if weights is None else weights
-    held = tuple(n for n, _, _ in args.picked_lens)
-    index = guard.top(backend, weights, held, count) if backend else None
-    index = pages.top(weights, held, count) if index is None else index
-    return index if listed is None else mx.take_along_axis(listed, index, axis=-1)
+    stages = (
+        _kernel_first(functools.partial(guard.choose, active, selector), selector.choose),
+        _kernel_first(functools.partial(guard.weigh, active), pages.weigh),
+        _kernel_first(functools.partial(guard.top, active), pages.top),
+    )
+    return pages.select(selector, *given, stages)
+
+
+def _kernel_first(kernel: Callable[..., mx.array | None], portable: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def stage(*given: Any) -> mx.array:
+        out = kernel(*given)
+        return portable(*given) if out is None else out
+
+    return stage
 
 
 def kernel_mode() -> str:

@@ -19,6 +19,7 @@ and a code stands for `(code - 7.5) * scale`. The layout is the same on every ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -175,15 +176,22 @@ def top(weights: mx.array, packed: tuple[int, ...], count: int) -> mx.array:
     return mx.sort(chosen.astype(mx.int32), axis=-1)
 
 
-def select(selector: Selector, args: AttnArgs, plain: mx.array, many: int, count: int) -> mx.array:
+Stages = tuple[Callable[..., mx.array], Callable[[AttnArgs], mx.array], Callable[..., mx.array]]
+"""What does as `Selector.choose`, `weigh` and `top` do."""
+
+
+def select(
+    selector: Selector, args: AttnArgs, plain: mx.array, many: int, count: int, stages: Stages | None = None
+) -> mx.array:
     """The `count` pages that `args` is to read, int32 `[B, Hkv, count]`: `plain` are its queries, not rotated.
 
     Of more pages than `many`, sketches name so many; of these the ones with the most weight by their keys are read.
     """
+    by_sketches, by_keys, heaviest = stages or (selector.choose, weigh, top)
     packed = tuple(n for n, _, _ in args.lens)
     listed = None
     if max(packed) > many * PAGE:
-        listed = selector.choose(selector.queries(plain, args.scale), packed, many)
+        listed = by_sketches(selector.queries(plain, args.scale), packed, many)
     args = replace(args, pages=listed)
-    index = top(weigh(args), tuple(n for n, _, _ in args.picked_lens), count)
+    index = heaviest(by_keys(args), tuple(n for n, _, _ in args.picked_lens), count)
     return index if listed is None else mx.take_along_axis(listed, index, axis=-1)

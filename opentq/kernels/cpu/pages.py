@@ -5,15 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ..sketches import shape_of
 from . import library as cpu
 
 MAX_CHANNELS, MAX_DIM = 64, 1024
-
-
-def shape_of(row: int, width: int) -> tuple[int, int]:
-    """(C, D) of sketches with rows of `C * 34 + D + 2` bytes for queries of `C + D` numbers."""
-    channels = (row - width - 2) // 33
-    return channels, width - channels
 
 
 def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: int) -> mx.array | None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ...contracts.attention import AttnArgs
 from ...contracts.ints import int_array
+from ..sketches import shape_of
 from . import launch as cuda
 from .launch import BLOCK, KernelSource
 from .layout import MmaLayout
@@ -68,8 +69,7 @@ def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: i
         packed: packed tokens of every sequence.
     """
     batch, heads, length, width = rows.shape
-    channels = (sketches.shape[3] - width - 2) // 33
-    dim = width - channels
+    channels, dim = shape_of(sketches.shape[3], width)
     if not cuda.available() or channels > MAX_CHANNELS or dim > MAX_DIM or dim % 2:
         return None
     pages, both = max(packed) // BLOCK, batch * heads

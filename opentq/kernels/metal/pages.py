@@ -9,6 +9,7 @@ import mlx.core as mx
 from ...contracts.attention import Alike, AttnArgs, lens_array
 from ...contracts.ints import int_array
 from ...contracts.layout import FLUSH
+from ..sketches import shape_of
 from . import launch as metal
 from .decode import Call, books, floats, nothing, packed_arrays, side
 from .launch import Side
@@ -59,8 +60,7 @@ def choose(sketches: mx.array, rows: mx.array, packed: tuple[int, ...], count: i
         rows: scaled queries, float32 `[B, Hkv, R, C + D]`.
         packed: packed tokens of every sequence.
     """
-    channels = (sketches.shape[3] - rows.shape[3] - 2) // 33
-    dim = rows.shape[3] - channels
+    channels, dim = shape_of(sketches.shape[3], rows.shape[3])
     if channels > MAX_CHANNELS or dim > MAX_DIM or dim % 2:
         return None
     shape = *rows.shape[:3], max(packed) // FLUSH
