@@ -115,15 +115,15 @@ def test_what_the_launch_does_not_serve_is_made_in_parts(fused, monkeypatch):
 @pytest.mark.parametrize("spec", ["int4", "tq5/tq3:nc:center:sink=4", "k8v4:norot", "f16/int4"])
 def test_a_step_of_the_cpu_leaves_the_bits_that_single_operations_leave(monkeypatch, spec, length, waits):
     """Columns bit for bit, also of tokens beyond fp16's range; outputs within rounding. In MLX's graph and outside."""
+    from opentq.kernels import extension
     from opentq.kernels.cpu import attention as cpu
-    from opentq.kernels.cpu import graph
     from opentq.kernels.cpu import step as cpu_step
 
     if not cpu.BACKEND.available():
         pytest.skip("no C++ compiler")
     if waits:
-        monkeypatch.setattr(graph, "module", lambda: None)
-    elif graph.module() is None:
+        monkeypatch.setattr(extension, "module", lambda name: None)
+    elif extension.module("graph") is None:
         pytest.skip("MLX's graph can't be extended here")
     calls = []
     launch = cpu_step.Launch.__call__
@@ -149,10 +149,10 @@ def test_a_step_of_the_cpu_leaves_the_bits_that_single_operations_leave(monkeypa
 
 
 def test_a_step_that_waits_to_be_computed_keeps_what_it_reads(monkeypatch):
+    from opentq.kernels import extension
     from opentq.kernels.cpu import attention as cpu
-    from opentq.kernels.cpu import graph
 
-    if not cpu.BACKEND.available() or graph.module() is None:
+    if not cpu.BACKEND.available() or extension.module("graph") is None:
         pytest.skip("MLX's graph can't be extended here")
     monkeypatch.setattr(backends, "active", lambda: cpu.BACKEND)
     outs, (k, v), q = [], vectors(SHAPE, 152), queries(SHAPE, 1, dtype=mx.float32)

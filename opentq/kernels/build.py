@@ -131,7 +131,7 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_work(target)) as work:
 
         def one(source: str) -> str:
-            file, *defines = source.split()
+            file, *defines = shlex.split(source)
             out = str(Path(work) / f"{sources.index(source)}.o")
             for native in NATIVE:
                 error = _run([*compiler.command, *FLAGS, native, *extra, *defines, "-c", str(HERE / file), "-o", out])
@@ -183,7 +183,7 @@ def _key(compiler: Compiler, sources: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in (*compiler.command, compiler.identity, *FLAGS, cpu_identity(), *sources):
         digest.update(part.encode() + b"\0")
-    for file in sorted({HERE / s.split()[0] for s in sources} | set(HERE.glob("*.h"))):
+    for file in sorted({HERE / shlex.split(s)[0] for s in sources} | set(HERE.glob("*.h"))):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:20]
 

@@ -22,7 +22,8 @@ from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
 from ...contracts.layout import CANONICAL, Layout
 from ...errors import explained
-from . import blas, graph, pages
+from .. import extension
+from . import blas, pages
 from . import library as cpu
 from .blocks import TOKENS
 from .call import check, prepared, serves
@@ -144,8 +145,8 @@ def checks() -> list[Check]:
     else:
         about = f"CPU, {status.isa}, {cpu.threads()} threads, by {status.compiler}"
         found = [Check("kernels", "ok", about), Check("decode steps", "ok", "operations of MLX's graph")]
-        if why := graph.status():
-            hint = "install the extra `cpu`, and Python's headers"
+        if why := extension.missing("graph"):
+            hint = "install Python's headers"
             found[1] = Check("decode steps", "slow", f"waited for in every layer: {why.splitlines()[0]}", hint)
     product = blas.status()
     slow = product.kind == "reference"

@@ -1,8 +1,8 @@
 """A decode step on the CPU: appended and rotated by step.cpp, attended by attend.cpp, as one operation of MLX's graph.
 
 MLX evaluates an operation of a few hundred numbers in some ten microseconds; a step of a small model has thirty of them
-in every layer, and the numbers are done in one. Where MLX's graph can't be extended (`graph.py`), every layer is waited
-for.
+in every layer, and the numbers are done in one. Where MLX's graph can't be extended (`extension.py`), every layer is
+waited for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from ...contracts.attention import AttnArgs, Lengths
 from ...contracts.backend import Pair, StepFn, Stepped
 from ...contracts.codec import Codec
 from ...errors import explained
-from .. import build
-from . import graph
+from .. import build, extension
 from . import library as cpu
 from .call import check, prepared, serves
 from .outliers import CpuOutliers
@@ -82,7 +81,7 @@ class Launch:
         lib = library()
         assert lib is not None
         self.append, self.turn, self.attend = lib.opentq_append, lib.opentq_turn, cpu.function("opentq_attend")
-        self.graph = graph.module()
+        self.graph = extension.module("graph")
         self.q = np.empty((batch, heads, length, dim_k), np.float32)
         self.out = np.empty((batch, heads, length, self.dims[1]), np.float32)
         self.step = StepCall(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -18,6 +18,7 @@ from ...contracts.attention import Alike, AttnArgs, Lengths, lens_array
 from ...contracts.backend import Backend, Pair, StepFn, Stepped
 from ...contracts.check import Check
 from ...contracts.codec import Codec, Halves
+from .. import repeat
 from . import launch as cuda
 from . import pages
 from .geometry import Fused, Geometry
@@ -136,18 +137,18 @@ class Launches:
         self.geometry = Geometry.choose(k, v, cuda.CTYPES[dtype], self.rows, fused)
         self.scalars = blocks, (self.heads, kv_heads, self.length, window, int(causal))
         self.floats = cuda.single(scale), cuda.single(softcap), int(centered), listed
-        self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, dict[str, Any]]] = {}
+        self.known: dict[tuple[int, tuple[Lengths, ...]], tuple[Call, repeat.Call]] = {}
 
     @functools.cached_property
     def kernel(self) -> cuda.Kernel:
         return cuda.compiled(self.geometry.source())
 
-    def made(self, held: int, lens: tuple[Lengths, ...]) -> tuple[Call, dict[str, Any]]:
-        """The call over `held` dense columns and packed tokens, and its keywords for MLX but the inputs."""
+    def made(self, held: int, lens: tuple[Lengths, ...]) -> tuple[Call, repeat.Call]:
+        """The call over `held` dense columns and packed tokens, and what makes it of its inputs."""
         if len(self.known) >= KEPT:
             self.known.clear()
         call = self.call(held, lens)
-        made = self.known[held, lens] = call, self.kernel.given(call.outputs, call.scalars, call.grid)
+        made = self.known[held, lens] = call, self.kernel.repeated(call.outputs, call.scalars, call.grid)
         return made
 
     def call(self, held: int, lens: tuple[Lengths, ...], splits: int = 0) -> Call:
@@ -206,8 +207,8 @@ class Launch:
 
     def __call__(self, args: AttnArgs, q: mx.array, more: tuple[mx.array, ...]) -> list[mx.array]:
         held, launches = args.dense_k.shape[2], self.launches
-        call, given = launches.known.get((held, args.lens)) or launches.made(held, args.lens)
-        return mx.fast.precompiled_cuda_kernel(inputs=self.inputs(args, call, q, more), **given)
+        call, launched = launches.known.get((held, args.lens)) or launches.made(held, args.lens)
+        return launched(self.inputs(args, call, q, more))
 
     def inputs(self, args: AttnArgs, call: Call, q: mx.array, more: tuple[mx.array, ...]) -> list[mx.array]:
         """The kernel's, in its order; `more`: keys and values to append, and what is taken off keys."""
@@ -315,7 +316,7 @@ def _unsketched(args: AttnArgs, b: int, heads: range) -> mx.array:
 
 def checks() -> list[Check]:
     """What `opentq doctor` says about the kernels."""
-    return [Check("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use")]
+    return [Check("kernels", "ok", f"CUDA for {cuda.architecture()}, compiled on first use"), repeat.check()]
 
 
 BACKEND = Backend(

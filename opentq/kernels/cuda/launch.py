@@ -24,6 +24,7 @@ import mlx.core as mx
 from ...codecs import codebooks
 from ...codecs.rounding import lengths
 from ...contracts.codec import Codebook, Codebooks, Format
+from .. import repeat
 from . import nvrtc
 from .layout import BLOCK, RECORD, MmaLayout, PolarLayout, Run
 
@@ -134,12 +135,18 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        return mx.fast.precompiled_cuda_kernel(inputs=inputs, **self.given(outputs, scalars, blocks))
+        return mx.fast.precompiled_cuda_kernel(inputs=inputs, **self._given(outputs, scalars, blocks))
 
-    def given(
+    def repeated(
+        self, outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], scalars: Scalars, blocks: tuple[int, int, int]
+    ) -> repeat.Call:
+        """Such a call, for many inputs."""
+        return repeat.repeated(mx.fast.precompiled_cuda_kernel, self._given(outputs, scalars, blocks))
+
+    def _given(
         self, outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], scalars: Scalars, blocks: tuple[int, int, int]
     ) -> dict[str, Any]:
-        """Such a call's keywords for MLX, but the inputs."""
+        """A call's keywords for MLX, but the inputs."""
         return {
             "name": self.source.name,
             "compiled_source": self.code,

@@ -15,6 +15,7 @@ from ...contracts.check import Check
 from ...contracts.codec import Codebook, Codebooks, Codec, Integers
 from ...contracts.ints import int_array
 from ...contracts.layout import Canonical, Layout
+from .. import repeat
 from . import launch as metal
 from .decode import MAX_DIM, Launch, append, codec_side, nothing, side
 from .launch import Format
@@ -145,7 +146,7 @@ def _cuts(books: tuple[Codebook, ...]) -> tuple[mx.array, mx.array]:
 
 def checks() -> list[Check]:
     """What `opentq doctor` says about the kernels."""
-    return [Check("kernels", "ok", "Metal, compiled on first use")]
+    return [Check("kernels", "ok", "Metal, compiled on first use"), repeat.check()]
 
 
 BACKEND = Backend(

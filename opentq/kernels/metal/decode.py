@@ -21,6 +21,7 @@ from ...contracts.backend import Pair
 from ...contracts.codec import Angles, Codebooks, Codec, Halves, Integers
 from ...contracts.ints import int_array
 from ...contracts.layout import FLUSH
+from .. import repeat
 from . import launch as metal
 from .launch import Format, Side
 
@@ -45,8 +46,8 @@ class Call:
 
     def __call__(self, inputs: list[mx.array]) -> list[mx.array]:
         if self.kept is not metal.kernels:
-            self.made, self.kept = metal.kernel(*self.kernel), metal.kernels
-        return self.made(inputs=inputs, **self.given)
+            self.made, self.kept = repeat.repeated(metal.kernel(*self.kernel), self.given), metal.kernels
+        return self.made(inputs)
 
 
 class Geometry:
