@@ -55,8 +55,12 @@ class Buffer:
         # A trim left a block half full: it is packed anew, and the bits of the tokens that it has are put back.
         new = layout.encode(codec, mx.concatenate([mx.zeros((*y.shape[:2], inside, y.shape[3]), y.dtype), y], axis=2))
         old = tuple(a[sequences, :, row : row + 1] for a in self.arrays)
-        first = (spliced(*bits) for bits in zip(old, new, bits_of(layout, inside, old)))
-        self.write(row, tuple(mx.concatenate([a, n[:, :, 1:]], axis=2) for a, n in zip(first, new)), sequences)
+        first = tuple(spliced(*of) for of in zip(old, new, bits_of(layout, inside, old)))
+        if new[0].shape[2] > 1:
+            self.write(row + 1, tuple(n[:, :, 1:] for n in new), sequences)
+            self.arrays = tuple(_assign(a, one, row, sequences) for a, one in zip(self.arrays, first))
+        else:
+            self.write(row, first, sequences)
 
     def forget(self, front: int, tokens: int, sequences: slice = EVERY) -> None:
         """Drop the first `front` of `tokens` tokens; both whole rows.
@@ -97,18 +101,23 @@ class Buffer:
         self.arrays = tuple(grown)
 
 
-def spliced(old: mx.array, new: mx.array, bits: mx.array) -> mx.array:
-    """The first row of `new [B, H, n, ..]` with `bits` of the row `old`."""
-    x, y = (mx.contiguous(a[:, :, :1]).view(mx.uint8) for a in (old, new))
-    return ((x & bits) | (y & ~bits)).view(old.dtype)
+Bits = tuple[mx.array, mx.array]
+"""Of a storage row some bits and all others, unsigned integers `[1, 1, 1, ..]` as wide as what is stored."""
+UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+
+
+def spliced(old: mx.array, new: mx.array, bits: Bits) -> mx.array:
+    """The first row of `new [B, H, n, ..]` with the first of `bits` from the row `old`."""
+    x, y = (a[:, :, :1].view(bits[0].dtype) for a in (old, new))
+    return ((x & bits[0]) | (y & bits[1])).view(old.dtype)
 
 
 PROBES = 64
-_bits: dict[tuple[Layout, int], tuple[mx.array, ...]] = {}
+_bits: dict[tuple[Layout, int], tuple[Bits, ...]] = {}
 
 
-def bits_of(layout: Layout, inside: int, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-    """Of rows like `stored`, where the bits of the first `inside` tokens are: uint8 `[1, 1, 1, bytes]`.
+def bits_of(layout: Layout, inside: int, stored: tuple[mx.array, ...]) -> tuple[Bits, ...]:
+    """Of rows like `stored`, the bits of the first `inside` tokens.
 
     A layout moves bits, and may spell codes in another way, but each bit belongs to one token: those that change with
     these tokens, whatever the others are. A bit that changes every other time is missed by all probes once in 2^64.
@@ -121,8 +130,12 @@ def bits_of(layout: Layout, inside: int, stored: tuple[mx.array, ...]) -> tuple[
             x, y = (mx.array(rng.integers(0, 256, size, np.uint8)).view(a.dtype) for _ in range(2))
             pairs.append((x, mx.concatenate([y[:, :, :inside], x[:, :, inside:]], axis=2)))
         one, other = (layout.store(side) for side in zip(*pairs))
-        changed = (np.array(x.view(mx.uint8) ^ y.view(mx.uint8)) for x, y in zip(one, other))
-        _bits[layout, inside] = tuple(mx.array(np.bitwise_or.reduce(c, axis=0, keepdims=True)) for c in changed)
+        made = []
+        for x, y in zip(one, other):
+            kind = UNSIGNED[x.dtype.size]
+            changed = np.bitwise_or.reduce(np.array(x.view(kind) ^ y.view(kind)), axis=0, keepdims=True)
+            made.append((mx.array(changed), mx.array(~changed)))
+        _bits[layout, inside] = tuple(made)
     return _bits[layout, inside]
 
 

@@ -138,17 +138,24 @@ class OpenTQCache:
         lens = self._lengths(batch)
         backend = self.backend
         deferring = backend is not None and backend.step is not None and self.defers
-        if deferring and count <= dispatch.STEP and self._grow_quietly(count):
+        fusing = deferring and count <= dispatch.STEP
+        if fusing and self._grow_quietly(count):
             step = self._step(self._dense_k, self._dense_v, self.packed_k.arrays, self.packed_v.arrays, lens)
             step.fresh, step.cache, self._waiting = (keys, values), self, step
         else:
-            dense_k, dense_v = self.extended(self._dense_k, self._dense_v, keys, values)
+            held, center = (self._dense_k, self._dense_v), self.center
+            fusing = fusing and self._real(batch, count) == [count] * batch
+            dense_k, dense_v = self.extended(*held, keys, values)
             before = self.packed_k.arrays, self.packed_v.arrays
             moved = self._absorb(dense_k, dense_v, count)
             # Tokens are written behind the ones that this step sees, so it can share the new arrays, unless rows moved;
             # holding the old ones would make every write a copy.
             packed_k, packed_v = before if moved else (self.packed_k.arrays, self.packed_v.arrays)
-            step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
+            if fusing and not moved and self.center is center:  # one launch appends once more and attends
+                step = self._step(*held, packed_k, packed_v, lens)
+                step.fresh, step.cache = (keys, values), self
+            else:
+                step = self._step(dense_k, dense_v, packed_k, packed_v, lens)
             if moved:
                 self._kept = None  # the old rows are the step's alone
             del before, packed_k, packed_v
@@ -467,7 +474,15 @@ def shifted(y: mx.array, center: mx.array | None) -> mx.array:
     """
     if center is None:
         return y
+    return (_shift_at_once if mx.default_device() == mx.gpu else _shift)(y, center)
+
+
+def _shift(y: mx.array, center: mx.array) -> mx.array:
     return mx.clip(y.astype(mx.float32) - center.astype(mx.float32), -FP16_MAX, FP16_MAX).astype(mx.float16)
+
+
+_shift_at_once = mx.compile(_shift)
+"""In one launch. On a CPU MLX would call a compiler for it."""
 
 
 def relay(stored: tuple[mx.array, ...], name: str, layout: Layout) -> tuple[mx.array, ...]:

@@ -144,7 +144,8 @@ class Launch:
         """The call but for columns, lengths and sinks."""
         self.packed = [*args.k.arrays, *args.v.arrays]
         _evaluate(self.packed)
-        sides = [[cpu.rows_view(a) for a in s.arrays] if args.max_packed else [] for s in (args.k, args.v)]
+        # Also where no tokens are packed yet: they come into these arrays, and the call stays.
+        sides = [[cpu.rows_view(a) for a in s.arrays if a.size] for s in (args.k, args.v)]
         self.call = call = prepared(args, *sides)
         self.held = sides
         if any(view.base is None for side in sides for view in side):  # a copy, which MLX does not keep

@@ -120,34 +120,39 @@ class KernelSource:
         return f'#include "emulate.hpp"\n{text(self.file, False)}{signature} {{\n{code}\n{self.body}\n  }});\n}}\n'
 
 
+KEPT = 16
+"""Calls that a kernel remembers, each with a copy of its code."""
+
+
 class Kernel:
     """A compiled `KernelSource`, ready to launch."""
 
     def __init__(self, source: KernelSource):
         self.source = source
         self.code = nvrtc.cubin(source.name, source.translation_unit(), architecture())
+        self.known: dict[tuple[Any, ...], repeat.Call] = {}
 
     def __call__(
         self,
-        inputs: Sequence[mx.array],
+        inputs: list[mx.array],
         outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
         scalars: Scalars,
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        return mx.fast.precompiled_cuda_kernel(inputs=inputs, **self._given(outputs, scalars, blocks))
+        key = tuple(outputs), scalars, blocks
+        call = self.known.get(key)
+        if call is None:
+            if len(self.known) >= KEPT:
+                self.known.clear()
+            call = self.known[key] = self.repeated(outputs, scalars, blocks)
+        return call(inputs)
 
     def repeated(
         self, outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], scalars: Scalars, blocks: tuple[int, int, int]
     ) -> repeat.Call:
         """Such a call, for many inputs."""
-        return repeat.repeated(mx.fast.precompiled_cuda_kernel, self._given(outputs, scalars, blocks))
-
-    def _given(
-        self, outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], scalars: Scalars, blocks: tuple[int, int, int]
-    ) -> dict[str, Any]:
-        """A call's keywords for MLX, but the inputs."""
-        return {
+        given = {
             "name": self.source.name,
             "compiled_source": self.code,
             "output_shapes": [shape for shape, _ in outputs],
@@ -158,6 +163,7 @@ class Kernel:
             "shared_memory": self.source.shared,
             "ensure_row_contiguous": True,
         }
+        return repeat.repeated(mx.fast.precompiled_cuda_kernel, given)
 
 
 def single(x: float) -> float:
