@@ -163,6 +163,12 @@ def step(layers: list[Any], batch: int, own: bool) -> float:
     return taken
 
 
+def packed(layers: list[Any]) -> int:
+    """Packed tokens of a layer's sequences."""
+    cache = layers[0]
+    return sum(cache._packed(1)) if isinstance(cache, OpenTQCache) else 0
+
+
 def traced(work: Callable[[], None]) -> None:
     """Run `work` while MLX traces, when kernels without a device are made."""
     with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +180,7 @@ def measure(batch: int, layers: int, steps: int, paths: dict[str, Any] = PATHS) 
     shim.install(HOST)
     arms = [("", ""), *((path, spec) for path in paths for spec in SPECS)]
     taken: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    packing: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}  # steps that fill a block
 
     def work() -> None:
         with stubbed() as switch:
@@ -184,12 +191,13 @@ def measure(batch: int, layers: int, steps: int, paths: dict[str, Any] = PATHS) 
                     switch(path)
                     made[path, spec] = caches(spec, batch, size)
                 for _ in range(steps):
-                    for path, spec in arms:
-                        switch(path)
-                        step(made[path, spec], batch, not spec)  # whose code the last arm has pushed out of caches
-                        us = step(made[path, spec], batch, not spec)
-                        if kept:
-                            taken[path, spec].append(us)
+                    for arm in arms:
+                        switch(arm[0])
+                        for counted in (False, kept):  # the first one's code the last arm has pushed out of caches
+                            before = packed(made[arm])
+                            us = step(made[arm], batch, not arm[1])
+                            packing[arm] += [us] * (kept and packed(made[arm]) > before)
+                            taken[arm] += [us] * counted
 
     traced(work)
     own = taken["", ""]
@@ -200,6 +208,7 @@ def measure(batch: int, layers: int, steps: int, paths: dict[str, Any] = PATHS) 
             "batch": batch,
             "us": round(statistics.median(times), 2),
             "ratio": round(statistics.median(t / o for t, o in zip(times, own)), 3),
+            "packing_us": round(statistics.median(packing[path, spec]), 2) if packing[path, spec] else None,
         }
         for (path, spec), times in taken.items()
     ]
@@ -233,8 +242,11 @@ def profile(path: str, spec: str, batch: int, steps: int = 600, layers: int = 32
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| cache | path | batch | us per layer and step | of mlx-lm's |", "| --- | --- | ---: | ---: | ---: |"]
-    lines += [f"| {r['arm']} | {r['path']} | {r['batch']} | {r['us']:.1f} | {r['ratio']:.2f} |" for r in rows]
+    head = ["cache", "path", "batch", "us per layer and step", "of mlx-lm's", "us where a block is packed"]
+    lines = [f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for r in rows:
+        packing = f"{r['packing_us']:.0f}" if r["packing_us"] else ""
+        lines.append(f"| {r['arm']} | {r['path']} | {r['batch']} | {r['us']:.1f} | {r['ratio']:.2f} | {packing} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,7 +20,7 @@ from ...contracts.ints import int_array
 from ...contracts.layout import Canonical, Layout
 from .. import repeat
 from . import launch as metal
-from .decode import MAX_DIM, Launch, append, codec_side, nothing, side
+from .decode import MAX_DIM, Call, Launch, append, codec_side, nothing, side
 from .launch import Format
 from .pages import choose, top, weigh
 
@@ -97,39 +100,50 @@ PACKED = _Packed()
 
 def pack(form: Integers, y: mx.array) -> tuple[mx.array, mx.array]:
     """Rotated vectors `[B, H, T, D]` -> packed arrays of this format, in one kernel."""
-    *lead, dim = y.shape
-    tokens, group = y.size // dim, min(form.group, dim)
-    template = ("FORMAT", int(Format.integers(form.bits))), ("GROUP", group), ("D", dim)
-    codes, scales = metal.kernel("pack", template)(
-        inputs=[mx.contiguous(y), int_array((tokens,))],
-        grid=(-(-tokens // 4) * 128, 1, 1),
-        threadgroup=(128, 1, 1),
-        output_shapes=[(*lead, words(dim, form.bits)), (*lead, 2 * -(-dim // group))],
-        output_dtypes=[mx.uint32, mx.float16],
-    )
+    call = _pack(form, y.shape)
+    codes, scales = call([mx.contiguous(y), *call.numbers])
     return codes, scales
+
+
+@functools.lru_cache(maxsize=64)
+def _pack(form: Integers, shape: tuple[int, ...]) -> Call:
+    *lead, dim = shape
+    group = min(form.group, dim)
+    template = ("FORMAT", int(Format.integers(form.bits))), ("GROUP", group), ("D", dim)
+    return _packs("pack", template, lead, (words(dim, form.bits), 2 * -(-dim // group)))
 
 
 def pack_book(form: Codebooks, y: mx.array) -> tuple[mx.array, ...]:
     """Rotated vectors `[B, H, T, D]` -> packed arrays of this format, in one kernel behind the lengths."""
-    *lead, dim = y.shape
-    books = form.books
-    y, bits = mx.contiguous(y), [book.bits for book in books]
-    tokens, sizes = y.size // dim, [words(books[0].dim, b) for b in bits]
+    y, call = mx.contiguous(y), _pack_book(form, y.shape)
+    codes, scales = call([y, lengths(y, len(form.books)), *_cuts(form.books), *call.numbers])
+    if len(form.books) == 1:
+        return codes, scales
+    return *mx.split(codes, [words(form.books[0].dim, form.books[0].bits)], axis=-1), scales
+
+
+@functools.lru_cache(maxsize=64)
+def _pack_book(form: Codebooks, shape: tuple[int, ...]) -> Call:
+    bits, dim = [book.bits for book in form.books], form.books[0].dim
     template = (
         ("FORMAT", int(Format.book(bits[0]))),
         ("FORMAT2", int(Format.book(bits[1]) if bits[1:] else Format.NONE)),
-        ("N", books[0].dim),
+        ("N", dim),
         ("NORM", form.fit == "norm"),
     )
-    codes, scales = metal.kernel("pack_book", template)(
-        inputs=[y, lengths(y, len(books)), *_cuts(books), int_array((tokens,))],
-        grid=(-(-tokens // 4) * 128, 1, 1),
-        threadgroup=(128, 1, 1),
-        output_shapes=[(*lead, sum(sizes)), (*lead, len(books))],
-        output_dtypes=[mx.uint32, mx.float16],
-    )
-    return (*mx.split(codes, sizes[:1], axis=-1), scales) if bits[1:] else (codes, scales)
+    return _packs("pack_book", template, shape[:-1], (sum(words(dim, b) for b in bits), len(bits)))
+
+
+def _packs(name: str, template: Sequence[tuple[str, Any]], lead: Sequence[int], sizes: tuple[int, int]) -> Call:
+    """A call that packs vectors of shape `[*lead, D]` into so many words and scales each."""
+    tokens = math.prod(lead)
+    given = {
+        "grid": (-(-tokens // 4) * 128, 1, 1),
+        "threadgroup": (128, 1, 1),
+        "output_shapes": [(*lead, size) for size in sizes],
+        "output_dtypes": [mx.uint32, mx.float16],
+    }
+    return Call(name, template, given, (int_array((tokens,)),))
 
 
 @functools.lru_cache(maxsize=64)

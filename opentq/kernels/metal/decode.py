@@ -241,6 +241,7 @@ def append(
     return queries, k, v
 
 
+@functools.lru_cache(maxsize=KEPT)
 def append_call(
     q: tuple[int, ...],
     dtype: mx.Dtype,
