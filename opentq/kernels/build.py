@@ -33,6 +33,8 @@ log = logging.getLogger("opentq")
 HERE = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-w")
 NATIVE = ("-march=native", "-mcpu=native")  # the second for Arm compilers that don't know the first
+LINKING = ("-shared", "-pthread", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
+"""macOS must be told that extensions find the functions of Python and MLX when they are loaded."""
 TIMEOUT = 600  # seconds a compiler may take
 
 
@@ -144,7 +146,7 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
         with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
             objects = list(pool.map(one, sources))
         linked = str(Path(work) / target.name)
-        error = _run([*compiler.command, "-shared", "-pthread", *extra, *objects, "-o", linked])
+        error = _run([*compiler.command, *LINKING, *extra, *objects, "-o", linked])
         if error is not None:
             raise BuildError(f"{shlex.join(compiler.command)} could not link {target.name}: {error}")
         os.chmod(linked, 0o600 | stat.S_IXUSR)
