@@ -176,6 +176,23 @@ def test_compiler_choice(home, monkeypatch):
     assert build.find_compiler().command == (f"{home}/clang++", "-flag")
 
 
+@pytest.mark.parametrize("tools", [True, False])
+def test_what_asks_whether_to_install_a_compiler_is_none(home, monkeypatch, tools):
+    """As macOS has it in a compiler's place."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/env")
+    monkeypatch.setattr(
+        build.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2 - 2 * tools)
+    )
+    forget()
+    if tools:
+        assert build.find_compiler().command == ("/usr/bin/env",)
+    else:
+        with pytest.raises(build.BuildError, match="xcode-select --install"):
+            build.find_compiler()
+
+
 def python(script: str, **env: str) -> str:
     """Run a script in a fresh interpreter, from the project's folder; returns what it printed."""
     done = subprocess.run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -88,6 +90,21 @@ def test_nothing_of_the_first_call_is_kept(kernel):
     held = mx.get_active_memory()
     del big
     assert held - mx.get_active_memory() >= 16 << 20
+
+
+@pytest.mark.parametrize("name", extension.FILES)
+def test_names_of_mlx_stay_its_own(name):
+    """MLX's library has functions with the names of llama.cpp's, which must find its own."""
+    script = f"""
+import ctypes
+from opentq.kernels import extension
+found = extension.module({name!r})
+print(found is not None, hasattr(ctypes.CDLL(None), "gguf_get_key"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    if done.stdout.startswith("False"):
+        pytest.skip("no extension here")
+    assert done.stdout.split() == ["True", "False"], done.stdout + done.stderr
 
 
 def test_without_the_extension_every_call_is_a_new_one(kernel, monkeypatch):

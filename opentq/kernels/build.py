@@ -34,7 +34,7 @@ HERE = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-w")
 NATIVE = ("-march=native", "-mcpu=native")  # the second for Arm compilers that don't know the first
 LINKING = ("-shared", "-pthread", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
-"""macOS must be told that extensions find the functions of Python and MLX when they are loaded."""
+"""macOS must be told that extensions find Python's functions when they are loaded."""
 TIMEOUT = 600  # seconds a compiler may take
 
 
@@ -77,15 +77,22 @@ def find_compiler() -> Compiler:
     for name in (wanted,) if wanted else ("c++", "g++", "clang++"):
         command = shlex.split(name)
         found = shutil.which(command[0]) if command else None
-        if found:
+        if found and not _opens_a_dialog(found):
             real = Path(found).resolve()
             about = real.stat()
             return Compiler((found, *command[1:]), f"{real} {about.st_size} {about.st_mtime_ns}")
     raise BuildError(
         f"CXX={wanted!r} is not a program: correct or unset it"
         if wanted
-        else "no C++ compiler found (c++, g++, clang++): install g++ or clang, or set CXX"
+        else "no C++ compiler found (c++, g++, clang++): install g++ or clang (xcode-select --install), or set CXX"
     )
+
+
+def _opens_a_dialog(found: str) -> bool:
+    """Whether this is what macOS has in a compiler's place: a program that asks whether to install one."""
+    if sys.platform != "darwin" or not found.startswith("/usr/bin/"):
+        return False
+    return subprocess.run(["xcode-select", "-p"], capture_output=True, timeout=30).returncode != 0
 
 
 @functools.cache
@@ -104,13 +111,13 @@ def cpu_identity() -> str:
     return "\n".join(parts)
 
 
-def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE, links: Path | None = None) -> ctypes.CDLL:
     """The library `name` made of these files of `kernels/cpu`, compiled if this machine hasn't done so before.
 
-    Raises BuildError.
+    `links`: a library whose functions it calls. Raises BuildError.
     """
     compiler = find_compiler()
-    key = _key(compiler, sources)
+    key = _key(compiler, sources, str(links or ""))
     path = cache_folder() / f"{name}-{key}.so"
     if not kept.whole(path):
         with _lock(path.with_suffix(".lock")):
@@ -118,14 +125,16 @@ def load(name: str, sources: Sequence[str], mode: int = ctypes.DEFAULT_MODE) -> 
                 for left in path.parent.glob(f"{_work(path)}*"):  # of a compiler that was killed
                     kept.remove(left)
                 _say(f"opentq: compiling {name} for this machine, once -> {path}")
-                compile_library(compiler, sources, path)
+                compile_library(compiler, sources, path, links=links)
     try:
         return ctypes.CDLL(str(path), mode)
     except OSError as error:
         raise BuildError(f"compiled kernels can't be loaded: {error}; delete {path.parent} and try again") from error
 
 
-def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = ()) -> None:
+def compile_library(
+    compiler: Compiler, sources: Sequence[str], target: Path, extra: Sequence[str] = (), links: Path | None = None
+) -> None:
     """Compile `sources` in parallel and link them to `target`, which appears in one step.
 
     A source is a file of `kernels/cpu`, with definitions behind it if it has any: "products.cpp -DOPENTQ_BITS=4".
@@ -146,7 +155,8 @@ def compile_library(compiler: Compiler, sources: Sequence[str], target: Path, ex
         with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
             objects = list(pool.map(one, sources))
         linked = str(Path(work) / target.name)
-        error = _run([*compiler.command, *LINKING, *extra, *objects, "-o", linked])
+        found = [str(links), f"-Wl,-rpath,{links.parent}"] if links else []
+        error = _run([*compiler.command, *LINKING, *extra, *objects, *found, "-o", linked])
         if error is not None:
             raise BuildError(f"{shlex.join(compiler.command)} could not link {target.name}: {error}")
         os.chmod(linked, 0o600 | stat.S_IXUSR)
@@ -181,9 +191,9 @@ def cache_folder() -> Path:
         return private
 
 
-def _key(compiler: Compiler, sources: Sequence[str]) -> str:
+def _key(compiler: Compiler, sources: Sequence[str], links: str) -> str:
     digest = hashlib.sha256()
-    for part in (*compiler.command, compiler.identity, *FLAGS, cpu_identity(), *sources):
+    for part in (*compiler.command, compiler.identity, *FLAGS, *LINKING, links, cpu_identity(), *sources):
         digest.update(part.encode() + b"\0")
     for file in sorted({HERE / shlex.split(s)[0] for s in sources} | set(HERE.glob("*.h"))):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

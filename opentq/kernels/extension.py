@@ -6,7 +6,6 @@ another nanobind, whoever wanted an extension does without: the same results, mo
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.machinery
 import importlib.metadata
@@ -55,8 +54,8 @@ def _load(name: str, nanobind: Path) -> ModuleType:
     flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-DNDEBUG", "-DNB_DOMAIN=mlx", *(f"-I{f}" for f in folders)]
     flags += [f"-DMADE_FOR_{of.upper()}={_number(of)}" for of in ("mlx", "nanobind")]  # another file for each
     sources = [shlex.join([str(file), *flags]) for file in (FILES[name], nanobind / "src/nb_combined.cpp")]
-    ctypes.CDLL(str(next(mlx.glob("lib/libmlx.*"))), ctypes.RTLD_GLOBAL)  # where the extension finds MLX's functions
-    path = build.load(name, sources)._name
+    # Linked to MLX's library, which must not become global: it has functions with the names of llama.cpp's.
+    path = build.load(name, sources, links=next(mlx.glob("lib/libmlx.*")))._name
     loader = importlib.machinery.ExtensionFileLoader(f"opentq_{name}", path)
     spec = importlib.util.spec_from_loader(f"opentq_{name}", loader)
     assert spec is not None
