@@ -146,8 +146,11 @@ def label(spec: str) -> str:
 
 
 def best(found: dict[tuple[str, int, str], dict[str, Any]], cells: Sequence[tuple[str, int]]) -> str:
-    """The spec of at most `LIMIT` bits with the least divergence (geometric mean) over `cells`; "" without one."""
-    specs = {spec for *_, spec in found if not spec.startswith((*RIVALS, "mlx", "native"))}
+    """The spec of at most `LIMIT` bits with the least divergence (geometric mean) over `cells`; "" without one.
+
+    Recipes, which have a spec for every layer, are left out.
+    """
+    specs = {spec for *_, spec in found if "|" not in spec and not spec.startswith((*RIVALS, "mlx", "native"))}
     whole = [s for s in specs if all((*cell, s) in found and held(found[(*cell, s)]) <= LIMIT for cell in cells)]
     return min(whole, key=lambda s: np.mean([np.log(found[(*c, s)]["kl_mean"][0]) for c in cells]), default="")
 
