@@ -191,7 +191,7 @@ def cache_folder() -> Path:
         return private
 
 
-def _key(compiler: Compiler, sources: Sequence[str], links: str) -> str:
+def _key(compiler: Compiler, sources: Sequence[str], links: str = "") -> str:
     digest = hashlib.sha256()
     for part in (*compiler.command, compiler.identity, *FLAGS, *LINKING, links, cpu_identity(), *sources):
         digest.update(part.encode() + b"\0")
