@@ -56,11 +56,8 @@ class Buffer:
         new = layout.encode(codec, mx.concatenate([mx.zeros((*y.shape[:2], inside, y.shape[3]), y.dtype), y], axis=2))
         old = tuple(a[sequences, :, row : row + 1] for a in self.arrays)
         first = tuple(spliced(*of) for of in zip(old, new, bits_of(layout, inside, old)))
-        if new[0].shape[2] > 1:
-            self.write(row + 1, tuple(n[:, :, 1:] for n in new), sequences)
-            self.arrays = tuple(_assign(a, one, row, sequences) for a, one in zip(self.arrays, first))
-        else:
-            self.write(row, first, sequences)
+        self.write(row, new, sequences)
+        self.write(row, first, sequences)
 
     def forget(self, front: int, tokens: int, sequences: slice = EVERY) -> None:
         """Drop the first `front` of `tokens` tokens; both whole rows.

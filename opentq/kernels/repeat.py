@@ -22,14 +22,9 @@ def repeated(kernel: Callable[..., list[mx.array]], given: dict[str, Any]) -> Ca
     return (lambda inputs: call(inputs=inputs)) if found is None else found.Repeated(call)
 
 
-def missing() -> str:
-    """Why MLX takes every call apart here; empty where it does not."""
-    return extension.missing("repeat")
-
-
 def check() -> Check:
     """What `opentq doctor` says about it."""
-    if why := missing():
+    if why := extension.missing("repeat"):
         hint = "install a C++ compiler and Python's headers"
         return Check("decode steps", "slow", f"every kernel call is a new one: {why.splitlines()[0]}", hint)
     return Check("decode steps", "ok", "kernel calls are made again for every layer")

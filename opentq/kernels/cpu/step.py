@@ -144,7 +144,7 @@ class Launch:
         """The call but for columns, lengths and sinks."""
         self.packed = [*args.k.arrays, *args.v.arrays]
         _evaluate(self.packed)
-        # Also where no tokens are packed yet: they come into these arrays, and the call stays.
+        # Also before the first tokens are packed: the step that packs them has them in the arrays, not in its lengths.
         sides = [[cpu.rows_view(a) for a in s.arrays if a.size] for s in (args.k, args.v)]
         self.call = call = prepared(args, *sides)
         self.held = sides

@@ -17,7 +17,6 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -130,7 +129,7 @@ class Kernel:
     def __init__(self, source: KernelSource):
         self.source = source
         self.code = nvrtc.cubin(source.name, source.translation_unit(), architecture())
-        self.known: dict[tuple[Any, ...], repeat.Call] = {}
+        self._remembered = functools.lru_cache(maxsize=KEPT)(self.repeated)
 
     def __call__(
         self,
@@ -140,13 +139,7 @@ class Kernel:
         blocks: tuple[int, int, int],
     ) -> list[mx.array]:
         """Outputs of the given shapes and dtypes, made by `blocks` blocks."""
-        key = tuple(outputs), scalars, blocks
-        call = self.known.get(key)
-        if call is None:
-            if len(self.known) >= KEPT:
-                self.known.clear()
-            call = self.known[key] = self.repeated(outputs, scalars, blocks)
-        return call(inputs)
+        return self._remembered(tuple(outputs), scalars, blocks)(inputs)
 
     def repeated(
         self, outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], scalars: Scalars, blocks: tuple[int, int, int]
